@@ -1,0 +1,80 @@
+"""Record types: what a training set and a retrieval task are made of, whatever they come from.
+
+A `Side` is anything that can be embedded, a `Pair` is one training example, a `RetrievalTask` is one evaluation set.
+The pocket benchmark, a public benchmark and a user's own files all become these three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Metric = Literal["hit@1", "ndcg@5", "mrr"]
+NtpSide = Literal["positive", "query", "both", "none"]
+NTP_SIDES = ("positive", "query", "both", "none")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One thing to embed: a text, images, a video's frames, or any mix of them.
+
+    Args:
+        text: instruction and content, without any vision placeholder.
+        images: PIL images or uint8 arrays [height, width, 3], shown before the text.
+        video: the frames, each as an image, shown before the text; empty for none.
+    """
+
+    text: str = ""
+    images: Sequence[Any] = ()
+    video: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One training example: the query should find the positive.
+
+    Args:
+        query, positive: the two sides.
+        negatives: hard negatives of the query.
+        dataset: the data set's name; groups of a batch come from one data set.
+        ntp_side: which side is generated from the other side's bottleneck tokens.
+        target: text generated in place of the chosen side's own content, where that says too little
+            (the pocket benchmark's answers are one word; its targets also describe the scene).
+        positive_id: equal for pairs whose positives are interchangeable; these are no negatives of each other.
+            None: unlike all others.
+    """
+
+    query: Side
+    positive: Side
+    negatives: Sequence[Side] = ()
+    dataset: str = ""
+    ntp_side: NtpSide = "positive"
+    target: str | None = None
+    positive_id: str | None = None
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """One evaluation set.
+
+    Args:
+        name: unique name.
+        meta_task: the family it belongs to ("I-CLS", ...); modality: "image", "video" or "visdoc".
+        metric: the score that counts.
+        queries, candidates: sides to embed; each candidate is embedded once.
+        qrels: per query, candidate index -> relevance (> 0).
+        pools: per query, the candidate indices it is ranked against; None: all candidates (a global pool).
+        hard: per query, the candidate indices (the right ones included) that a shortcut cannot tell apart;
+            None: no shortcut is known, every candidate counts as hard.
+    """
+
+    name: str
+    meta_task: str
+    modality: str
+    metric: Metric
+    queries: Sequence[Side]
+    candidates: Sequence[Side]
+    qrels: Sequence[Mapping[int, float]]
+    pools: Sequence[Sequence[int]] | None = None
+    hard: Sequence[Sequence[int]] | None = None

@@ -1,0 +1,12 @@
+"""The public door to the kernels: `from btok.kernels import condensed_attention`."""
+
+from btok_kernels.condensed_attention import condensed_attention
+from btok_kernels.contrastive_loss import contrastive_loss, contrastive_loss_and_grad
+from btok_kernels.layout import CondensedLayout
+
+__all__ = [
+    "CondensedLayout",
+    "condensed_attention",
+    "contrastive_loss",
+    "contrastive_loss_and_grad",
+]

@@ -1,0 +1,196 @@
+"""Samples become one packed row `[x ; B ; T][x ; B ; T]...` that the model runs over once.
+
+A sample is a pair (source, target): mappings as a processor returns them for one sample
+(`input_ids`, and where there is vision `pixel_values` + `image_grid_thw` or `pixel_values_videos` +
+`video_grid_thw`); target is None for a sample that is only embedded. Token ids are arguments, so a
+batch can be built and checked without a tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from btok.positions import qwen2_vl_positions
+from btok_kernels.layout import CondensedLayout
+
+Sample = tuple[Mapping[str, Any], Mapping[str, Any] | None]
+
+TARGET_POSITIONS = ("reference", "continue")
+_VISION = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """N samples in T packed rows.
+
+    Args:
+        input_ids: int64 [T].
+        position_ids: int64 [3, T], M-RoPE time, height and width.
+        layout: the sequences' rows and the condensation mask.
+        btok_rows: int64 [N, K], the rows of each sample's bottleneck tokens.
+        label_rows: int64 [R], the rows that predict a counted target token.
+        labels: int64 [R], those tokens.
+        label_samples: int64 [R], the sample each label belongs to.
+        num_targets: samples that have at least one label.
+        pixel_values, image_grid_thw: [patches, patch size], int64 [images, 3], in row order.
+        pixel_values_videos, video_grid_thw: the same for videos.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    layout: CondensedLayout
+    btok_rows: Tensor
+    label_rows: Tensor
+    labels: Tensor
+    label_samples: Tensor
+    num_targets: int
+    pixel_values: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    pixel_values_videos: Tensor | None = None
+    video_grid_thw: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, layout=self.layout.to(device), **moved)
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    btok_token_ids: Sequence[int],
+    prefix_ids: Sequence[int],
+    suffix_ids: Sequence[int],
+    backbone_config: Any,
+    target_positions: str = "reference",
+    condense: bool = True,
+) -> PackedBatch:
+    """Pack samples into one ragged row.
+
+    Each becomes `[x ; B ; T]` with T = prefix + the target's tokens + suffix (method: arXiv
+    2604.11095, section 3). Labels are T's tokens but for the prefix and vision placeholders; the
+    row before a label predicts it. B continues x's positions; T has its own, shifted by
+    len([x ; B]) ("reference") or by the highest position of [x ; B] + 1 ("continue").
+
+    Args:
+        samples: (source, target or None) pairs; `input_ids` of any shape with one sample's tokens.
+        btok_token_ids: the K bottleneck tokens' ids; empty for a baseline without them.
+        prefix_ids, suffix_ids: tokens around a target's own; the prefix must not be empty.
+        backbone_config: the backbone's configuration (vision token ids, merge size).
+        target_positions: "reference" or "continue".
+        condense: False lets target rows see the source as well (the ablation).
+
+    Raises:
+        ValueError: no samples, an empty sequence, vision tokens that do not fit the pixels, an
+            empty prefix, an unknown `target_positions`.
+    """
+    if not samples:
+        raise ValueError("pack: samples is empty, expected at least one")
+    if target_positions not in TARGET_POSITIONS:
+        raise ValueError(
+            f"pack: target_positions is {target_positions!r}, expected one of {TARGET_POSITIONS}"
+        )
+    if not len(prefix_ids) and any(target is not None for _, target in samples):
+        raise ValueError("pack: prefix_ids is empty, expected the tokens that open a target")
+    btoks, prefix, suffix = (
+        torch.tensor(list(ids), dtype=torch.int64)
+        for ids in (btok_token_ids, prefix_ids, suffix_ids)
+    )
+    num_btoks = len(btoks)
+
+    pieces: list[Tensor] = []
+    positions: list[Tensor] = []
+    source_lens, target_lens = [], []
+    label_rows, labels, label_samples = [], [], []
+    row = 0
+    for index, (source, target) in enumerate(samples):
+        ids = torch.cat([_ids(source), btoks])
+        if not len(ids):
+            raise ValueError(f"pack: sample {index} has no tokens")
+        source_positions = _positions(ids, source, backbone_config)
+        pieces.append(ids)
+        positions.append(source_positions)
+        source_lens.append(len(ids) - num_btoks)
+        row += len(ids)
+        if target is None:
+            target_lens.append(0)
+            continue
+        target_ids = torch.cat([prefix, _ids(target), suffix])
+        reference = target_positions == "reference"
+        shift = len(ids) if reference else int(source_positions.max()) + 1
+        pieces.append(target_ids)
+        positions.append(_positions(target_ids, target, backbone_config) + shift)
+        target_lens.append(len(target_ids))
+        counted = torch.arange(len(target_ids)) >= len(prefix)
+        for token in (backbone_config.image_token_id, backbone_config.video_token_id):
+            counted &= target_ids != token
+        label_at = counted.nonzero().flatten()
+        label_rows.append(row + label_at - 1)
+        labels.append(target_ids[label_at])
+        label_samples.append(torch.full_like(label_at, index))
+        row += len(target_ids)
+
+    layout = CondensedLayout.from_lengths(source_lens, target_lens, num_btoks, condense)
+    border = layout.bounds[:, 2].long()
+    none = torch.empty(0, dtype=torch.int64)
+    return PackedBatch(
+        input_ids=torch.cat(pieces),
+        position_ids=torch.cat(positions, dim=1),
+        layout=layout,
+        btok_rows=border[:, None] + torch.arange(-num_btoks, 0),
+        label_rows=torch.cat([none, *label_rows]),
+        labels=torch.cat([none, *labels]),
+        label_samples=torch.cat([none, *label_samples]),
+        num_targets=sum(len(rows) > 0 for rows in label_rows),
+        **_vision(samples, backbone_config),
+    )
+
+
+def _ids(side: Mapping[str, Any]) -> Tensor:
+    return torch.as_tensor(side["input_ids"], dtype=torch.int64).reshape(-1)
+
+
+def _positions(ids: Tensor, side: Mapping[str, Any], config: Any) -> Tensor:
+    grids = (_tensor(side.get(grid)) for _, grid in _VISION)
+    return qwen2_vl_positions(
+        ids,
+        *grids,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        spatial_merge_size=config.vision_config.spatial_merge_size,
+    )
+
+
+def _vision(samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
+    """Pixels and grids of all sides in row order, checked against each other."""
+    sides = [side for sample in samples for side in sample if side is not None]
+    out: dict[str, Tensor] = {}
+    for pixels_key, grid_key in _VISION:
+        having = [side for side in sides if side.get(grid_key) is not None]
+        if not having:
+            continue
+        for side in having:
+            if side.get(pixels_key) is None:
+                raise ValueError(f"pack: a sample has {grid_key} but no {pixels_key}")
+        pixels = torch.cat([_tensor(side[pixels_key]) for side in having])
+        grid = torch.cat([_tensor(side[grid_key]) for side in having])
+        if len(pixels) != int(grid.prod(dim=1).sum()):
+            raise ValueError(
+                f"pack: {pixels_key} has {len(pixels)} patches, "
+                f"{grid_key} {grid.tolist()} asks for {int(grid.prod(dim=1).sum())}"
+            )
+        out |= {pixels_key: pixels, grid_key: grid}
+    return out
+
+
+def _tensor(value: Any) -> Any:
+    return value if value is None else torch.as_tensor(value)

@@ -1,0 +1,1 @@
+"""The kernels of btok: condensation-masked packed attention and the cross-rank contrastive loss."""

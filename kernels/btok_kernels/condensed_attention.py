@@ -1,0 +1,130 @@
+"""Condensed attention: causal attention in which target rows see the bottleneck tokens only.
+
+    out[i] = softmax(scale * q[i] @ k[S(i)].T) @ v[S(i)]
+    S(i) = [start, i] for source and bottleneck rows, [first, i] for target rows
+
+over T packed rows of N sequences (`CondensedLayout`). The sdpa path materialises no mask, and no
+scores between rows of different sequences or of target rows with source keys:
+
+    1. cut the mask into plain causal segments, [start, border) and [first, end), grouped by length
+       (on the host, once per batch)
+    2. gather each group's rows and run torch's fused causal attention on them
+    3. take each row's output from the segment that owns it; the gradients of a bottleneck key from
+       its two segments add up in the gather's backward
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from btok_kernels.launch import choose
+from btok_kernels.layout import CondensedLayout
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
+    """The specification: dense, with the T x T mask, in at least fp32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.to(dtype).repeat_interleave(groups, dim=1) for t in (k, v))  # [T, Hq, D]
+    rows = torch.arange(len(q), device=q.device)
+    sees = (rows[None, :] <= rows[:, None]) & (rows[None, :] >= layout.row_first[:, None])  # [T, T]
+    scores = torch.einsum("ihd,jhd->hij", q.to(dtype), k) * scale
+    # rows of the unused tail see nothing: softmax of all -inf is nan, and they give 0
+    weights = scores.masked_fill(~sees, -torch.inf).softmax(-1).masked_fill(~sees, 0.0)
+    return torch.einsum("hij,jhd->ihd", weights, v).to(q.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
+    """Per-segment calls of torch's fused causal attention."""
+    gqa = q.shape[1] != k.shape[1]
+    rows, outputs = [], []
+    for group in layout.segment_groups:
+        flat = group.rows.flatten()
+        # [S, H, L, D]
+        qs, ks, vs = (
+            t.index_select(0, flat).unflatten(0, group.rows.shape).transpose(1, 2)
+            for t in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(
+            qs, ks, vs, is_causal=True, scale=scale, enable_gqa=gqa
+        )
+        rows.append(group.rows[group.keep])
+        outputs.append(out.transpose(1, 2)[group.keep])
+    if not outputs:
+        return torch.zeros_like(q)
+    return torch.zeros_like(q).index_copy(0, torch.cat(rows), torch.cat(outputs))
+
+
+def condensed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: CondensedLayout,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention over packed sequences [x ; B ; T] under the condensation mask.
+
+    `softmax(scale * q @ k.T + mask) @ v`; query head h uses key head `h // (Hq // Hkv)`.
+    Source: arXiv 2604.11095, section 3.
+
+    Args:
+        q: [T, Hq, D], floating point.
+        k, v: [T, Hkv, D], dtype and device of q; Hkv divides Hq.
+        layout: where the sequences lie in the T rows; on q's device.
+        scale: factor on the scores; None for D ** -0.5.
+        impl: "auto", "sdpa" (any device, no mask materialised) or "reference" (dense, computed in
+            at least fp32).
+
+    Returns:
+        [T, Hq, D] in q's dtype; 0 in the layout's unused tail. Differentiable in q, k and v.
+
+    Raises:
+        TypeError: dtypes or devices that differ, integer inputs.
+        ValueError: shapes that do not fit each other or the layout, an unknown `impl`.
+        RuntimeError: an `impl` that this version or device lacks.
+    """
+    _check(q, k, v, layout)
+    chosen = choose("condensed_attention", impl, ("sdpa", "reference"), "sdpa")
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    return (_reference if chosen == "reference" else _sdpa)(q, k, v, layout, scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout) -> None:
+    name = "condensed_attention"
+    for label, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 3:
+            raise ValueError(
+                f"{name}: {label} has shape {list(tensor.shape)}, expected [T, heads, D]"
+            )
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise TypeError(
+                f"{name}: {label} is {tensor.dtype}, q is {q.dtype}, expected one float dtype"
+            )
+        if tensor.device != q.device:
+            raise TypeError(f"{name}: {label} is on {tensor.device}, q on {q.device}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(
+                f"{name}: {label} has stride {tensor.stride(-1)} in its last dimension, expected 1"
+            )
+    if layout.device != q.device:
+        raise TypeError(
+            f"{name}: layout is on {layout.device}, q on {q.device}; use layout.to(device)"
+        )
+    if k.shape != v.shape:
+        raise ValueError(
+            f"{name}: v has shape {list(v.shape)}, k {list(k.shape)}, expected equal shapes"
+        )
+    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"{name}: k has shape {list(k.shape)}, which does not fit q's {list(q.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{name}: k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}"
+        )
+    if layout.num_rows != q.shape[0]:
+        raise ValueError(f"{name}: layout has {layout.num_rows} rows, q has {q.shape[0]}")

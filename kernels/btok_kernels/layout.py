@@ -1,0 +1,181 @@
+"""Where each packed sequence's rows lie, and what they may see.
+
+A sequence `[x ; B ; T]` occupies packed rows [start, end): source and bottleneck rows
+[start, border), target rows [border, end). Four integers say the whole mask:
+
+    a row i in [start, border) sees keys [start, i]
+    a row i in [border, end)   sees keys [first, i]
+
+`first` is where the bottleneck tokens begin (the condensation mask), or `start` (no condensation).
+Every row sees one contiguous range of keys, so attention over a packed row of sequences is a
+handful of plain causal segments, and no mask tensor is ever needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SegmentGroup(NamedTuple):
+    """S causal segments padded to one length L, to be computed as one batch.
+
+    Args:
+        rows: int64 [S, L], the packed row at each position. A shorter segment repeats its last row
+            at the end, where under a causal mask none of its own rows sees it.
+        keep: bool [S, L], the positions whose outputs count.
+    """
+
+    rows: Tensor
+    keep: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CondensedLayout:
+    """The rows of N packed sequences and the condensation mask over them.
+
+    Made on the host, once per batch, with `from_lengths` (or from bounds of your own), and moved
+    with `to`.
+
+    Args:
+        bounds: int32 [N, 4] on the CPU: (start, first, border, end) per sequence, in row order.
+        num_rows: T, the packed rows. Rows behind the last sequence are an unused tail that sees
+            nothing.
+        device: where the index tensors live.
+
+    Raises:
+        TypeError: bounds that are not an integer tensor [N, 4] on the CPU.
+        ValueError: sequences that overlap, leave [0, num_rows) or break
+            start <= first <= border <= end.
+    """
+
+    bounds: Tensor
+    num_rows: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        bounds = self.bounds
+        if bounds.ndim != 2 or bounds.shape[1] != 4 or bounds.dtype != torch.int32:
+            raise TypeError(
+                f"CondensedLayout: bounds is {bounds.dtype} {list(bounds.shape)}, "
+                "expected int32 [N, 4]"
+            )
+        if bounds.device.type != "cpu":
+            raise TypeError(f"CondensedLayout: bounds is on {bounds.device}, expected the CPU")
+        row = 0
+        for index, (start, first, border, end) in enumerate(bounds.tolist()):
+            if not start <= first <= border <= end:
+                raise ValueError(
+                    f"CondensedLayout: bounds of sequence {index} are {[start, first, border, end]}"
+                    ", expected start <= first <= border <= end"
+                )
+            if start < row or end > self.num_rows:
+                raise ValueError(
+                    f"CondensedLayout: sequence {index} takes rows [{start}, {end}), expected them "
+                    f"within [{row}, {self.num_rows})"
+                )
+            row = end
+
+    @classmethod
+    def from_lengths(
+        cls,
+        source_lens: Sequence[int] | Tensor,
+        target_lens: Sequence[int] | Tensor,
+        num_btoks: int,
+        condense: bool = True,
+        num_rows: int | None = None,
+    ) -> CondensedLayout:
+        """Lay sequences of `source_lens[n]` + K + `target_lens[n]` rows one behind the other.
+
+        Args:
+            source_lens: tokens of x per sequence, bottleneck tokens not counted; may be 0.
+            target_lens: tokens of T per sequence; 0 for a sequence that is only embedded.
+            num_btoks: K. With K = 0 the last source token takes the bottleneck's place.
+            condense: target rows see only the bottleneck rows and themselves; False lets them see
+                the source too (the ablation).
+            num_rows: packed rows in all; None for exactly as many as the sequences take.
+
+        Raises:
+            ValueError: a negative length, lists of unequal length, more rows than `num_rows`.
+        """
+        source = torch.as_tensor(source_lens, dtype=torch.int64).cpu()
+        target = torch.as_tensor(target_lens, dtype=torch.int64).cpu()
+        if source.ndim != 1 or source.shape != target.shape:
+            raise ValueError(
+                f"CondensedLayout: target_lens has shape {list(target.shape)}, source_lens "
+                f"{list(source.shape)}, expected one length each per sequence"
+            )
+        if num_btoks < 0:
+            raise ValueError(f"CondensedLayout: num_btoks is {num_btoks}, expected at least 0")
+        for name, lens in (("source_lens", source), ("target_lens", target)):
+            if len(lens) and int(lens.min()) < 0:
+                raise ValueError(
+                    f"CondensedLayout: {name} has {int(lens.min())}, expected at least 0"
+                )
+        end = (source + num_btoks + target).cumsum(0)
+        border = end - target
+        start = border - num_btoks - source
+        first = torch.maximum(start, border - max(num_btoks, 1)) if condense else start
+        rows = int(end[-1]) if len(end) else 0
+        if num_rows is not None and rows > num_rows:
+            raise ValueError(f"CondensedLayout: num_rows is {num_rows}, the sequences take {rows}")
+        bounds = torch.stack([start, first, border, end], dim=1).to(torch.int32)
+        return cls(bounds, rows if num_rows is None else num_rows)
+
+    def to(self, device: torch.device | str) -> CondensedLayout:
+        """The same layout with its index tensors on `device`."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        return CondensedLayout(self.bounds, self.num_rows, device)
+
+    def __len__(self) -> int:
+        """N, the number of sequences."""
+        return len(self.bounds)
+
+    @cached_property
+    def row_first(self) -> Tensor:
+        """int64 [T]: the first key each row sees; T for the unused tail, which sees nothing."""
+        row_first = torch.full((self.num_rows,), self.num_rows, dtype=torch.int64)
+        for start, first, border, end in self.bounds.tolist():
+            row_first[start:border] = start
+            row_first[border:end] = first
+        return row_first.to(self.device)
+
+    @cached_property
+    def segment_groups(self) -> list[SegmentGroup]:
+        """The mask as causal segments: [start, border) of every sequence, [first, end) for targets.
+
+        A target segment computes its rows [first, border) for their keys alone; their outputs come
+        from the source segment. Segments of about equal length form a group, so that a batch of
+        N sequences takes a few calls instead of 2 N.
+        """
+        by_length: dict[int, list[tuple[int, int, int]]] = {}
+        for start, first, border, end in self.bounds.tolist():
+            if first == start or border == end:  # plain causal, one piece
+                segments = [(start, start, end)]
+            else:
+                segments = [(start, start, border), (first, border, end)]
+            for begin, kept, stop in segments:
+                if stop > kept:
+                    by_length.setdefault(_padded(stop - begin), []).append((begin, kept, stop))
+        groups = []
+        for length, segments in sorted(by_length.items()):
+            begin, kept, stop = torch.tensor(segments).T[:, :, None]
+            rows = begin + torch.arange(length)  # [S, L]
+            keep = (rows >= kept) & (rows < stop)
+            groups.append(
+                SegmentGroup(rows.minimum(stop - 1).to(self.device), keep.to(self.device))
+            )
+        return groups
+
+
+def _padded(length: int) -> int:
+    """Rounded up so that few distinct lengths remain: to a multiple of 8, or at most 1/8 longer."""
+    step = max(8, 1 << max(length.bit_length() - 4, 0))
+    return -(-length // step) * step

@@ -1,0 +1,100 @@
+"""A tiny Qwen2-VL, samples for it, and the measure gradients are compared by."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMAGE, VIDEO, VISION_START, VISION_END = 110, 111, 112, 113
+BTOKS = (100, 101, 102, 103, 104, 105, 106, 107)
+PREFIX, SUFFIX = (50, 51), (52,)
+
+
+def tiny_backbone(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2) -> Any:
+    """A random Qwen2-VL of 2 layers, hidden 64, 4 query and 2 key heads, tied embeddings."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 120,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": rope,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "initializer_range": 0.2,
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+            "initializer_range": 0.2,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    return Qwen2VLForConditionalGeneration(config).to(dtype)
+
+
+def text(length: int, seed: int) -> dict[str, Any]:
+    rng = random.Random(seed)
+    return {"input_ids": [rng.randrange(2, 50) for _ in range(length)]}
+
+
+def vision(grids: list[tuple[int, int, int]], seed: int, video: bool = False) -> dict[str, Any]:
+    """Images (or videos) of the given grids (time, height, width in patches), then some text."""
+    pad = VIDEO if video else IMAGE
+    ids: list[int] = []
+    for t, h, w in grids:
+        ids += [VISION_START, *[pad] * (t * (h // 2) * (w // 2)), VISION_END]
+    generator = torch.Generator().manual_seed(seed)
+    patches = sum(t * h * w for t, h, w in grids)
+    pixels = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator)
+    keys = (
+        ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+    )
+    return {
+        "input_ids": ids + text(4, seed)["input_ids"],
+        keys[0]: pixels,
+        keys[1]: torch.tensor(grids),
+    }
+
+
+def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Gradients by parameter name; zeros where there is none."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def worst_gradient(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest |g - g'| / max(|g'|, 1e-3 |all g'|) over tensors, and the tensor it belongs to."""
+    assert got.keys() == expected.keys()
+    everything = torch.cat([g.double().flatten() for g in expected.values()]).norm()
+    assert everything > 0
+    errors = [
+        (
+            float(
+                (got[n].double() - g.double()).norm() / max(g.double().norm(), 1e-3 * everything)
+            ),
+            n,
+        )
+        for n, g in expected.items()
+    ]
+    return max(errors)
