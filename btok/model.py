@@ -32,8 +32,9 @@ class BTokOutput(NamedTuple):
     """What a forward pass gives.
 
     Args:
-        embeddings: [N, D], unit norm, at least fp32.
-        ntp_loss: scalar, at least fp32, the mean the model was told to take; None for a batch without labels.
+        embeddings: [N, D], unit norm, at least fp32; empty for a batch packed without bottleneck
+            tokens, which a model that pools them cannot embed.
+        ntp_loss: scalar, at least fp32, by the model's `ntp_reduction`; None without labels.
     """
 
     embeddings: Tensor
@@ -205,7 +206,13 @@ class BTokModel(nn.Module):
         )
         return output.last_hidden_state[0]
 
+    def ntp_count(self, batch: PackedBatch) -> int:
+        """What `ntp_loss` is a mean over: the weight of a batch's loss beside other batches'."""
+        return batch.num_targets if self.ntp_reduction == "sample_mean" else len(batch.labels)
+
     def _pool(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        if self.pooling == "btok" and not batch.btok_rows.shape[1]:
+            return hidden.new_empty(0, hidden.shape[1])
         if self.pooling == "btok":
             return F.normalize(_wide(hidden[batch.btok_rows]).mean(1), dim=-1)
         bounds = batch.layout.bounds.tolist()

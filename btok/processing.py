@@ -1,0 +1,228 @@
+"""Sides become token ids and pixel patches, without torchvision.
+
+The stock Qwen-VL processors need torchvision for video and refuse to load without it, even for
+images. This one needs numpy and Pillow, reads and writes the same files, and gives the same pixels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from btok.data.records import Side
+from btok.tokens import add_to_tokenizer
+
+CONFIG_NAME = "preprocessor_config.json"
+TEMPORAL_PATCH = 2
+
+
+class Processor:
+    """Tokenizer and patchifier of a Qwen2-VL checkpoint.
+
+    A side becomes `<|vision_start|>` + one placeholder per merged token + `<|vision_end|>` for each
+    image or the video, then a line break and the text as it is: the input format of VLM2Vec and of
+    the authors, without a chat template.
+
+    Args:
+        tokenizer: a transformers tokenizer with Qwen2-VL's special tokens.
+        min_pixels, max_pixels: bounds on an image's size after resizing.
+        max_frame_pixels: the same upper bound per video frame.
+        patch_size, merge_size: pixels per patch side, patches per merged token side.
+        image_mean, image_std: per channel.
+
+    Raises:
+        ValueError: a tokenizer that lacks a special token, bounds out of order.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        min_pixels: int = 56 * 56,
+        max_pixels: int = 1_003_520,
+        max_frame_pixels: int = 602_112,
+        patch_size: int = 14,
+        merge_size: int = 2,
+        image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
+        image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+    ) -> None:
+        if not 0 < min_pixels <= min(max_pixels, max_frame_pixels):
+            raise ValueError(
+                f"Processor: min_pixels is {min_pixels}, expected above 0 and at most max_pixels "
+                f"{max_pixels} and max_frame_pixels {max_frame_pixels}"
+            )
+        self.tokenizer = tokenizer
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.max_frame_pixels = max_frame_pixels
+        self.patch_size, self.merge_size = patch_size, merge_size
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self.vision_start, self.vision_end, self.image_pad, self.video_pad = (
+            self._special(name) for name in ("vision_start", "vision_end", "image_pad", "video_pad")
+        )
+        # (pixel / 255 - mean) / std for every byte value: exact, and one look-up per pixel
+        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+        self._levels = ((levels - mean) / std).T.copy()  # [3, 256]
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, num_btoks: int = 4) -> Processor:
+        """Load the tokenizer, give it K bottleneck tokens, and read `preprocessor_config.json`."""
+        from transformers import AutoTokenizer
+        from transformers.utils.hub import cached_file
+
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        add_to_tokenizer(tokenizer, num_btoks)
+        found = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+        saved = json.loads(Path(found).read_text()) if found else {}
+        names = ("min_pixels", "max_pixels", "patch_size", "merge_size", "image_mean", "image_std")
+        return cls(tokenizer, **{name: saved[name] for name in names if saved.get(name)})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer and a `preprocessor_config.json` the stock processors read."""
+        self.tokenizer.save_pretrained(folder)
+        config = {
+            "processor_class": "Qwen2VLProcessor",
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            "patch_size": self.patch_size,
+            "temporal_patch_size": TEMPORAL_PATCH,
+            "merge_size": self.merge_size,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+        }
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+    def __call__(self, side: Side) -> dict[str, Tensor]:
+        """Token ids and patches of one side.
+
+        Returns:
+            `input_ids` int64 [L]; where there are images `pixel_values` fp32 [patches, 3 * 2 *
+            patch_size ** 2] and `image_grid_thw` int64 [images, 3]; for a video
+            `pixel_values_videos` and `video_grid_thw`.
+
+        Raises:
+            TypeError, ValueError: an image that is no picture.
+        """
+        ids: list[int] = []
+        out: dict[str, Tensor] = {}
+        videos = [side.video] if len(side.video) else []
+        for pad, clips, limit, pixels, grid in (
+            (self.image_pad, [[image] for image in side.images], self.max_pixels, *_IMAGE_KEYS),
+            (self.video_pad, videos, self.max_frame_pixels, *_VIDEO_KEYS),
+        ):
+            if not clips:
+                continue
+            patches = [self._patchify(clip, limit) for clip in clips]
+            for _, thw in patches:
+                merged = math.prod(thw) // self.merge_size**2
+                ids += [self.vision_start, *[pad] * merged, self.vision_end]
+            out[pixels] = torch.from_numpy(np.concatenate([flat for flat, _ in patches]))
+            out[grid] = torch.tensor([thw for _, thw in patches])
+        if side.text:
+            ids += self.encode("\n" + side.text if ids else side.text)
+        return {"input_ids": torch.tensor(ids), **out}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, special tokens in it recognised."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """Opens a generated target: `<|im_start|>assistant` and a line break."""
+        return self.encode("<|im_start|>assistant\n")
+
+    @property
+    def suffix_ids(self) -> list[int]:
+        """Closes a generated target: `<|im_end|>`."""
+        return self.encode("<|im_end|>")
+
+    def _special(self, name: str) -> int:
+        token = self.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        if token is None or token == self.tokenizer.unk_token_id:
+            raise ValueError(f"Processor: the tokenizer has no <|{name}|>, expected Qwen2-VL's")
+        return token
+
+    def _patchify(self, frames: Sequence[Any], limit: int) -> tuple[np.ndarray, list[int]]:
+        """[patches, 3 * 2 * p * p] and (t, h, w); an odd last frame is shown twice."""
+        first = rgb_array(frames[0])
+        unit = self.patch_size * self.merge_size
+        height, width = smart_size(*first.shape[:2], unit, self.min_pixels, limit)
+        clip = np.stack([_resized(rgb_array(frame), height, width) for frame in frames])
+        if len(clip) % TEMPORAL_PATCH:
+            clip = np.concatenate([clip, clip[-1:]])
+        m, p = self.merge_size, self.patch_size
+        t, h, w = len(clip) // TEMPORAL_PATCH, height // p, width // p
+        values = np.stack([self._levels[c][clip[..., c]] for c in range(3)], axis=1)  # [F, 3, H, W]
+        blocks = values.reshape(t, TEMPORAL_PATCH, 3, h // m, m, p, w // m, m, p)
+        # merged tokens in row order, the patches of each together, then channel, time, row, column
+        flat = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
+        return np.ascontiguousarray(flat), [t, h, w]
+
+
+_IMAGE_KEYS = ("pixel_values", "image_grid_thw")
+_VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw")
+
+
+def rgb_array(image: Any) -> np.ndarray:
+    """A PIL image, a path or a uint8 array [height, width, 3] as such an array.
+
+    Raises:
+        TypeError: an array of another shape or dtype.
+        ValueError: a file that is no readable image; names it.
+    """
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise TypeError(
+                f"image is an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]"
+            )
+        return image
+    from PIL import Image
+
+    if isinstance(image, str | Path):
+        try:
+            with Image.open(image) as opened:
+                return np.asarray(opened.convert("RGB"))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"image {image} cannot be read: {error}") from error
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    raise TypeError(f"image is a {type(image).__name__}, expected a PIL image, an array or a path")
+
+
+def smart_size(
+    height: int, width: int, unit: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Qwen2-VL's size rule: multiples of `unit`, within the pixel bounds, near the aspect ratio.
+
+    Raises:
+        ValueError: an aspect ratio above 200.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"image is {height} x {width} pixels, expected an aspect ratio up to 200")
+    new_height, new_width = round(height / unit) * unit, round(width / unit) * unit
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(unit, math.floor(height / shrink / unit) * unit)
+        new_width = max(unit, math.floor(width / shrink / unit) * unit)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / unit) * unit
+        new_width = math.ceil(width * grow / unit) * unit
+    return new_height, new_width
+
+
+def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    if image.shape[:2] == (height, width):
+        return image
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

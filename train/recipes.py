@@ -1,0 +1,207 @@
+"""Recipes: every setting of a run in one frozen dataclass, and the pocket model they start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from btok.data import pocket
+from btok.model import BTokModel
+from btok.objective import Objective
+from btok.processing import Processor
+from btok.tokens import add_to_embeddings, add_to_tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of one run; a flag each."""
+
+    output: Path = Path("runs/pocket")
+    """Run folder; a run that stopped goes on when the same command is given again."""
+    model: str = "pocket"
+    """"pocket" for a small Qwen2-VL made here, or a folder or hub id of a Qwen2-VL checkpoint."""
+    num_btoks: int = 4
+    """K bottleneck tokens; 0 is the baseline without them."""
+    pooling: Literal["btok", "last", "mean"] = "btok"
+    """Rows whose mean is the embedding; "last" or "mean" where K is 0."""
+    condense: bool = True
+    """Targets see the source through the bottleneck tokens only."""
+    ntp_weight: float = 0.5
+    """Weight of the generative loss; 0 trains without it."""
+    ntp_steps: int | None = None
+    """Training steps after which that weight is 0; None for never."""
+    ntp_side: Literal["positive", "query", "both", "none"] | None = None
+    """Side to generate, in place of each data set's own."""
+    target_positions: Literal["reference", "continue"] = "reference"
+    """Where a target's positions start: at len([x ; B]), or after its highest position."""
+    temperature: float = 0.02
+    """Of InfoNCE."""
+    negatives: Literal["batch", "group"] = "group"
+    """A query's negatives: the whole global batch, or its own group."""
+    group_size: int = 16
+    """Pairs of one task that are drawn together."""
+    groups_per_batch: int = 4
+    """Groups in a global batch; a multiple of the processes."""
+    caption_steps: int = 900
+    """Steps of plain captioning that teach the small model to see, before bottleneck tokens."""
+    reading_steps: int = 100
+    """The first of those, on single digits alone."""
+    steps: int = 700
+    """Training steps with bottleneck tokens."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW; linear warm-up, then linear decay to a twentieth, in each phase."""
+    warmup_steps: int = 40
+    """Steps to the peak."""
+    weight_decay: float = 0.01
+    """Of AdamW, on every parameter."""
+    clip_norm: float = 1.0
+    """Bound on the gradient's norm."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the newest two are kept."""
+    eval_queries: int = 400
+    """Test queries per task, before and after training; 0 for no evaluation."""
+    seed: int = 0
+    """Of the first weights and the order of the data."""
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("num_btoks", 0),
+            ("ntp_weight", 0),
+            ("group_size", 2),
+            ("groups_per_batch", 1),
+            ("caption_steps", 0),
+            ("reading_steps", 0),
+            ("steps", 0),
+            ("warmup_steps", 0),
+            ("weight_decay", 0),
+            ("checkpoint_every", 1),
+        ):
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+        for name in ("temperature", "learning_rate", "clip_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and finite")
+        if (self.num_btoks == 0) == (self.pooling == "btok"):
+            raise ValueError(
+                f"num_btoks is {self.num_btoks} and pooling '{self.pooling}'; K = 0 needs pooling "
+                "'last' or 'mean', and K > 0 'btok'"
+            )
+        if 0 < self.eval_queries < 40:
+            raise ValueError(f"eval_queries is {self.eval_queries}, expected 0 or at least 40")
+
+    @property
+    def objective(self) -> Objective:
+        """The loss these settings describe."""
+        return Objective(self.temperature, self.ntp_weight, self.ntp_steps, self.negatives)
+
+    @property
+    def total_steps(self) -> int:
+        """Of both phases."""
+        return self.caption_steps + self.steps
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of a step, each phase with its own warm-up and decay."""
+        first, length = (
+            (0, self.caption_steps) if step < self.caption_steps else (self.caption_steps, self.steps)
+        )
+        done = step - first + 1
+        warm = done / max(self.warmup_steps, 1)
+        left = (length - done + 1) / max(length - self.warmup_steps, 1)
+        return self.learning_rate * min(1.0, warm, 0.05 + 0.95 * left)
+
+
+RECIPES = {"pocket": Recipe()}
+
+
+def build(recipe: Recipe) -> tuple[BTokModel, Processor]:
+    """The model and the processor a run starts from."""
+    if recipe.model != "pocket":
+        model = BTokModel.from_pretrained(
+            recipe.model,
+            num_btoks=recipe.num_btoks,
+            pooling=recipe.pooling,
+            target_positions=recipe.target_positions,
+            dtype=torch.float32,
+        )
+        return model, Processor.from_pretrained(recipe.model, recipe.num_btoks)
+    tokenizer = pocket_tokenizer()
+    btoks = add_to_tokenizer(tokenizer, recipe.num_btoks)
+    backbone = pocket_backbone(tokenizer, recipe.seed)
+    add_to_embeddings(backbone, btoks, seed=recipe.seed)
+    model = BTokModel.from_backbone(
+        backbone,
+        btok_token_ids=btoks,
+        pooling=recipe.pooling,
+        target_positions=recipe.target_positions,
+    )
+    return model, Processor(tokenizer)
+
+
+def pocket_tokenizer(vocabulary: int = 512) -> Any:
+    """A byte-pair tokenizer trained on the pocket benchmark's training texts, deterministic."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [
+        f"<|{name}|>"
+        for name in (
+            *("endoftext", "im_start", "im_end"),
+            *("vision_start", "vision_end", "image_pad", "video_pad"),
+        )
+    ]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, show_progress=False, max_token_length=12
+    )
+    tokenizer.train_from_iterator(pocket.texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0]
+    )
+
+
+def pocket_backbone(tokenizer: Any, seed: int) -> Any:
+    """A Qwen2-VL of a million parameters with random weights."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    hidden, heads = 128, 4
+    end, *vision = tokenizer.convert_tokens_to_ids(
+        ["<|endoftext|>"]
+        + [f"<|{name}|>" for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    )
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 4,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [4, 6, 6],
+            },
+            "initializer_range": 0.1,
+            "bos_token_id": end,
+            "eos_token_id": end,
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": hidden,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "initializer_range": 0.1,
+        },
+        tie_word_embeddings=True,
+        **dict(zip(names, vision, strict=True)),
+    )
+    torch.manual_seed(seed)
+    return Qwen2VLForConditionalGeneration(config)
