@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,76 +102,69 @@ def pack(
         )
     if not len(prefix_ids) and any(target is not None for _, target in samples):
         raise ValueError("pack: prefix_ids is empty, expected the tokens that open a target")
-    btoks, prefix, suffix = (
-        torch.tensor(list(ids), dtype=torch.int64)
-        for ids in (btok_token_ids, prefix_ids, suffix_ids)
-    )
-    num_btoks = len(btoks)
-
-    pieces: list[Tensor] = []
-    positions: list[Tensor] = []
+    num_btoks = len(btok_token_ids)
+    vision_tokens = [backbone_config.image_token_id, backbone_config.video_token_id]
+    pieces: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
     source_lens, target_lens = [], []
-    label_rows, labels, label_samples = [], [], []
+    label_rows, label_samples = [], []
     row = 0
     for index, (source, target) in enumerate(samples):
-        ids = torch.cat([_ids(source), btoks])
+        ids = np.concatenate([_ids(source), np.asarray(btok_token_ids, np.int64)])
         if not len(ids):
             raise ValueError(f"pack: sample {index} has no tokens")
-        source_positions = _positions(ids, source, backbone_config)
         pieces.append(ids)
-        positions.append(source_positions)
+        positions.append(_positions(ids, source, backbone_config))
         source_lens.append(len(ids) - num_btoks)
         row += len(ids)
         if target is None:
             target_lens.append(0)
             continue
-        target_ids = torch.cat([prefix, _ids(target), suffix])
         reference = target_positions == "reference"
-        shift = len(ids) if reference else int(source_positions.max()) + 1
-        pieces.append(target_ids)
-        positions.append(_positions(target_ids, target, backbone_config) + shift)
-        target_lens.append(len(target_ids))
-        counted = torch.arange(len(target_ids)) >= len(prefix)
-        for token in (backbone_config.image_token_id, backbone_config.video_token_id):
-            counted &= target_ids != token
-        label_at = counted.nonzero().flatten()
-        label_rows.append(row + label_at - 1)
-        labels.append(target_ids[label_at])
-        label_samples.append(torch.full_like(label_at, index))
-        row += len(target_ids)
+        shift = len(ids) if reference else int(positions[-1].max()) + 1
+        ids = np.concatenate([prefix_ids, _ids(target), suffix_ids]).astype(np.int64)
+        pieces.append(ids)
+        positions.append(_positions(ids, target, backbone_config) + shift)
+        target_lens.append(len(ids))
+        counted = ~np.isin(ids, vision_tokens)
+        counted[: len(prefix_ids)] = False
+        label_rows.append(row - 1 + counted.nonzero()[0])
+        label_samples.append(np.full(len(label_rows[-1]), index))
+        row += len(ids)
 
     layout = CondensedLayout.from_lengths(source_lens, target_lens, num_btoks, condense)
     border = layout.bounds[:, 2].long()
-    none = torch.empty(0, dtype=torch.int64)
+    input_ids = torch.from_numpy(np.concatenate(pieces))
+    none = np.empty(0, np.int64)
+    rows = torch.from_numpy(np.concatenate([none, *label_rows]))
     return PackedBatch(
-        input_ids=torch.cat(pieces),
-        position_ids=torch.cat(positions, dim=1),
+        input_ids=input_ids,
+        position_ids=torch.from_numpy(np.concatenate(positions, axis=1)),
         layout=layout,
         btok_rows=border[:, None] + torch.arange(-num_btoks, 0),
-        label_rows=torch.cat([none, *label_rows]),
-        labels=torch.cat([none, *labels]),
-        label_samples=torch.cat([none, *label_samples]),
+        label_rows=rows,
+        labels=input_ids[rows + 1],
+        label_samples=torch.from_numpy(np.concatenate([none, *label_samples])),
         num_targets=sum(len(rows) > 0 for rows in label_rows),
-        **_vision(samples, backbone_config),
+        **_vision(samples),
     )
 
 
-def _ids(side: Mapping[str, Any]) -> Tensor:
-    return torch.as_tensor(side["input_ids"], dtype=torch.int64).reshape(-1)
+def _ids(side: Mapping[str, Any]) -> np.ndarray:
+    return np.asarray(side["input_ids"], dtype=np.int64).reshape(-1)
 
 
-def _positions(ids: Tensor, side: Mapping[str, Any], config: Any) -> Tensor:
-    grids = (_tensor(side.get(grid)) for _, grid in _VISION)
+def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
     return qwen2_vl_positions(
         ids,
-        *grids,
+        *(side.get(grid) for _, grid in _VISION),
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
         spatial_merge_size=config.vision_config.spatial_merge_size,
     )
 
 
-def _vision(samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
+def _vision(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Pixels and grids of all sides in row order, checked against each other."""
     sides = [side for sample in samples for side in sample if side is not None]
     out: dict[str, Tensor] = {}
@@ -181,8 +175,8 @@ def _vision(samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
         for side in having:
             if side.get(pixels_key) is None:
                 raise ValueError(f"pack: a sample has {grid_key} but no {pixels_key}")
-        pixels = torch.cat([_tensor(side[pixels_key]) for side in having])
-        grid = torch.cat([_tensor(side[grid_key]) for side in having])
+        pixels = torch.cat([torch.as_tensor(side[pixels_key]) for side in having])
+        grid = torch.cat([torch.as_tensor(side[grid_key]) for side in having])
         if len(pixels) != int(grid.prod(dim=1).sum()):
             raise ValueError(
                 f"pack: {pixels_key} has {len(pixels)} patches, "
@@ -190,7 +184,3 @@ def _vision(samples: Sequence[Sample], config: Any) -> dict[str, Tensor]:
             )
         out |= {pixels_key: pixels, grid_key: grid}
     return out
-
-
-def _tensor(value: Any) -> Any:
-    return value if value is None else torch.as_tensor(value)

@@ -7,20 +7,20 @@ The checkpoints were trained with the original rule: text continues at the highe
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import torch
-from torch import Tensor
 
 
 def qwen2_vl_positions(
-    input_ids: Tensor,
-    image_grid_thw: Tensor | None = None,
-    video_grid_thw: Tensor | None = None,
+    input_ids: Any,
+    image_grid_thw: Any = None,
+    video_grid_thw: Any = None,
     *,
     image_token_id: int,
     video_token_id: int,
     spatial_merge_size: int = 2,
-) -> Tensor:
+) -> np.ndarray:
     """M-RoPE positions of one sequence, as Qwen2-VL was trained (its report, section 2.1).
 
     Text takes p, p + 1, ... on all three axes. An image or a video that starts at p has
@@ -28,8 +28,8 @@ def qwen2_vl_positions(
     at the highest position so far + 1.
 
     Args:
-        input_ids: int64 [L], with one placeholder id per merged vision token.
-        image_grid_thw, video_grid_thw: int64 [n, 3], time, height and width in patches, in order
+        input_ids: integers [L] (tensor, array or list), with one placeholder id per merged vision token.
+        image_grid_thw, video_grid_thw: integers [n, 3], time, height and width in patches, in order
             of appearance; None for none.
         image_token_id, video_token_id: the placeholder ids.
         spatial_merge_size: patches per merged token along height and along width.
@@ -40,10 +40,10 @@ def qwen2_vl_positions(
     Raises:
         ValueError: placeholders that do not match the grids.
     """
-    ids = input_ids.tolist()
+    ids = np.asarray(input_ids).tolist()
     grids = {image_token_id: image_grid_thw, video_token_id: video_grid_thw}
-    waiting = {token: [] if grid is None else grid.tolist() for token, grid in grids.items()}
-    pieces: list[np.ndarray] = []
+    waiting = {t: [] if grid is None else np.asarray(grid).tolist() for t, grid in grids.items()}
+    pieces = [np.empty((3, 0), np.int64)]
     row = position = 0
     while row < len(ids):
         if ids[row] in waiting:
@@ -73,6 +73,4 @@ def qwen2_vl_positions(
     left = {token: grids for token, grids in waiting.items() if grids}
     if left:
         raise ValueError(f"qwen2_vl_positions: no vision tokens for the grids {left}")
-    if not pieces:
-        return torch.empty(3, 0, dtype=torch.int64)
-    return torch.from_numpy(np.concatenate(pieces, axis=1))
+    return np.concatenate(pieces, axis=1)

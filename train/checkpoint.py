@@ -54,7 +54,9 @@ def save(
     save_file(moments, draft / "optimizer.safetensors")
     save_file({"torch": torch.get_rng_state()}, draft / "rng.safetensors")
     (draft / "trainer.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    digests = {str(p.relative_to(draft)): _sha256(p) for p in sorted(draft.rglob("*")) if p.is_file()}
+    digests = {
+        str(p.relative_to(draft)): _sha256(p) for p in sorted(draft.rglob("*")) if p.is_file()
+    }
     with open(draft / MANIFEST, "w") as manifest:
         json.dump(digests, manifest, indent=2)
         manifest.flush()
@@ -79,9 +81,7 @@ def newest_valid(run: Path) -> Path | None:
     return None
 
 
-def load(
-    folder: Path, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def load(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore the optimizer and the random state; returns what `save` got as state, and `step`."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():

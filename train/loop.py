@@ -20,7 +20,7 @@ from btok.data.records import Pair, Side
 from btok.encoder import BTokEncoder
 from btok.model import BTokModel
 from btok.objective import Losses, pair_samples, positive_ids
-from btok.packing import PackedBatch, pack
+from btok.packing import pack
 from btok.processing import Processor
 from train import checkpoint
 from train.recipes import Recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,7 +106,9 @@ class Recipe:
     def learning_rate_at(self, step: int) -> float:
         """The rate of a step, each phase with its own warm-up and decay."""
         first, length = (
-            (0, self.caption_steps) if step < self.caption_steps else (self.caption_steps, self.steps)
+            (0, self.caption_steps)
+            if step < self.caption_steps
+            else (self.caption_steps, self.steps)
         )
         done = step - first + 1
         warm = done / max(self.warmup_steps, 1)
@@ -158,7 +161,8 @@ def pocket_tokenizer(vocabulary: int = 512) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, show_progress=False, max_token_length=12
     )
-    tokenizer.train_from_iterator(pocket.texts(), trainer)
+    turn = ["assistant\n"] * 1000  # opens every target: worth one token
+    tokenizer.train_from_iterator(chain(pocket.texts(), turn), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0]
     )
