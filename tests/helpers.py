@@ -84,7 +84,7 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def worst_gradient(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest |g - g'| / max(|g'|, 1e-3 |all g'|) over tensors, and the tensor it belongs to."""
+    """The largest |g - g'| / max(|g'|, 1e-3 |all g'|) over tensors, and the tensor's name."""
     assert got.keys() == expected.keys()
     everything = torch.cat([g.double().flatten() for g in expected.values()]).norm()
     assert everything > 0
@@ -98,3 +98,21 @@ def worst_gradient(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         for n, g in expected.items()
     ]
     return max(errors)
+
+
+def tiny_tokenizer() -> Any:
+    """One token per byte, plus Qwen2-VL's special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = (
+        *("endoftext", "im_start", "im_end"),
+        *("vision_start", "vision_end", "image_pad", "video_pad"),
+    )
+    special = [f"<|{name}|>" for name in names]
+    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0])

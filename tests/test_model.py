@@ -186,7 +186,7 @@ def test_an_embedding_does_not_depend_on_its_batch():
 def test_the_source_reaches_the_target_only_through_the_bottleneck_tokens():
     model = BTokModel.from_backbone(tiny_backbone(), btok_token_ids=BTOKS[:4])
     batch, _ = packed(model, SAMPLES[:1])
-    start, first, border, end = batch.layout.bounds[0].tolist()
+    start, first, border, _ = batch.layout.bounds[0].tolist()
     seen = {}
 
     def cut_bottleneck(module, arguments, output):

@@ -150,7 +150,7 @@ def train(
                     recipe.output, done, model, processor, optimizer, {"world": _world()}
                 )
             _barrier()
-        if stopping and done < recipe.total_steps:
+        if stopping:
             bar.close()
             return False
     bar.close()

@@ -1,0 +1,39 @@
+# Each target sets up what it needs in .venv; needs git, make and Python >= 3.11 with venv.
+PYTHON ?= python3
+OUTPUT ?= runs/demo
+PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')
+BIN := .venv/bin
+
+.PHONY: setup demo test test-full lint bench
+
+setup: .venv/ready
+
+# torch first and alone: the build pip has at hand decides what triton it needs
+.venv/ready: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv .venv
+	@echo "installing torch (the CPU build is 200 MB, PyPI's with CUDA several GB) ..."
+	$(BIN)/pip install --quiet torch==2.13.0
+	@echo "installing the rest (150 MB) ..."
+	$(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))" \
+		|| $(BIN)/pip install --quiet triton==3.6.0
+	$(BIN)/pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+	@touch $@
+
+# one single-threaded process per core is faster than one process with two threads
+demo: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) \
+		train/main.py pocket --output $(OUTPUT)
+
+test: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) -m "not full"
+
+test-full: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only

@@ -1,0 +1,143 @@
+"""condensed_attention: the reference against plain loops, the sdpa path against the reference."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+import torch
+from test_layout import allowed_by_loops, random_layout
+
+from btok.kernels import CondensedLayout, condensed_attention
+from btok_kernels import launch
+
+
+def inputs(layout, heads, dim, seed, dtype=torch.float32, grad=False):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(layout.num_rows, h, dim, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_(grad)
+        for h in (heads[0], heads[1], heads[1])
+    )
+
+
+def test_the_reference_is_softmax_over_what_each_row_sees():
+    rng = random.Random(0)
+    for case in range(12):
+        layout = random_layout(rng)
+        q, k, v = inputs(layout, (4, 2), 8, case, torch.float64)
+        out = condensed_attention(q, k, v, layout, scale=0.7, impl="reference")
+        allowed = allowed_by_loops(layout)
+        for i in range(layout.num_rows):
+            keys = allowed[i].nonzero().flatten().tolist()
+            for head in range(4):
+                if not keys:
+                    assert (out[i] == 0).all()
+                    continue
+                scores = torch.stack([0.7 * (q[i, head] @ k[j, head // 2]) for j in keys])
+                expected = scores.softmax(0) @ torch.stack([v[j, head // 2] for j in keys])
+                assert torch.allclose(out[i, head], expected, atol=1e-12), (i, head)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (4, 1)])
+def test_sdpa_equals_the_reference_forward_and_backward(heads):
+    rng = random.Random(heads[0])
+    for case in range(15):
+        layout = random_layout(rng)
+        dim = rng.choice([16, 32, 80])
+        q, k, v = inputs(layout, heads, dim, case, grad=True)
+        g = torch.randn(q.shape, generator=torch.Generator().manual_seed(case))
+        expected = condensed_attention(q, k, v, layout, impl="reference")
+        wanted = torch.autograd.grad(expected, (q, k, v), g)
+        out = condensed_attention(q, k, v, layout, impl="sdpa")
+        got = torch.autograd.grad(out, (q, k, v), g)
+        for name, a, b in zip(
+            ("out", "dq", "dk", "dv"), (out, *got), (expected, *wanted), strict=True
+        ):
+            error = (a - b).abs().max()
+            assert error < 1e-5, f"{name}: {error:.1e} for {layout.bounds.tolist()}"
+
+
+def test_gradcheck_of_both_paths_in_double():
+    layout = CondensedLayout.from_lengths([3, 0, 2], [2, 1, 0], 1, num_rows=13)
+    for impl in ("reference", "sdpa"):
+        tensors = inputs(layout, (2, 1), 4, 0, torch.float64, grad=True)
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, impl=impl: condensed_attention(q, k, v, layout, impl=impl), tensors
+        )
+
+
+def test_low_precision_is_as_good_as_its_inputs():
+    layout = CondensedLayout.from_lengths([20, 7], [9, 30], 4)
+    q, k, v = inputs(layout, (4, 2), 32, 0)
+    exact = condensed_attention(q, k, v, layout, impl="reference")
+    for dtype, bound in ((torch.bfloat16, 3e-2), (torch.float16, 4e-3)):
+        low = [t.to(dtype) for t in (q, k, v)]
+        for impl in ("reference", "sdpa"):
+            out = condensed_attention(*low, layout, impl=impl)
+            assert out.dtype == dtype
+            assert (out.float() - exact).abs().max() < bound
+
+
+def test_strides_of_a_model_are_taken():
+    layout = CondensedLayout.from_lengths([9], [4], 2)
+    q, k, v = (torch.randn(1, h, 15, 16).transpose(1, 2)[0] for h in (4, 2, 2))
+    assert not q.is_contiguous()
+    out = condensed_attention(q, k, v, layout)
+    expected = condensed_attention(q.contiguous(), k, v, layout, impl="reference")
+    assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_nan_in_a_key_reaches_only_the_rows_that_see_it():
+    layout = CondensedLayout.from_lengths([6, 5], [4, 3], 2)
+    q, k, v = inputs(layout, (2, 2), 16, 0)
+    k[2] = torch.nan  # a source key of the first sequence
+    for impl in ("reference", "sdpa"):
+        touched = condensed_attention(q, k, v, layout, impl=impl).isnan().flatten(1).any(1)
+        assert touched.nonzero().flatten().tolist() == list(range(2, 8))
+
+
+def test_an_empty_batch_gives_an_empty_result():
+    layout = CondensedLayout.from_lengths([], [], 4)
+    q = torch.empty(0, 2, 16)
+    assert condensed_attention(q, q, q, layout).shape == (0, 2, 16)
+
+
+LAYOUT = CondensedLayout.from_lengths([3], [1], 1)
+Q = torch.zeros(5, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "error", "message"),
+    [
+        (Q[0], Q, Q, ValueError, "q has shape"),
+        (Q, Q[:, :3], Q[:, :3], ValueError, "k has 3 heads, which does not divide q's 4"),
+        (Q, Q[:4], Q[:4], ValueError, "k has shape"),
+        (Q, Q, Q[:, :2], ValueError, "v has shape"),
+        (Q[:4], Q[:4], Q[:4], ValueError, "layout has 5 rows, q has 4"),
+        (Q, Q.double(), Q, TypeError, "k is torch.float64, q is torch.float32"),
+        (Q.long(), Q.long(), Q.long(), TypeError, "q is torch.int64"),
+        (Q, Q.to("meta"), Q, TypeError, "k is on meta, q on cpu"),
+        (Q, torch.zeros(5, 4, 16)[..., ::2], Q, ValueError, "k has stride 2"),
+    ],
+)
+def test_bad_input_is_refused(q, k, v, error, message):
+    with pytest.raises(error, match=message):
+        condensed_attention(q, k, v, LAYOUT)
+
+
+def test_implementations_that_cannot_run_are_refused():
+    with pytest.raises(RuntimeError, match="'triton' is not in this version yet"):
+        condensed_attention(Q, Q, Q, LAYOUT, impl="triton")
+    with pytest.raises(ValueError, match="impl is 'flash', expected one of"):
+        condensed_attention(Q, Q, Q, LAYOUT, impl="flash")
+
+
+def test_auto_says_once_what_it_took(caplog):
+    launch._announced.clear()
+    with caplog.at_level(logging.INFO, logger="btok_kernels"):
+        condensed_attention(Q, Q, Q, LAYOUT)
+        condensed_attention(Q, Q, Q, LAYOUT)
+    assert [r.message for r in caplog.records] == ["condensed_attention: impl 'auto' takes 'sdpa'"]

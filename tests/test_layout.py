@@ -1,0 +1,101 @@
+"""CondensedLayout: bounds from lengths, what it refuses, and the segments it cuts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from btok.kernels import CondensedLayout
+
+
+def random_layout(rng: random.Random) -> CondensedLayout:
+    """Up to six sequences, empty sources and targets among them, K from 0 to 5, maybe a tail."""
+    count = rng.randrange(1, 7)
+    source = [rng.choice([0, 1, rng.randrange(2, 40)]) for _ in range(count)]
+    target = [rng.choice([0, 1, rng.randrange(2, 25)]) for _ in range(count)]
+    btoks = rng.randrange(0, 6)
+    layout = CondensedLayout.from_lengths(source, target, btoks, condense=rng.random() < 0.7)
+    tail = rng.choice([0, 0, 3])
+    return CondensedLayout(layout.bounds, layout.num_rows + tail)
+
+
+def allowed_by_loops(layout: CondensedLayout) -> torch.Tensor:
+    """The mask's truth, [T, T], from the four integers by plain loops."""
+    allowed = torch.zeros(layout.num_rows, layout.num_rows, dtype=torch.bool)
+    for start, first, border, end in layout.bounds.tolist():
+        for i in range(start, end):
+            for j in range(layout.num_rows):
+                lowest = start if i < border else first
+                allowed[i, j] = lowest <= j <= i
+    return allowed
+
+
+def test_bounds_of_known_sequences():
+    layout = CondensedLayout.from_lengths([3, 0, 2], [2, 1, 0], 4)
+    assert layout.bounds.tolist() == [[0, 3, 7, 9], [9, 9, 13, 14], [14, 16, 20, 20]]
+    assert layout.num_rows == 20 and len(layout) == 3
+    full = CondensedLayout.from_lengths([3], [2], 4, condense=False)
+    assert full.bounds.tolist() == [[0, 0, 7, 9]]
+    none = CondensedLayout.from_lengths([3, 0], [2, 2], 0)
+    assert none.bounds.tolist() == [[0, 2, 3, 5], [5, 5, 5, 7]]
+
+
+def test_every_pair_is_in_exactly_the_segments_the_mask_allows():
+    rng = random.Random(0)
+    for _ in range(60):
+        layout = random_layout(rng)
+        covered = torch.zeros(layout.num_rows, layout.num_rows, dtype=torch.int64)
+        for rows, keep in layout.segment_groups:
+            for segment, kept in zip(rows.tolist(), keep.tolist(), strict=True):
+                for at, row in enumerate(segment):
+                    if kept[at]:
+                        covered[row, segment[: at + 1]] += 1
+        assert torch.equal(covered, allowed_by_loops(layout).long()), layout.bounds.tolist()
+
+
+def test_row_first_agrees_with_the_loops():
+    rng = random.Random(1)
+    for _ in range(60):
+        layout = random_layout(rng)
+        allowed = allowed_by_loops(layout)
+        for row, first in enumerate(layout.row_first.tolist()):
+            expected = int(allowed[row].nonzero()[0]) if allowed[row].any() else layout.num_rows
+            assert first == expected, (row, layout.bounds.tolist())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1, -2], [0, 0], 1), "source_lens has -2"),
+        (([1], [-1], 1), "target_lens has -1"),
+        (([1, 2], [0], 1), r"target_lens has shape \[1\], source_lens \[2\]"),
+        (([1], [0], -1), "num_btoks is -1"),
+        (([3], [2], 1, True, 5), "num_rows is 5, the sequences take 6"),
+    ],
+)
+def test_bad_lengths_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CondensedLayout.from_lengths(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "rows", "message"),
+    [
+        ([[0, 2, 1, 3]], 3, "sequence 0 are .*start <= first <= border <= end"),
+        ([[0, 0, 2, 3], [2, 2, 3, 4]], 4, r"sequence 1 takes rows \[2, 4\)"),
+        ([[0, 0, 2, 3]], 2, r"sequence 0 takes rows \[0, 3\)"),
+        ([[-1, 0, 2, 3]], 3, r"sequence 0 takes rows \[-1, 3\)"),
+    ],
+)
+def test_bad_bounds_are_refused(bounds, rows, message):
+    with pytest.raises(ValueError, match=message):
+        CondensedLayout(torch.tensor(bounds, dtype=torch.int32), rows)
+
+
+def test_bounds_of_another_type_are_refused():
+    with pytest.raises(TypeError, match="expected int32"):
+        CondensedLayout(torch.zeros(1, 4), 1)
+    with pytest.raises(TypeError, match=r"\[1, 3\]"):
+        CondensedLayout(torch.zeros(1, 3, dtype=torch.int32), 1)

@@ -1,0 +1,94 @@
+"""Objective and the samples pairs become."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from btok.data.records import Pair, Side
+from btok.model import BTokOutput
+from btok.objective import Objective, pair_samples, positive_ids
+
+
+def process(side):
+    return {"input_ids": [ord(c) for c in side.text]}
+
+
+def words(sample):
+    return tuple(None if s is None else "".join(map(chr, s["input_ids"])) for s in sample)
+
+
+def pair(**options):
+    return Pair(query=Side("q"), positive=Side("p"), **options)
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"),
+    [
+        ("positive", [("q", "p"), ("p", None)]),
+        ("query", [("q", None), ("p", "q")]),
+        ("both", [("q", "p"), ("p", "q")]),
+        ("none", [("q", None), ("p", None)]),
+    ],
+)
+def test_which_side_is_generated(side, expected):
+    assert [words(s) for s in pair_samples([pair(ntp_side=side)], process)] == expected
+    assert [words(s) for s in pair_samples([pair()], process, ntp_side=side)] == expected
+
+
+def test_queries_come_first_and_a_target_replaces_the_other_side():
+    pairs = [pair(target="story"), Pair(Side("a"), Side("b"), ntp_side="query", target="tale")]
+    samples = [words(s) for s in pair_samples(pairs, process)]
+    assert samples == [("q", "story"), ("a", None), ("p", None), ("b", "tale")]
+    samples = [words(s) for s in pair_samples(pairs, process, generate=False)]
+    assert samples == [("q", None), ("a", None), ("p", None), ("b", None)]
+    with pytest.raises(ValueError, match="ntp_side is 'all'"):
+        pair_samples(pairs, process, ntp_side="all")
+
+
+def test_ids_are_equal_for_interchangeable_positives_only():
+    pairs = [
+        pair(dataset="a", positive_id="7"),
+        pair(dataset="b", positive_id="7"),
+        pair(dataset="a", positive_id="7"),
+        pair(dataset="a"),
+        pair(dataset="a"),
+    ]
+    ids = positive_ids(pairs).tolist()
+    assert ids[0] == ids[2] and len(set(ids)) == 4
+    other = positive_ids(pairs, rank=1).tolist()
+    assert other[:3] == ids[:3] and not set(other[3:]) & set(ids)
+
+
+def test_the_loss_is_infonce_plus_weighted_generation():
+    generator = torch.Generator().manual_seed(0)
+    z = F.normalize(torch.randn(8, 16, generator=generator, dtype=torch.float64), dim=1)
+    ids = torch.tensor([1, 2, 2, 3])
+    output = BTokOutput(z, torch.tensor(2.0, dtype=torch.float64))
+
+    def info_nce(rows):
+        losses = []
+        for i in rows:
+            logits = {j: float(z[i] @ z[4 + j]) / 0.05 for j in rows if i == j or ids[i] != ids[j]}
+            total = torch.tensor(list(logits.values())).logsumexp(0)
+            losses.append(float(total) - logits[i])
+        return sum(losses) / len(losses)
+
+    batch = Objective(temperature=0.05, ntp_weight=5.0, ntp_steps=3)
+    losses = batch(output, ids, step=2, ntp_scale=0.5)
+    assert float(losses.contrastive) == pytest.approx(info_nce(range(4)), abs=1e-6)
+    assert float(losses.ntp) == 1.0
+    assert float(losses.total) == pytest.approx(float(losses.contrastive) + 5.0)
+    assert float(batch(output, ids, step=3).total) == float(losses.contrastive)
+
+    group = Objective(temperature=0.05, ntp_weight=0.0, negatives="group")
+    losses = group(output, ids, step=0, num_groups=2)
+    expected = (info_nce([0, 1]) + info_nce([2, 3])) / 2
+    assert float(losses.total) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_batch_without_targets_trains_on_contrast_alone():
+    z = F.normalize(torch.randn(4, 8), dim=1)
+    losses = Objective()(BTokOutput(z, None), torch.tensor([1, 2]), step=0)
+    assert float(losses.ntp) == 0 and losses.total == losses.contrastive

@@ -1,0 +1,125 @@
+"""Processor: the stock image processor's pixels, the input format, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_tokenizer
+from PIL import Image
+
+from btok.data.records import Side
+from btok.processing import Processor, smart_size
+
+TOKENIZER = tiny_tokenizer()
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_pixels_equal_the_stock_image_processor():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    ours = Processor(TOKENIZER, min_pixels=56 * 56, max_pixels=150_000)
+    stock = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 150_000})
+    rng = random.Random(0)
+    for case in range(12):
+        image = picture(rng.randrange(20, 600), rng.randrange(20, 600), case)
+        expected = stock(Image.fromarray(image), return_tensors="pt")
+        got = ours(Side(images=[image]))
+        assert torch.equal(got["image_grid_thw"], expected["image_grid_thw"])
+        assert torch.allclose(got["pixel_values"], expected["pixel_values"], atol=1e-6)
+
+
+def test_a_video_is_two_frames_per_patch():
+    frames = [picture(28, 56, seed) for seed in range(3)]
+    got = Processor(TOKENIZER, min_pixels=28 * 28)(Side(video=frames))
+    assert got["video_grid_thw"].tolist() == [[2, 2, 4]]
+    patches = got["pixel_values_videos"].reshape(2, 2, 2, 2, 3, 2, 14, 14)
+    #       time, block column, row in block, column in block, channel, frame, y, x
+    processor = Processor(TOKENIZER)
+    for time, frame, shown in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 2)):  # the last one twice
+        for block in range(2):
+            for row in range(2):
+                for column in range(2):
+                    x, y = 28 * block + 14 * column, 14 * row
+                    cut = frames[shown][y : y + 14, x : x + 14] / np.float32(255)
+                    expected = (cut - processor.image_mean) / processor.image_std
+                    patch = patches[time, block, row, column, :, frame]
+                    assert np.allclose(patch, expected.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_the_input_format():
+    processor = Processor(TOKENIZER, min_pixels=28 * 28)
+
+    def tokens(side):
+        return TOKENIZER.decode(processor(side)["input_ids"])
+
+    image, frames = picture(56, 28), [picture(28, 28)] * 4
+    one = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+    clip = "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
+    assert tokens(Side("what digit?")) == "what digit?"
+    assert tokens(Side(images=[image])) == one
+    assert tokens(Side("what digit?", images=[image])) == one + "\nwhat digit?"
+    assert tokens(Side("a", images=[image, image])) == one + one + "\na"
+    assert tokens(Side("a", video=frames)) == clip + "\na"
+    assert TOKENIZER.decode(processor.prefix_ids) == "<|im_start|>assistant\n"
+    assert TOKENIZER.decode(processor.suffix_ids) == "<|im_end|>"
+
+
+def test_paths_pil_images_and_arrays_are_one(tmp_path):
+    image = picture(56, 84)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    processor = Processor(TOKENIZER)
+    expected = processor(Side(images=[image]))["pixel_values"]
+    for other in (Image.fromarray(image), tmp_path / "a.png", str(tmp_path / "a.png")):
+        assert torch.equal(processor(Side(images=[other]))["pixel_values"], expected)
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    processor = Processor(TOKENIZER, max_pixels=40_000, min_pixels=4_000)
+    processor.save_pretrained(tmp_path)
+    again = Processor.from_pretrained(tmp_path, num_btoks=2)
+    assert (again.max_pixels, again.min_pixels) == (40_000, 4_000)
+    side = Side("abc", images=[picture(300, 200)])
+    for key, value in processor(side).items():
+        assert torch.equal(again(side)[key], value)
+    assert again.tokenizer.convert_tokens_to_ids("<|btok_1|>") == len(TOKENIZER) + 1
+    stock = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert stock["image_processor_type"] == "Qwen2VLImageProcessor"
+    assert stock["size"] == {"shortest_edge": 4_000, "longest_edge": 40_000}
+
+
+def test_sizes_keep_within_the_bounds():
+    rng = random.Random(0)
+    for _ in range(300):
+        height, width = rng.randrange(1, 2000), rng.randrange(1, 2000)
+        if max(height, width) > 200 * min(height, width):
+            continue
+        h, w = smart_size(height, width, 28, 3_136, 1_003_520)
+        assert h % 28 == w % 28 == 0
+        assert 3_136 <= h * w <= 1_003_520
+    assert smart_size(56, 84, 28, 3_136, 1_003_520) == (56, 84)
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    processor = Processor(TOKENIZER)
+    broken = tmp_path / "broken.jpg"
+    Image.fromarray(picture(64, 64)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:300])
+    for bad, error, message in (
+        (broken, ValueError, "broken.jpg cannot be read"),
+        (tmp_path / "none.png", ValueError, "none.png cannot be read"),
+        (np.zeros((4, 4), np.uint8), TypeError, r"uint8 \[4, 4\]"),
+        (np.zeros((4, 4, 3)), TypeError, "float64"),
+        (3, TypeError, "image is a int"),
+        (np.zeros((1, 500, 3), np.uint8), ValueError, "aspect ratio"),
+    ):
+        with pytest.raises(error, match=message):
+            processor(Side(images=[bad]))
+    with pytest.raises(ValueError, match="min_pixels is 10"):
+        Processor(TOKENIZER, min_pixels=10, max_pixels=5)

@@ -1,0 +1,260 @@
+"""The trainer: gradients over ranks, stop and resume, checkpoints, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import BTOKS, gradients, tiny_backbone, tiny_tokenizer, worst_gradient
+from safetensors.torch import load_file
+
+from btok.model import BTokModel
+from btok.processing import Processor
+from btok.tokens import add_to_embeddings, add_to_tokenizer
+from train import checkpoint
+from train.loop import train_step
+from train.main import main
+from train.recipes import RECIPES, Recipe
+from train.sampler import step_pairs
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)
+
+
+def small(dtype=torch.float32):
+    """The tiny model with a byte tokenizer."""
+    tokenizer = tiny_tokenizer()
+    backbone = tiny_backbone(dtype=dtype)
+    ids = {n: tokenizer.convert_tokens_to_ids(f"<|{n}_pad|>") for n in ("image", "video")}
+    backbone.config.image_token_id, backbone.config.video_token_id = ids["image"], ids["video"]
+    btoks = add_to_tokenizer(tokenizer, 4)
+    add_to_embeddings(backbone, btoks)
+    return BTokModel.from_backbone(backbone, btok_token_ids=btoks), Processor(
+        tokenizer, patch_size=4, min_pixels=64
+    )
+
+
+def step_gradients(dtype, step, negatives, rank, world):
+    model, processor = small(dtype)
+    recipe = dataclasses.replace(RECIPE, negatives=negatives)
+    pairs = step_pairs(recipe, step, rank, world)
+    losses = train_step(model, processor, recipe, pairs, step)
+    return gradients(model), losses
+
+
+CASES = [(torch.float64, 0, "group"), (torch.float64, 2, "group"), (torch.float64, 3, "batch")]
+CASES += [(torch.float32, 2, "batch")]
+
+
+def on_two_ranks(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = [step_gradients(*case, rank, 2) for case in CASES]
+    if rank == 0:
+        torch.save([(got, tuple(losses)) for got, losses in results], f"{folder}/results.pt")
+    dist.destroy_process_group()
+
+
+def test_gradients_of_a_step_on_two_ranks_equal_one_process(tmp_path):
+    mp.spawn(on_two_ranks, (str(tmp_path),), nprocs=2)
+    for case, (got, losses) in zip(CASES, torch.load(tmp_path / "results.pt"), strict=True):
+        expected, wanted = step_gradients(*case, 0, 1)
+        error, name = worst_gradient(got, expected)
+        exact = case[0] == torch.float64
+        assert error < (1e-12 if exact else 1e-5), f"{case} {name}: {error:.1e}"
+        assert losses == pytest.approx(tuple(map(float, wanted)), rel=1e-12 if exact else 1e-5)
+
+
+def test_a_steps_pairs_do_not_depend_on_the_ranks():
+    def read(pairs):
+        return [(p.dataset, p.query.text, p.positive.text, p.target) for p in pairs]
+
+    recipe = Recipe(reading_steps=3)
+    for step in (0, 3, 1000):
+        alone = step_pairs(recipe, step)
+        split = [step_pairs(recipe, step, rank, 2) for rank in (0, 1)]
+        size = recipe.group_size
+        merged = [p for i in range(2) for part in split for p in part[i * size : (i + 1) * size]]
+        assert read(merged) == read(alone)
+        names = [p.dataset for p in alone]
+        assert (set(names) == {"I-CLS"}) == (step < 3)
+    assert read(step_pairs(recipe, 7)) != read(step_pairs(recipe, 8))
+
+
+def test_the_rate_warms_up_and_decays_in_each_phase():
+    recipe = Recipe(caption_steps=100, steps=50, warmup_steps=10, learning_rate=1.0)
+    rates = [recipe.learning_rate_at(step) for step in range(150)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert rates[100] == pytest.approx(0.1) and rates[109] == 1.0
+    for last in (99, 149):
+        assert 0.05 < rates[last] < 0.08
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:100]))
+
+
+def saved_run(tmp_path, step=3):
+    model, processor = small()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    torch.manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    folder = checkpoint.save(tmp_path, step, model, processor, optimizer, {"world": 1})
+    return folder, model, optimizer
+
+
+def test_a_checkpoint_restores_weights_moments_and_random_state(tmp_path):
+    folder, model, optimizer = saved_run(tmp_path)
+    noise = torch.randn(4)
+    again = BTokModel.from_pretrained(folder)
+    assert again.btok_token_ids == model.btok_token_ids
+    fresh = torch.optim.AdamW(again.parameters(), lr=1e-3)
+    assert checkpoint.load(folder, fresh) == {"step": 3, "world": 1}
+    assert torch.equal(torch.randn(4), noise)
+    for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, fresh.state[b][key]), (name, key)
+
+
+@pytest.mark.parametrize("damage", ["flip a bit", "truncate", "no manifest", "a file missing"])
+def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage):
+    saved_run(tmp_path, 3)
+    folder, *_ = saved_run(tmp_path, 5)
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    if damage == "flip a bit":
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+    elif damage == "truncate":
+        weights.write_bytes(data[:-100])
+    elif damage == "no manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        (folder / "optimizer.safetensors").unlink()
+    assert checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
+    assert (tmp_path / "checkpoint-5.broken").is_dir()
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path):
+    for step in (2, 10, 9):
+        saved_run(tmp_path, step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]
+    assert checkpoint.newest_valid(tmp_path / "nothing") is None
+
+
+COMMAND = [
+    *(sys.executable, "train/main.py", "pocket", "--steps", "5", "--caption-steps", "4"),
+    *("--reading-steps", "1", "--group-size", "4", "--groups-per-batch", "2"),
+    *("--eval-queries", "40", "--checkpoint-every", "3"),
+]
+
+
+def launch(output):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*COMMAND, "--output", str(output)],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_stopped_and_started_again_it_ends_the_same_bit_for_bit(tmp_path):
+    whole = launch(tmp_path / "whole")
+    assert whole.wait(300) == 0, whole.stdout.read()
+
+    parts = tmp_path / "parts"
+    stop_at = random.Random(time.time_ns()).randrange(1, 7)
+    run = launch(parts)
+    log = parts / "log.jsonl"
+    while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= stop_at):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, said
+    assert "the same command goes on" in said
+    assert not (parts / "metrics.json").exists()
+
+    again = launch(parts)
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert "VisDoc" in said and "mean" in said
+    expected, got = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "whole", parts)
+    )
+    for result in (expected, got):
+        result["settings"].pop("output")
+    assert got == expected, f"stopped after step {stop_at}"
+    last = "checkpoint-9"
+    a, b = (load_file(f / last / "model.safetensors") for f in (tmp_path / "whole", parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(9))
+    for name in (
+        "loss.png",
+        "retrievals-I-RET.png",
+        "retrievals-V-RET.png",
+        "retrievals-VisDoc.png",
+    ):
+        assert (parts / name).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stepz", "3"], "--stepz"),
+        (["--steps", "many"], "many"),
+        (["--temperature", "0"], "temperature is 0.0, expected above 0"),
+        (["--learning-rate", "nan"], "learning_rate is nan"),
+        (["--num-btoks", "0"], "K = 0 needs pooling 'last' or 'mean'"),
+        (["--eval-queries", "10"], "eval_queries is 10"),
+        (["pockett"], "recipe is 'pockett', expected one of ['pocket']"),
+        (["--model", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    output = tmp_path / "run"
+    recipe = [] if arguments[0].startswith("-") else [arguments.pop(0)]
+    assert main([*recipe, "--output", str(output), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert message in said
+    assert not output.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
+    model = BTokModel.from_backbone(tiny_backbone(), btok_token_ids=BTOKS[:2])
+    model.save_pretrained(tmp_path / "two")
+    tiny_tokenizer().save_pretrained(tmp_path / "two")
+    output = ["--output", str(tmp_path / "run")]
+    assert main([*output, "--model", str(tmp_path / "two")]) == 2
+    assert "num_btoks is 4, but" in capsys.readouterr().err
+    config = tmp_path / "two" / "config.json"
+    config.write_text(config.read_text().replace('"qwen2_vl"', '"llama"'))
+    assert main([*output, "--model", str(tmp_path / "two"), "--num-btoks", "2"]) == 2
+    assert "expected one of ('qwen2_vl',)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_of_other_settings_is_refused(tmp_path, capsys):
+    settings = {**dataclasses.asdict(RECIPES["pocket"]), "output": "", "processes": 1, "seed": 5}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert main(["--output", str(tmp_path)]) == 2
+    assert "holds a run with seed 5, this command asks for 0" in capsys.readouterr().err
