@@ -1,0 +1,141 @@
+"""Retrieval metrics of one query, what chance gives for each, and an interval for their mean.
+
+Relevances are in ranked order, best first, 0 = not relevant: `score(metric, rel[rank(scores)])`.
+Values lie in [0, 1]; percent is the runner's affair.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+def rank(scores: ArrayLike) -> NDArray[np.intp]:
+    """Positions of the candidates, best first; equal scores keep the order of the pool.
+
+    Args:
+        scores: [n], in pool order, higher is better.
+
+    Returns:
+        [n] positions into `scores`.
+
+    Raises:
+        ValueError: `scores` is not one-dimensional or holds NaN.
+    """
+    values = np.asarray(scores)
+    if values.ndim != 1:
+        raise ValueError(f"rank: scores has shape {values.shape}, not [n]")
+    if np.isnan(values).any():
+        raise ValueError(f"rank: scores holds NaN at position {int(np.isnan(values).argmax())}")
+    return np.argsort(-values, kind="stable")
+
+
+def hit_at_k(relevance: ArrayLike, k: int) -> float:
+    """1 if any of the first k is relevant, else 0."""
+    return float((_checked(relevance, k)[:k] > 0).any())
+
+
+def ndcg_at_k(relevance: ArrayLike, k: int) -> float:
+    """sum_{r <= k} rel_r / log2(r + 1), linear gain, over the same sum in the ideal order."""
+    rel = _checked(relevance, k)
+    ideal = np.sort(rel)[::-1]
+    discounts = _discounts(min(k, len(rel)))
+    return float(rel[:k] @ discounts / (ideal[:k] @ discounts))
+
+
+def mrr(relevance: ArrayLike) -> float:
+    """1 / rank of the first relevant candidate."""
+    return float(1 / (1 + (_checked(relevance, 1) > 0).argmax()))
+
+
+def parse_metric(metric: str) -> tuple[str, int]:
+    """ "hit@1" -> ("hit", 1), "ndcg@5" -> ("ndcg", 5), "mrr" -> ("mrr", 1), else ValueError."""
+    name, at, k = metric.partition("@")
+    if metric == "mrr":
+        return "mrr", 1
+    if name in ("hit", "ndcg") and at and k.isdecimal() and int(k) >= 1:
+        return name, int(k)
+    raise ValueError(f"metric: {metric!r} is none of hit@k, ndcg@k, mrr")
+
+
+def score(metric: str, relevance: ArrayLike) -> float:
+    """The metric of one query.
+
+    Args:
+        metric: "hit@k", "ndcg@k" or "mrr".
+        relevance: [n] in ranked order, >= 0.
+
+    Returns:
+        A value in [0, 1].
+
+    Raises:
+        ValueError: unknown metric; no candidate is relevant; a negative or non-finite relevance.
+    """
+    name, k = parse_metric(metric)
+    if name == "mrr":
+        return mrr(relevance)
+    return hit_at_k(relevance, k) if name == "hit" else ndcg_at_k(relevance, k)
+
+
+def expected(metric: str, relevance: ArrayLike) -> float:
+    """The metric's exact mean over all orders of the candidates: what a random ranking gives.
+
+    With p relevant among n, the first r places hold none of them with probability
+    S_r = prod_{i < r} (n - p - i) / (n - i); so hit@k = 1 - S_k, mrr = sum_r (S_{r-1} - S_r) / r.
+    A place holds the mean relevance on average: ndcg@k = mean(rel) sum_r 1 / log2(r + 1) / ideal.
+
+    Args and Raises as for `score`; the order of `relevance` does not matter.
+    """
+    name, k = parse_metric(metric)
+    rel = _checked(relevance, k)
+    n = len(rel)
+    if name == "ndcg":
+        ideal = np.sort(rel)[::-1]
+        discounts = _discounts(min(k, n))
+        return float(rel.mean() * discounts.sum() / (ideal[:k] @ discounts))
+    misses = n - np.count_nonzero(rel)
+    places = np.arange(n)
+    none_yet = np.cumprod(np.maximum(misses - places, 0) / (n - places))  # S_1 .. S_n
+    if name == "hit":
+        return float(1 - none_yet[min(k, n) - 1])
+    return float((-np.diff(none_yet, prepend=1.0) / (places + 1)).sum())
+
+
+def mean_interval(scores: ArrayLike) -> tuple[float, float]:
+    """95 % interval for the mean of per-query scores in [0, 1], queries taken as independent.
+
+    Wilson's interval for the effective count n p (1 - p) / s^2. For 0/1 scores the variance s^2
+    is p (1 - p) and this is Wilson's own; for graded scores, which vary less, it tends to
+    p +- z s / sqrt(n) but stays in [0, 1]. The variance is shrunk towards p (1 - p) by the weight
+    of one query, so that equal scores (all 0, all 1, all 0.6) keep a width, of order 1 / n.
+
+    Raises:
+        ValueError: no scores, or one outside [0, 1].
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.size == 0 or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("mean_interval: scores must be non-empty and lie in [0, 1]")
+    n, p = values.size, values.mean()
+    binary = p * (1 - p)
+    variance = (n * values.var() + binary) / (n + 1)
+    count = n * binary / variance if variance > 0 else n
+    centre = (p + _Z95**2 / (2 * count)) / (1 + _Z95**2 / count)
+    half = _Z95 / (1 + _Z95**2 / count) * np.sqrt(binary / count + (_Z95 / (2 * count)) ** 2)
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+def _discounts(k: int) -> NDArray[np.float64]:
+    return 1 / np.log2(np.arange(k) + 2.0)
+
+
+def _checked(relevance: ArrayLike, k: int) -> NDArray[np.float64]:
+    rel = np.asarray(relevance, dtype=np.float64)
+    if k < 1:
+        raise ValueError(f"k: {k} is less than 1")
+    if rel.ndim != 1 or not (np.isfinite(rel) & (rel >= 0)).all():
+        raise ValueError("relevance: must be [n], finite and >= 0")
+    if not rel.any():
+        raise ValueError(f"relevance: none of {len(rel)} candidates is relevant")
+    return rel

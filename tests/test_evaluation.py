@@ -1,0 +1,523 @@
+"""Metrics against enumeration, the runner against plain Python, pictures by their pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from btok.data.records import RetrievalTask, Side
+from btok.evaluation import metrics, pictures, runner
+from btok.evaluation.runner import evaluate, format_table, save_json
+
+METRICS = ("hit@1", "hit@3", "ndcg@1", "ndcg@5", "mrr")
+RELEVANCES = (
+    [1],
+    [0, 1],
+    [0, 0, 1, 0],
+    [1, 1, 0, 0, 0],
+    [2, 0, 1, 0, 3, 0],
+    [1, 0.5, 2],
+    [0] * 6 + [1],
+)
+
+
+def by_definition(metric, relevance):
+    """The metric of a ranked list in plain Python."""
+    name, _, k = metric.partition("@")
+    if name == "mrr":
+        return 1 / next(rank for rank, rel in enumerate(relevance, 1) if rel > 0)
+    if name == "hit":
+        return float(any(rel > 0 for rel in relevance[: int(k)]))
+
+    def gain(rels):
+        return sum(rel / math.log2(rank + 1) for rank, rel in enumerate(rels[: int(k)], 1))
+
+    return gain(list(relevance)) / gain(sorted(relevance, reverse=True))
+
+
+def mean_over_orders(metric, relevance, tail=()):
+    """The metric's mean over all orders of `relevance`, each followed by `tail`."""
+    orders = list(itertools.permutations(relevance))
+    return sum(by_definition(metric, [*order, *tail]) for order in orders) / len(orders)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_score_follows_the_definition(metric):
+    for relevance in RELEVANCES:
+        for order in itertools.islice(itertools.permutations(relevance), 0, None, 7):
+            assert metrics.score(metric, order) == pytest.approx(by_definition(metric, order))
+
+
+def test_scores_by_hand():
+    assert metrics.hit_at_k([0, 1], 1) == 0 and metrics.hit_at_k([0, 1], 2) == 1
+    assert metrics.mrr([0, 0, 1, 1]) == pytest.approx(1 / 3)
+    # linear gain: the grade 3 counts three times the grade 1, not 2**3 - 1 times
+    assert metrics.ndcg_at_k([0, 3, 1], 5) == pytest.approx(
+        (3 / math.log2(3) + 1 / 2) / (3 + 1 / math.log2(3))
+    )
+    # the ideal order is cut at k too
+    assert metrics.ndcg_at_k([1, 1, 1], 1) == 1 and metrics.ndcg_at_k([1, 1, 1], 2) == 1
+    assert metrics.ndcg_at_k([0] * 5 + [1], 5) == 0
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("relevance", RELEVANCES)
+def test_expected_is_the_mean_over_all_orders(metric, relevance):
+    assert metrics.expected(metric, relevance) == pytest.approx(mean_over_orders(metric, relevance))
+
+
+def test_expected_of_a_large_pool():
+    relevance = np.zeros(4478)
+    relevance[17] = 1
+    assert metrics.expected("hit@1", relevance) == pytest.approx(1 / 4478)
+    assert metrics.expected("mrr", relevance) == pytest.approx(
+        sum(1 / rank for rank in range(1, 4479)) / 4478
+    )
+
+
+def test_rank_keeps_the_pool_order_of_ties():
+    assert metrics.rank([1.0, 3.0, 3.0, 2.0, 3.0, 1.0]).tolist() == [1, 2, 4, 3, 0, 5]
+    assert metrics.rank(np.zeros(1000, np.float32)).tolist() == list(range(1000))
+    assert metrics.rank([-np.inf, 0, np.inf]).tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.rank([0.0, np.nan]), "NaN at position 1"),
+        (lambda: metrics.rank([[0.0]]), r"shape \(1, 1\)"),
+        (lambda: metrics.score("recall@1", [1]), "recall@1"),
+        (lambda: metrics.score("hit@0", [1]), "hit@0"),
+        (lambda: metrics.score("mrr@5", [1]), "mrr@5"),
+        (lambda: metrics.hit_at_k([1], 0), "k: 0"),
+        (lambda: metrics.score("mrr", [0, 0]), "none of 2 candidates"),
+        (lambda: metrics.expected("ndcg@5", []), "none of 0 candidates"),
+        (lambda: metrics.score("ndcg@5", [1, -1]), ">= 0"),
+        (lambda: metrics.expected("hit@1", [1, np.nan]), "finite"),
+        (lambda: metrics.mean_interval([]), "non-empty"),
+        (lambda: metrics.mean_interval([0.5, 1.1]), r"\[0, 1\]"),
+    ],
+)
+def test_metric_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_interval_of_hits_is_wilsons():
+    # textbook values of the score interval
+    assert metrics.mean_interval([0.0] * 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    assert metrics.mean_interval([1.0] * 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
+    assert metrics.mean_interval([0.0, 1.0] * 50) == pytest.approx((0.40383, 0.59617), abs=1e-5)
+    low, high = metrics.mean_interval([1.0])
+    assert 0 < low < 0.25 and high == 1
+
+
+def test_interval_of_graded_scores():
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(0.4, 0.8, 4000)
+    half = 1.96 * scores.std() / math.sqrt(4000)
+    expected = (scores.mean() - half, scores.mean() + half)
+    assert metrics.mean_interval(scores) == pytest.approx(expected, abs=half / 50)
+    low, high = metrics.mean_interval([0.6] * 20)
+    assert 0.5 < low < 0.6 < high < 0.7
+
+
+@pytest.mark.parametrize("n", [20, 200])
+@pytest.mark.parametrize("kind", ["rare hits", "hits", "ndcg"])
+def test_interval_covers(kind, n):
+    rng = np.random.default_rng(n)
+    values, odds = {
+        "rare hits": ([0, 1], [0.95, 0.05]),
+        "hits": ([0, 1], [0.5, 0.5]),
+        "ndcg": ([0, 0.387, 0.431, 0.5, 0.631, 1], [0.3, 0.1, 0.1, 0.1, 0.1, 0.3]),
+    }[kind]
+    truth = float(np.dot(values, odds))
+    draws = rng.choice(values, size=(2000, n), p=odds)
+    intervals = [metrics.mean_interval(scores) for scores in draws]
+    covered = np.mean([low <= truth <= high for low, high in intervals])
+    assert 0.91 <= covered <= 0.99, covered
+
+
+class Table:
+    """An encoder which looks rows up by text and remembers what it was asked."""
+
+    def __init__(self, rows):
+        self.rows, self.calls = rows, []
+
+    def __call__(self, sides):
+        self.calls.append([side.text for side in sides])
+        return np.array([self.rows[side.text] for side in sides])
+
+
+def random_task(
+    seed, metric="hit@1", *, name="task", pools=True, hard=True, queries=12, candidates=9
+):
+    """A task and its encoder; whole-number rows, so that sums are exact and ties frequent."""
+    rng = np.random.default_rng(seed)
+    texts = [f"q{i}" for i in range(queries)] + [f"c{i}" for i in range(candidates)]
+    encode = Table({text: rng.integers(-1, 2, 3).astype(np.float32) for text in texts})
+    lists = [rng.permutation(candidates)[: rng.integers(4, 7)].tolist() for _ in range(queries)]
+    if not pools:
+        lists = [list(range(candidates))] * queries
+    qrels, hards = [], []
+    for pool in lists:
+        right = rng.choice(pool, rng.integers(1, 3), replace=False).tolist()
+        qrels.append({c: float(rng.integers(1, 4)) for c in right})
+        hards.append([*right, *(c for c in pool if c not in right)][: len(right) + 2])
+    task = RetrievalTask(
+        name=name,
+        meta_task="I-RET",
+        modality="image",
+        metric=metric,
+        queries=[Side(text) for text in texts[:queries]],
+        candidates=[Side(text) for text in texts[queries:]],
+        qrels=qrels,
+        pools=lists if pools else None,
+        hard=hards if hard else None,
+    )
+    return task, encode
+
+
+def ranked_by_hand(task, encode, i):
+    pool = range(len(task.candidates)) if task.pools is None else task.pools[i]
+    query = encode.rows[task.queries[i].text]
+    scores = {c: sum(query * encode.rows[task.candidates[c].text]) for c in pool}
+    return sorted(pool, key=lambda c: -scores[c])  # Python's sort is stable
+
+
+@pytest.mark.parametrize("pools", [True, False])
+@pytest.mark.parametrize("metric", ["hit@1", "ndcg@5", "mrr"])
+def test_evaluate_by_hand(metric, pools):
+    task, encode = random_task(9, metric, pools=pools, candidates=9 if pools else 6)
+    found = {}
+    row = evaluate(encode, [task], retrieved=found)["tasks"]["task"]
+    score, hard_only, chance, floor = [], [], [], []
+    for i, qrels in enumerate(task.qrels):
+        order = ranked_by_hand(task, encode, i)
+        relevance = [qrels.get(c, 0.0) for c in order]
+        hard = [qrels.get(c, 0.0) for c in order if c in task.hard[i]]
+        others = [qrels.get(c, 0.0) for c in order if c not in task.hard[i]]
+        assert len(hard) >= 3 and not any(others)
+        score.append(by_definition(metric, relevance))
+        hard_only.append(by_definition(metric, hard))
+        chance.append(mean_over_orders(metric, relevance))
+        floor.append(mean_over_orders(metric, hard, others))
+        rank = 1 + min(order.index(c) for c in qrels)
+        assert found["task"][i] == (order[:5], [c in qrels for c in order[:5]], rank)
+    by_hand = {"score": score, "hard_only": hard_only, "chance": chance, "floor": floor}
+    for key, values in by_hand.items():
+        assert row[key] == pytest.approx(100 * np.mean(values)), key
+    assert len({round(row[key], 3) for key in by_hand}) == 4
+    assert row["ci95"] == pytest.approx([100 * x for x in metrics.mean_interval(score)])
+    assert row["ci95"][0] < row["score"] < row["ci95"][1]
+    assert (row["queries"], row["candidates"]) == (12, len(task.candidates))
+
+
+def test_global_pool_and_lists_agree(monkeypatch):
+    task, encode = random_task(5, "ndcg@5", pools=False, queries=40)
+    everything = [list(range(len(task.candidates)))] * len(task.queries)
+    lists, whole = {}, {}
+    expected = evaluate(encode, [dataclasses.replace(task, pools=everything)], retrieved=lists)
+    assert evaluate(encode, [task], retrieved=whole) == expected
+    assert whole == lists
+    monkeypatch.setattr(runner, "_BLOCK", 20)  # two queries at a time
+    assert evaluate(encode, [task]) == expected
+
+
+def test_without_hard_candidates_everything_is_hard():
+    task, encode = random_task(1, hard=False)
+    row = evaluate(encode, [task])["tasks"]["task"]
+    assert row["hard_only"] == row["score"] and row["floor"] == row["chance"]
+    assert 0 < row["chance"] < 100
+
+
+def test_equal_similarities_keep_the_order_of_the_pool():
+    task, encode = random_task(2, hard=False)
+    collapsed = Table(dict.fromkeys(encode.rows, np.ones(3)))
+    pairs = zip(task.pools, task.qrels, strict=True)
+    first = [[*qrels, *(c for c in pool if c not in qrels)] for pool, qrels in pairs]
+    last = [pool[::-1] for pool in first]
+    for pools, score in ((first, 100.0), (last, 0.0)):
+        result = evaluate(collapsed, [dataclasses.replace(task, pools=pools)])
+        assert result["overall"] == score
+
+
+def test_similarities_are_float32():
+    task, _ = random_task(0, queries=1, hard=False, pools=False, candidates=2)
+    task = dataclasses.replace(task, qrels=[{0: 1.0}])
+    rows = {"q0": [1.0], "c0": [1.0], "c1": [1.0 + 1e-12]}  # equal in float32
+    assert evaluate(Table(rows), [task])["overall"] == 100
+
+
+def test_result_is_the_metrics_file(tmp_path, capsys):
+    named = [random_task(seed, name=f"task {seed}") for seed in range(3)]
+    about = (("I-RET", "image"), ("V-RET", "video"), ("V-RET", "video"))
+    tasks = [
+        dataclasses.replace(task, meta_task=meta_task, modality=modality)
+        for (task, _), (meta_task, modality) in zip(named, about, strict=True)
+    ]
+    encode = named[0][1]
+    result = evaluate(
+        encode, iter(tasks), settings={"pooling": "btok"}, data_digest="ab", progress=True
+    )
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == list(
+        result["tasks"]
+    )
+    keys = ["tasks", "meta_tasks", "modalities", "overall", "settings", "data_digest"]
+    assert list(result) == keys
+    row = result["tasks"]["task 1"]
+    keys = ["meta_task", "modality", "metric", "score", "chance", "floor", "hard_only", "ci95"]
+    assert list(row) == [*keys, "queries", "candidates"]
+    a, b, c = (row["score"] for row in result["tasks"].values())
+    assert len({a, b, c}) == 3
+    assert result["overall"] == pytest.approx((a + b + c) / 3)
+    assert result["meta_tasks"] == pytest.approx({"I-RET": a, "V-RET": (b + c) / 2})
+    assert result["modalities"] == pytest.approx({"image": a, "video": (b + c) / 2})
+    assert (result["settings"], result["data_digest"]) == ({"pooling": "btok"}, "ab")
+
+    path = tmp_path / "metrics.json"
+    save_json(result, path)
+    assert json.loads(path.read_text()) == result
+    for bad, error in (({"x": float("nan")}, ValueError), ({"x": object()}, TypeError)):
+        with pytest.raises(error):
+            save_json(bad, path)
+    assert json.loads(path.read_text()) == result
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_encodes_once_after_all_checks():
+    task, encode = random_task(0)
+    evaluate(encode, [task], retrieved={})
+    assert encode.calls == [[s.text for s in task.queries], [s.text for s in task.candidates]]
+    encode.calls.clear()
+    broken = dataclasses.replace(task, name="broken", qrels=task.qrels[1:])
+    with pytest.raises(ValueError, match="task broken"):
+        evaluate(encode, [task, broken])
+    assert encode.calls == []
+
+
+def test_table():
+    task, encode = random_task(0)
+    other, _ = random_task(1, "mrr", name="another task")
+    before, after = (evaluate(table, [task, other]) for table in (random_task(9)[1], encode))
+    head, first, second, last = format_table(before, after).splitlines()
+    words = "task metric chance floor before after 95 % interval hard only"
+    assert " ".join(head.split()) == words
+    row, old = after["tasks"]["another task"], before["tasks"]["another task"]
+    assert old["score"] != row["score"]
+    shown = [
+        row["chance"],
+        row["floor"],
+        old["score"],
+        row["score"],
+        *row["ci95"],
+        row["hard_only"],
+    ]
+    numbers = second.replace("[", "").replace("]", "").replace(",", "").split()[3:]
+    assert numbers == [f"{x:.1f}" for x in shown]
+    assert first.startswith("task          hit@1") and second.startswith("another task  mrr")
+    assert last.split()[0] == "mean"
+    assert last.split()[3:5] == [f"{before['overall']:.1f}", f"{after['overall']:.1f}"]
+    assert len({len(line) for line in (head, first, second, last)}) == 1
+    assert "before" not in format_table(None, after)
+    with pytest.raises(ValueError, match="another task"):
+        format_table(evaluate(encode, [task]), after)
+
+
+def changed(field, index, value):
+    """A function that replaces one query's entry of a task's list."""
+
+    def change(task):
+        entries = list(getattr(task, field))
+        entries[index] = value(task) if callable(value) else value
+        return dataclasses.replace(task, **{field: entries})
+
+    return change
+
+
+def outside_pool(task):
+    return next({c: 1.0} for c in range(9) if c not in task.pools[3])
+
+
+def wrong_candidates(task):
+    return [c for c in task.pools[3] if c not in task.qrels[3]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("qrels", 3, {}), "query 3: no positive"),
+        (changed("qrels", 3, {0: 0.0}), "query 3: .* not > 0"),
+        (changed("qrels", 3, {0: float("nan")}), "query 3: .* not > 0"),
+        (changed("qrels", 3, {9: 1.0}), "query 3: positive 9"),
+        (changed("qrels", 3, {-1: 1.0}), "query 3: positive -1"),
+        (changed("qrels", 3, outside_pool), r"query 3: positive \d is not among its pool"),
+        (changed("pools", 3, [0, 1, 9]), "query 3: pool index 9 is not among the 9 candidates"),
+        (changed("pools", 3, [-1]), "query 3: pool index -1"),
+        (changed("pools", 3, []), "query 3: positive"),
+        (changed("pools", 3, lambda t: [*t.pools[3], t.pools[3][0]]), "query 3: .* twice"),
+        (changed("hard", 3, lambda t: [*t.hard[3], 9]), "query 3: hard candidate 9"),
+        (changed("hard", 3, wrong_candidates), "query 3: positive .* its hard candidates"),
+        (lambda t: dataclasses.replace(t, qrels=t.qrels[1:]), "qrels has 11 entries for 12"),
+        (lambda t: dataclasses.replace(t, pools=t.pools[1:]), "pools has 11 entries for 12"),
+        (lambda t: dataclasses.replace(t, hard=t.hard[1:]), "hard has 11 entries for 12"),
+        (lambda t: dataclasses.replace(t, queries=[], qrels=[], pools=[]), "no queries"),
+    ],
+)
+def test_task_errors(change, message):
+    task, encode = random_task(4)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(encode, [change(task)])
+    assert "task task" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("encode", "message"),
+    [
+        (lambda sides: np.zeros((len(sides) - 1, 3)), r"\(11, 3\) .* 12 sides"),
+        (lambda sides: np.zeros(len(sides)), r"\(12,\)"),
+        (lambda sides: np.zeros((len(sides), 1, 3)), r"\(12, 1, 3\)"),
+        (lambda sides: np.zeros((len(sides), len(sides))), r"\(12, 12\) against \(9, 9\)"),
+        (lambda sides: np.full((len(sides), 3), np.nan), "not finite"),
+        (lambda sides: np.full((len(sides), 3), np.inf), "not finite"),
+    ],
+)
+def test_encoder_errors(encode, message):
+    with pytest.raises(ValueError, match=f"task task: .*{message}"):
+        evaluate(encode, [random_task(4)[0]])
+
+
+def test_names_and_metrics():
+    task, encode = random_task(4)
+    with pytest.raises(ValueError, match="'hit' is none of"):
+        evaluate(encode, [dataclasses.replace(task, metric="hit")])
+    with pytest.raises(ValueError, match="one name each"):
+        evaluate(encode, [task, task])
+    with pytest.raises(ValueError, match="at least one"):
+        evaluate(encode, [])
+
+
+def test_imports_are_light():
+    code = (
+        "import sys, btok.evaluation.metrics, btok.evaluation.runner, btok.evaluation.pictures;"
+        "assert not {'PIL', 'matplotlib', 'transformers', 'triton'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pictures_name_the_extra(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(ImportError, match=r"btok\[demo\]"):
+        pictures.mask_picture(tmp_path / "mask.png")
+
+
+@pytest.fixture
+def pixels():
+    """Reads a picture as an int array [height, width, 3], where matplotlib is installed."""
+    pytest.importorskip("matplotlib", reason="pictures need the demo extra")
+    image = pytest.importorskip("PIL.Image")
+    return lambda path: np.asarray(image.open(path).convert("RGB")).astype(int)
+
+
+def near(array, colour, tolerance=6):
+    return (np.abs(array - 255 * np.array(colour)) <= tolerance).all(axis=-1)
+
+
+def checkerboard(size):
+    board = np.indices((size, size)).sum(axis=0) % 2
+    return np.where(board[..., None] == 1, [255, 0, 255], [0, 0, 0]).astype(np.uint8)
+
+
+def test_contact_sheet_frames_the_right_one(pixels, tmp_path):
+    query, found = (
+        Side("which?", images=[checkerboard(56)]),
+        [Side(f"number {i}") for i in range(5)],
+    )
+    lefts = []
+    for place in (0, 3):
+        right = [i == place for i in range(5)]
+        pictures.contact_sheet([(query, found, right)], tmp_path / "sheet.png", "right $ one")
+        sheet = pixels(tmp_path / "sheet.png")
+        columns = np.flatnonzero(near(sheet, pictures._GREEN).sum(axis=0) > 50)
+        lefts.append(columns.min())
+        assert columns.max() - columns.min() == pytest.approx(260, abs=12)
+    assert lefts[1] - lefts[0] == pytest.approx(3 * 280, abs=2)
+    # an image of 56 pixels is shown four times as large, pixel by pixel
+    assert near(sheet, (1, 0, 1), 0).sum() == 56 * 56 / 2 * 16
+
+    pictures.contact_sheet([(query, found, [False] * 5, 9)], tmp_path / "missed.png", "missed")
+    missed = pixels(tmp_path / "missed.png")
+    assert not near(missed, pictures._GREEN).any()
+    note = missed[120:, sheet.shape[1] + 4 :]
+    assert missed.shape[1] == sheet.shape[1] + 180 and (note < 100).all(axis=-1).sum() > 100
+
+
+def test_contact_sheet_of_all_kinds(pixels, tmp_path):
+    from PIL import Image
+
+    page = Side("name " * 60, images=[Image.new("L", (112, 112), 255)])
+    clip, clips = (
+        Side(video=[checkerboard(56)] * 4),
+        Side("the moment", video=[checkerboard(56)] * 8),
+    )
+    photo = Side(images=[Image.new("RGB", (1600, 900))])
+    rows = [
+        pictures.SheetRow(clips, [clip] * 5, [False, True, False, False, True]),
+        pictures.SheetRow(page, [Side("W" * 90)] * 3, [False] * 3),
+        pictures.SheetRow(photo, [Side()] * 2, [True, True]),
+    ]
+    pictures.contact_sheet(rows, tmp_path / "sheet.png", "all kinds")
+    sheet = pixels(tmp_path / "sheet.png")
+    assert 600 < sheet.shape[0] < 1400 and 1800 < sheet.shape[1] < 2200
+    # eight frames of the query and four of each candidate, all twice as large
+    assert near(sheet, (1, 0, 1), 0).sum() == (8 + 5 * 4) * 56 * 56 / 2 * 4
+    with pytest.raises(ValueError):
+        pictures.contact_sheet([(page, [page], [])], tmp_path / "sheet.png", "a flag is missing")
+
+
+def test_loss_curve(pixels, tmp_path):
+    path = tmp_path / "loss.png"
+    rows = [{"step": i, "phase": "warm-up", "ntp": 3 - i / 50, "loss": 1} for i in range(50)]
+    pictures.loss_curve(rows, path)
+    one = pixels(path)
+    assert near(one, pictures._ORANGE).sum() > 1000 and not near(one, pictures._BLUE).any()
+    rows += [{"step": 50 + i, "phase": "main", "ntp": 2, "contrastive": 1} for i in range(50)]
+    pictures.loss_curve([{"event": "start"}, *rows], path)
+    two = pixels(path)
+    assert one.shape[1] == two.shape[1] == 1400 and two.shape[0] == one.shape[0] + 380
+    bold = near(two, pictures._BLUE)
+    assert bold[:, 760:].sum() > 1000 and not bold[:, :600].any()  # contrastive: second half only
+    assert near(two, pictures._ORANGE)[:, 200:600].sum() > 500
+    middle = two[two.shape[0] // 4]
+    assert len({tuple(middle[x]) for x in (300, 1200)}) == 2  # two shades
+    # a jump between phases is neither bridged nor smoothed away: two level lines
+    pictures.loss_curve(
+        [{"step": i, "phase": f"{i // 99}", "ntp": i // 99} for i in range(198)], path
+    )
+    level = near(pixels(path), pictures._ORANGE).any(axis=1)
+    assert np.diff(level.astype(int)).tolist().count(1) == 2
+    pictures.loss_curve([{"step": 1, "contrastive": 1.0}], path)
+    with pytest.raises(ValueError, match="no row"):
+        pictures.loss_curve([{"step": 1, "loss": 1.0}], path)
+
+
+def test_mask_picture(pixels, tmp_path):
+    pictures.mask_picture(tmp_path / "mask.png")
+    picture = pixels(tmp_path / "mask.png")
+    causal, condensed = np.split(picture, [picture.shape[1] // 2], axis=1)
+    cell = near(causal, pictures._ORANGE).sum() / (3 + 2 + 1 + 5 * 3)
+    seen = {  # rows x: 6 * 7 / 2; rows B: all of x; rows T: all of x, or nothing of it
+        "blue": (pictures._BLUE, 21 + 3 * 6 + 5 * 6, 21 + 3 * 6),
+        "orange": (pictures._ORANGE, 6 + 5 * 3, 6 + 5 * 3),
+        "green": (pictures._GREEN, 15, 15),
+    }
+    for name, (colour, before, after) in seen.items():
+        assert near(causal, colour).sum() / cell == pytest.approx(before, rel=0.05), name
+        assert near(condensed, colour).sum() / cell == pytest.approx(after, rel=0.05), name
