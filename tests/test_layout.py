@@ -47,11 +47,15 @@ def test_every_pair_is_in_exactly_the_segments_the_mask_allows():
     for _ in range(60):
         layout = random_layout(rng)
         covered = torch.zeros(layout.num_rows, layout.num_rows, dtype=torch.int64)
-        for rows, keep in layout.segment_groups:
-            for segment, kept in zip(rows.tolist(), keep.tolist(), strict=True):
-                for at, row in enumerate(segment):
-                    if kept[at]:
-                        covered[row, segment[: at + 1]] += 1
+        rows, shapes, owner = layout.segments
+        at = 0
+        for count, length in shapes:
+            for segment in rows[at : at + count * length].unflatten(0, (count, length)).tolist():
+                for place, row in enumerate(segment):
+                    if owner[row] == at + place:
+                        covered[row, segment[: place + 1]] += 1
+                at += length
+        assert at == len(rows)
         assert torch.equal(covered, allowed_by_loops(layout).long()), layout.bounds.tolist()
 
 

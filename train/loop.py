@@ -79,7 +79,7 @@ def train_step(
         )
     losses.total.backward()
     average_gradients(model)
-    return Losses(*(_mean(loss.detach()) for loss in losses))
+    return Losses(*_mean(torch.stack(losses).detach()))
 
 
 def train(
@@ -126,7 +126,7 @@ def train(
             "step": step,
             "phase": "caption" if step < recipe.caption_steps else "train",
             "loss": float(losses.total),
-            "contrastive": float(losses.contrastive),
+            **({} if step < recipe.caption_steps else {"contrastive": float(losses.contrastive)}),
             "ntp": float(losses.ntp),
             "learning_rate": rate,
             "gradient_norm": norm,
@@ -135,7 +135,7 @@ def train(
         if _rank() == 0:
             with open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            shown = {key: f"{row[key]:.3f}" for key in ("contrastive", "ntp")}
+            shown = {key: f"{row[key]:.3f}" for key in ("contrastive", "ntp") if key in row}
             bar.set_description(row["phase"])
             bar.set_postfix(
                 shown | {"pairs/s": f"{pairs_done / (time.perf_counter() - began):.0f}"},
@@ -218,6 +218,7 @@ def _barrier() -> None:
 
 
 def _mean(value: torch.Tensor) -> torch.Tensor:
+    """Over ranks; may change `value`."""
     if dist.is_initialized():
         dist.all_reduce(value)
     return value / _world()

@@ -8,7 +8,7 @@ scores between rows of different sequences or of target rows with source keys:
 
     1. cut the mask into plain causal segments, [start, border) and [first, end), grouped by length
        (on the host, once per batch)
-    2. gather each group's rows and run torch's fused causal attention on them
+    2. gather the segments' rows and run torch's fused causal attention on each group
     3. take each row's output from the segment that owns it; the gradients of a bottleneck key from
        its two segments add up in the gather's backward
 """
@@ -37,24 +37,20 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
-    """Per-segment calls of torch's fused causal attention."""
+    """Torch's fused causal attention, a call per group of segments."""
+    rows, shapes, owner = layout.segments
     gqa = q.shape[1] != k.shape[1]
-    rows, outputs = [], []
-    for group in layout.segment_groups:
-        flat = group.rows.flatten()
-        # [S, H, L, D]
-        qs, ks, vs = (
-            t.index_select(0, flat).unflatten(0, group.rows.shape).transpose(1, 2)
-            for t in (q, k, v)
-        )
+    sizes = [segments * length for segments, length in shapes]
+    gathered = (t.index_select(0, rows).split(sizes) for t in (q, k, v))
+    outputs = []
+    for shape, *parts in zip(shapes, *gathered, strict=True):
+        qs, ks, vs = (t.unflatten(0, shape).transpose(1, 2) for t in parts)  # [S, H, L, D]
         out = F.scaled_dot_product_attention(
             qs, ks, vs, is_causal=True, scale=scale, enable_gqa=gqa
         )
-        rows.append(group.rows[group.keep])
-        outputs.append(out.transpose(1, 2)[group.keep])
-    if not outputs:
-        return torch.zeros_like(q)
-    return torch.zeros_like(q).index_copy(0, torch.cat(rows), torch.cat(outputs))
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [S * L, H, D]
+    nothing = q.new_zeros(1, *q.shape[1:])  # the unused tail's
+    return torch.cat([*outputs, nothing]).index_select(0, owner)
 
 
 def condensed_attention(

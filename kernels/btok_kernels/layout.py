@@ -18,21 +18,25 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-class SegmentGroup(NamedTuple):
-    """S causal segments padded to one length L, to be computed as one batch.
+class Segments(NamedTuple):
+    """The mask cut into causal segments, those of about equal length stacked into groups.
 
     Args:
-        rows: int64 [S, L], the packed row at each position. A shorter segment repeats its last row
-            at the end, where under a causal mask none of its own rows sees it.
-        keep: bool [S, L], the positions whose outputs count.
+        rows: int64 [R], the packed row at each position, group after group. A segment shorter than
+            its group's length repeats its last row at the end, where under a causal mask none of
+            its own rows sees it.
+        shapes: (S, L) per group: S segments of length L.
+        owner: int64 [T], the position that gives each packed row its output; R for the unused tail.
     """
 
     rows: Tensor
-    keep: Tensor
+    shapes: list[tuple[int, int]]
+    owner: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +152,11 @@ class CondensedLayout:
         return row_first.to(self.device)
 
     @cached_property
-    def segment_groups(self) -> list[SegmentGroup]:
-        """The mask as causal segments: [start, border) of every sequence, [first, end) for targets.
+    def segments(self) -> Segments:
+        """[start, border) of every sequence, and [first, end) of those with targets.
 
         A target segment computes its rows [first, border) for their keys alone; their outputs come
-        from the source segment. Segments of about equal length form a group, so that a batch of
-        N sequences takes a few calls instead of 2 N.
+        from the source segment. Grouping makes a batch of N sequences a few calls, not 2 N.
         """
         by_length: dict[int, list[tuple[int, int, int]]] = {}
         for start, first, border, end in self.bounds.tolist():
@@ -164,15 +167,20 @@ class CondensedLayout:
             for begin, kept, stop in segments:
                 if stop > kept:
                     by_length.setdefault(_padded(stop - begin), []).append((begin, kept, stop))
-        groups = []
-        for length, segments in sorted(by_length.items()):
-            begin, kept, stop = torch.tensor(segments).T[:, :, None]
-            rows = begin + torch.arange(length)  # [S, L]
-            keep = (rows >= kept) & (rows < stop)
-            groups.append(
-                SegmentGroup(rows.minimum(stop - 1).to(self.device), keep.to(self.device))
-            )
-        return groups
+        rows = [np.empty(0, np.int64)]
+        size = sum(length * len(segments) for length, segments in by_length.items())
+        owner = np.full(self.num_rows, size)
+        at = 0
+        for length, segments in by_length.items():
+            for begin, kept, stop in segments:
+                rows.append(np.minimum(np.arange(begin, begin + length), stop - 1))
+                owner[kept:stop] = at + np.arange(kept - begin, stop - begin)
+                at += length
+        return Segments(
+            torch.from_numpy(np.concatenate(rows)).to(self.device),
+            [(len(segments), length) for length, segments in by_length.items()],
+            torch.from_numpy(owner).to(self.device),
+        )
 
 
 def _padded(length: int) -> int:
