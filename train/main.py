@@ -21,7 +21,6 @@ from typing import Any
 if not __package__:  # run as a file: make the folder above importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 import torch.distributed as dist
 import tyro
 
@@ -178,5 +177,4 @@ def say(lead: bool, text: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)
     sys.exit(main())

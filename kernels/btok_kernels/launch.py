@@ -26,7 +26,7 @@ def choose(op: str, impl: str, available: tuple[str, ...], default: str) -> str:
     """
     choices = ("auto", *available)
     if impl == "triton" and impl not in available:
-        raise RuntimeError(f"{op}: impl 'triton' is not in this version yet; use one of {choices}")
+        raise RuntimeError(f"{op}: impl='triton' is not in this version; use one of {choices}")
     if impl not in choices:
         raise ValueError(f"{op}: impl is {impl!r}, expected one of {choices}")
     if impl != "auto":

@@ -1,0 +1,521 @@
+"""The pocket benchmark: nine meta-tasks made in seconds from data that ordinary packages carry.
+
+Pictures and videos show coloured scans of handwritten digits (scikit-learn's `load_digits`) on one
+constant canvas colour; pages show documentation, read with `ast` from the sources of scikit-learn,
+scipy and numpy. A record is a pure function of (split, task, seed, index) and of their versions.
+
+A scene is a tuple of `Thing`. `render` draws it, `caption` describes it, `edits` changes one
+attribute of it. Records come in families about one scene and its edits: neighbours in a training
+group, candidates in a test pool. So it is not enough to name what is there: attributes must be
+bound to their digits.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import random
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from btok.data.records import NtpSide, Pair, RetrievalTask, Side
+
+MODALITY = {
+    **dict.fromkeys(("I-CLS", "I-QA", "I-RET", "I-VG"), "image"),
+    **dict.fromkeys(("V-CLS", "V-QA", "V-RET", "M-RET"), "video"),
+    "VisDoc": "visdoc",
+}
+TASKS = tuple(MODALITY)
+
+CELL, STEP, SCAN = 28, 14, 24  # pixels: one merged token; one patch and one step; one scan
+CANVAS = np.array([24, 24, 32])
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS = {"red": (230, 30, 30), "green": (30, 180, 60), "blue": (50, 90, 250)}
+COLOURS |= {"yellow": (250, 230, 40), "orange": (250, 140, 20), "purple": (150, 50, 200)}
+COLOURS |= {"pink": (255, 150, 200), "white": (250, 250, 250)}
+MOTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # a step down and right
+MOTIONS |= {"up left": (-1, -1), "up right": (-1, 1), "down left": (1, -1), "down right": (1, 1)}
+MOTIONS |= {"still": (0, 0), "blinking": (0, 0)}
+WAY = (0, 1, 1, 2)  # steps made by frame: one inside each pair of frames that a model merges
+ANSWERS = {"digit": DIGITS, "colour": tuple(COLOURS), "motion": tuple(MOTIONS)}
+QUESTIONS = {  # (asked, given)
+    ("digit", "colour"): "which digit is {0.colour}?",
+    ("colour", "digit"): "what color is the {0.digit}?",
+    ("digit", "motion"): "which digit {0.state}?",
+    ("colour", "motion"): "which color {0.state}?",
+    ("motion", "colour"): "how does the {0.colour} digit move?",
+    ("motion", "digit"): "how does the {0.digit} move?",
+}
+FIND = ("find the {0.colour} digit", "find the {0.digit}", "find the digit {0.state}")
+MOMENT = ("the moment of the {0.colour} digit", "the moment of the {0.digit}")
+POOLS = {"I-RET": (4, 12), "I-VG": (3, 7), "V-RET": (4, 12), "M-RET": (4, 6)}  # family, others
+
+PACKAGES = ("numpy", "scipy", "sklearn")
+SKIPPED = {"tests", "testing", "conftest", "externals", "_external", "_lib", "f2py", "distutils"}
+SKIPPED |= {"__config__"}  # written by the build
+QUERY_WORDS, TARGET_WORDS = 7, 12  # of a page's name and text
+LINES, COLUMNS, GLYPH = 8, 16, (14, 7)
+INK, PAPER = 20, 235
+MISSING = 'the pocket benchmark needs {}: pip install "btok[demo]"'
+
+
+class Thing(NamedTuple):
+    """A digit of a scene: the upper left pixel of its cell in frame 0; no motion in pictures."""
+
+    digit: str
+    colour: str
+    scan: int
+    y: int
+    x: int
+    motion: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.digit}"
+
+    @property
+    def state(self) -> str:
+        if self.motion:
+            return f"moves {self.motion}" if any(MOTIONS[self.motion]) else f"is {self.motion}"
+        rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
+        return f"{rows[self.y // CELL]} {columns[self.x // CELL]}"
+
+
+Scene = tuple[Thing, ...]
+
+
+class Page(NamedTuple):
+    name: str
+    text: str
+    part: str  # of the library, such as scipy.signal
+
+
+class Record(NamedTuple):
+    """A query and its positive; `key` is equal where positives are interchangeable.
+
+    Where the positive is an answer: all `answers`, and those `present` in the scene.
+    """
+
+    query: Side
+    positive: Side
+    key: str
+    target: str | None = None
+    answers: Sequence[str] = ()
+    present: Sequence[str] = ()
+
+
+@cache
+def _scans() -> tuple[np.ndarray, dict[str, dict[str, list[int]]]]:
+    """Ink from 0 to 16 of all scans [1797, 24, 24], and by split and digit which scans show it."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(MISSING.format("scikit-learn")) from error
+    data = load_digits()
+    ink = np.kron(data.images.astype(np.uint8), np.ones((1, 3, 3), np.uint8))
+    order = list(range(len(ink)))
+    random.Random("pocket scans").shuffle(order)
+    parts = {"train": order[:1300], "test": order[1300:]}
+    return ink, {
+        split: {name: [i for i in part if data.target[i] == d] for d, name in enumerate(DIGITS)}
+        for split, part in parts.items()
+    }
+
+
+def _docstrings(body: Sequence[ast.stmt], path: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Dotted name and first paragraph of a body's functions, classes and methods, in order."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("__"):
+            text = (ast.get_docstring(node, clean=False) or "").strip()
+            yield ".".join([*path, node.name]), " ".join(re.split(r"\n\s*\n", text)[0].split())
+            if isinstance(node, ast.ClassDef):
+                yield from _docstrings(node.body, [*path, node.name])
+
+
+@cache
+def _pages() -> dict[str, list[Page]]:
+    """Pages by split, in the order of their files; a hash of the text decides on the split."""
+    names, texts = set(), set()
+    split: dict[str, list[Page]] = {"train": [], "test": []}
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        roots = (spec and spec.submodule_search_locations) or []
+        files = [file for root in roots for file in Path(root).rglob("*.py")]
+        if not files:
+            raise RuntimeError(MISSING.format(f"the sources of {package}"))
+        for file in sorted(files):
+            parts = (package, *file.relative_to(roots[0]).with_suffix("").parts)
+            if not SKIPPED.isdisjoint(parts):
+                continue
+            tree = ast.parse(file.read_bytes())
+            for name, text in _docstrings(tree.body, [p for p in parts if p[0] != "_"]):
+                plain = text.isascii() and len(text.split()) >= 4 and len(name) <= 3 * COLUMNS
+                if plain and name not in names and text not in texts:
+                    names.add(name)
+                    texts.add(text)
+                    held_out = hashlib.sha256(text.encode()).digest()[0] < 26  # of 256
+                    page = Page(name, text, ".".join(parts[:2]))
+                    split["test" if held_out else "train"].append(page)
+    return split
+
+
+@cache
+def _glyphs() -> np.ndarray:
+    """The bitmap of every ASCII character [128, 14, 7]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, table = ImageFont.load_default_imagefont(), np.full((128, *GLYPH), PAPER, np.uint8)
+    for code in range(33, 127):
+        cell = Image.new("L", GLYPH[::-1], PAPER)
+        ImageDraw.Draw(cell).text((0, 1), chr(code), fill=INK, font=font)
+        table[code] = np.asarray(cell)
+    return table
+
+
+def sources() -> dict[str, str]:
+    """Versions of the packages that the records are made of."""
+    packages = ("scikit-learn", "scipy", "numpy", "pillow")
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+LEVELS = np.arange(17)[:, None]
+PALETTES = {  # [17, 3], a colour for every level of ink
+    name: ((LEVELS * rgb + (16 - LEVELS) * CANVAS + 8) // 16).astype(np.uint8)
+    for name, rgb in COLOURS.items()
+}
+BLANKS = {n: np.full((CELL * n, CELL * n, 3), CANVAS, np.uint8) for n in (2, 3)}
+
+
+def render(scene: Scene, cells: int = 3, frame: int = 0) -> np.ndarray:
+    """Draw one frame of a scene, uint8 [28 cells, 28 cells, 3]."""
+    image = BLANKS[cells].copy()
+    ink, _ = _scans()
+    for thing in scene:
+        if thing.motion == "blinking" and frame % 2:
+            continue
+        down, right = MOTIONS.get(thing.motion, (0, 0))
+        y = thing.y + WAY[frame] * STEP * down + (CELL - SCAN) // 2
+        x = thing.x + WAY[frame] * STEP * right + (CELL - SCAN) // 2
+        image[y : y + SCAN, x : x + SCAN] = PALETTES[thing.colour].take(ink[thing.scan], axis=0)
+    return image
+
+
+def render_page(name: str, text: str) -> np.ndarray:
+    """Draw a page, uint8 [112, 112, 3]: a name and a text, each wrapped, while they fit."""
+    lines = [*textwrap.wrap(name, COLUMNS), *textwrap.wrap(text, COLUMNS, break_on_hyphens=False)]
+    shown = "".join(line.ljust(COLUMNS) for line in lines[:LINES]).ljust(LINES * COLUMNS)
+    cells = _glyphs()[np.frombuffer(shown.encode(), np.uint8).reshape(LINES, COLUMNS)]
+    page = cells.transpose(0, 2, 1, 3).reshape(LINES * GLYPH[0], COLUMNS * GLYPH[1])
+    return np.repeat(page[:, :, None], 3, axis=2)
+
+
+def caption(scene: Scene) -> str:
+    """Describe a scene: "red two top left, pink six top right"; "red two moves up"."""
+    return ", ".join(f"{thing.name} {thing.state}" for thing in scene)
+
+
+def _show(scene: Scene, text: str = "", cells: int = 3) -> Side:
+    if scene[0].motion:
+        return Side(text, video=tuple(render(scene, cells, frame) for frame in range(len(WAY))))
+    return Side(text, images=(render(scene, cells),))
+
+
+def _still(rng: random.Random, split: str, count: int, cells: int) -> Scene:
+    """Different digits in different colours and cells."""
+    scans, places = _scans()[1][split], rng.sample(range(cells * cells), count)
+    digits, colours = rng.sample(DIGITS, count), rng.sample(ANSWERS["colour"], count)
+    return tuple(
+        Thing(digit, colour, rng.choice(scans[digit]), CELL * (at // cells), CELL * (at % cells))
+        for digit, colour, at in zip(digits, colours, places, strict=True)
+    )
+
+
+def _moving(rng: random.Random, split: str) -> Scene:
+    """Two different digits in different colours and motions."""
+    one, two = _still(rng, split, 2, 3)
+    one = _move_apart(rng, one)
+    return one, _move_apart(rng, two, one)
+
+
+def _move(rng: random.Random, thing: Thing, motion: str) -> Thing:
+    """Give a thing a motion and a start, in steps, from which it stays on the canvas."""
+    starts = {-1: (2, 3, 4), 0: (0, 1, 2, 3, 4), 1: (0, 1, 2)}
+    y, x = (STEP * rng.choice(starts[way]) for way in MOTIONS[motion])
+    return thing._replace(y=y, x=x, motion=motion)
+
+
+def _move_apart(rng: random.Random, thing: Thing, *others: Thing) -> Thing:
+    """Give a thing a motion that is new to it and to others, and a start from which none meet."""
+    taken = {thing.motion, *(other.motion for other in others)}
+    while True:
+        moved = _move(rng, thing, rng.choice([motion for motion in MOTIONS if motion not in taken]))
+        if not any(_meet(moved, other) for other in others):
+            return moved
+
+
+def _meet(a: Thing, b: Thing) -> bool:
+    ways = zip(MOTIONS[a.motion], MOTIONS[b.motion], strict=True)
+    down, right = (STEP * (i - j) for i, j in ways)
+    return any(abs(a.y - b.y + n * down) < CELL and abs(a.x - b.x + n * right) < CELL for n in WAY)
+
+
+def _swap(scene: Scene, attribute: str) -> Scene:
+    """Exchange the colours or the digits of the first two things."""
+    a, b, *rest = scene
+    if attribute == "colour":
+        return a._replace(colour=b.colour), b._replace(colour=a.colour), *rest
+    a, b = a._replace(digit=b.digit, scan=b.scan), b._replace(digit=a.digit, scan=a.scan)
+    return a, b, *rest
+
+
+def edits(rng: random.Random, split: str, scene: Scene) -> list[Scene]:
+    """Change a scene of two: swap its colours; make one digit another; give one another state."""
+    one, two = rng.sample((0, 1), 2)
+    redrawn, moved = list(scene), list(scene)
+    digit = rng.choice([name for name in DIGITS if name not in {thing.digit for thing in scene}])
+    redrawn[one] = scene[one]._replace(digit=digit, scan=rng.choice(_scans()[1][split][digit]))
+    if scene[two].motion:
+        moved[two] = _move_apart(rng, scene[two], scene[one])
+    else:
+        places = [(CELL * (at // 3), CELL * (at % 3)) for at in range(9)]
+        free = [place for place in places if place not in {(thing.y, thing.x) for thing in scene}]
+        y, x = rng.choice(free)
+        moved[two] = scene[two]._replace(y=y, x=x)
+    return [_swap(scene, "colour"), tuple(redrawn), tuple(moved)]
+
+
+def _classification(rng: random.Random, split: str, asked: str) -> list[Record]:
+    """Four digits of one colour in one place, or four motions of one digit."""
+    (thing,) = _still(rng, split, 1, 2)
+    records = []
+    for answer in rng.sample(ANSWERS[asked], 4):
+        if asked == "motion":
+            thing = _move(rng, thing, answer)
+        else:
+            thing = thing._replace(digit=answer, scan=rng.choice(_scans()[1][split][answer]))
+        query = _show((thing,), f"what {asked}?", cells=3 if thing.motion else 2)
+        target = f"{answer}: {caption((thing,)) if thing.motion else thing.name}"
+        records.append(Record(query, Side(answer), answer, target, ANSWERS[asked]))
+    return records
+
+
+def _qa(rng: random.Random, split: str, kind: tuple[str, str]) -> list[Record]:
+    """Two questions about a scene, and about its swap, where each has the other's answer."""
+    asked, given = kind
+    scene = _moving(rng, split) if "motion" in kind else _still(rng, split, rng.choice((2, 3)), 3)
+    records = []
+    for variant in (scene, _swap(scene, given if asked == "motion" else asked)):
+        shown = _show(variant)
+        present = [getattr(thing, asked) for thing in variant]
+        for thing, answer in zip(variant[:2], present[:2], strict=True):
+            query = replace(shown, text=QUESTIONS[kind].format(thing))
+            target = f"{answer}: {caption(variant)}"
+            records.append(Record(query, Side(answer), answer, target, ANSWERS[asked], present))
+    return records
+
+
+def _retrieval(rng: random.Random, split: str, moving: bool) -> list[Record]:
+    """Descriptions of a scene and of its edits, to find them by."""
+    scene = _moving(rng, split) if moving else _still(rng, split, 2, 3)
+    return [
+        Record(Side(caption(variant)), _show(variant), caption(tuple(sorted(variant))))
+        for variant in (scene, *edits(rng, split, scene))
+    ]
+
+
+def _grounding(rng: random.Random, split: str, template: str) -> list[Record]:
+    """Each thing of a scene, to be found cut out, on any cell of a canvas; one of its swap."""
+    scene = _still(rng, split, 3, 3)
+    swapped = _swap(scene, "colour")
+    records = []
+    for variant, thing in [*((scene, thing) for thing in scene), (swapped, swapped[0])]:
+        cut = thing._replace(y=CELL * rng.randrange(2), x=CELL * rng.randrange(2))
+        query, positive = _show(variant, template.format(thing)), _show((cut,), cells=2)
+        records.append(Record(query, positive, thing.name, f"{thing.name}: {caption(variant)}"))
+    return records
+
+
+def _moments(rng: random.Random, split: str, template: str) -> list[Record]:
+    """The four moments of a video, two frames each, to be found as clips."""
+    scene = _still(rng, split, 4, 2)
+    clips = [(render((thing,), cells=2),) * 2 for thing in scene]
+    video = tuple(frame for clip in clips for frame in clip)
+    shown = ", ".join(thing.name for thing in scene)
+    records = []
+    for thing, clip in zip(scene, clips, strict=True):
+        query, target = Side(template.format(thing), video=video), f"{thing.name}: {shown}"
+        records.append(Record(query, Side(video=clip), thing.name, target))
+    return rng.sample(records, 4)
+
+
+def _page(page: Page) -> Record:
+    words = f"{page.name} {page.text}".split()
+    query, target = " ".join(words[:QUERY_WORDS]), " ".join(words[:TARGET_WORDS])
+    return Record(Side(query), Side(images=(render_page(*page[:2]),)), page.name, target)
+
+
+def _neighbours(rng: random.Random, split: str, count: int) -> list[Record]:
+    """Pages that follow each other, mostly of one file."""
+    start = rng.randrange(len(_pages()[split]) - count + 1)
+    return [_page(page) for page in _pages()[split][start : start + count]]
+
+
+FAMILIES: dict[str, tuple[Callable[..., list[Record]], Sequence[Any]]] = {  # and their kinds
+    "I-CLS": (_classification, ["digit"]),
+    "I-QA": (_qa, [kind for kind in QUESTIONS if "motion" not in kind]),
+    "I-RET": (_retrieval, [False]),
+    "I-VG": (_grounding, FIND),
+    "V-CLS": (_classification, ["motion"]),
+    "V-QA": (_qa, [kind for kind in QUESTIONS if "motion" in kind]),
+    "V-RET": (_retrieval, [True]),
+    "M-RET": (_moments, MOMENT),
+    "VisDoc": (_neighbours, [4]),
+}
+
+
+def _records(split: str, task: str, seed: int, index: int, size: int) -> list[Record]:
+    """Families of one kind, cut at a size."""
+    rng = random.Random(f"{seed}/{split}/{task}/{index}")
+    draw, kinds = FAMILIES[task]
+    kind = rng.choice(kinds)
+    records: list[Record] = []
+    while len(records) < size:
+        records += draw(rng, split, kind)
+    return records[:size]
+
+
+def train_group(task: str, index: int, size: int = 16, seed: int = 0) -> list[Pair]:
+    """Draw a group of training pairs of one task; the same arguments give the same bytes.
+
+    Args:
+        task: one of `TASKS`.
+        index: which group, from 0.
+        size: how many pairs; every four are near-duplicates, so that in-batch negatives are hard.
+        seed: another one gives other groups of the same training scans and pages.
+
+    Raises:
+        ValueError: an unknown task, a size below 2 or a negative index.
+        ImportError, RuntimeError: packages of the `demo` extra, or their sources, are missing.
+    """
+    if task not in TASKS:
+        raise ValueError(f"train_group: task is {task!r}, not one of {', '.join(TASKS)}")
+    if size < 2 or index < 0:
+        raise ValueError(f"train_group: size is {size}, not >= 2, or index is {index}, not >= 0")
+    pairs = []
+    for record in _records("train", task, seed, index, size):
+        side: NtpSide = "positive" if record.query.images or record.query.video else "query"
+        pairs.append(Pair(record.query, record.positive, (), task, side, record.target, record.key))
+    return pairs
+
+
+def tasks(queries: int = 400) -> list[RetrievalTask]:
+    """Make the test set, one retrieval task per meta-task, of scans and pages never trained on.
+
+    Args:
+        queries: how many per task (VisDoc: at most one per test page); fewer are the first of more.
+
+    Raises:
+        ValueError: fewer than 40 queries, too few to draw other scenes from.
+        ImportError, RuntimeError: as `train_group`.
+    """
+    if queries < 40:
+        raise ValueError(f"tasks: queries is {queries}, not >= 40")
+    made = [
+        _pooled(task, [_records("test", task, 0, index, 4) for index in range(queries)])
+        for task in TASKS[:-1]
+    ]
+    return [*made, _visdoc(queries)]
+
+
+def _pooled(task: str, families: list[list[Record]]) -> RetrievalTask:
+    """A query per family, with a pool of all answers; or of the family's scenes, which are hard,
+    and of others' positives, half of these with the query's words, so that words are not enough."""
+    near, far = POOLS.get(task, (0, 0))
+    found: dict[str, int] = {}
+    candidates: list[Side] = []
+
+    def place(side: Side) -> int:
+        at = found.setdefault(_fingerprint(side), len(candidates))
+        if at == len(candidates):
+            candidates.append(side)
+        return at
+
+    rng = random.Random(f"pool/{task}")
+    owns = [
+        {record.key: place(record.positive) for record in rng.sample(family[:near], near)}
+        for family in families
+    ]
+    qrels, pools, hard = [], [], []
+    for family, own in zip(families, owns, strict=True):
+        right = family[0]
+        pool = own | {answer: place(Side(answer)) for answer in right.answers}
+        others = [other[0] for other in rng.sample(families, len(families))]
+        same_words = [other for other in others if other.query.text == right.query.text]
+        for size, some in ((near + far // 2, same_words), (near + far, others)):
+            for other in some:
+                if len(pool) < size and other.key not in pool:
+                    pool[other.key] = place(other.positive)
+        qrels.append({pool[right.key]: 1.0})
+        pools.append(rng.sample(list(pool.values()), len(pool)))
+        hard.append([at for key, at in pool.items() if key in (own or right.present)])
+    return RetrievalTask(
+        *(task, task, MODALITY[task], "hit@1"),
+        queries=[family[0].query for family in families],
+        candidates=candidates,
+        qrels=qrels,
+        pools=pools,
+        hard=hard if any(hard) else None,
+    )
+
+
+def _visdoc(queries: int) -> RetrievalTask:
+    """All test pages are candidates; hard are those of the same part of the library."""
+    pages, task = _pages()["test"], "VisDoc"
+    asked = random.Random("pool/VisDoc").sample(range(len(pages)), len(pages))[:queries]
+    records = [_page(page) for page in pages]
+    return RetrievalTask(
+        *(task, task, MODALITY[task], "ndcg@5"),
+        queries=[records[i].query for i in asked],
+        candidates=[record.positive for record in records],
+        qrels=[{i: 1.0} for i in asked],
+        hard=[[j for j, page in enumerate(pages) if page.part == pages[i].part] for i in asked],
+    )
+
+
+def texts(groups: int = 16) -> Iterator[str]:
+    """Yield texts to train a tokenizer on: training pages; words and captions of groups."""
+    for page in _pages()["train"]:
+        yield f"{page.name} {page.text}"
+    for task in TASKS[:-1]:
+        for index in range(groups):
+            for pair in train_group(task, index):
+                yield from filter(None, (pair.query.text, pair.positive.text, pair.target))
+
+
+def digest() -> str:
+    """Hash all test tasks and the first four training groups of every task (see `sources`)."""
+    parts: list[Any] = []
+    for task in tasks():
+        parts += (task.name, task.meta_task, task.modality, task.metric)
+        parts += (task.qrels, task.pools, task.hard)
+        parts += (_fingerprint(side) for side in (*task.queries, *task.candidates))
+    for pair in (pair for name in TASKS for index in range(4) for pair in train_group(name, index)):
+        parts += (_fingerprint(pair.query), _fingerprint(pair.positive))
+        parts += (pair.dataset, pair.ntp_side, pair.target, pair.positive_id)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _fingerprint(side: Side) -> str:
+    total = hashlib.sha256(repr((side.text, len(side.images), len(side.video))).encode())
+    for frame in (*side.images, *side.video):
+        total.update(repr(frame.shape).encode() + frame.tobytes())
+    return total.hexdigest()

@@ -1,0 +1,473 @@
+"""Contrastive loss (InfoNCE) of this rank's queries against the keys and negatives of all ranks.
+
+    s = query @ [key ; negatives].T
+    loss_i = logsumexp_j(s_ij / tau) - s_ii / tau,    j over the candidates that row i keeps
+    loss = mean_i loss_i,    or half the sum of that and of the same over columns of query @ key.T
+
+for M rows, N of them on this rank, each with its key and h negatives. The N x M logits are never
+materialised, nor a graph through them: memory is a few tiles of logits plus O((N + M) D). The
+chunked path:
+
+    1. agree with the other ranks on shapes and options, so that a mistake raises on all of them
+    2. gather keys and negatives as one [M, 1 + h, D], padded to the largest rank on the way
+    3. bidirectional: sweep the row tiles for each column's log-sum-exp, combine these over ranks
+    4. sweep the row tiles for the loss and d logits, which go at once into d query (complete),
+       d candidates (this rank's part) and d tau
+    5. reduce-scatter d candidates: each rank keeps the sum for its own keys and negatives
+
+A tile is some rows of this rank against all columns, so the column direction needs no gathered
+queries: the d logits of both directions add up in the tile. The gradients are made in the forward;
+the backward only scales them, without work or communication.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from btok_kernels.launch import choose
+
+_TILE_LOGITS = 1 << 24  # logits of one tile, which has at least one row
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    bidirectional: bool = False,
+    margin: float | None = None,
+) -> Tensor:
+    """The specification: the loss of each row of a whole batch, [M], dense and in at least fp32."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    s = query.to(dtype) @ key.to(dtype).T
+    own = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    same = own if query_ids is None or key_ids is None else query_ids[:, None] == key_ids
+
+    def direction(s: Tensor, own: Tensor, same: Tensor) -> Tensor:
+        positive = s.diagonal()
+        drop = same if margin is None else same | (s > positive[:, None] + margin)
+        logits = (s / temperature).masked_fill(drop & ~own, -torch.inf)
+        return logits.logsumexp(1) - positive / temperature
+
+    columns = direction(s.T, own, same.T) if bidirectional else None
+    if negatives is not None:
+        s = torch.cat([s, query.to(dtype) @ negatives.to(dtype).flatten(0, 1).T], 1)
+        own, same = (F.pad(mask, (0, s.shape[1] - len(s))) for mask in (own, same))
+    rows = direction(s, own, same)
+    return rows if columns is None else (rows + columns) / 2
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one call on this rank, as `contrastive_loss` documents them."""
+
+    query: Tensor
+    key: Tensor
+    temperature: float | Tensor = 0.02
+    negatives: Tensor | None = None
+    query_ids: Tensor | None = None
+    key_ids: Tensor | None = None
+    bidirectional: bool = False
+    margin: float | None = None
+    group: dist.ProcessGroup | Literal["local"] | None = None
+    deterministic: bool = True
+    impl: str = "auto"
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What may have a gradient, in the order of LossAndGrad."""
+        return self.query, self.key, self.negatives, self.temperature
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all sums."""
+        return torch.promote_types(self.query.dtype, torch.float32)
+
+    @property
+    def tau(self) -> Tensor:
+        tau = torch.as_tensor(self.temperature, dtype=self.dtype, device=self.query.device)
+        return tau.detach().reshape(())
+
+    @property
+    def shard(self) -> Tensor:
+        """Each row's key, then its negatives: [N, 1 + h, D]."""
+        key = self.key.detach()[:, None]
+        return key if self.negatives is None else torch.cat([key, self.negatives.detach()], 1)
+
+
+class LossAndGrad(NamedTuple):
+    """A loss and its gradients, in the inputs' shapes and dtypes; None for what is no tensor."""
+
+    loss: Tensor
+    d_query: Tensor
+    d_key: Tensor
+    d_negatives: Tensor | None
+    d_temperature: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """How the M rows lie on the ranks: rank 0's first, then rank 1's, and so on."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    rows: list[int]
+
+    @property
+    def own(self) -> slice:
+        first = sum(self.rows[: self.rank])
+        return slice(first, first + self.rows[self.rank])
+
+    @property
+    def weight(self) -> float:
+        """Of a row: the mean over ranks of their weighted sums is the mean over rows."""
+        return len(self.rows) / sum(self.rows)
+
+    def exchange(self, part: Tensor) -> list[Tensor]:
+        """The parts of all ranks, which have equal shapes."""
+        if len(self.rows) == 1:
+            return [part]
+        parts = [torch.empty_like(part) for _ in self.rows]
+        dist.all_gather(parts, part, group=self.group)
+        return parts
+
+    def gather(self, shard: Tensor) -> Tensor:
+        """[N, ...] on each rank -> [M, ...] on all."""
+        if len(self.rows) == 1:
+            return shard
+        shards = self.exchange(self._pad(shard))
+        return torch.cat([padded[:n] for padded, n in zip(shards, self.rows, strict=True)])
+
+    def reduce_scatter(self, part: Tensor) -> Tensor:
+        """[M, ...] on each rank -> their sum's own rows, [N, ...]."""
+        if len(self.rows) == 1:
+            return part
+        shards = [self._pad(shard) for shard in part.split(self.rows)]
+        total = torch.empty_like(shards[self.rank])
+        dist.reduce_scatter(total, shards, group=self.group)
+        return total[: self.rows[self.rank]]
+
+    def _pad(self, shard: Tensor) -> Tensor:
+        """To the rows of the largest rank, as gloo refuses uneven shapes."""
+        padded = shard.new_zeros(max(self.rows), *shard.shape[1:])
+        padded[: len(shard)] = shard
+        return padded
+
+
+# loss [], then where wanted d query [N, D], d shard [N, 1 + h, D] and d tau []
+_Result = tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]
+
+
+def _dense(call: _Call, ranks: _Ranks, with_grad: bool) -> _Result:
+    """`_reference` of the whole batch on every rank alike, so that gradients need no exchange."""
+    query, shards, tau = (
+        t.to(call.dtype).detach().requires_grad_(with_grad)
+        for t in (ranks.gather(call.query), ranks.gather(call.shard), call.tau)
+    )
+    with torch.set_grad_enabled(with_grad):
+        losses = ranks.weight * _reference(
+            query,
+            shards[:, 0],
+            shards[:, 1:],
+            None if call.query_ids is None else ranks.gather(call.query_ids),
+            None if call.key_ids is None else ranks.gather(call.key_ids),
+            temperature=tau,
+            bidirectional=call.bidirectional,
+            margin=call.margin,
+        )
+        loss, total = losses[ranks.own].sum(), losses.sum()
+    if not with_grad:
+        return loss, None
+    (d_tau,) = torch.autograd.grad(loss, tau, retain_graph=True)
+    d_query, d_shards = torch.autograd.grad(total, (query, shards))
+    return loss.detach(), (d_query[ranks.own], d_shards[ranks.own], d_tau)
+
+
+class _Tiles:
+    """Row tiles: c rows of this rank against the E = 1 + h candidates of each of all M rows."""
+
+    def __init__(self, call: _Call, ranks: _Ranks) -> None:
+        self.call, self.ranks = call, ranks
+        self.query = call.query.to(call.dtype)  # [N, D]
+        self.candidates = ranks.gather(call.shard).to(call.dtype)  # [M, E, D]
+        self.key_ids = None if call.key_ids is None else ranks.gather(call.key_ids)  # [M]
+        self.scale = 1 / call.tau
+
+    def __iter__(self) -> Iterator[slice]:
+        height = max(1, _TILE_LOGITS // self.candidates[..., 0].numel())
+        for start in range(0, len(self.query), height):
+            yield slice(start, min(start + height, len(self.query)))
+
+    def similarity(self, rows: slice, kinds: slice = slice(None)) -> Tensor:
+        candidates = self.candidates[:, kinds]  # [M, E, D]
+        products = self.query[rows] @ candidates.flatten(0, 1).T
+        return products.unflatten(1, candidates.shape[:2])  # [c, M, E]
+
+    def positives(self, tile: Tensor, rows: slice) -> Tensor:
+        """The entries of a tile [c, M, E] where rows meet their own keys, a view [c]."""
+        return tile[..., 0].diagonal(self.ranks.own.start + rows.start)
+
+    def logits(self, shift: Tensor, rows: slice) -> Tensor:
+        """(s - s of the positive) [c, M, E] over tau: 0 at the positives, -inf where dropped."""
+        logits, query_ids = shift * self.scale, self.call.query_ids
+        if self.call.margin is not None:
+            logits.masked_fill_(shift > self.call.margin, -torch.inf)
+        if query_ids is not None and self.key_ids is not None:
+            same = query_ids[rows, None] == self.key_ids  # [c, M]
+            logits[..., 0].masked_fill_(same, -torch.inf)
+        self.positives(logits, rows).zero_()
+        return logits
+
+    def column_lse(self, anchor: Tensor) -> Tensor:
+        """Each column's log-sum-exp over the rows of all ranks, [M, 1]; anchor: s_jj, [M, 1]."""
+        lse = torch.full_like(anchor, -torch.inf)
+        for rows in self:
+            shift = self.similarity(rows, slice(1)) - anchor  # [c, M, 1]
+            lse = torch.logaddexp(lse, self.logits(shift, rows).logsumexp(0))
+        return torch.stack(self.ranks.exchange(lse)).logsumexp(0)
+
+
+def _chunked(call: _Call, ranks: _Ranks, with_grad: bool) -> _Result:
+    """Three products a tile with gradients, one more where bidirectional."""
+    tiles = _Tiles(call, ranks)
+    candidates = tiles.candidates.flatten(0, 1)  # [M E, D]
+    loss = tiles.query.new_zeros(())
+    directions = 1
+    if call.bidirectional:
+        directions = 2
+        positives = (tiles.query * call.key.to(call.dtype)).sum(1, keepdim=True)  # [N, 1]
+        anchor = ranks.gather(positives)  # [M, 1]
+        column_lse = tiles.column_lse(anchor)  # [M, 1]
+        loss += column_lse[ranks.own].sum()
+    if with_grad:
+        d_query, d_candidates = torch.empty_like(tiles.query), torch.zeros_like(candidates)
+        d_scale = torch.zeros_like(loss)
+
+    for rows in tiles:
+        s = tiles.similarity(rows)  # [c, M, E]
+        shift = s - tiles.positives(s, rows)[:, None, None]
+        logits = tiles.logits(shift, rows)
+        lse = logits.logsumexp((1, 2), keepdim=True)  # [c, 1, 1]
+        loss += lse.sum()
+        if not with_grad:
+            continue
+        d_logits = logits.sub_(lse).exp_()
+        d_scale += (d_logits * shift).sum()  # not s: it would cancel
+        if call.bidirectional:
+            shift = s[..., :1] - anchor
+            d_columns = tiles.logits(shift, rows).sub_(column_lse).exp_()  # [c, M, 1]
+            d_scale += (d_columns * shift).sum()
+            d_logits[..., :1] += d_columns
+        tiles.positives(d_logits, rows).sub_(directions)
+        d_products = d_logits.mul_(tiles.scale).flatten(1)  # [c, M E]
+        d_query[rows] = d_products @ candidates
+        d_candidates.addmm_(d_products.T, tiles.query[rows])
+
+    weight = ranks.weight / directions
+    if not with_grad:
+        return weight * loss, None
+    d_shard = ranks.reduce_scatter(d_candidates.view_as(tiles.candidates))  # [N, E, D]
+    d_tau = -tiles.scale.square() * d_scale
+    return weight * loss, (weight * d_query, weight * d_shard, weight * d_tau)
+
+
+@torch.no_grad()
+def _run(call: _Call, with_grad: bool) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss and the gradients of `call.inputs`, in at least fp32; None where there is none."""
+    ranks, with_grad = _meet(call, with_grad)
+    path = _dense if call.impl == "reference" else _chunked
+    with torch.autocast(call.query.device.type, enabled=False):  # it would round the products
+        loss, gradients = path(call, ranks, with_grad)
+    if gradients is None:
+        return loss, [None] * len(call.inputs)
+    d_query, d_shard, d_tau = gradients
+    pairs = zip(call.inputs, (d_query, d_shard[:, 0], d_shard[:, 1:], d_tau), strict=True)
+    return loss, [d.reshape(x.shape) if isinstance(x, Tensor) else None for x, d in pairs]
+
+
+class _ContrastiveLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, with_grad: bool, *inputs: Tensor | float | None) -> Tensor:
+        loss, gradients = _run(call, with_grad)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # autograd casts to the inputs' dtypes: after the scaling, which saves small fp16 values
+        return None, None, *(d if d is None else d * upstream for d in ctx.saved_tensors)
+
+
+def contrastive_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    temperature: float | Tensor = 0.02,
+    negatives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    bidirectional: bool = False,
+    margin: float | None = None,
+    group: dist.ProcessGroup | Literal["local"] | None = None,
+    deterministic: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """InfoNCE (arXiv 1807.03748) of this rank's queries against all ranks' keys and negatives.
+
+    `F.cross_entropy(query @ torch.cat([key, negatives.flatten(0, 1)]).T / temperature, arange(N))`
+    in one process, without the logits. On W ranks the mean of their results is the loss of the
+    whole batch, and the mean of their gradients of any parameter is its gradient, if all ranks
+    scale the result alike. A rank's d key is the derivative of the sum of all ranks' results.
+
+    Args:
+        query, key: [N, D], one floating dtype, taken as they are (not normalised here); key i is
+            query i's positive. N may differ between ranks and be 0 on some.
+        temperature: tau > 0, a float or a differentiable tensor of one element (value not checked).
+        negatives: [N, h, D], h equal on all ranks. Candidates of every query of every rank; not
+            masked by id, absent from the column direction.
+        query_ids, key_ids: int64 [N], both or neither. Where query_ids[i] == key_ids[j] and j != i,
+            key j and query i are dropped from each other's candidates.
+        bidirectional: half the sum of query to key and key to query.
+        margin: finite, in units of s. Candidates with s_ij > s_ii + margin are dropped (in the
+            column direction s_ij > s_jj + margin), the positive never.
+        group: the ranks that share candidates. None: all ranks where torch.distributed is
+            initialised, else this process; "local": this process alone.
+        deterministic: the same bits on every run; each `impl` of this version gives them anyway.
+        impl: "auto", "chunked" or "reference" (dense, the whole batch on every rank).
+
+    Returns:
+        [] in at least fp32: the sum of this rank's row losses, times W / M for M rows in all.
+
+    Raises:
+        TypeError: a wrong type, dtype or device.
+        ValueError: a wrong shape or value, a difference between ranks, no rows on any rank.
+        RuntimeError: an `impl` that this version lacks.
+    """
+    options = (query_ids, key_ids, bidirectional, margin, group, deterministic, impl)
+    call = _Call(query, key, temperature, negatives, *options)
+    tensors = [x for x in call.inputs if isinstance(x, Tensor)]
+    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return _ContrastiveLoss.apply(call, with_grad, *call.inputs)
+
+
+def contrastive_loss_and_grad(query: Tensor, key: Tensor, **options: Any) -> LossAndGrad:
+    """The loss and the gradients that its backward would give, at once and without autograd.
+
+    Args:
+        query, key, options: those of `contrastive_loss`.
+
+    Returns:
+        LossAndGrad: loss [], d_query and d_key [N, D], d_negatives [N, h, D], d_temperature.
+
+    Raises: as `contrastive_loss`.
+    """
+    call = _Call(query, key, **options)
+    loss, gradients = _run(call, with_grad=True)
+    pairs = zip(call.inputs, gradients, strict=True)
+    cast: Any = (d if d is None else d.to(x.dtype) for x, d in pairs)
+    return LossAndGrad(loss, *cast)
+
+
+def _meet(call: _Call, with_grad: bool) -> tuple[_Ranks, bool]:
+    """Check the arguments and that all ranks' agree; all make gradients if one needs them."""
+    group = None if isinstance(call.group, str) else call.group
+    alone = call.group == "local" or not (dist.is_available() and dist.is_initialized())
+    rank, world = (0, 1) if alone else (dist.get_rank(group), dist.get_world_size(group))
+    if rank < 0:
+        raise ValueError("contrastive_loss: group does not contain this rank")
+    refusal: Exception | None = None
+    card: dict[str, Any] = {}
+    try:
+        _check(call)
+        card = {"rows": len(call.query), "with_grad": with_grad, "agreed": _agreed(call)}
+    except (TypeError, ValueError, RuntimeError) as error:
+        refusal = error
+        card = {"refusal": str(error)}  # the other ranks must not wait for this one
+    cards = [card] * world
+    if world > 1:
+        dist.all_gather_object(cards, card, group=group)
+    if refusal is not None:
+        raise refusal
+    for other, theirs in enumerate(cards):
+        if "refusal" in theirs:
+            raise ValueError(f"{theirs['refusal']} (on rank {other})")
+    for other, theirs in enumerate(cards):
+        for name, had in theirs["agreed"].items():
+            expected = cards[0]["agreed"][name]
+            if had != expected:
+                raise ValueError(
+                    f"contrastive_loss: {name} is {had} on rank {other} and {expected} on rank 0"
+                )
+    rows = [theirs["rows"] for theirs in cards]
+    if sum(rows) == 0:
+        raise ValueError("contrastive_loss: query has 0 rows on every rank, expected at least 1")
+    return _Ranks(group, rank, rows), any(theirs["with_grad"] for theirs in cards)
+
+
+def _agreed(call: _Call) -> dict[str, Any]:
+    """What must be equal on all ranks."""
+    return {
+        "dtype": call.query.dtype,
+        "D": call.query.shape[1],
+        "h": None if call.negatives is None else call.negatives.shape[1],
+        "query_ids": "given" if call.query_ids is not None else None,
+        "temperature": "a tensor" if isinstance(call.temperature, Tensor) else call.temperature,
+        "bidirectional": call.bidirectional,
+        "margin": call.margin,
+        "impl": "chunked" if call.impl == "auto" else call.impl,
+    }
+
+
+def _check(call: _Call) -> None:
+    name, query, tau = "contrastive_loss", call.query, call.temperature
+    if not isinstance(query, Tensor) or query.ndim != 2 or not query.is_floating_point():
+        had = f"{query.dtype} {list(query.shape)}" if isinstance(query, Tensor) else type(query)
+        raise TypeError(f"{name}: query is {had}, expected a floating-point tensor [N, D]")
+    rows, columns = query.shape
+    for label, tensor, dtype, shape in (
+        ("key", call.key, query.dtype, (rows, columns)),
+        ("negatives", call.negatives, query.dtype, (rows, "h", columns)),
+        ("query_ids", call.query_ids, torch.int64, (rows,)),
+        ("key_ids", call.key_ids, torch.int64, (rows,)),
+    ):
+        if tensor is None and label != "key":
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            had = f"{tensor.dtype if isinstance(tensor, Tensor) else type(tensor)}"
+            raise TypeError(f"{name}: {label} is {had}, expected {dtype}")
+        if tensor.device != query.device:
+            raise TypeError(f"{name}: {label} is on {tensor.device}, query on {query.device}")
+        sizes = zip(tensor.shape, shape, strict=False)
+        if tensor.ndim != len(shape) or any(want not in ("h", size) for size, want in sizes):
+            expected = f"[{', '.join(map(str, shape))}] for query {list(query.shape)}"
+            raise ValueError(f"{name}: {label} is {list(tensor.shape)}, expected {expected}")
+    if (call.query_ids is None) != (call.key_ids is None):
+        missing = "query_ids" if call.query_ids is None else "key_ids"
+        raise ValueError(f"{name}: {missing} is None, expected query_ids and key_ids or neither")
+    if isinstance(tau, Tensor):
+        if tau.numel() != 1:
+            raise ValueError(f"{name}: temperature is {list(tau.shape)}, expected one element")
+        if not tau.is_floating_point() or tau.device != query.device:
+            had = f"{tau.dtype} on {tau.device}"
+            raise TypeError(f"{name}: temperature is {had}, expected a float on {query.device}")
+    elif not (isinstance(tau, int | float) and 0 < tau < math.inf):
+        raise ValueError(f"{name}: temperature is {tau!r}, expected a finite number above 0")
+    margin = call.margin
+    if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
+        raise ValueError(f"{name}: margin is {margin!r}, expected a finite number or None")
+    if isinstance(call.group, str) and call.group != "local":
+        raise ValueError(f"{name}: group is {call.group!r}, expected a group, 'local' or None")
+    choose(name, call.impl, ("chunked", "reference"), "chunked")
