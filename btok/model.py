@@ -59,16 +59,12 @@ class BTokModel(nn.Module):
         ntp_reduction: NtpReduction,
     ) -> None:
         super().__init__()
-        if (kind := backbone.config.model_type) not in ARCHITECTURES:
-            raise ValueError(f"BTokModel: backbone is {kind!r}, expected one of {ARCHITECTURES}")
+        _one_of("backbone", backbone.config.model_type, ARCHITECTURES)
         _one_of("pooling", pooling, ("btok", "last", "mean"))
         _one_of("target_positions", target_positions, TARGET_POSITIONS)
         _one_of("ntp_reduction", ntp_reduction, ("sample_mean", "token_mean"))
         if pooling == "btok" and not len(btok_token_ids):
-            raise ValueError(
-                "BTokModel: pooling is 'btok' with no bottleneck tokens; "
-                "use pooling='last' or 'mean' with K = 0"
-            )
+            raise ValueError("BTokModel: with K = 0 use pooling='last' or 'mean', not 'btok'")
         use_condensed_attention(backbone)
         self.backbone = backbone
         self.btok_token_ids = tuple(btok_token_ids)
@@ -129,26 +125,15 @@ class BTokModel(nn.Module):
 
         settings_file = Path(name_or_path) / CONFIG_NAME
         saved = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-        if saved.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise ValueError(
-                f"BTokModel: {settings_file} has format_version {saved['format_version']}, "
-                f"this version reads {FORMAT_VERSION}"
-            )
-        for name, asked in (
-            ("num_btoks", num_btoks),
-            ("pooling", pooling),
-            ("target_positions", target_positions),
-        ):
-            if saved and asked is not None and asked != saved[name]:
+        asked = {"num_btoks": num_btoks, "pooling": pooling, "target_positions": target_positions}
+        for name, value in {**asked, "format_version": FORMAT_VERSION}.items():
+            if saved and value is not None and value != saved[name]:
                 raise ValueError(
-                    f"BTokModel: {name} is {asked!r}, but {name_or_path} was trained with "
-                    f"{saved[name]!r}; leave {name} out to use the checkpoint's"
+                    f"BTokModel: {name} is {value!r}, but {name_or_path} was saved with "
+                    f"{saved[name]!r}; ask for that or leave it out"
                 )
         kind = AutoConfig.from_pretrained(name_or_path).model_type
-        if kind not in ARCHITECTURES:
-            raise ValueError(
-                f"BTokModel: {name_or_path} is a {kind!r}, expected one of {ARCHITECTURES}"
-            )
+        _one_of(f"the architecture of {name_or_path}", kind, ARCHITECTURES)
         backbone = Qwen2VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype)
         if saved:
             ids = saved["btok_token_ids"]

@@ -63,25 +63,31 @@ class Objective:
         """This rank's share of the loss.
 
         Args:
-            output: of a batch whose first 2 n samples are n queries and their n positives.
+            output: of a batch of n queries, their n positives, and h times n hard negatives.
             ids: int64 [n], equal where positives are interchangeable.
             step: from 0, for the schedule.
             num_groups: groups of equal size among the n pairs, one behind the other.
             ntp_scale: this rank's targets over the mean number of targets per rank.
         """
-        query, positive = output.embeddings[: 2 * len(ids)].chunk(2)
-        tau = self.temperature
-        if self.negatives == "batch":
-            contrastive = contrastive_loss(
-                query, positive, temperature=tau, query_ids=ids, key_ids=ids
+        query, positive, *negatives = output.embeddings.split(len(ids))
+        parts = [query, positive, ids]
+        if negatives:
+            parts.append(torch.stack(negatives, dim=1))  # [n, h, D]
+        whole = self.negatives == "batch"
+        chunks = zip(*(t.chunk(1 if whole else num_groups) for t in parts), strict=True)
+        losses = [
+            contrastive_loss(
+                q,
+                p,
+                temperature=self.temperature,
+                negatives=hard[0] if hard else None,
+                query_ids=i,
+                key_ids=i,
+                group=None if whole else "local",
             )
-        else:
-            groups = zip(*(t.chunk(num_groups) for t in (query, positive, ids)), strict=True)
-            losses = [
-                contrastive_loss(q, p, temperature=tau, query_ids=i, key_ids=i, group="local")
-                for q, p, i in groups
-            ]
-            contrastive = torch.stack(losses).mean()
+            for q, p, i, *hard in chunks
+        ]
+        contrastive = torch.stack(losses).mean()
         ntp = contrastive.new_zeros(()) if output.ntp_loss is None else output.ntp_loss * ntp_scale
         return Losses(contrastive + self.weight(step) * ntp, contrastive, ntp)
 
@@ -93,7 +99,8 @@ def pair_samples(
     ntp_side: str | None = None,
     generate: bool = True,
 ) -> list[Sample]:
-    """Pairs as samples to pack: n queries, then n positives, each with what it must generate.
+    """Pairs as samples to pack: n queries, then n positives, then each one's first hard negative,
+    its second, ...; queries and positives with what they must generate.
 
     Args:
         pairs: n training examples.
@@ -102,10 +109,14 @@ def pair_samples(
         generate: False leaves all targets out.
 
     Raises:
-        ValueError: an unknown `ntp_side`.
+        ValueError: an unknown `ntp_side`, pairs with unequal numbers of negatives.
     """
     if ntp_side is not None and ntp_side not in NTP_SIDES:
         raise ValueError(f"pair_samples: ntp_side is {ntp_side!r}, expected one of {NTP_SIDES}")
+    if len(counts := {len(pair.negatives) for pair in pairs}) > 1:
+        raise ValueError(
+            f"pair_samples: pairs have {sorted(counts)} negatives, expected one number"
+        )
     queries: list[Sample] = []
     positives: list[Sample] = []
     for pair in pairs:
@@ -114,7 +125,8 @@ def pair_samples(
         written = None if pair.target is None else process(Side(text=pair.target))
         queries.append((query, (written or positive) if side in ("positive", "both") else None))
         positives.append((positive, (written or query) if side in ("query", "both") else None))
-    return queries + positives
+    hard = zip(*(pair.negatives for pair in pairs), strict=True)
+    return queries + positives + [(process(side), None) for sides in hard for side in sides]
 
 
 def positive_ids(pairs: Sequence[Pair], rank: int = 0) -> Tensor:

@@ -28,7 +28,7 @@ def qwen2_vl_positions(
     at the highest position so far + 1.
 
     Args:
-        input_ids: integers [L] (tensor, array or list), with one placeholder id per merged vision token.
+        input_ids: integers [L] (tensor, array, list), a placeholder id per merged vision token.
         image_grid_thw, video_grid_thw: integers [n, 3], time, height and width in patches, in order
             of appearance; None for none.
         image_token_id, video_token_id: the placeholder ids.

@@ -26,16 +26,14 @@ TEMPORAL_PATCH = 2
 class Processor:
     """Tokenizer and patchifier of a Qwen2-VL checkpoint.
 
-    A side becomes `<|vision_start|>` + one placeholder per merged token + `<|vision_end|>` for each
-    image or the video, then a line break and the text as it is: the input format of VLM2Vec and of
-    the authors, without a chat template.
+    A side becomes `<|vision_start|>` + a placeholder per merged token + `<|vision_end|>` for each
+    image or the video, a line break and the text as it is: VLM2Vec's format, no chat template.
 
     Args:
         tokenizer: a transformers tokenizer with Qwen2-VL's special tokens.
-        min_pixels, max_pixels: bounds on an image's size after resizing.
-        max_frame_pixels: the same upper bound per video frame.
+        min_pixels, max_pixels, max_frame_pixels: bounds on the size of an image, of a video frame.
         patch_size, merge_size: pixels per patch side, patches per merged token side.
-        image_mean, image_std: per channel.
+        image_mean, image_std: per channel, of values in [0, 1].
 
     Raises:
         ValueError: a tokenizer that lacks a special token, bounds out of order.
@@ -67,7 +65,7 @@ class Processor:
             self._special(name) for name in ("vision_start", "vision_end", "image_pad", "video_pad")
         )
         # (pixel / 255 - mean) / std for every byte value: exact, and one look-up per pixel
-        mean, std = np.float32(self.image_mean), np.float32(self.image_std)
+        mean, std = (np.array(x, np.float32) for x in (self.image_mean, self.image_std))
         levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
         self._levels = ((levels - mean) / std).T.copy()  # [3, 256]
 
@@ -155,7 +153,7 @@ class Processor:
         """[patches, 3 * 2 * p * p] and (t, h, w); an odd last frame is shown twice."""
         first = rgb_array(frames[0])
         unit = self.patch_size * self.merge_size
-        height, width = smart_size(*first.shape[:2], unit, self.min_pixels, limit)
+        height, width = smart_size(first.shape[0], first.shape[1], unit, self.min_pixels, limit)
         clip = np.stack([_resized(rgb_array(frame), height, width) for frame in frames])
         if len(clip) % TEMPORAL_PATCH:
             clip = np.concatenate([clip, clip[-1:]])

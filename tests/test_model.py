@@ -225,7 +225,7 @@ def test_a_batch_without_targets_has_no_generative_loss():
 
 def test_settings_that_do_not_go_together_are_refused():
     backbone = tiny_backbone()
-    with pytest.raises(ValueError, match="pooling='last' or 'mean'"):
+    with pytest.raises(ValueError, match="with K = 0 use pooling='last' or 'mean'"):
         BTokModel.from_backbone(backbone, btok_token_ids=())
     with pytest.raises(ValueError, match="pooling is 'max'"):
         BTokModel.from_backbone(backbone, btok_token_ids=(1,), pooling="max")

@@ -47,6 +47,31 @@ def test_queries_come_first_and_a_target_replaces_the_other_side():
         pair_samples(pairs, process, ntp_side="all")
 
 
+def test_hard_negatives_follow_and_count_for_every_query():
+    pairs = [
+        Pair(Side(f"q{i}"), Side(f"p{i}"), (Side(f"n{i}"), Side(f"m{i}")), ntp_side="none")
+        for i in range(2)
+    ]
+    samples = [words(s)[0] for s in pair_samples(pairs, process)]
+    assert samples == ["q0", "q1", "p0", "p1", "n0", "n1", "m0", "m1"]
+    z = F.normalize(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    logits = z[:2] @ z[2:].T / 0.02
+    for negatives, expected in (
+        ("batch", F.cross_entropy(logits, torch.arange(2))),
+        (
+            "group",
+            F.cross_entropy(logits[[0, 1]][:, [0, 2, 4]][:1], torch.tensor([0])) / 2
+            + F.cross_entropy(logits[1:][:, [1, 3, 5]], torch.tensor([0])) / 2,
+        ),
+    ):
+        losses = Objective(negatives=negatives)(
+            BTokOutput(z, None), torch.tensor([1, 2]), step=0, num_groups=2
+        )
+        assert float(losses.total) == pytest.approx(float(expected))
+    with pytest.raises(ValueError, match=r"pairs have \[0, 2\] negatives"):
+        pair_samples([pair(), pairs[0]], process)
+
+
 def test_ids_are_equal_for_interchangeable_positives_only():
     pairs = [
         pair(dataset="a", positive_id="7"),

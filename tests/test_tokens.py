@@ -92,12 +92,12 @@ def test_a_plain_checkpoint_gets_bottleneck_tokens(tmp_path):
 def test_a_checkpoint_with_other_settings_is_refused(tmp_path):
     model = BTokModel.from_backbone(tiny_backbone(), btok_token_ids=BTOKS[:3])
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"num_btoks is 4, but .* was trained with 3"):
+    with pytest.raises(ValueError, match=r"num_btoks is 4, but .* was saved with 3"):
         BTokModel.from_pretrained(tmp_path, num_btoks=4)
     with pytest.raises(ValueError, match="pooling is 'last'"):
         BTokModel.from_pretrained(tmp_path, pooling="last")
     config = json.loads((tmp_path / "config.json").read_text())
     config["model_type"] = "llama"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is a 'llama', expected one of"):
+    with pytest.raises(ValueError, match="is 'llama', expected one of"):
         BTokModel.from_pretrained(tmp_path)

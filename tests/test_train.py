@@ -42,7 +42,7 @@ def small(dtype=torch.float32):
     btoks = add_to_tokenizer(tokenizer, 4)
     add_to_embeddings(backbone, btoks)
     return BTokModel.from_backbone(backbone, btok_token_ids=btoks), Processor(
-        tokenizer, patch_size=4, min_pixels=64
+        tokenizer, patch_size=4, min_pixels=64, max_pixels=600, max_frame_pixels=600
     )
 
 
@@ -110,7 +110,7 @@ def saved_run(tmp_path, step=3):
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    folder = checkpoint.save(tmp_path, step, model, processor, optimizer, {"world": 1})
+    folder = checkpoint.save(tmp_path, step, model, processor, optimizer, {"processes": 1})
     return folder, model, optimizer
 
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_restores_weights_moments_and_random_state(tmp_path):
     again = BTokModel.from_pretrained(folder)
     assert again.btok_token_ids == model.btok_token_ids
     fresh = torch.optim.AdamW(again.parameters(), lr=1e-3)
-    assert checkpoint.load(folder, fresh) == {"step": 3, "world": 1}
+    assert checkpoint.load(folder, fresh) == {"step": 3, "processes": 1}
     assert torch.equal(torch.randn(4), noise)
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name

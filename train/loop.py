@@ -1,4 +1,4 @@
-"""One training run on one rank: steps, logs, checkpoints, stop and resume."""
+"""One training run on one rank: steps, log, checkpoints, stop and resume."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from btok.data.records import Pair, Side
@@ -27,15 +27,11 @@ from train.recipes import Recipe
 from train.sampler import step_pairs
 
 
-@dataclass
 class Stop:
-    """SIGTERM or Ctrl-C: at once where nothing would be lost, else after the step under way."""
+    """SIGTERM or Ctrl-C: exit at once where nothing would be lost, else after the step's end."""
 
-    in_step: bool = False
-    asked: bool = field(default=False, init=False)
-
-    def install(self) -> None:
-        """Take over both signals."""
+    def __init__(self) -> None:
+        self.in_step = self.asked = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -45,18 +41,50 @@ class Stop:
             raise SystemExit(0)
 
 
+class Journal:
+    """`log.jsonl`, a row per step, and a progress bar; both on rank 0 alone.
+
+    Rows of steps that will be done again, and a half-written last one, are dropped.
+    """
+
+    def __init__(self, recipe: Recipe, first: int) -> None:
+        self.path = recipe.output / "log.jsonl"
+        self.began, self.pairs = time.perf_counter(), 0
+        steps = {"total": recipe.total_steps, "initial": first}
+        self.bar = tqdm(**steps, unit="step", disable=rank() != 0, mininterval=1.0)
+        if rank() == 0:
+            lines = self.path.read_text().split("\n") if self.path.exists() else []
+            done = (line for line in lines[:-1] if json.loads(line)["step"] < first)
+            self.path.write_text("".join(f"{line}\n" for line in done))
+
+    def write(self, row: dict[str, Any], pairs: int) -> None:
+        """Add a step's row; `pairs` were its pairs."""
+        if rank() != 0:
+            return
+        seconds = time.perf_counter() - self.began
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row | {"seconds": round(seconds, 3)}) + "\n")
+        self.pairs += pairs
+        shown = {key: f"{row[key]:.3f}" for key in ("contrastive", "ntp") if key in row}
+        self.bar.set_description(row["phase"], refresh=False)
+        self.bar.set_postfix(shown | {"pairs/s": round(self.pairs / seconds)}, refresh=False)
+        self.bar.update()
+
+
 def train_step(
     model: BTokModel, processor: Processor, recipe: Recipe, pairs: Sequence[Pair], step: int
 ) -> Losses:
-    """Forward and backward of this rank's pairs; gradients are left averaged over ranks."""
-    captioning = step < recipe.caption_steps
-    objective = recipe.objective
-    generate = captioning or objective.weight(step - recipe.caption_steps) > 0
-    samples = pair_samples(pairs, processor, ntp_side=recipe.ntp_side, generate=generate)
-    if captioning:
-        samples = [sample for sample in samples if sample[1] is not None]
+    """Forward and backward of this rank's pairs; losses and gradients are means over ranks."""
+    captioning, objective = step < recipe.caption_steps, recipe.objective
+    step -= recipe.caption_steps
+    samples = pair_samples(
+        pairs,
+        processor,
+        ntp_side=None if captioning else recipe.ntp_side,
+        generate=captioning or objective.weight(step) > 0,
+    )
     batch = pack(
-        samples,
+        [sample for sample in samples if not captioning or sample[1] is not None],
         btok_token_ids=() if captioning else model.btok_token_ids,
         prefix_ids=processor.prefix_ids,
         suffix_ids=processor.suffix_ids,
@@ -65,170 +93,114 @@ def train_step(
         condense=recipe.condense and not captioning,
     ).to(model.backbone.device)
     output = model(batch)
-    ntp_scale = _over_mean(model.ntp_count(batch))
+    count = model.ntp_count(batch)
+    all_counts = float(mean_over_ranks(torch.tensor(count, dtype=torch.float64)))
+    ntp_scale = count / max(all_counts, 1e-9)
     if captioning:
+        assert output.ntp_loss is not None
         ntp = output.ntp_loss * ntp_scale
         losses = Losses(ntp, torch.zeros_like(ntp), ntp)
     else:
         losses = objective(
             output,
-            positive_ids(pairs, _rank()),
-            step=step - recipe.caption_steps,
-            num_groups=recipe.groups_per_batch // _world(),
+            positive_ids(pairs, rank()),
+            step=step,
+            num_groups=recipe.groups_per_batch // world(),
             ntp_scale=ntp_scale,
         )
     losses.total.backward()
     average_gradients(model)
-    return Losses(*_mean(torch.stack(losses).detach()))
+    return Losses(*mean_over_ranks(torch.stack(losses).detach()))
 
 
 def train(
-    model: BTokModel,
-    processor: Processor,
-    recipe: Recipe,
-    resume: Path | None,
-    stop: Stop,
+    model: BTokModel, processor: Processor, recipe: Recipe, resume: Path | None, stop: Stop
 ) -> bool:
     """Run the steps that are left; False where a signal ended them early, after a checkpoint."""
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=recipe.weight_decay,
+        model.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay
     )
     first = checkpoint.load(resume, optimizer)["step"] if resume else 0
-    log = recipe.output / "log.jsonl"
-    if _rank() == 0:
-        _keep_rows(log, first)
+    journal = Journal(recipe, first)
     model.train()
-    bar = tqdm(
-        total=recipe.total_steps, initial=first, unit="step", disable=_rank() != 0, mininterval=1.0
-    )
-    stop.in_step = True
-    began, pairs_done = time.perf_counter(), 0
+    stop.in_step, stopping = True, False
     for step in range(first, recipe.total_steps):
         rate = recipe.learning_rate_at(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        pairs = step_pairs(recipe, step, _rank(), _world())
+        pairs = step_pairs(recipe, step, rank(), world())
         losses = train_step(model, processor, recipe, pairs, step)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm))
-        if not math.isfinite(norm) or not math.isfinite(float(losses.total)):
+        if not math.isfinite(norm + float(losses.total)):
             raise FloatingPointError(
                 f"step {step}: loss {float(losses.total)}, gradient norm {norm}; the newest "
-                "checkpoint is from before; try a lower learning_rate"
+                "checkpoint is from before it; try a lower --learning-rate"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        pairs_done += len(pairs) * _world()
-        row = {
-            "step": step,
-            "phase": "caption" if step < recipe.caption_steps else "train",
-            "loss": float(losses.total),
-            **({} if step < recipe.caption_steps else {"contrastive": float(losses.contrastive)}),
-            "ntp": float(losses.ntp),
-            "learning_rate": rate,
-            "gradient_norm": norm,
-            "seconds": round(time.perf_counter() - began, 3),
-        }
-        if _rank() == 0:
-            with open(log, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            shown = {key: f"{row[key]:.3f}" for key in ("contrastive", "ntp") if key in row}
-            bar.set_description(row["phase"])
-            bar.set_postfix(
-                shown | {"pairs/s": f"{pairs_done / (time.perf_counter() - began):.0f}"},
-                refresh=False,
-            )
-            bar.update()
+        row = {"step": step, "phase": "caption", "loss": float(losses.total)}
+        if step >= recipe.caption_steps:
+            row |= {"phase": "train", "contrastive": float(losses.contrastive)}
+        row |= {"ntp": float(losses.ntp), "learning_rate": rate, "gradient_norm": norm}
+        journal.write(row, len(pairs) * world())
+
         done = step + 1
-        stopping = _any(stop.asked)
+        stopping = float(mean_over_ranks(torch.tensor(float(stop.asked)))) > 0
         if stopping or done == recipe.total_steps or done % recipe.checkpoint_every == 0:
-            if _rank() == 0:
-                checkpoint.save(
-                    recipe.output, done, model, processor, optimizer, {"world": _world()}
-                )
-            _barrier()
+            if rank() == 0:
+                state = {"processes": world()}
+                checkpoint.save(recipe.output, done, model, processor, optimizer, state)
+            if world() > 1:
+                dist.barrier()
         if stopping:
-            bar.close()
-            return False
-    bar.close()
+            break
+    journal.bar.close()
     stop.in_step = False
-    return True
+    if stop.asked and not stopping:  # since the last step, which is saved
+        raise SystemExit(0)
+    return not stopping
+
+
+def average_gradients(model: torch.nn.Module) -> None:
+    """Make every gradient its mean over ranks, a missing one counting as zero."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = mean.view_as(p)
 
 
 def sharded_encode(encoder: BTokEncoder) -> Callable[[Sequence[Side]], np.ndarray]:
     """`encoder.encode` with the sides split over ranks; every rank gets all rows."""
 
     def encode(sides: Sequence[Side]) -> np.ndarray:
-        if _world() == 1:
-            return encoder.encode(sides)
-        size = encoder.model.backbone.config.text_config.hidden_size
-        mine = sides[_rank() :: _world()]
-        rows = encoder.encode(mine) if mine else np.empty((0, size), np.float32)
-        parts: list[Any] = [None] * _world()
-        dist.all_gather_object(parts, rows)
-        out = np.empty((len(sides), size), np.float32)
-        for rank, part in enumerate(parts):
-            out[rank :: _world()] = part
-        return out
+        mine = sides[rank() :: world()]
+        parts: list[Any] = [encoder.encode(mine) if mine else None]
+        if world() > 1:
+            parts *= world()
+            dist.all_gather_object(parts, parts[0])
+        rows = np.empty((len(sides), parts[0].shape[1]), np.float32)
+        for first, part in enumerate(parts):
+            if part is not None:
+                rows[first :: world()] = part
+        return rows
 
     return encode
 
 
-def average_gradients(model: torch.nn.Module) -> None:
-    """Replace every parameter's gradient by its mean over ranks; a missing one counts as zero."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if _world() == 1:
-        return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= _world()
-    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(mean.view_as(p))
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean; may change `value`."""
+    if world() > 1:
+        dist.all_reduce(value)
+    return value / world()
 
 
-def _keep_rows(log: Path, first: int) -> None:
-    """Drop log rows of steps that will be done again, and a half-written last one."""
-    kept = []
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            if json.loads(line)["step"] < first:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    log.write_text("".join(kept))
-
-
-def _rank() -> int:
+def rank() -> int:
+    """Of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _world() -> int:
+def world() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _mean(value: torch.Tensor) -> torch.Tensor:
-    """Over ranks; may change `value`."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value / _world()
-
-
-def _over_mean(count: int) -> float:
-    """This rank's count over the mean count; 0 where all are 0."""
-    mean = float(_mean(torch.tensor(float(count), dtype=torch.float64)))
-    return count / mean if mean else 0.0
-
-
-def _any(flag: bool) -> bool:
-    return float(_mean(torch.tensor(float(flag)))) > 0

@@ -30,33 +30,26 @@ from btok.evaluation import pictures, runner
 from btok.model import BTokModel
 from btok.processing import Processor
 from train import checkpoint
-from train.loop import Stop, sharded_encode, train
+from train.loop import Stop, rank, sharded_encode, train, world
 from train.recipes import RECIPES, Recipe, build
 
-SHEETS = ("I-RET", "V-RET", "VisDoc")  # tasks with pictures to retrieve: image, video, page
+SHEETS = ("I-RET", "V-RET", "VisDoc")  # tasks with pictures to find: image, video, page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe; 2 for a mistake in the command, with a line that says what to do."""
     try:
         recipe = parse(list(sys.argv[1:] if argv is None else argv))
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if recipe.groups_per_batch % world:
-            raise ValueError(
-                f"groups_per_batch is {recipe.groups_per_batch}, expected a multiple of the "
-                f"{world} processes"
-            )
-        resume, model, processor = start(recipe, world)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group("gloo")
+        resume, model, processor = start(recipe)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if world > 1:
-        dist.init_process_group("gloo")
-    try:
-        run(recipe, resume, model, processor)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run(recipe, resume, model, processor)
+    if world() > 1:
+        dist.destroy_process_group()
     return 0
 
 
@@ -70,35 +63,48 @@ def parse(argv: list[str]) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"recipe is '{name}', expected one of {sorted(RECIPES)}")
     said = io.StringIO()
+    argv = [{"true": "True", "false": "False"}.get(word, word) for word in argv]
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Recipe, args=argv, default=RECIPES[name], prog="train/main.py")
+            return tyro.cli(
+                Recipe,
+                args=argv,
+                default=RECIPES[name],
+                prog="train/main.py",
+                config=(tyro.conf.FlagConversionOff,),
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = [line.strip("╭─╮│╰╯ \n") for line in said.getvalue().splitlines()]
-        raise ValueError(" ".join(word for word in words if word)) from None
+        _, *lines = said.getvalue().splitlines()  # below the title of a box
+        raise ValueError(" ".join(line.strip("─│╰╯ ") for line in lines)) from None
 
 
-def start(recipe: Recipe, world: int) -> tuple[Path | None, BTokModel, Processor]:
+def start(recipe: Recipe) -> tuple[Path | None, BTokModel, Processor]:
     """Find where the run was, or begin it: (checkpoint or None, model, processor).
 
     Raises:
-        ValueError: the run folder belongs to a run with other settings or processes.
+        ValueError: groups that do not divide among the processes; a run folder that belongs to a
+            run with other settings.
     """
-    settings = {k: str(v) if k == "output" else v for k, v in dataclasses.asdict(recipe).items()}
-    settings["processes"] = world
+    if recipe.groups_per_batch % world():
+        raise ValueError(
+            f"groups_per_batch is {recipe.groups_per_batch}, expected a multiple of the "
+            f"{world()} processes"
+        )
+    settings = {**dataclasses.asdict(recipe), "output": str(recipe.output), "processes": world()}
     config = recipe.output / "config.json"
-    if config.exists():
-        saved = json.loads(config.read_text())
-        for name in settings.keys() - {"output", "checkpoint_every"}:
-            if saved.get(name) != settings[name]:
-                raise ValueError(
-                    f"{recipe.output} holds a run with {name} {saved.get(name)}, this command asks "
-                    f"for {settings[name]}; give the same settings or another --output"
-                )
-    resume = checkpoint.newest_valid(recipe.output)
-    if resume:
+    saved = json.loads(config.read_text()) if config.exists() else settings
+    for name in sorted(settings.keys() - {"output", "checkpoint_every"}):
+        if saved.get(name) != settings[name]:
+            raise ValueError(
+                f"{recipe.output} holds a run with {name} {saved.get(name)}, this command asks "
+                f"for {settings[name]}; give the same settings or another --output"
+            )
+    found = [checkpoint.newest_valid(recipe.output) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(found)
+    if resume := found[0]:
         processor = Processor.from_pretrained(resume, recipe.num_btoks)
         return resume, BTokModel.from_pretrained(resume, num_btoks=recipe.num_btoks), processor
     model, processor = build(recipe)
@@ -110,70 +116,63 @@ def start(recipe: Recipe, world: int) -> tuple[Path | None, BTokModel, Processor
 def run(recipe: Recipe, resume: Path | None, model: BTokModel, processor: Processor) -> None:
     """Evaluate, train, evaluate, and draw."""
     stop = Stop()
-    stop.install()
-    lead = not dist.is_initialized() or dist.get_rank() == 0
+    say = print if rank() == 0 else lambda *_: None
     encode = sharded_encode(BTokEncoder(model, processor))
     tasks = pocket.tasks(recipe.eval_queries) if recipe.eval_queries else []
-    before_file = recipe.output / "before.json"
+    digest = pocket.digest() if tasks else None
+    settings = {**dataclasses.asdict(recipe), "output": str(recipe.output)}
 
-    def evaluate(retrieved: dict[str, Any] | None = None) -> dict[str, Any]:
-        return runner.evaluate(
+    def evaluate(name: str, retrieved: dict[str, Any]) -> dict[str, Any]:
+        result = runner.evaluate(
             encode,
             tasks,
-            settings={**dataclasses.asdict(recipe), "output": str(recipe.output)},
-            data_digest=pocket.digest(),
-            progress=lead,
+            settings=settings,
+            data_digest=digest,
+            progress=rank() == 0,
             retrieved=retrieved,
         )
+        if rank() == 0:
+            runner.save_json(result, recipe.output / name)
+        return result
 
     if tasks and resume is None:
-        say(lead, "before training")
-        before = evaluate()
-        if lead:
-            runner.save_json(before, before_file)
+        say("before training:")
+        evaluate("before.json", {})
     if not train(model, processor, recipe, resume, stop):
-        say(lead, f"stopped; the same command goes on from {recipe.output}")
+        say(f"stopped; the same command goes on from {recipe.output}")
         return
-    if lead:
-        rows = [json.loads(line) for line in (recipe.output / "log.jsonl").read_text().splitlines()]
-        if rows:
-            pictures.loss_curve(rows, recipe.output / "loss.png")
-    if not tasks:
-        return
-    say(lead, "after training")
     retrieved: dict[str, Any] = {}
-    after = evaluate(retrieved)
-    if lead:
-        runner.save_json(after, recipe.output / "metrics.json")
+    if tasks:
+        say("after training:")
+        after = evaluate("metrics.json", retrieved)
+    if rank() == 0:
+        log = (recipe.output / "log.jsonl").read_text().splitlines()
+        if log:
+            pictures.loss_curve(map(json.loads, log), recipe.output / "loss.png")
         for task in tasks:
             if task.name in SHEETS:
                 draw(task, retrieved[task.name], recipe.output / f"retrievals-{task.name}.png")
-        say(lead, runner.format_table(json.loads(before_file.read_text()), after))
-        say(lead, f"metrics.json and pictures: {recipe.output}")
+        if tasks:
+            before = json.loads((recipe.output / "before.json").read_text())
+            say(runner.format_table(before, after))
+        say(f"metrics.json, loss.png, retrievals-*.png and checkpoints are in {recipe.output}")
 
 
 def draw(task: Any, found: Sequence[Any], path: Path, rows: int = 8) -> None:
     """A contact sheet of evenly spaced queries, as they came, right or wrong."""
     picked = range(0, len(found), max(1, len(found) // rows))[:rows]
+    lines = [
+        pictures.SheetRow(
+            task.queries[i],
+            [task.candidates[c] for c in found[i].top],
+            found[i].right,
+            found[i].rank,
+        )
+        for i in picked
+    ]
     pictures.contact_sheet(
-        [
-            pictures.SheetRow(
-                task.queries[i],
-                [task.candidates[c] for c in found[i].top],
-                found[i].right,
-                found[i].rank,
-            )
-            for i in picked
-        ],
-        path,
-        title=f"{task.name}: query, the five nearest, the right one framed",
+        lines, path, f"{task.name}: query, the five nearest, the right one framed"
     )
-
-
-def say(lead: bool, text: str) -> None:
-    """Print on rank 0."""
-    if lead:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -68,18 +68,10 @@ class Recipe:
     """Of the first weights and the order of the data."""
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("num_btoks", 0),
-            ("ntp_weight", 0),
-            ("group_size", 2),
-            ("groups_per_batch", 1),
-            ("caption_steps", 0),
-            ("reading_steps", 0),
-            ("steps", 0),
-            ("warmup_steps", 0),
-            ("weight_decay", 0),
-            ("checkpoint_every", 1),
-        ):
+        lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1}
+        from_zero = ("num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps")
+        lows |= dict.fromkeys((*from_zero, "warmup_steps", "weight_decay"), 0)
+        for name, low in lows.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
         for name in ("temperature", "learning_rate", "clip_norm"):
@@ -148,13 +140,16 @@ def pocket_tokenizer(vocabulary: int = 512) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = [
-        f"<|{name}|>"
-        for name in (
-            *("endoftext", "im_start", "im_end"),
-            *("vision_start", "vision_end", "image_pad", "video_pad"),
-        )
+    names = [
+        "endoftext",
+        "im_start",
+        "im_end",
+        "vision_start",
+        "vision_end",
+        "image_pad",
+        "video_pad",
     ]
+    special = [f"<|{name}|>" for name in names]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -173,11 +168,11 @@ def pocket_backbone(tokenizer: Any, seed: int) -> Any:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     hidden, heads = 128, 4
-    end, *vision = tokenizer.convert_tokens_to_ids(
-        ["<|endoftext|>"]
-        + [f"<|{name}|>" for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    end, image, video, first, last = tokenizer.convert_tokens_to_ids(
+        f"<|{name}|>"
+        for name in ("endoftext", "image_pad", "video_pad", "vision_start", "vision_end")
     )
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -187,11 +182,7 @@ def pocket_backbone(tokenizer: Any, seed: int) -> Any:
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "max_position_embeddings": 4096,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [4, 6, 6],
-            },
+            "rope_parameters": rope,
             "initializer_range": 0.1,
             "bos_token_id": end,
             "eos_token_id": end,
@@ -204,8 +195,11 @@ def pocket_backbone(tokenizer: Any, seed: int) -> Any:
             "mlp_ratio": 2,
             "initializer_range": 0.1,
         },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=first,
+        vision_end_token_id=last,
         tie_word_embeddings=True,
-        **dict(zip(names, vision, strict=True)),
     )
     torch.manual_seed(seed)
     return Qwen2VLForConditionalGeneration(config)

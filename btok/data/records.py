@@ -1,7 +1,7 @@
 """Record types: what a training set and a retrieval task are made of, whatever they come from.
 
-A `Side` is anything that can be embedded, a `Pair` is one training example, a `RetrievalTask` is one evaluation set.
-The pocket benchmark, a public benchmark and a user's own files all become these three.
+A `Side` is anything that can be embedded, a `Pair` one training example, a `RetrievalTask` one
+evaluation set. The pocket benchmark, a public one and a user's own files all become these.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Pair:
         negatives: hard negatives of the query.
         dataset: the data set's name; groups of a batch come from one data set.
         ntp_side: which side is generated from the other side's bottleneck tokens.
-        target: text generated in place of the chosen side's own content, where that says too little
-            (the pocket benchmark's answers are one word; its targets also describe the scene).
-        positive_id: equal for pairs whose positives are interchangeable; these are no negatives of each other.
-            None: unlike all others.
+        target: text to generate in place of the chosen side, where that says too little (an answer
+            of one word).
+        positive_id: equal for pairs whose positives are interchangeable and so no negatives of each
+            other; None: unlike all others.
     """
 
     query: Side
@@ -64,9 +64,9 @@ class RetrievalTask:
         metric: the score that counts.
         queries, candidates: sides to embed; each candidate is embedded once.
         qrels: per query, candidate index -> relevance (> 0).
-        pools: per query, the candidate indices it is ranked against; None: all candidates (a global pool).
-        hard: per query, the candidate indices (the right ones included) that a shortcut cannot tell apart;
-            None: no shortcut is known, every candidate counts as hard.
+        pools: per query, the candidate indices it is ranked against; None: all (a global pool).
+        hard: per query, the candidate indices, right ones included, that a shortcut cannot tell
+            apart; None: no shortcut is known, every candidate counts as hard.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Pictures of a run: loss curves, a contact sheet of what queries found, the condensation mask."""
+"""Pictures of a run: loss curves, and a contact sheet of what queries found."""
 
 from __future__ import annotations
 
@@ -105,44 +105,6 @@ def contact_sheet(rows: Iterable[SheetRow], path: Path, title: str) -> None:
             place = f"at rank {row.rank}" if row.rank else f"not in top {len(row.right)}"
             axes.text(end, y, f"right one\n{place}", va="center", fontsize=_TEXT)
         top += height + _GAP
-    figure.savefig(path, dpi=_DPI)
-
-
-def mask_picture(path: Path, *, source: int = 6, btoks: int = 3, target: int = 5) -> None:
-    """Draws which keys each row of [x ; B ; T] sees: plain causal beside the condensation mask.
-
-    Row i in [start, border) sees keys [start, i]; row i in [border, end) sees keys [first, i].
-
-    Args:
-        path: the picture's file.
-        source, btoks, target: how many rows x, B and T have.
-    """
-    start, border, end = 0, source + btoks, source + btoks + target
-    parts = (("x", source, _BLUE), ("B", btoks, _ORANGE), ("T", target, _GREEN))
-    names = [f"{part}{i + 1}" for part, count, _ in parts for i in range(count)]
-    colours = [colour for _, count, colour in parts for _ in range(count)]
-    figure = _figure(1500, 830)
-    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
-    panels = figure.subplots(1, 2)
-    titles = ("causal mask: T sees x, B and earlier T", "condensation mask: T sees B and earlier T")
-    for axes, title, first in zip(panels, titles, (start, source), strict=True):
-        cells = np.full((end, end, 3), _PALE)
-        for i in range(end):
-            low = start if i < border else first
-            cells[i, low : i + 1] = colours[low : i + 1]
-        axes.pcolormesh(cells, edgecolors="white", lw=1.5)
-        axes.set(aspect="equal", ylim=(end, 0), xlabel="key", ylabel="row (query)")
-        axes.set_xticks(np.arange(end) + 0.5, names)
-        axes.set_yticks(np.arange(end) + 0.5, names)
-        axes.tick_params(length=0, labeltop=True, labelbottom=False)
-        ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
-        for label, colour in zip(ticks, colours * 2, strict=True):
-            label.set(color=colour, fontweight="bold")
-        axes.xaxis.set_label_position("top")
-        axes.set_title(title, fontsize=_TEXT, pad=12)
-        axes.spines[:].set_visible(False)
-    hidden = (source / 2, border + target / 2)
-    panels[1].text(*hidden, "x is hidden from T", ha="center", va="center", backgroundcolor=_PALE)
     figure.savefig(path, dpi=_DPI)
 
 
