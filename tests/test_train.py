@@ -24,7 +24,7 @@ from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_embeddings, add_to_tokenizer
 from train import checkpoint
-from train.loop import train_step
+from train.loop import make_optimizers, train_step
 from train.main import main
 from train.recipes import RECIPES, Recipe
 from train.sampler import step_pairs
@@ -105,27 +105,30 @@ def test_the_rate_warms_up_and_decays_in_each_phase():
 
 def saved_run(tmp_path, step=3):
     model, processor = small()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizers = make_optimizers(model, RECIPE)
+    assert [len(o.param_groups[0]["params"]) > 5 for o in optimizers.values()] == [True, True]
     torch.manual_seed(step)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    optimizer.step()
-    folder = checkpoint.save(tmp_path, step, model, processor, optimizer, {"processes": 1})
-    return folder, model, optimizer
+    for optimizer in optimizers.values():
+        optimizer.step()
+    folder = checkpoint.save(tmp_path, step, model, processor, optimizers, {"processes": 1})
+    return folder, model, optimizers
 
 
 def test_a_checkpoint_restores_weights_moments_and_random_state(tmp_path):
-    folder, model, optimizer = saved_run(tmp_path)
+    folder, model, optimizers = saved_run(tmp_path)
     noise = torch.randn(4)
     again = BTokModel.from_pretrained(folder)
     assert again.btok_token_ids == model.btok_token_ids
-    fresh = torch.optim.AdamW(again.parameters(), lr=1e-3)
+    fresh = make_optimizers(again, RECIPE)
     assert checkpoint.load(folder, fresh) == {"step": 3, "processes": 1}
     assert torch.equal(torch.randn(4), noise)
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
-        for key, value in optimizer.state[a].items():
-            assert torch.equal(value, fresh.state[b][key]), (name, key)
+        for which, optimizer in optimizers.items():
+            for key, value in optimizer.state.get(a, {}).items():
+                assert torch.equal(value, fresh[which].state[b][key]), (name, key)
 
 
 @pytest.mark.parametrize("damage", ["flip a bit", "truncate", "no manifest", "a file missing"])

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def save(
     step: int,
     model: BTokModel,
     processor: Processor,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Mapping[str, torch.optim.Optimizer],
     state: dict[str, Any],
     keep: int = 2,
 ) -> Path:
@@ -47,7 +48,8 @@ def save(
     model.save_pretrained(draft)
     processor.save_pretrained(draft)
     moments = {
-        f"{index}.{name}": value.contiguous()
+        f"{which}.{index}.{name}": value.contiguous()
+        for which, optimizer in optimizers.items()
         for index, entries in optimizer.state_dict()["state"].items()
         for name, value in entries.items()
     }
@@ -81,13 +83,14 @@ def newest_valid(run: Path) -> Path | None:
     return None
 
 
-def load(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore the optimizer and the random state; returns what `save` got as state, and `step`."""
-    state: dict[int, dict[str, Tensor]] = {}
+def load(folder: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Any]:
+    """Restore optimizers and random state; returns what `save` got as state, and `step`."""
+    states: dict[str, dict[int, dict[str, Tensor]]] = {which: {} for which in optimizers}
     for key, value in load_file(folder / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        which, index, name = key.split(".", 2)
+        states[which].setdefault(int(index), {})[name] = value
+    for which, optimizer in optimizers.items():
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": states[which]})
     torch.set_rng_state(load_file(folder / "rng.safetensors")["torch"])
     return json.loads((folder / "trainer.json").read_text())
 

@@ -117,17 +117,16 @@ def train(
     model: BTokModel, processor: Processor, recipe: Recipe, resume: Path | None, stop: Stop
 ) -> bool:
     """Run the steps that are left; False where a signal ended them early, after a checkpoint."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay
-    )
-    first = checkpoint.load(resume, optimizer)["step"] if resume else 0
+    optimizers = make_optimizers(model, recipe)
+    first = checkpoint.load(resume, optimizers)["step"] if resume else 0
     journal = Journal(recipe, first)
     model.train()
     stop.in_step, stopping = True, False
     for step in range(first, recipe.total_steps):
         rate = recipe.learning_rate_at(step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (recipe.muon_rate if name == "muon" else 1.0)
         pairs = step_pairs(recipe, step, rank(), world())
         losses = train_step(model, processor, recipe, pairs, step)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm))
@@ -136,8 +135,9 @@ def train(
                 f"step {step}: loss {float(losses.total)}, gradient norm {norm}; the newest "
                 "checkpoint is from before it; try a lower --learning-rate"
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
 
         row = {"step": step, "phase": "caption", "loss": float(losses.total)}
         if step >= recipe.caption_steps:
@@ -150,7 +150,7 @@ def train(
         if stopping or done == recipe.total_steps or done % recipe.checkpoint_every == 0:
             if rank() == 0:
                 state = {"processes": world()}
-                checkpoint.save(recipe.output, done, model, processor, optimizer, state)
+                checkpoint.save(recipe.output, done, model, processor, optimizers, state)
             if world() > 1:
                 dist.barrier()
         if stopping:
@@ -160,6 +160,23 @@ def train(
     if stop.asked and not stopping:  # since the last step, which is saved
         raise SystemExit(0)
     return not stopping
+
+
+def make_optimizers(model: BTokModel, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:
+    """AdamW; with a `muon_rate`, Muon for the matrices inside layers, scaled to AdamW's rates."""
+    tables = [model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings()]
+    outside = {id(table.weight) for table in tables}
+    names: dict[str, list[Any]] = {"adamw": [], "muon": []}
+    for p in model.parameters():
+        inside = p.ndim == 2 and id(p) not in outside
+        if p.requires_grad:
+            names["muon" if inside and recipe.muon_rate else "adamw"].append(p)
+    decay = {"weight_decay": recipe.weight_decay}
+    optimizers = {"adamw": torch.optim.AdamW(names["adamw"], betas=(0.9, 0.98), **decay)}
+    if names["muon"]:
+        muon = torch.optim.Muon(names["muon"], adjust_lr_fn="match_rms_adamw", **decay)
+        optimizers["muon"] = muon
+    return optimizers
 
 
 def average_gradients(model: torch.nn.Module) -> None:

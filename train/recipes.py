@@ -54,10 +54,12 @@ class Recipe:
     """Training steps with bottleneck tokens."""
     learning_rate: float = 1e-3
     """Peak rate of AdamW; linear warm-up, then linear decay to a twentieth, in each phase."""
+    muon_rate: float = 1.5
+    """Muon's rate over AdamW's, for the layers' matrices; 0 for AdamW on everything."""
     warmup_steps: int = 40
     """Steps to the peak."""
     weight_decay: float = 0.01
-    """Of AdamW, on every parameter."""
+    """On every parameter."""
     clip_norm: float = 1.0
     """Bound on the gradient's norm."""
     checkpoint_every: int = 200
@@ -70,7 +72,7 @@ class Recipe:
     def __post_init__(self) -> None:
         lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1}
         from_zero = ("num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps")
-        lows |= dict.fromkeys((*from_zero, "warmup_steps", "weight_decay"), 0)
+        lows |= dict.fromkeys((*from_zero, "warmup_steps", "weight_decay", "muon_rate"), 0)
         for name, low in lows.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
