@@ -46,12 +46,12 @@ def test_sdpa_equals_the_reference_forward_and_backward(heads):
     rng = random.Random(heads[0])
     for case in range(15):
         layout = random_layout(rng)
-        dim = rng.choice([16, 32, 80])
+        dim, scale = rng.choice([16, 32, 80]), rng.choice([None, 0.05])
         q, k, v = inputs(layout, heads, dim, case, grad=True)
         g = torch.randn(q.shape, generator=torch.Generator().manual_seed(case))
-        expected = condensed_attention(q, k, v, layout, impl="reference")
+        expected = condensed_attention(q, k, v, layout, scale=scale, impl="reference")
         wanted = torch.autograd.grad(expected, (q, k, v), g)
-        out = condensed_attention(q, k, v, layout, impl="sdpa")
+        out = condensed_attention(q, k, v, layout, scale=scale, impl="sdpa")
         got = torch.autograd.grad(out, (q, k, v), g)
         for name, a, b in zip(
             ("out", "dq", "dk", "dv"), (out, *got), (expected, *wanted), strict=True
@@ -97,6 +97,19 @@ def test_nan_in_a_key_reaches_only_the_rows_that_see_it():
     for impl in ("reference", "sdpa"):
         touched = condensed_attention(q, k, v, layout, impl=impl).isnan().flatten(1).any(1)
         assert touched.nonzero().flatten().tolist() == list(range(2, 8))
+
+
+def test_nan_in_a_value_or_a_gradient_stays_in_its_sequence():
+    layout = CondensedLayout.from_lengths([6, 5, 3], [4, 3, 2], 2)
+    second = set(range(12, 22))
+    for poisoned in range(4):
+        q, k, v = inputs(layout, (2, 2), 16, 0)
+        g = torch.ones_like(q)
+        (q, k, v, g)[poisoned][15] = torch.nan
+        q, k, v = (t.requires_grad_() for t in (q, k, v))
+        out = condensed_attention(q, k, v, layout)
+        for tensor in (out, *torch.autograd.grad(out, (q, k, v), g)):
+            assert set(tensor.isnan().flatten(1).any(1).nonzero().flatten().tolist()) <= second
 
 
 def test_an_empty_batch_gives_an_empty_result():

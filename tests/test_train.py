@@ -124,6 +124,7 @@ def test_a_checkpoint_restores_weights_moments_and_random_state(tmp_path):
     fresh = make_optimizers(again, RECIPE)
     assert checkpoint.load(folder, fresh) == {"step": 3, "processes": 1}
     assert torch.equal(torch.randn(4), noise)
+    assert sum(len(o.state) for o in fresh.values()) == len(list(model.parameters()))
     for (name, a), b in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b), name
         for which, optimizer in optimizers.items():
