@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from btok.model import BTokModel
+from btok.processing import Processor
+from btok.tokens import add_to_embeddings, add_to_tokenizer
+
 IMAGE, VIDEO, VISION_START, VISION_END = 110, 111, 112, 113
 BTOKS = (100, 101, 102, 103, 104, 105, 106, 107)
 PREFIX, SUFFIX = (50, 51), (52,)
@@ -116,3 +120,16 @@ def tiny_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0])
+
+
+def tiny_qwen2_vl(dtype: torch.dtype = torch.float32) -> tuple[BTokModel, Processor]:
+    """The tiny model with 4 bottleneck tokens, and its processor: 8 pixels a merged token."""
+    tokenizer = tiny_tokenizer()
+    backbone = tiny_backbone(dtype=dtype)
+    ids = {n: tokenizer.convert_tokens_to_ids(f"<|{n}_pad|>") for n in ("image", "video")}
+    backbone.config.image_token_id, backbone.config.video_token_id = ids["image"], ids["video"]
+    btoks = add_to_tokenizer(tokenizer, 4)
+    add_to_embeddings(backbone, btoks)
+    return BTokModel.from_backbone(backbone, btok_token_ids=btoks), Processor(
+        tokenizer, patch_size=4, min_pixels=64, max_pixels=600, max_frame_pixels=600
+    )

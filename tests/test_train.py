@@ -17,12 +17,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import BTOKS, gradients, tiny_backbone, tiny_tokenizer, worst_gradient
+from helpers import (
+    BTOKS,
+    gradients,
+    tiny_backbone,
+    tiny_qwen2_vl,
+    tiny_tokenizer,
+    worst_gradient,
+)
 from safetensors.torch import load_file
 
 from btok.model import BTokModel
-from btok.processing import Processor
-from btok.tokens import add_to_embeddings, add_to_tokenizer
 from train import checkpoint
 from train.loop import make_optimizers, train_step
 from train.main import main
@@ -33,21 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)
 
 
-def small(dtype=torch.float32):
-    """The tiny model with a byte tokenizer."""
-    tokenizer = tiny_tokenizer()
-    backbone = tiny_backbone(dtype=dtype)
-    ids = {n: tokenizer.convert_tokens_to_ids(f"<|{n}_pad|>") for n in ("image", "video")}
-    backbone.config.image_token_id, backbone.config.video_token_id = ids["image"], ids["video"]
-    btoks = add_to_tokenizer(tokenizer, 4)
-    add_to_embeddings(backbone, btoks)
-    return BTokModel.from_backbone(backbone, btok_token_ids=btoks), Processor(
-        tokenizer, patch_size=4, min_pixels=64, max_pixels=600, max_frame_pixels=600
-    )
-
-
 def step_gradients(dtype, step, negatives, rank, world):
-    model, processor = small(dtype)
+    model, processor = tiny_qwen2_vl(dtype)
     recipe = dataclasses.replace(RECIPE, negatives=negatives)
     pairs = step_pairs(recipe, step, rank, world)
     losses = train_step(model, processor, recipe, pairs, step)
@@ -104,7 +96,7 @@ def test_the_rate_warms_up_and_decays_in_each_phase():
 
 
 def saved_run(tmp_path, step=3):
-    model, processor = small()
+    model, processor = tiny_qwen2_vl()
     optimizers = make_optimizers(model, RECIPE)
     assert [len(o.param_groups[0]["params"]) > 5 for o in optimizers.values()] == [True, True]
     torch.manual_seed(step)
