@@ -44,7 +44,13 @@ class BTokOutput(NamedTuple):
 class BTokModel(nn.Module):
     """A transformers backbone with condensed attention, whose pooled rows are the embedding.
 
-    Make one with `from_backbone` or `from_pretrained`.
+    Args:
+        backbone: a `Qwen2VLForConditionalGeneration`; its language model's attention is replaced.
+        btok_token_ids: the K bottleneck tokens' ids; empty for a baseline without them.
+        pooling: "btok" (mean over the bottleneck rows), "last" (the last row of [x ; B]: VLM2Vec's
+            where K = 0) or "mean" (over all rows of [x ; B]).
+        target_positions: where a target's positions start, see `btok.packing.pack`.
+        ntp_reduction: "sample_mean" (mean over samples of each one's token mean) or "token_mean".
 
     Raises:
         ValueError: an unsupported architecture, or settings that do not go together.
@@ -53,10 +59,11 @@ class BTokModel(nn.Module):
     def __init__(
         self,
         backbone: Any,
+        *,
         btok_token_ids: Sequence[int],
-        pooling: Pooling,
-        target_positions: str,
-        ntp_reduction: NtpReduction,
+        pooling: Pooling = "btok",
+        target_positions: str = "reference",
+        ntp_reduction: NtpReduction = "sample_mean",
     ) -> None:
         super().__init__()
         _one_of("backbone", backbone.config.model_type, ARCHITECTURES)
@@ -73,27 +80,9 @@ class BTokModel(nn.Module):
         self.ntp_reduction = ntp_reduction
 
     @classmethod
-    def from_backbone(
-        cls,
-        backbone: Any,
-        *,
-        btok_token_ids: Sequence[int],
-        pooling: Pooling = "btok",
-        target_positions: str = "reference",
-        ntp_reduction: NtpReduction = "sample_mean",
-    ) -> BTokModel:
-        """Wrap a transformers model in memory; its language model's attention is replaced.
-
-        Args:
-            backbone: a `Qwen2VLForConditionalGeneration`.
-            btok_token_ids: the K bottleneck tokens' ids; empty for a baseline without them.
-            pooling: "btok" (mean over the bottleneck rows), "last" (the last row of [x ; B]:
-                VLM2Vec's where K = 0) or "mean" (over all rows of [x ; B]).
-            target_positions: where a target's positions start, see `btok.packing.pack`.
-            ntp_reduction: "sample_mean" (mean over samples of each one's token mean) or
-                "token_mean" (mean over all labels).
-        """
-        return cls(backbone, btok_token_ids, pooling, target_positions, ntp_reduction)
+    def from_backbone(cls, backbone: Any, **settings: Any) -> BTokModel:
+        """Wrap a transformers model in memory; settings as the class takes them."""
+        return cls(backbone, **settings)
 
     @classmethod
     def from_pretrained(
@@ -113,13 +102,12 @@ class BTokModel(nn.Module):
             name_or_path: a folder or a hub id.
             num_btoks: K; None for the checkpoint's own, or 4.
             init: first value of new bottleneck rows, see `btok.tokens.add_to_embeddings`.
-            pooling, target_positions, ntp_reduction: None for the checkpoint's own, or the
-                defaults of `from_backbone` ("last" pooling where K = 0).
+            pooling, target_positions, ntp_reduction: None for the checkpoint's own, or the class's
+                defaults ("last" pooling where K = 0).
             dtype: of the weights, as transformers takes it.
 
         Raises:
-            ValueError: an unsupported architecture, or settings other than a checkpoint of ours
-                was trained with.
+            ValueError: an unsupported architecture, settings other than a checkpoint of ours has.
         """
         from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
 
@@ -143,10 +131,10 @@ class BTokModel(nn.Module):
             add_to_embeddings(backbone, ids, init)
         return cls(
             backbone,
-            ids,
-            pooling or saved.get("pooling", "btok" if ids else "last"),
-            target_positions or saved.get("target_positions", "reference"),
-            ntp_reduction or saved.get("ntp_reduction", "sample_mean"),
+            btok_token_ids=ids,
+            pooling=pooling or saved.get("pooling", "btok" if ids else "last"),
+            target_positions=target_positions or saved.get("target_positions", "reference"),
+            ntp_reduction=ntp_reduction or saved.get("ntp_reduction", "sample_mean"),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -103,15 +103,12 @@ def pair_samples(
     its second, ...; queries and positives with what they must generate.
 
     Args:
-        pairs: n training examples.
+        pairs: n training examples with equal numbers of negatives, else a ValueError.
         process: the processor.
         ntp_side: in place of every pair's own; None to keep those.
         generate: False leaves all targets out.
-
-    Raises:
-        ValueError: an unknown `ntp_side`, pairs with unequal numbers of negatives.
     """
-    if ntp_side is not None and ntp_side not in NTP_SIDES:
+    if ntp_side not in (None, *NTP_SIDES):
         raise ValueError(f"pair_samples: ntp_side is {ntp_side!r}, expected one of {NTP_SIDES}")
     if len(counts := {len(pair.negatives) for pair in pairs}) > 1:
         raise ValueError(

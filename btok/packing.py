@@ -1,9 +1,8 @@
 """Samples become one packed row `[x ; B ; T][x ; B ; T]...` that the model runs over once.
 
-A sample is a pair (source, target): mappings as a processor returns them for one sample
-(`input_ids`, and where there is vision `pixel_values` + `image_grid_thw` or `pixel_values_videos` +
-`video_grid_thw`); target is None for a sample that is only embedded. Token ids are arguments, so a
-batch can be built and checked without a tokenizer.
+A sample is a pair (source, target) of mappings as a processor returns them for one sample:
+`input_ids`, and for vision `pixel_values` + `image_grid_thw` or `pixel_values_videos` +
+`video_grid_thw`. Target is None for a sample that is only embedded.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ class PackedBatch:
         position_ids: int64 [3, T], M-RoPE time, height and width.
         layout: the sequences' rows and the condensation mask.
         btok_rows: int64 [N, K], the rows of each sample's bottleneck tokens.
-        label_rows: int64 [R], the rows that predict a counted target token.
-        labels: int64 [R], those tokens.
-        label_samples: int64 [R], the sample each label belongs to.
+        label_rows, labels, label_samples: int64 [R], the rows that predict a counted target token,
+            those tokens, and the samples they belong to.
         num_targets: samples that have at least one label.
         pixel_values, image_grid_thw: [patches, patch size], int64 [images, 3], in row order.
         pixel_values_videos, video_grid_thw: the same for videos.

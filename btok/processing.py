@@ -64,14 +64,25 @@ class Processor:
         self.vision_start, self.vision_end, self.image_pad, self.video_pad = (
             self._special(name) for name in ("vision_start", "vision_end", "image_pad", "video_pad")
         )
+        # around a generated target
+        self.prefix_ids = self.encode("<|im_start|>assistant\n")
+        self.suffix_ids = self.encode("<|im_end|>")
         # (pixel / 255 - mean) / std for every byte value: exact, and one look-up per pixel
         mean, std = (np.array(x, np.float32) for x in (self.image_mean, self.image_std))
         levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
         self._levels = ((levels - mean) / std).T.copy()  # [3, 256]
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, num_btoks: int = 4) -> Processor:
-        """Load the tokenizer, give it K bottleneck tokens, and read `preprocessor_config.json`."""
+    def from_pretrained(
+        cls, name_or_path: str | Path, num_btoks: int = 4, **settings: Any
+    ) -> Processor:
+        """Load a checkpoint's tokenizer, give it K bottleneck tokens, and read its pixel settings.
+
+        Args:
+            name_or_path: a folder or a hub id.
+            num_btoks: K.
+            settings: in place of those in `preprocessor_config.json`, as the class takes them.
+        """
         from transformers import AutoTokenizer
         from transformers.utils.hub import cached_file
 
@@ -79,8 +90,9 @@ class Processor:
         add_to_tokenizer(tokenizer, num_btoks)
         found = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
         saved = json.loads(Path(found).read_text()) if found else {}
-        names = ("min_pixels", "max_pixels", "patch_size", "merge_size", "image_mean", "image_std")
-        return cls(tokenizer, **{name: saved[name] for name in names if saved.get(name)})
+        return cls(
+            tokenizer, **{name: saved[name] for name in _SETTINGS if name in saved} | settings
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer and a `preprocessor_config.json` the stock processors read."""
@@ -88,14 +100,9 @@ class Processor:
         config = {
             "processor_class": "Qwen2VLProcessor",
             "image_processor_type": "Qwen2VLImageProcessor",
-            "min_pixels": self.min_pixels,
-            "max_pixels": self.max_pixels,
             "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
-            "patch_size": self.patch_size,
             "temporal_patch_size": TEMPORAL_PATCH,
-            "merge_size": self.merge_size,
-            "image_mean": list(self.image_mean),
-            "image_std": list(self.image_std),
+            **{name: getattr(self, name) for name in _SETTINGS},
         }
         (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -133,16 +140,6 @@ class Processor:
         """Token ids of a text, special tokens in it recognised."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    @property
-    def prefix_ids(self) -> list[int]:
-        """Opens a generated target: `<|im_start|>assistant` and a line break."""
-        return self.encode("<|im_start|>assistant\n")
-
-    @property
-    def suffix_ids(self) -> list[int]:
-        """Closes a generated target: `<|im_end|>`."""
-        return self.encode("<|im_end|>")
-
     def _special(self, name: str) -> int:
         token = self.tokenizer.convert_tokens_to_ids(f"<|{name}|>")
         if token is None or token == self.tokenizer.unk_token_id:
@@ -166,6 +163,10 @@ class Processor:
         return np.ascontiguousarray(flat), [t, h, w]
 
 
+_SETTINGS = (
+    *("min_pixels", "max_pixels", "max_frame_pixels"),
+    *("patch_size", "merge_size", "image_mean", "image_std"),
+)
 _IMAGE_KEYS = ("pixel_values", "image_grid_thw")
 _VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw")
 
@@ -173,9 +174,7 @@ _VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw")
 def rgb_array(image: Any) -> np.ndarray:
     """A PIL image, a path or a uint8 array [height, width, 3] as such an array.
 
-    Raises:
-        TypeError: an array of another shape or dtype.
-        ValueError: a file that is no readable image; names it.
+    TypeError for another array or type; ValueError for a file that is no readable image.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
@@ -201,8 +200,7 @@ def smart_size(
 ) -> tuple[int, int]:
     """Qwen2-VL's size rule: multiples of `unit`, within the pixel bounds, near the aspect ratio.
 
-    Raises:
-        ValueError: an aspect ratio above 200.
+    ValueError for an aspect ratio above 200.
     """
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"image is {height} x {width} pixels, expected an aspect ratio up to 200")

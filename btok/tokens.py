@@ -15,13 +15,10 @@ def add_to_tokenizer(tokenizer: Any, num_btoks: int) -> list[int]:
 
     Args:
         tokenizer: a transformers tokenizer, changed in place.
-        num_btoks: K, at least 0.
+        num_btoks: K, at least 0, else a ValueError.
 
     Returns:
         The K token ids.
-
-    Raises:
-        ValueError: a negative `num_btoks`.
     """
     if num_btoks < 0:
         raise ValueError(f"add_to_tokenizer: num_btoks is {num_btoks}, expected at least 0")

@@ -81,10 +81,12 @@ def test_paths_pil_images_and_arrays_are_one(tmp_path):
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
-    processor = Processor(TOKENIZER, max_pixels=40_000, min_pixels=4_000)
+    processor = Processor(TOKENIZER, max_pixels=40_000, min_pixels=4_000, max_frame_pixels=9_000)
     processor.save_pretrained(tmp_path)
     again = Processor.from_pretrained(tmp_path, num_btoks=2)
-    assert (again.max_pixels, again.min_pixels) == (40_000, 4_000)
+    limits = (again.min_pixels, again.max_pixels, again.max_frame_pixels)
+    assert limits == (4_000, 40_000, 9_000)
+    assert Processor.from_pretrained(tmp_path, max_pixels=50_000).max_pixels == 50_000
     side = Side("abc", images=[picture(300, 200)])
     for key, value in processor(side).items():
         assert torch.equal(again(side)[key], value)

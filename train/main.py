@@ -23,6 +23,7 @@ if not __package__:  # run as a file: make the folder above importable
 
 import torch.distributed as dist
 import tyro
+from transformers.utils.logging import disable_progress_bar
 
 from btok.data import pocket
 from btok.encoder import BTokEncoder
@@ -115,6 +116,7 @@ def start(recipe: Recipe) -> tuple[Path | None, BTokModel, Processor]:
 
 def run(recipe: Recipe, resume: Path | None, model: BTokModel, processor: Processor) -> None:
     """Evaluate, train, evaluate, and draw."""
+    disable_progress_bar()  # of every checkpoint's single shard
     stop = Stop()
     say = print if rank() == 0 else lambda *_: None
     encode = sharded_encode(BTokEncoder(model, processor))

@@ -46,15 +46,15 @@ class Recipe:
     """Pairs of one task that are drawn together."""
     groups_per_batch: int = 4
     """Groups in a global batch; a multiple of the processes."""
-    caption_steps: int = 900
+    caption_steps: int = 600
     """Steps of plain captioning that teach the small model to see, before bottleneck tokens."""
-    reading_steps: int = 100
+    reading_steps: int = 60
     """The first of those, on single digits alone."""
-    steps: int = 700
+    steps: int = 400
     """Training steps with bottleneck tokens."""
     learning_rate: float = 1e-3
     """Peak rate of AdamW; linear warm-up, then linear decay to a twentieth, in each phase."""
-    muon_rate: float = 1.5
+    muon_rate: float = 3.0
     """Muon's rate over AdamW's, for the layers' matrices; 0 for AdamW on everything."""
     warmup_steps: int = 40
     """Steps to the peak."""
@@ -169,34 +169,20 @@ def pocket_backbone(tokenizer: Any, seed: int) -> Any:
     """A Qwen2-VL of a million parameters with random weights."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    hidden, heads = 128, 4
+    hidden = 128
     end, image, video, first, last = tokenizer.convert_tokens_to_ids(
         f"<|{name}|>"
         for name in ("endoftext", "image_pad", "video_pad", "vision_start", "vision_end")
     )
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
+    text = {"vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 2 * hidden}
+    text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    text |= {"max_position_embeddings": 4096, "rope_parameters": rope, "initializer_range": 0.1}
+    text |= {"bos_token_id": end, "eos_token_id": end}
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": hidden, "num_heads": 4, "mlp_ratio": 2}
     config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
-            "num_hidden_layers": 4,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "max_position_embeddings": 4096,
-            "rope_parameters": rope,
-            "initializer_range": 0.1,
-            "bos_token_id": end,
-            "eos_token_id": end,
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 64,
-            "hidden_size": hidden,
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            "initializer_range": 0.1,
-        },
+        text_config=text,
+        vision_config=vision | {"initializer_range": 0.1},
         image_token_id=image,
         video_token_id=video,
         vision_start_token_id=first,

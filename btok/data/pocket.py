@@ -4,36 +4,32 @@ Pictures and videos show coloured scans of handwritten digits (scikit-learn's `l
 constant canvas colour; pages show documentation, read with `ast` from the sources of scikit-learn,
 scipy and numpy. A record is a pure function of (split, task, seed, index) and of their versions.
 
-A scene is a tuple of `Thing`. `render` draws it, `caption` describes it, `edits` changes one
-attribute of it. Records come in families about one scene and its edits: neighbours in a training
-group, candidates in a test pool. So it is not enough to name what is there: attributes must be
-bound to their digits.
+A scene is a tuple of `Thing`. Records come in families about one scene and edits of one attribute:
+neighbours in a training group, candidates in a test pool. So it is not enough to name what is
+there: attributes must be bound to their digits.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.metadata
 import importlib.util
-import random
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
+from random import Random
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from btok.data.records import NtpSide, Pair, RetrievalTask, Side
 
-MODALITY = {
-    **dict.fromkeys(("I-CLS", "I-QA", "I-RET", "I-VG"), "image"),
-    **dict.fromkeys(("V-CLS", "V-QA", "V-RET", "M-RET"), "video"),
-    "VisDoc": "visdoc",
-}
+MODALITY = dict.fromkeys(("I-CLS", "I-QA", "I-RET", "I-VG"), "image")
+MODALITY |= dict.fromkeys(("V-CLS", "V-QA", "V-RET", "M-RET"), "video") | {"VisDoc": "visdoc"}
 TASKS = tuple(MODALITY)
 
 CELL, STEP, SCAN = 28, 14, 24  # pixels: one merged token; one patch and one step; one scan
@@ -42,6 +38,12 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 COLOURS = {"red": (230, 30, 30), "green": (30, 180, 60), "blue": (50, 90, 250)}
 COLOURS |= {"yellow": (250, 230, 40), "orange": (250, 140, 20), "purple": (150, 50, 200)}
 COLOURS |= {"pink": (255, 150, 200), "white": (250, 250, 250)}
+LEVELS = np.arange(17)[:, None]
+PALETTES = {  # [17, 3], a colour for every level of ink
+    name: ((LEVELS * rgb + (16 - LEVELS) * CANVAS + 8) // 16).astype(np.uint8)
+    for name, rgb in COLOURS.items()
+}
+BLANKS = {n: np.full((CELL * n, CELL * n, 3), CANVAS, np.uint8) for n in (2, 3)}
 MOTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # a step down and right
 MOTIONS |= {"up left": (-1, -1), "up right": (-1, 1), "down left": (1, -1), "down right": (1, 1)}
 MOTIONS |= {"still": (0, 0), "blinking": (0, 0)}
@@ -59,13 +61,13 @@ FIND = ("find the {0.colour} digit", "find the {0.digit}", "find the digit {0.st
 MOMENT = ("the moment of the {0.colour} digit", "the moment of the {0.digit}")
 POOLS = {"I-RET": (4, 12), "I-VG": (3, 7), "V-RET": (4, 12), "M-RET": (4, 6)}  # family, others
 
-PACKAGES = ("numpy", "scipy", "sklearn")
 SKIPPED = {"tests", "testing", "conftest", "externals", "_external", "_lib", "f2py", "distutils"}
 SKIPPED |= {"__config__"}  # written by the build
 QUERY_WORDS, TARGET_WORDS = 7, 12  # of a page's name and text
 LINES, COLUMNS, GLYPH = 8, 16, (14, 7)
 INK, PAPER = 20, 235
 MISSING = 'the pocket benchmark needs {}: pip install "btok[demo]"'
+Scene = tuple["Thing", ...]
 
 
 class Thing(NamedTuple):
@@ -89,8 +91,9 @@ class Thing(NamedTuple):
         rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
         return f"{rows[self.y // CELL]} {columns[self.x // CELL]}"
 
-
-Scene = tuple[Thing, ...]
+    def corner(self, frame: int) -> tuple[int, int]:
+        down, right = MOTIONS.get(self.motion, (0, 0))
+        return self.y + WAY[frame] * STEP * down, self.x + WAY[frame] * STEP * right
 
 
 class Page(NamedTuple):
@@ -100,17 +103,12 @@ class Page(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A query and its positive; `key` is equal where positives are interchangeable.
-
-    Where the positive is an answer: all `answers`, and those `present` in the scene.
-    """
-
     query: Side
     positive: Side
-    key: str
+    key: str  # equal where positives are interchangeable
     target: str | None = None
-    answers: Sequence[str] = ()
-    present: Sequence[str] = ()
+    answers: Sequence[str] = ()  # all, where the positive is one
+    present: Sequence[str] = ()  # those in the scene
 
 
 @cache
@@ -123,11 +121,10 @@ def _scans() -> tuple[np.ndarray, dict[str, dict[str, list[int]]]]:
     data = load_digits()
     ink = np.kron(data.images.astype(np.uint8), np.ones((1, 3, 3), np.uint8))
     order = list(range(len(ink)))
-    random.Random("pocket scans").shuffle(order)
-    parts = {"train": order[:1300], "test": order[1300:]}
+    Random("pocket scans").shuffle(order)
     return ink, {
         split: {name: [i for i in part if data.target[i] == d] for d, name in enumerate(DIGITS)}
-        for split, part in parts.items()
+        for split, part in (("train", order[:1300]), ("test", order[1300:]))
     }
 
 
@@ -143,10 +140,10 @@ def _docstrings(body: Sequence[ast.stmt], path: Sequence[str]) -> Iterator[tuple
 
 @cache
 def _pages() -> dict[str, list[Page]]:
-    """Pages by split, in the order of their files; a hash of the text decides on the split."""
-    names, texts = set(), set()
+    """Pages by split, in the order of their files; a hash of the text makes a tenth test pages."""
+    seen: set[str] = set()
     split: dict[str, list[Page]] = {"train": [], "test": []}
-    for package in PACKAGES:
+    for package in ("numpy", "scipy", "sklearn"):
         spec = importlib.util.find_spec(package)
         roots = (spec and spec.submodule_search_locations) or []
         files = [file for root in roots for file in Path(root).rglob("*.py")]
@@ -159,12 +156,10 @@ def _pages() -> dict[str, list[Page]]:
             tree = ast.parse(file.read_bytes())
             for name, text in _docstrings(tree.body, [p for p in parts if p[0] != "_"]):
                 plain = text.isascii() and len(text.split()) >= 4 and len(name) <= 3 * COLUMNS
-                if plain and name not in names and text not in texts:
-                    names.add(name)
-                    texts.add(text)
-                    held_out = hashlib.sha256(text.encode()).digest()[0] < 26  # of 256
-                    page = Page(name, text, ".".join(parts[:2]))
-                    split["test" if held_out else "train"].append(page)
+                if plain and seen.isdisjoint((name, text)):
+                    seen |= {name, text}
+                    half = "test" if hashlib.sha256(text.encode()).digest()[0] < 26 else "train"
+                    split[half].append(Page(name, text, ".".join(parts[:2])))
     return split
 
 
@@ -173,26 +168,16 @@ def _glyphs() -> np.ndarray:
     """The bitmap of every ASCII character [128, 14, 7]."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font, table = ImageFont.load_default_imagefont(), np.full((128, *GLYPH), PAPER, np.uint8)
+    sheet = Image.new("L", (GLYPH[1], 128 * GLYPH[0]), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default_imagefont()
     for code in range(33, 127):
-        cell = Image.new("L", GLYPH[::-1], PAPER)
-        ImageDraw.Draw(cell).text((0, 1), chr(code), fill=INK, font=font)
-        table[code] = np.asarray(cell)
-    return table
+        draw.text((0, code * GLYPH[0] + 1), chr(code), fill=INK, font=font)
+    return np.asarray(sheet).reshape(128, *GLYPH)
 
 
 def sources() -> dict[str, str]:
     """Versions of the packages that the records are made of."""
-    packages = ("scikit-learn", "scipy", "numpy", "pillow")
-    return {package: importlib.metadata.version(package) for package in packages}
-
-
-LEVELS = np.arange(17)[:, None]
-PALETTES = {  # [17, 3], a colour for every level of ink
-    name: ((LEVELS * rgb + (16 - LEVELS) * CANVAS + 8) // 16).astype(np.uint8)
-    for name, rgb in COLOURS.items()
-}
-BLANKS = {n: np.full((CELL * n, CELL * n, 3), CANVAS, np.uint8) for n in (2, 3)}
+    return {name: version(name) for name in ("scikit-learn", "scipy", "numpy", "pillow")}
 
 
 def render(scene: Scene, cells: int = 3, frame: int = 0) -> np.ndarray:
@@ -200,22 +185,10 @@ def render(scene: Scene, cells: int = 3, frame: int = 0) -> np.ndarray:
     image = BLANKS[cells].copy()
     ink, _ = _scans()
     for thing in scene:
-        if thing.motion == "blinking" and frame % 2:
-            continue
-        down, right = MOTIONS.get(thing.motion, (0, 0))
-        y = thing.y + WAY[frame] * STEP * down + (CELL - SCAN) // 2
-        x = thing.x + WAY[frame] * STEP * right + (CELL - SCAN) // 2
-        image[y : y + SCAN, x : x + SCAN] = PALETTES[thing.colour].take(ink[thing.scan], axis=0)
+        if thing.motion != "blinking" or frame % 2 == 0:
+            y, x = (at + (CELL - SCAN) // 2 for at in thing.corner(frame))
+            image[y : y + SCAN, x : x + SCAN] = PALETTES[thing.colour].take(ink[thing.scan], axis=0)
     return image
-
-
-def render_page(name: str, text: str) -> np.ndarray:
-    """Draw a page, uint8 [112, 112, 3]: a name and a text, each wrapped, while they fit."""
-    lines = [*textwrap.wrap(name, COLUMNS), *textwrap.wrap(text, COLUMNS, break_on_hyphens=False)]
-    shown = "".join(line.ljust(COLUMNS) for line in lines[:LINES]).ljust(LINES * COLUMNS)
-    cells = _glyphs()[np.frombuffer(shown.encode(), np.uint8).reshape(LINES, COLUMNS)]
-    page = cells.transpose(0, 2, 1, 3).reshape(LINES * GLYPH[0], COLUMNS * GLYPH[1])
-    return np.repeat(page[:, :, None], 3, axis=2)
 
 
 def caption(scene: Scene) -> str:
@@ -229,43 +202,31 @@ def _show(scene: Scene, text: str = "", cells: int = 3) -> Side:
     return Side(text, images=(render(scene, cells),))
 
 
-def _still(rng: random.Random, split: str, count: int, cells: int) -> Scene:
-    """Different digits in different colours and cells."""
+def _scene(rng: Random, split: str, count: int, cells: int = 3, moving: bool = False) -> Scene:
+    """Different digits in different colours and cells; or two of them in different motions."""
     scans, places = _scans()[1][split], rng.sample(range(cells * cells), count)
     digits, colours = rng.sample(DIGITS, count), rng.sample(ANSWERS["colour"], count)
-    return tuple(
+    scene = tuple(
         Thing(digit, colour, rng.choice(scans[digit]), CELL * (at // cells), CELL * (at % cells))
         for digit, colour, at in zip(digits, colours, places, strict=True)
     )
+    if moving:
+        one = _move(rng, scene[0])
+        return one, _move(rng, scene[1], one)
+    return scene
 
 
-def _moving(rng: random.Random, split: str) -> Scene:
-    """Two different digits in different colours and motions."""
-    one, two = _still(rng, split, 2, 3)
-    one = _move_apart(rng, one)
-    return one, _move_apart(rng, two, one)
-
-
-def _move(rng: random.Random, thing: Thing, motion: str) -> Thing:
-    """Give a thing a motion and a start, in steps, from which it stays on the canvas."""
-    starts = {-1: (2, 3, 4), 0: (0, 1, 2, 3, 4), 1: (0, 1, 2)}
-    y, x = (STEP * rng.choice(starts[way]) for way in MOTIONS[motion])
-    return thing._replace(y=y, x=x, motion=motion)
-
-
-def _move_apart(rng: random.Random, thing: Thing, *others: Thing) -> Thing:
-    """Give a thing a motion that is new to it and to others, and a start from which none meet."""
+def _move(rng: Random, thing: Thing, *others: Thing, motion: str = "") -> Thing:
+    """Give a thing a motion, if not named one new to it and others, and a start; none may meet."""
+    starts = {-1: (2, 3, 4), 0: (0, 1, 2, 3, 4), 1: (0, 1, 2)}  # in steps, to stay on the canvas
     taken = {thing.motion, *(other.motion for other in others)}
     while True:
-        moved = _move(rng, thing, rng.choice([motion for motion in MOTIONS if motion not in taken]))
-        if not any(_meet(moved, other) for other in others):
+        chosen = motion or rng.choice([name for name in MOTIONS if name not in taken])
+        y, x = (STEP * rng.choice(starts[way]) for way in MOTIONS[chosen])
+        moved = thing._replace(y=y, x=x, motion=chosen)
+        pairs = ((moved.corner(f), other.corner(f)) for other in others for f in range(len(WAY)))
+        if not any(abs(y - v) < CELL and abs(x - u) < CELL for (y, x), (v, u) in pairs):
             return moved
-
-
-def _meet(a: Thing, b: Thing) -> bool:
-    ways = zip(MOTIONS[a.motion], MOTIONS[b.motion], strict=True)
-    down, right = (STEP * (i - j) for i, j in ways)
-    return any(abs(a.y - b.y + n * down) < CELL and abs(a.x - b.x + n * right) < CELL for n in WAY)
 
 
 def _swap(scene: Scene, attribute: str) -> Scene:
@@ -277,99 +238,90 @@ def _swap(scene: Scene, attribute: str) -> Scene:
     return a, b, *rest
 
 
-def edits(rng: random.Random, split: str, scene: Scene) -> list[Scene]:
-    """Change a scene of two: swap its colours; make one digit another; give one another state."""
-    one, two = rng.sample((0, 1), 2)
-    redrawn, moved = list(scene), list(scene)
-    digit = rng.choice([name for name in DIGITS if name not in {thing.digit for thing in scene}])
-    redrawn[one] = scene[one]._replace(digit=digit, scan=rng.choice(_scans()[1][split][digit]))
-    if scene[two].motion:
-        moved[two] = _move_apart(rng, scene[two], scene[one])
-    else:
-        places = [(CELL * (at // 3), CELL * (at % 3)) for at in range(9)]
-        free = [place for place in places if place not in {(thing.y, thing.x) for thing in scene}]
-        y, x = rng.choice(free)
-        moved[two] = scene[two]._replace(y=y, x=x)
-    return [_swap(scene, "colour"), tuple(redrawn), tuple(moved)]
-
-
-def _classification(rng: random.Random, split: str, asked: str) -> list[Record]:
+def _classification(rng: Random, split: str, asked: str) -> Iterator[Record]:
     """Four digits of one colour in one place, or four motions of one digit."""
-    (thing,) = _still(rng, split, 1, 2)
-    records = []
+    (thing,) = _scene(rng, split, 1, 2)
     for answer in rng.sample(ANSWERS[asked], 4):
         if asked == "motion":
-            thing = _move(rng, thing, answer)
+            thing = _move(rng, thing, motion=answer)
         else:
             thing = thing._replace(digit=answer, scan=rng.choice(_scans()[1][split][answer]))
         query = _show((thing,), f"what {asked}?", cells=3 if thing.motion else 2)
         target = f"{answer}: {caption((thing,)) if thing.motion else thing.name}"
-        records.append(Record(query, Side(answer), answer, target, ANSWERS[asked]))
-    return records
+        yield Record(query, Side(answer), answer, target, ANSWERS[asked])
 
 
-def _qa(rng: random.Random, split: str, kind: tuple[str, str]) -> list[Record]:
+def _qa(rng: Random, split: str, kind: tuple[str, str]) -> Iterator[Record]:
     """Two questions about a scene, and about its swap, where each has the other's answer."""
     asked, given = kind
-    scene = _moving(rng, split) if "motion" in kind else _still(rng, split, rng.choice((2, 3)), 3)
-    records = []
+    moving = "motion" in kind
+    scene = _scene(rng, split, 2 if moving else rng.choice((2, 3)), moving=moving)
     for variant in (scene, _swap(scene, given if asked == "motion" else asked)):
         shown = _show(variant)
         present = [getattr(thing, asked) for thing in variant]
         for thing, answer in zip(variant[:2], present[:2], strict=True):
             query = replace(shown, text=QUESTIONS[kind].format(thing))
             target = f"{answer}: {caption(variant)}"
-            records.append(Record(query, Side(answer), answer, target, ANSWERS[asked], present))
-    return records
+            yield Record(query, Side(answer), answer, target, ANSWERS[asked], present)
 
 
-def _retrieval(rng: random.Random, split: str, moving: bool) -> list[Record]:
-    """Descriptions of a scene and of its edits, to find them by."""
-    scene = _moving(rng, split) if moving else _still(rng, split, 2, 3)
-    return [
-        Record(Side(caption(variant)), _show(variant), caption(tuple(sorted(variant))))
-        for variant in (scene, *edits(rng, split, scene))
-    ]
+def _retrieval(rng: Random, split: str, moving: bool) -> Iterator[Record]:
+    """Captions to find a scene and its edits by: swapped colours, a new digit, a new state."""
+    scene = _scene(rng, split, 2, moving=moving)
+    one, two = rng.sample((0, 1), 2)
+    redrawn, moved = list(scene), list(scene)
+    digit = rng.choice([name for name in DIGITS if name not in {thing.digit for thing in scene}])
+    redrawn[one] = scene[one]._replace(digit=digit, scan=rng.choice(_scans()[1][split][digit]))
+    if moving:
+        moved[two] = _move(rng, scene[two], scene[one])
+    else:
+        places = [(CELL * (at // 3), CELL * (at % 3)) for at in range(9)]
+        free = [place for place in places if place not in {(thing.y, thing.x) for thing in scene}]
+        y, x = rng.choice(free)
+        moved[two] = scene[two]._replace(y=y, x=x)
+    for variant in (scene, _swap(scene, "colour"), tuple(redrawn), tuple(moved)):
+        yield Record(Side(caption(variant)), _show(variant), caption(tuple(sorted(variant))))
 
 
-def _grounding(rng: random.Random, split: str, template: str) -> list[Record]:
+def _grounding(rng: Random, split: str, template: str) -> Iterator[Record]:
     """Each thing of a scene, to be found cut out, on any cell of a canvas; one of its swap."""
-    scene = _still(rng, split, 3, 3)
+    scene = _scene(rng, split, 3)
     swapped = _swap(scene, "colour")
-    records = []
     for variant, thing in [*((scene, thing) for thing in scene), (swapped, swapped[0])]:
         cut = thing._replace(y=CELL * rng.randrange(2), x=CELL * rng.randrange(2))
         query, positive = _show(variant, template.format(thing)), _show((cut,), cells=2)
-        records.append(Record(query, positive, thing.name, f"{thing.name}: {caption(variant)}"))
-    return records
+        yield Record(query, positive, thing.name, f"{thing.name}: {caption(variant)}")
 
 
-def _moments(rng: random.Random, split: str, template: str) -> list[Record]:
+def _moments(rng: Random, split: str, template: str) -> Iterator[Record]:
     """The four moments of a video, two frames each, to be found as clips."""
-    scene = _still(rng, split, 4, 2)
+    scene = _scene(rng, split, 4, 2)
     clips = [(render((thing,), cells=2),) * 2 for thing in scene]
     video = tuple(frame for clip in clips for frame in clip)
     shown = ", ".join(thing.name for thing in scene)
-    records = []
-    for thing, clip in zip(scene, clips, strict=True):
+    for thing, clip in rng.sample(list(zip(scene, clips, strict=True)), 4):
         query, target = Side(template.format(thing), video=video), f"{thing.name}: {shown}"
-        records.append(Record(query, Side(video=clip), thing.name, target))
-    return rng.sample(records, 4)
+        yield Record(query, Side(video=clip), thing.name, target)
 
 
 def _page(page: Page) -> Record:
+    """A picture of the name and the text, each wrapped, while they fit: uint8 [112, 112, 3]."""
     words = f"{page.name} {page.text}".split()
+    lines = [*wrap(page.name, COLUMNS), *wrap(page.text, COLUMNS, break_on_hyphens=False)]
+    shown = "".join(line.ljust(COLUMNS) for line in lines[:LINES]).ljust(LINES * COLUMNS)
+    cells = _glyphs()[np.frombuffer(shown.encode(), np.uint8).reshape(LINES, COLUMNS)]
+    image = cells.transpose(0, 2, 1, 3).reshape(LINES * GLYPH[0], COLUMNS * GLYPH[1], 1)
     query, target = " ".join(words[:QUERY_WORDS]), " ".join(words[:TARGET_WORDS])
-    return Record(Side(query), Side(images=(render_page(*page[:2]),)), page.name, target)
+    return Record(Side(query), Side(images=(image.repeat(3, axis=2),)), page.name, target)
 
 
-def _neighbours(rng: random.Random, split: str, count: int) -> list[Record]:
+def _neighbours(rng: Random, split: str, count: int) -> Iterator[Record]:
     """Pages that follow each other, mostly of one file."""
     start = rng.randrange(len(_pages()[split]) - count + 1)
-    return [_page(page) for page in _pages()[split][start : start + count]]
+    yield from map(_page, _pages()[split][start : start + count])
 
 
-FAMILIES: dict[str, tuple[Callable[..., list[Record]], Sequence[Any]]] = {  # and their kinds
+FAMILIES: dict[str, tuple[Callable[..., Iterator[Record]], Sequence[Any]]] = {  # and their kinds
     "I-CLS": (_classification, ["digit"]),
     "I-QA": (_qa, [kind for kind in QUESTIONS if "motion" not in kind]),
     "I-RET": (_retrieval, [False]),
@@ -384,7 +336,7 @@ FAMILIES: dict[str, tuple[Callable[..., list[Record]], Sequence[Any]]] = {  # an
 
 def _records(split: str, task: str, seed: int, index: int, size: int) -> list[Record]:
     """Families of one kind, cut at a size."""
-    rng = random.Random(f"{seed}/{split}/{task}/{index}")
+    rng = Random(f"{seed}/{split}/{task}/{index}")
     draw, kinds = FAMILIES[task]
     kind = rng.choice(kinds)
     records: list[Record] = []
@@ -410,11 +362,10 @@ def train_group(task: str, index: int, size: int = 16, seed: int = 0) -> list[Pa
         raise ValueError(f"train_group: task is {task!r}, not one of {', '.join(TASKS)}")
     if size < 2 or index < 0:
         raise ValueError(f"train_group: size is {size}, not >= 2, or index is {index}, not >= 0")
-    pairs = []
-    for record in _records("train", task, seed, index, size):
-        side: NtpSide = "positive" if record.query.images or record.query.video else "query"
-        pairs.append(Pair(record.query, record.positive, (), task, side, record.target, record.key))
-    return pairs
+    records = _records("train", task, seed, index, size)
+    visual = records[0].query.images or records[0].query.video
+    side: NtpSide = "positive" if visual else "query"
+    return [Pair(r.query, r.positive, (), task, side, r.target, r.key) for r in records]
 
 
 def tasks(queries: int = 400) -> list[RetrievalTask]:
@@ -429,36 +380,35 @@ def tasks(queries: int = 400) -> list[RetrievalTask]:
     """
     if queries < 40:
         raise ValueError(f"tasks: queries is {queries}, not >= 40")
-    made = [
-        _pooled(task, [_records("test", task, 0, index, 4) for index in range(queries)])
-        for task in TASKS[:-1]
-    ]
-    return [*made, _visdoc(queries)]
+    made = [_pooled(task, queries) for task in TASKS[:-1]]
+    pages, task = _pages()["test"], "VisDoc"
+    records = [_page(page) for page in pages]
+    sides = [record.positive for record in records]
+    asked = Random("pool/VisDoc").sample(range(len(pages)), len(pages))[:queries]
+    asks = [records[i].query for i in asked]
+    qrels = [{i: 1.0} for i in asked]
+    hard = [[j for j, page in enumerate(pages) if page.part == pages[i].part] for i in asked]
+    visdoc = RetrievalTask(task, task, MODALITY[task], "ndcg@5", asks, sides, qrels, hard=hard)
+    return [*made, visdoc]
 
 
-def _pooled(task: str, families: list[list[Record]]) -> RetrievalTask:
+def _pooled(task: str, count: int) -> RetrievalTask:
     """A query per family, with a pool of all answers; or of the family's scenes, which are hard,
     and of others' positives, half of these with the query's words, so that words are not enough."""
+    families = [_records("test", task, 0, index, 4) for index in range(count)]
+    rights = [family[0] for family in families]
     near, far = POOLS.get(task, (0, 0))
-    found: dict[str, int] = {}
-    candidates: list[Side] = []
+    found: dict[str, tuple[int, Side]] = {}
 
     def place(side: Side) -> int:
-        at = found.setdefault(_fingerprint(side), len(candidates))
-        if at == len(candidates):
-            candidates.append(side)
-        return at
+        return found.setdefault(_fingerprint(side), (len(found), side))[0]
 
-    rng = random.Random(f"pool/{task}")
-    owns = [
-        {record.key: place(record.positive) for record in rng.sample(family[:near], near)}
-        for family in families
-    ]
+    rng = Random(f"pool/{task}")
+    owns = [{r.key: place(r.positive) for r in rng.sample(f[:near], near)} for f in families]
     qrels, pools, hard = [], [], []
-    for family, own in zip(families, owns, strict=True):
-        right = family[0]
+    for right, own in zip(rights, owns, strict=True):
         pool = own | {answer: place(Side(answer)) for answer in right.answers}
-        others = [other[0] for other in rng.sample(families, len(families))]
+        others = rng.sample(rights, len(rights))
         same_words = [other for other in others if other.query.text == right.query.text]
         for size, some in ((near + far // 2, same_words), (near + far, others)):
             for other in some:
@@ -467,38 +417,17 @@ def _pooled(task: str, families: list[list[Record]]) -> RetrievalTask:
         qrels.append({pool[right.key]: 1.0})
         pools.append(rng.sample(list(pool.values()), len(pool)))
         hard.append([at for key, at in pool.items() if key in (own or right.present)])
-    return RetrievalTask(
-        *(task, task, MODALITY[task], "hit@1"),
-        queries=[family[0].query for family in families],
-        candidates=candidates,
-        qrels=qrels,
-        pools=pools,
-        hard=hard if any(hard) else None,
-    )
-
-
-def _visdoc(queries: int) -> RetrievalTask:
-    """All test pages are candidates; hard are those of the same part of the library."""
-    pages, task = _pages()["test"], "VisDoc"
-    asked = random.Random("pool/VisDoc").sample(range(len(pages)), len(pages))[:queries]
-    records = [_page(page) for page in pages]
-    return RetrievalTask(
-        *(task, task, MODALITY[task], "ndcg@5"),
-        queries=[records[i].query for i in asked],
-        candidates=[record.positive for record in records],
-        qrels=[{i: 1.0} for i in asked],
-        hard=[[j for j, page in enumerate(pages) if page.part == pages[i].part] for i in asked],
-    )
+    queries, sides = [right.query for right in rights], [side for _, side in found.values()]
+    known = hard if any(hard) else None
+    return RetrievalTask(task, task, MODALITY[task], "hit@1", queries, sides, qrels, pools, known)
 
 
 def texts(groups: int = 16) -> Iterator[str]:
     """Yield texts to train a tokenizer on: training pages; words and captions of groups."""
     for page in _pages()["train"]:
         yield f"{page.name} {page.text}"
-    for task in TASKS[:-1]:
-        for index in range(groups):
-            for pair in train_group(task, index):
-                yield from filter(None, (pair.query.text, pair.positive.text, pair.target))
+    for pair in (p for task in TASKS[:-1] for i in range(groups) for p in train_group(task, i)):
+        yield from filter(None, (pair.query.text, pair.positive.text, pair.target))
 
 
 def digest() -> str:

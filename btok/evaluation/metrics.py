@@ -16,13 +16,7 @@ def rank(scores: ArrayLike) -> NDArray[np.intp]:
     """Positions of the candidates, best first; equal scores keep the order of the pool.
 
     Args:
-        scores: [n], in pool order, higher is better.
-
-    Returns:
-        [n] positions into `scores`.
-
-    Raises:
-        ValueError: `scores` is not one-dimensional or holds NaN.
+        scores: [n], in pool order, higher is better; ValueError for another shape or NaN.
     """
     values = np.asarray(scores)
     if values.ndim != 1:
@@ -65,13 +59,7 @@ def score(metric: str, relevance: ArrayLike) -> float:
 
     Args:
         metric: "hit@k", "ndcg@k" or "mrr".
-        relevance: [n] in ranked order, >= 0.
-
-    Returns:
-        A value in [0, 1].
-
-    Raises:
-        ValueError: unknown metric; no candidate is relevant; a negative or non-finite relevance.
+        relevance: [n] in ranked order, finite, >= 0 and not all 0, else a ValueError.
     """
     name, k = parse_metric(metric)
     if name == "mrr":

@@ -5,8 +5,7 @@
     loss = mean_i loss_i,    or half the sum of that and of the same over columns of query @ key.T
 
 for M rows, N of them on this rank, each with its key and h negatives. The N x M logits are never
-materialised, nor a graph through them: memory is a few tiles of logits plus O((N + M) D). The
-chunked path:
+materialised, nor a graph through them: memory is a few tiles of them plus O((N + M) D). Steps:
 
     1. agree with the other ranks on shapes and options, so that a mistake raises on all of them
     2. gather keys and negatives as one [M, 1 + h, D], padded to the largest rank on the way
@@ -15,16 +14,13 @@ chunked path:
        d candidates (this rank's part) and d tau
     5. reduce-scatter d candidates: each rank keeps the sum for its own keys and negatives
 
-A tile is some rows of this rank against all columns, so the column direction needs no gathered
-queries: the d logits of both directions add up in the tile. The gradients are made in the forward;
-the backward only scales them, without work or communication.
+A tile is some rows of this rank against all columns, so the columns need no gathered queries. The
+gradients are made in the forward; the backward only scales them, without work or communication.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 
 from btok_kernels.launch import choose
 
@@ -69,8 +66,7 @@ def _reference(
     return rows if columns is None else (rows + columns) / 2
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """The arguments of one call on this rank, as `contrastive_loss` documents them."""
 
     query: Tensor
@@ -90,22 +86,6 @@ class _Call:
         """What may have a gradient, in the order of LossAndGrad."""
         return self.query, self.key, self.negatives, self.temperature
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all sums."""
-        return torch.promote_types(self.query.dtype, torch.float32)
-
-    @property
-    def tau(self) -> Tensor:
-        tau = torch.as_tensor(self.temperature, dtype=self.dtype, device=self.query.device)
-        return tau.detach().reshape(())
-
-    @property
-    def shard(self) -> Tensor:
-        """Each row's key, then its negatives: [N, 1 + h, D]."""
-        key = self.key.detach()[:, None]
-        return key if self.negatives is None else torch.cat([key, self.negatives.detach()], 1)
-
 
 class LossAndGrad(NamedTuple):
     """A loss and its gradients, in the inputs' shapes and dtypes; None for what is no tensor."""
@@ -117,23 +97,13 @@ class LossAndGrad(NamedTuple):
     d_temperature: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Ranks:
+class _Ranks(NamedTuple):
     """How the M rows lie on the ranks: rank 0's first, then rank 1's, and so on."""
 
     group: dist.ProcessGroup | None
-    rank: int
     rows: list[int]
-
-    @property
-    def own(self) -> slice:
-        first = sum(self.rows[: self.rank])
-        return slice(first, first + self.rows[self.rank])
-
-    @property
-    def weight(self) -> float:
-        """Of a row: the mean over ranks of their weighted sums is the mean over rows."""
-        return len(self.rows) / sum(self.rows)
+    own: slice  # this rank's
+    weight: float  # of a row: the mean over ranks of their weighted sums is the mean over rows
 
     def exchange(self, part: Tensor) -> list[Tensor]:
         """The parts of all ranks, which have equal shapes."""
@@ -147,72 +117,39 @@ class _Ranks:
         """[N, ...] on each rank -> [M, ...] on all."""
         if len(self.rows) == 1:
             return shard
-        shards = self.exchange(self._pad(shard))
-        return torch.cat([padded[:n] for padded, n in zip(shards, self.rows, strict=True)])
+        padded = shard.new_zeros(max(self.rows), *shard.shape[1:])  # gloo refuses uneven shapes
+        padded[: len(shard)] = shard
+        shards = self.exchange(padded)
+        return torch.cat([other[:n] for other, n in zip(shards, self.rows, strict=True)])
 
     def reduce_scatter(self, part: Tensor) -> Tensor:
         """[M, ...] on each rank -> their sum's own rows, [N, ...]."""
         if len(self.rows) == 1:
             return part
-        shards = [self._pad(shard) for shard in part.split(self.rows)]
-        total = torch.empty_like(shards[self.rank])
+        shards = list(pad_sequence(part.split(self.rows), batch_first=True))  # as in gather
+        total = torch.empty_like(shards[0])
         dist.reduce_scatter(total, shards, group=self.group)
-        return total[: self.rows[self.rank]]
-
-    def _pad(self, shard: Tensor) -> Tensor:
-        """To the rows of the largest rank, as gloo refuses uneven shapes."""
-        padded = shard.new_zeros(max(self.rows), *shard.shape[1:])
-        padded[: len(shard)] = shard
-        return padded
+        return total[: self.own.stop - self.own.start]
 
 
-# loss [], then where wanted d query [N, D], d shard [N, 1 + h, D] and d tau []
-_Result = tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]
-
-
-def _dense(call: _Call, ranks: _Ranks, with_grad: bool) -> _Result:
-    """`_reference` of the whole batch on every rank alike, so that gradients need no exchange."""
-    query, shards, tau = (
-        t.to(call.dtype).detach().requires_grad_(with_grad)
-        for t in (ranks.gather(call.query), ranks.gather(call.shard), call.tau)
-    )
-    with torch.set_grad_enabled(with_grad):
-        losses = ranks.weight * _reference(
-            query,
-            shards[:, 0],
-            shards[:, 1:],
-            None if call.query_ids is None else ranks.gather(call.query_ids),
-            None if call.key_ids is None else ranks.gather(call.key_ids),
-            temperature=tau,
-            bidirectional=call.bidirectional,
-            margin=call.margin,
-        )
-        loss, total = losses[ranks.own].sum(), losses.sum()
-    if not with_grad:
-        return loss, None
-    (d_tau,) = torch.autograd.grad(loss, tau, retain_graph=True)
-    d_query, d_shards = torch.autograd.grad(total, (query, shards))
-    return loss.detach(), (d_query[ranks.own], d_shards[ranks.own], d_tau)
-
-
-class _Tiles:
-    """Row tiles: c rows of this rank against the E = 1 + h candidates of each of all M rows."""
+class _Batch:
+    """This rank's N rows, by tiles of c, against the E = 1 + h candidates of each of all M rows."""
 
     def __init__(self, call: _Call, ranks: _Ranks) -> None:
         self.call, self.ranks = call, ranks
-        self.query = call.query.to(call.dtype)  # [N, D]
-        self.candidates = ranks.gather(call.shard).to(call.dtype)  # [M, E, D]
+        dtype = torch.promote_types(call.query.dtype, torch.float32)
+        key = call.key[:, None]  # [N, 1, D]
+        shard = key if call.negatives is None else torch.cat([key, call.negatives], 1)  # [N, E, D]
+        self.query = call.query.to(dtype)  # [N, D]
+        self.candidates = ranks.gather(shard).to(dtype)  # [M, E, D]
         self.key_ids = None if call.key_ids is None else ranks.gather(call.key_ids)  # [M]
-        self.scale = 1 / call.tau
+        tau = torch.as_tensor(call.temperature, dtype=dtype, device=call.query.device)
+        self.tau, self.scale = tau.reshape(()), 1 / tau.reshape(())
+        height = max(1, _TILE_LOGITS // self.candidates.shape[:2].numel())
+        self.tiles = [slice(at, at + height) for at in range(0, len(self.query), height)]
 
-    def __iter__(self) -> Iterator[slice]:
-        height = max(1, _TILE_LOGITS // self.candidates[..., 0].numel())
-        for start in range(0, len(self.query), height):
-            yield slice(start, min(start + height, len(self.query)))
-
-    def similarity(self, rows: slice, kinds: slice = slice(None)) -> Tensor:
-        candidates = self.candidates[:, kinds]  # [M, E, D]
-        products = self.query[rows] @ candidates.flatten(0, 1).T
+    def similarity(self, rows: slice, candidates: Tensor) -> Tensor:
+        products = self.query[rows] @ candidates.flatten(0, 1).T  # candidates: [M, E, D]
         return products.unflatten(1, candidates.shape[:2])  # [c, M, E]
 
     def positives(self, tile: Tensor, rows: slice) -> Tensor:
@@ -230,35 +167,47 @@ class _Tiles:
         self.positives(logits, rows).zero_()
         return logits
 
-    def column_lse(self, anchor: Tensor) -> Tensor:
-        """Each column's log-sum-exp over the rows of all ranks, [M, 1]; anchor: s_jj, [M, 1]."""
-        lse = torch.full_like(anchor, -torch.inf)
-        for rows in self:
-            shift = self.similarity(rows, slice(1)) - anchor  # [c, M, 1]
-            lse = torch.logaddexp(lse, self.logits(shift, rows).logsumexp(0))
-        return torch.stack(self.ranks.exchange(lse)).logsumexp(0)
+
+def _dense(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
+    """`_reference` of the whole batch on every rank alike, so that gradients need no exchange."""
+    batch = _Batch(call, ranks)
+    inputs = (ranks.gather(batch.query), batch.candidates, batch.tau)
+    query, shards, tau = (t.detach().requires_grad_(with_grad) for t in inputs)
+    ids = None if call.query_ids is None else ranks.gather(call.query_ids), batch.key_ids
+    options: Any = {"temperature": tau, "bidirectional": call.bidirectional, "margin": call.margin}
+    with torch.set_grad_enabled(with_grad):
+        losses = ranks.weight * _reference(query, shards[:, 0], shards[:, 1:], *ids, **options)
+        loss, total = losses[ranks.own].sum(), losses.sum()
+    if not with_grad:
+        return [loss]
+    (d_tau,) = torch.autograd.grad(loss, tau, retain_graph=True)
+    d_query, d_shards = torch.autograd.grad(total, (query, shards))
+    d_own = d_shards[ranks.own]
+    return [loss.detach(), d_query[ranks.own], d_own[:, 0], d_own[:, 1:], d_tau]
 
 
-def _chunked(call: _Call, ranks: _Ranks, with_grad: bool) -> _Result:
+def _chunked(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
     """Three products a tile with gradients, one more where bidirectional."""
-    tiles = _Tiles(call, ranks)
-    candidates = tiles.candidates.flatten(0, 1)  # [M E, D]
-    loss = tiles.query.new_zeros(())
-    directions = 1
+    batch = _Batch(call, ranks)
+    query, candidates = batch.query, batch.candidates.flatten(0, 1)  # [N, D], [M E, D]
+    directions = 2 if call.bidirectional else 1
+    loss, d_scale = query.new_zeros(()), query.new_zeros(())
     if call.bidirectional:
-        directions = 2
-        positives = (tiles.query * call.key.to(call.dtype)).sum(1, keepdim=True)  # [N, 1]
+        positives = (query * batch.candidates[ranks.own, 0]).sum(1, keepdim=True)  # [N, 1]
         anchor = ranks.gather(positives)  # [M, 1]
-        column_lse = tiles.column_lse(anchor)  # [M, 1]
+        column_lse = torch.full_like(anchor, -torch.inf)  # [M, 1]
+        for rows in batch.tiles:
+            shift = batch.similarity(rows, batch.candidates[:, :1]) - anchor  # [c, M, 1]
+            column_lse = torch.logaddexp(column_lse, batch.logits(shift, rows).logsumexp(0))
+        column_lse = torch.stack(ranks.exchange(column_lse)).logsumexp(0)
         loss += column_lse[ranks.own].sum()
     if with_grad:
-        d_query, d_candidates = torch.empty_like(tiles.query), torch.zeros_like(candidates)
-        d_scale = torch.zeros_like(loss)
+        d_query, d_candidates = torch.empty_like(query), torch.zeros_like(candidates)
 
-    for rows in tiles:
-        s = tiles.similarity(rows)  # [c, M, E]
-        shift = s - tiles.positives(s, rows)[:, None, None]
-        logits = tiles.logits(shift, rows)
+    for rows in batch.tiles:
+        s = batch.similarity(rows, batch.candidates)  # [c, M, E]
+        shift = s - batch.positives(s, rows)[:, None, None]
+        logits = batch.logits(shift, rows)
         lse = logits.logsumexp((1, 2), keepdim=True)  # [c, 1, 1]
         loss += lse.sum()
         if not with_grad:
@@ -267,33 +216,29 @@ def _chunked(call: _Call, ranks: _Ranks, with_grad: bool) -> _Result:
         d_scale += (d_logits * shift).sum()  # not s: it would cancel
         if call.bidirectional:
             shift = s[..., :1] - anchor
-            d_columns = tiles.logits(shift, rows).sub_(column_lse).exp_()  # [c, M, 1]
+            d_columns = batch.logits(shift, rows).sub_(column_lse).exp_()  # [c, M, 1]
             d_scale += (d_columns * shift).sum()
             d_logits[..., :1] += d_columns
-        tiles.positives(d_logits, rows).sub_(directions)
-        d_products = d_logits.mul_(tiles.scale).flatten(1)  # [c, M E]
+        batch.positives(d_logits, rows).sub_(directions)
+        d_products = d_logits.mul_(batch.scale).flatten(1)  # [c, M E]
         d_query[rows] = d_products @ candidates
-        d_candidates.addmm_(d_products.T, tiles.query[rows])
+        d_candidates.addmm_(d_products.T, query[rows])
 
-    weight = ranks.weight / directions
-    if not with_grad:
-        return weight * loss, None
-    d_shard = ranks.reduce_scatter(d_candidates.view_as(tiles.candidates))  # [N, E, D]
-    d_tau = -tiles.scale.square() * d_scale
-    return weight * loss, (weight * d_query, weight * d_shard, weight * d_tau)
+    results = [loss]
+    if with_grad:
+        d_own = ranks.reduce_scatter(d_candidates.view_as(batch.candidates))  # [N, E, D]
+        results += [d_query, d_own[:, 0], d_own[:, 1:], -batch.scale.square() * d_scale]
+    return [ranks.weight / directions * x for x in results]
 
 
 @torch.no_grad()
 def _run(call: _Call, with_grad: bool) -> tuple[Tensor, list[Tensor | None]]:
-    """The loss and the gradients of `call.inputs`, in at least fp32; None where there is none."""
+    """The loss and the gradients of `call.inputs`, in at least fp32; none where not wanted."""
     ranks, with_grad = _meet(call, with_grad)
     path = _dense if call.impl == "reference" else _chunked
     with torch.autocast(call.query.device.type, enabled=False):  # it would round the products
-        loss, gradients = path(call, ranks, with_grad)
-    if gradients is None:
-        return loss, [None] * len(call.inputs)
-    d_query, d_shard, d_tau = gradients
-    pairs = zip(call.inputs, (d_query, d_shard[:, 0], d_shard[:, 1:], d_tau), strict=True)
+        loss, *gradients = path(call, ranks, with_grad)
+    pairs = zip(call.inputs, gradients, strict=False)
     return loss, [d.reshape(x.shape) if isinstance(x, Tensor) else None for x, d in pairs]
 
 
@@ -329,8 +274,8 @@ def contrastive_loss(
 
     `F.cross_entropy(query @ torch.cat([key, negatives.flatten(0, 1)]).T / temperature, arange(N))`
     in one process, without the logits. On W ranks the mean of their results is the loss of the
-    whole batch, and the mean of their gradients of any parameter is its gradient, if all ranks
-    scale the result alike. A rank's d key is the derivative of the sum of all ranks' results.
+    whole batch, and the mean of their gradients of a parameter is its gradient, if all scale the
+    result alike. A rank's d key is the derivative of the sum of all ranks' results.
 
     Args:
         query, key: [N, D], one floating dtype, taken as they are (not normalised here); key i is
@@ -389,21 +334,18 @@ def _meet(call: _Call, with_grad: bool) -> tuple[_Ranks, bool]:
     if rank < 0:
         raise ValueError("contrastive_loss: group does not contain this rank")
     refusal: Exception | None = None
-    card: dict[str, Any] = {}
+    card: dict[str, Any] = {"grad": with_grad}
     try:
-        _check(call)
-        card = {"rows": len(call.query), "with_grad": with_grad, "agreed": _agreed(call)}
+        card |= {"agreed": _check(call), "rows": len(call.query)}
     except (TypeError, ValueError, RuntimeError) as error:
         refusal = error
-        card = {"refusal": str(error)}  # the other ranks must not wait for this one
+        card["refusal"] = str(error)  # the other ranks must not wait for this one
     cards = [card] * world
     if world > 1:
         dist.all_gather_object(cards, card, group=group)
-    if refusal is not None:
-        raise refusal
     for other, theirs in enumerate(cards):
         if "refusal" in theirs:
-            raise ValueError(f"{theirs['refusal']} (on rank {other})")
+            raise refusal or ValueError(f"{theirs['refusal']} (on rank {other})")
     for other, theirs in enumerate(cards):
         for name, had in theirs["agreed"].items():
             expected = cards[0]["agreed"][name]
@@ -414,25 +356,13 @@ def _meet(call: _Call, with_grad: bool) -> tuple[_Ranks, bool]:
     rows = [theirs["rows"] for theirs in cards]
     if sum(rows) == 0:
         raise ValueError("contrastive_loss: query has 0 rows on every rank, expected at least 1")
-    return _Ranks(group, rank, rows), any(theirs["with_grad"] for theirs in cards)
+    own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+    return _Ranks(group, rows, own, world / sum(rows)), any(theirs["grad"] for theirs in cards)
 
 
-def _agreed(call: _Call) -> dict[str, Any]:
-    """What must be equal on all ranks."""
-    return {
-        "dtype": call.query.dtype,
-        "D": call.query.shape[1],
-        "h": None if call.negatives is None else call.negatives.shape[1],
-        "query_ids": "given" if call.query_ids is not None else None,
-        "temperature": "a tensor" if isinstance(call.temperature, Tensor) else call.temperature,
-        "bidirectional": call.bidirectional,
-        "margin": call.margin,
-        "impl": "chunked" if call.impl == "auto" else call.impl,
-    }
-
-
-def _check(call: _Call) -> None:
-    name, query, tau = "contrastive_loss", call.query, call.temperature
+def _check(call: _Call) -> dict[str, Any]:
+    """Refuse bad arguments; return what must be equal on all ranks."""
+    name, query, tau, margin = "contrastive_loss", call.query, call.temperature, call.margin
     if not isinstance(query, Tensor) or query.ndim != 2 or not query.is_floating_point():
         had = f"{query.dtype} {list(query.shape)}" if isinstance(query, Tensor) else type(query)
         raise TypeError(f"{name}: query is {had}, expected a floating-point tensor [N, D]")
@@ -450,8 +380,7 @@ def _check(call: _Call) -> None:
             raise TypeError(f"{name}: {label} is {had}, expected {dtype}")
         if tensor.device != query.device:
             raise TypeError(f"{name}: {label} is on {tensor.device}, query on {query.device}")
-        sizes = zip(tensor.shape, shape, strict=False)
-        if tensor.ndim != len(shape) or any(want not in ("h", size) for size, want in sizes):
+        if tensor.ndim != len(shape) or tensor.shape[0] != rows or tensor.shape[-1] != shape[-1]:
             expected = f"[{', '.join(map(str, shape))}] for query {list(query.shape)}"
             raise ValueError(f"{name}: {label} is {list(tensor.shape)}, expected {expected}")
     if (call.query_ids is None) != (call.key_ids is None):
@@ -465,9 +394,17 @@ def _check(call: _Call) -> None:
             raise TypeError(f"{name}: temperature is {had}, expected a float on {query.device}")
     elif not (isinstance(tau, int | float) and 0 < tau < math.inf):
         raise ValueError(f"{name}: temperature is {tau!r}, expected a finite number above 0")
-    margin = call.margin
     if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
         raise ValueError(f"{name}: margin is {margin!r}, expected a finite number or None")
     if isinstance(call.group, str) and call.group != "local":
         raise ValueError(f"{name}: group is {call.group!r}, expected a group, 'local' or None")
-    choose(name, call.impl, ("chunked", "reference"), "chunked")
+    return {
+        "dtype": query.dtype,
+        "D": columns,
+        "h": None if call.negatives is None else call.negatives.shape[1],
+        "query_ids": None if call.query_ids is None else "given",
+        "temperature": "a tensor" if isinstance(tau, Tensor) else tau,
+        "bidirectional": call.bidirectional,
+        "margin": margin,
+        "impl": choose(name, call.impl, ("chunked", "reference"), "chunked"),
+    }

@@ -43,13 +43,11 @@ class Segments(NamedTuple):
 class CondensedLayout:
     """The rows of N packed sequences and the condensation mask over them.
 
-    Made on the host, once per batch, with `from_lengths` (or from bounds of your own), and moved
-    with `to`.
+    Made on the host, once per batch, with `from_lengths` or from bounds of your own.
 
     Args:
         bounds: int32 [N, 4] on the CPU: (start, first, border, end) per sequence, in row order.
-        num_rows: T, the packed rows. Rows behind the last sequence are an unused tail that sees
-            nothing.
+        num_rows: T, the packed rows; those behind the last sequence see nothing.
         device: where the index tensors live.
 
     Raises:
