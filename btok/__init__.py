@@ -3,19 +3,7 @@
 from btok.data.records import Pair, RetrievalTask, Side
 from btok.encoder import BTokEncoder
 from btok.model import BTokModel
-from btok.objective import Objective
-from btok.packing import PackedBatch, pack
 from btok.processing import Processor
 
 __version__ = "0.1.0"
-__all__ = [
-    "BTokEncoder",
-    "BTokModel",
-    "Objective",
-    "PackedBatch",
-    "Pair",
-    "Processor",
-    "RetrievalTask",
-    "Side",
-    "pack",
-]
+__all__ = ["BTokEncoder", "BTokModel", "Pair", "Processor", "RetrievalTask", "Side"]

@@ -14,12 +14,7 @@ from btok.processing import Processor
 
 
 class BTokEncoder:
-    """A model and its processor.
-
-    Args:
-        model: its settings decide how inputs are packed.
-        processor: of the same checkpoint.
-    """
+    """A model and the processor of the same checkpoint."""
 
     def __init__(self, model: BTokModel, processor: Processor) -> None:
         self.model, self.processor = model, processor
@@ -29,14 +24,11 @@ class BTokEncoder:
         """Embed sides, in order, packed to a budget of tokens.
 
         Args:
-            sides: what to embed.
+            sides: what to embed; ValueError where there is nothing, or one cannot be read.
             batch_tokens: tokens per packed row; a longer side takes a row of its own.
 
         Returns:
             float32 [N, D], unit norm.
-
-        Raises:
-            ValueError: nothing to embed, a side that is empty or cannot be read.
         """
         if not len(sides):
             raise ValueError("BTokEncoder.encode: sides is empty, expected at least one")

@@ -172,15 +172,11 @@ def _vision(samples: Sequence[Sample]) -> dict[str, Tensor]:
         having = [side for side in sides if side.get(grid_key) is not None]
         if not having:
             continue
-        for side in having:
-            if side.get(pixels_key) is None:
-                raise ValueError(f"pack: a sample has {grid_key} but no {pixels_key}")
+        if any(side.get(pixels_key) is None for side in having):
+            raise ValueError(f"pack: a sample has {grid_key} but no {pixels_key}")
         pixels = torch.cat([torch.as_tensor(side[pixels_key]) for side in having])
         grid = torch.cat([torch.as_tensor(side[grid_key]) for side in having])
-        if len(pixels) != int(grid.prod(dim=1).sum()):
-            raise ValueError(
-                f"pack: {pixels_key} has {len(pixels)} patches, "
-                f"{grid_key} {grid.tolist()} asks for {int(grid.prod(dim=1).sum())}"
-            )
+        if len(pixels) != (asked := int(grid.prod(dim=1).sum())):
+            raise ValueError(f"pack: {pixels_key} has {len(pixels)} patches, {grid_key} {asked}")
         out |= {pixels_key: pixels, grid_key: grid}
     return out

@@ -30,15 +30,12 @@ def qwen2_vl_positions(
     Args:
         input_ids: integers [L] (tensor, array, list), a placeholder id per merged vision token.
         image_grid_thw, video_grid_thw: integers [n, 3], time, height and width in patches, in order
-            of appearance; None for none.
+            of appearance, else a ValueError; None for none.
         image_token_id, video_token_id: the placeholder ids.
         spatial_merge_size: patches per merged token along height and along width.
 
     Returns:
         int64 [3, L]: time, height, width.
-
-    Raises:
-        ValueError: placeholders that do not match the grids.
     """
     ids = np.asarray(input_ids).tolist()
     grids = {image_token_id: image_grid_thw, video_token_id: video_grid_thw}

@@ -78,10 +78,7 @@ class Processor:
     ) -> Processor:
         """Load a checkpoint's tokenizer, give it K bottleneck tokens, and read its pixel settings.
 
-        Args:
-            name_or_path: a folder or a hub id.
-            num_btoks: K.
-            settings: in place of those in `preprocessor_config.json`, as the class takes them.
+        `settings`, as the class takes them, go before those in `preprocessor_config.json`.
         """
         from transformers import AutoTokenizer
         from transformers.utils.hub import cached_file

@@ -40,11 +40,8 @@ def add_to_embeddings(
         backbone: a transformers model, changed in place.
         token_ids: the K token ids.
         init: "checkpoint" keeps the rows as the checkpoint (or the draw) has them; "eos" copies the
-            end token's row into each.
+            end token's row into each. Else, or without an end token, a ValueError.
         seed: of the draw.
-
-    Raises:
-        ValueError: an unknown `init`, or "eos" where the configuration names no end token.
     """
     if init not in ("checkpoint", "eos"):
         raise ValueError(f"add_to_embeddings: init is {init!r}, expected 'checkpoint' or 'eos'")

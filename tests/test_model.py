@@ -159,7 +159,7 @@ def test_one_packed_pass_equals_two_passes(num_btoks, rule, condense, pooling, r
     ((z * direction).sum() + ntp).backward()
 
     assert (output.embeddings - z).abs().max() < 1e-5
-    assert abs(float(output.ntp_loss) - float(ntp)) < 1e-5
+    assert abs(output.ntp_loss.item() - ntp.item()) < 1e-5
     error, name = worst_gradient(gradients(backbone), gradients(stock))
     assert error < 1e-4, f"{name}: {error:.2e}"
 

@@ -35,12 +35,7 @@ def save(
     state: dict[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write `run/checkpoint-<step>` and remove all but the newest `keep`.
-
-    Args:
-        step: steps done.
-        state: JSON scalars to come back with `load`.
-    """
+    """Write `run/checkpoint-<step>`, `state` (JSON scalars) included; keep the newest `keep`."""
     final = run / f"checkpoint-{step}"
     draft = run / f".checkpoint-{step}.draft"
     shutil.rmtree(draft, ignore_errors=True)

@@ -42,10 +42,7 @@ class Stop:
 
 
 class Journal:
-    """`log.jsonl`, a row per step, and a progress bar; both on rank 0 alone.
-
-    Rows of steps that will be done again, and a half-written last one, are dropped.
-    """
+    """`log.jsonl` and a progress bar, on rank 0; rows of steps to be done again are dropped."""
 
     def __init__(self, recipe: Recipe, first: int) -> None:
         self.path = recipe.output / "log.jsonl"
@@ -164,19 +161,19 @@ def train(
 
 def make_optimizers(model: BTokModel, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:
     """AdamW; with a `muon_rate`, Muon for the matrices inside layers, scaled to AdamW's rates."""
-    tables = [model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings()]
-    outside = {id(table.weight) for table in tables}
+    backbone = model.backbone
+    outside = {id(t.weight) for t in (backbone.get_input_embeddings(), backbone.lm_head)}
     names: dict[str, list[Any]] = {"adamw": [], "muon": []}
     for p in model.parameters():
         inside = p.ndim == 2 and id(p) not in outside
         if p.requires_grad:
             names["muon" if inside and recipe.muon_rate else "adamw"].append(p)
     decay = {"weight_decay": recipe.weight_decay}
-    optimizers = {"adamw": torch.optim.AdamW(names["adamw"], betas=(0.9, 0.98), **decay)}
-    if names["muon"]:
-        muon = torch.optim.Muon(names["muon"], adjust_lr_fn="match_rms_adamw", **decay)
-        optimizers["muon"] = muon
-    return optimizers
+    adamw = torch.optim.AdamW(names["adamw"], betas=(0.9, 0.98), **decay)
+    if not names["muon"]:
+        return {"adamw": adamw}
+    muon = torch.optim.Muon(names["muon"], adjust_lr_fn="match_rms_adamw", **decay)
+    return {"adamw": adamw, "muon": muon}
 
 
 def average_gradients(model: torch.nn.Module) -> None:

@@ -121,18 +121,12 @@ def run(recipe: Recipe, resume: Path | None, model: BTokModel, processor: Proces
     say = print if rank() == 0 else lambda *_: None
     encode = sharded_encode(BTokEncoder(model, processor))
     tasks = pocket.tasks(recipe.eval_queries) if recipe.eval_queries else []
-    digest = pocket.digest() if tasks else None
-    settings = {**dataclasses.asdict(recipe), "output": str(recipe.output)}
+    options: dict[str, Any] = {"data_digest": pocket.digest() if tasks else None}
+    options["settings"] = {**dataclasses.asdict(recipe), "output": str(recipe.output)}
 
     def evaluate(name: str, retrieved: dict[str, Any]) -> dict[str, Any]:
-        result = runner.evaluate(
-            encode,
-            tasks,
-            settings=settings,
-            data_digest=digest,
-            progress=rank() == 0,
-            retrieved=retrieved,
-        )
+        show = rank() == 0
+        result = runner.evaluate(encode, tasks, progress=show, retrieved=retrieved, **options)
         if rank() == 0:
             runner.save_json(result, recipe.output / name)
         return result
@@ -165,16 +159,12 @@ def draw(task: Any, found: Sequence[Any], path: Path, rows: int = 8) -> None:
     picked = range(0, len(found), max(1, len(found) // rows))[:rows]
     lines = [
         pictures.SheetRow(
-            task.queries[i],
-            [task.candidates[c] for c in found[i].top],
-            found[i].right,
-            found[i].rank,
+            task.queries[i], [task.candidates[c] for c in found[i].top], *found[i][1:]
         )
         for i in picked
     ]
-    pictures.contact_sheet(
-        lines, path, f"{task.name}: query, the five nearest, the right one framed"
-    )
+    title = f"{task.name}: query, the five nearest, the right one framed"
+    pictures.contact_sheet(lines, path, title)
 
 
 if __name__ == "__main__":

@@ -99,12 +99,9 @@ class Recipe:
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of a step, each phase with its own warm-up and decay."""
-        first, length = (
-            (0, self.caption_steps)
-            if step < self.caption_steps
-            else (self.caption_steps, self.steps)
-        )
-        done = step - first + 1
+        captioning = step < self.caption_steps
+        length = self.caption_steps if captioning else self.steps
+        done = step + 1 if captioning else step + 1 - self.caption_steps
         warm = done / max(self.warmup_steps, 1)
         left = (length - done + 1) / max(length - self.warmup_steps, 1)
         return self.learning_rate * min(1.0, warm, 0.05 + 0.95 * left)

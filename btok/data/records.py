@@ -1,8 +1,4 @@
-"""Record types: what a training set and a retrieval task are made of, whatever they come from.
-
-A `Side` is anything that can be embedded, a `Pair` one training example, a `RetrievalTask` one
-evaluation set. The pocket benchmark, a public one and a user's own files all become these.
-"""
+"""Record types that any training set and any evaluation set become."""
 
 from __future__ import annotations
 

@@ -95,12 +95,9 @@ def mean_interval(scores: ArrayLike) -> tuple[float, float]:
     """95 % interval for the mean of per-query scores in [0, 1], queries taken as independent.
 
     Wilson's interval for the effective count n p (1 - p) / s^2. For 0/1 scores the variance s^2
-    is p (1 - p) and this is Wilson's own; for graded scores, which vary less, it tends to
-    p +- z s / sqrt(n) but stays in [0, 1]. The variance is shrunk towards p (1 - p) by the weight
-    of one query, so that equal scores (all 0, all 1, all 0.6) keep a width, of order 1 / n.
-
-    Raises:
-        ValueError: no scores, or one outside [0, 1].
+    is p (1 - p) and this is Wilson's own; for graded scores it tends to p +- z s / sqrt(n) but
+    stays in [0, 1]. The variance is shrunk towards p (1 - p) by the weight of one query, so that
+    equal scores keep a width, of order 1 / n. No scores, or one outside [0, 1]: a ValueError.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.size == 0 or not ((values >= 0) & (values <= 1)).all():

@@ -54,8 +54,8 @@ def evaluate(
         candidates alone; `ci95` [low, high] of the score. The means are over tasks.
 
     Raises:
-        ValueError: no tasks or a name twice; a task that does not fit together (the message names
-            task and query); rows that are not [N, D] or not finite.
+        ValueError: no tasks or a name twice; a task that does not fit together, such as a query
+            without a positive; rows that are not [N, D] or not finite.
     """
     tasks = list(tasks)
     names = [task.name for task in tasks]
@@ -89,12 +89,7 @@ def evaluate(
 def format_table(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> str:
     """Two results of `evaluate` as a plain-text table with the means in its last line.
 
-    Args:
-        before: the result to compare with; None leaves its column out.
-        after: the result whose 95 % intervals and hard-only scores are shown.
-
-    Raises:
-        ValueError: the two do not hold the same tasks.
+    `before` may be None, which leaves its column out; else both must hold the same tasks.
     """
     if before is not None and list(before["tasks"]) != list(after["tasks"]):
         raise ValueError(f"format_table: {list(before['tasks'])} is not {list(after['tasks'])}")

@@ -27,9 +27,8 @@ class Segments(NamedTuple):
     """The mask cut into causal segments, those of about equal length stacked into groups.
 
     Args:
-        rows: int64 [R], the packed row at each position, group after group. A segment shorter than
-            its group's length repeats its last row at the end, where under a causal mask none of
-            its own rows sees it.
+        rows: int64 [R], the packed row at each position, group after group. A shorter segment
+            repeats its last row at the end, where none of its own rows sees it.
         shapes: (S, L) per group: S segments of length L.
         owner: int64 [T], the position that gives each packed row its output; R for the unused tail.
     """
@@ -151,11 +150,8 @@ class CondensedLayout:
 
     @cached_property
     def segments(self) -> Segments:
-        """[start, border) of every sequence, and [first, end) of those with targets.
-
-        A target segment computes its rows [first, border) for their keys alone; their outputs come
-        from the source segment. Grouping makes a batch of N sequences a few calls, not 2 N.
-        """
+        """[start, border) of every sequence, and [first, end) of those with targets, whose rows
+        [first, border) are there for their keys alone. Groups make N sequences a few calls."""
         by_length: dict[int, list[tuple[int, int, int]]] = {}
         for start, first, border, end in self.bounds.tolist():
             if first == start or border == end:  # plain causal, one piece
