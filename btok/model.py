@@ -115,10 +115,10 @@ class BTokModel(nn.Module):
         saved = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
         asked = {"num_btoks": num_btoks, "pooling": pooling, "target_positions": target_positions}
         for name, value in {**asked, "format_version": FORMAT_VERSION}.items():
-            if saved and value is not None and value != saved[name]:
+            if saved and value is not None and value != saved.get(name):
                 raise ValueError(
                     f"BTokModel: {name} is {value!r}, but {name_or_path} was saved with "
-                    f"{saved[name]!r}; ask for that or leave it out"
+                    f"{saved.get(name)!r}; ask for that or leave it out"
                 )
         kind = AutoConfig.from_pretrained(name_or_path).model_type
         _one_of(f"the architecture of {name_or_path}", kind, ARCHITECTURES)

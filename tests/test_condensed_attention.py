@@ -41,10 +41,9 @@ def test_the_reference_is_softmax_over_what_each_row_sees():
                 assert torch.allclose(out[i, head], expected, atol=1e-12), (i, head)
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (4, 1)])
-def test_sdpa_equals_the_reference_forward_and_backward(heads):
+def compare_with_the_reference(heads, cases):
     rng = random.Random(heads[0])
-    for case in range(15):
+    for case in range(cases):
         layout = random_layout(rng)
         dim, scale = rng.choice([16, 32, 80]), rng.choice([None, 0.05])
         q, k, v = inputs(layout, heads, dim, case, grad=True)
@@ -53,11 +52,24 @@ def test_sdpa_equals_the_reference_forward_and_backward(heads):
         wanted = torch.autograd.grad(expected, (q, k, v), g)
         out = condensed_attention(q, k, v, layout, scale=scale, impl="sdpa")
         got = torch.autograd.grad(out, (q, k, v), g)
-        for name, a, b in zip(
-            ("out", "dq", "dk", "dv"), (out, *got), (expected, *wanted), strict=True
-        ):
+        pairs = zip((out, *got), (expected, *wanted), strict=True)
+        for name, (a, b) in zip(("out", "dq", "dk", "dv"), pairs, strict=True):
             error = (a - b).abs().max()
-            assert error < 1e-5, f"{name}: {error:.1e} for {layout.bounds.tolist()}"
+            assert error < 1e-5, f"{name}: {error:.1e} for {layout.bounds.tolist()}, D {dim}"
+
+
+HEADS = [(1, 1), (4, 4), (6, 2), (4, 1)]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_sdpa_equals_the_reference_forward_and_backward(heads):
+    compare_with_the_reference(heads, 15)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("heads", HEADS)
+def test_sdpa_equals_the_reference_on_many_layouts(heads):
+    compare_with_the_reference(heads, 150)
 
 
 def test_gradcheck_of_both_paths_in_double():
