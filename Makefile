@@ -1,6 +1,7 @@
 # Each target sets up what it needs in .venv; needs git, make and Python >= 3.11 with venv.
 PYTHON ?= python3
 OUTPUT ?= runs/demo
+SEED ?= 0
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')
 BIN := .venv/bin
 
@@ -22,7 +23,7 @@ setup: .venv/ready
 # one single-threaded process per core is faster than one process with two threads
 demo: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) \
-		train/main.py pocket --output $(OUTPUT)
+		train/main.py pocket --output $(OUTPUT) --seed $(SEED)
 
 test: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) -m "not full"

@@ -1,8 +1,14 @@
-"""Pictures for the README: `python bench/report.py mask docs/mask.png`."""
+"""The README's picture and table.
+
+python bench/report.py mask docs/mask.png
+python bench/report.py pocket bench/results/pocket-seed*.json     the `metrics.json` of some runs
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,7 +57,29 @@ def mask_picture(path: str, *, source: int = 6, btoks: int = 3, target: int = 5)
     figure.savefig(path)
 
 
+def pocket_table(files: list[str]) -> str:
+    """Scores of several runs as a Markdown table: a column per run, and their mean."""
+    runs = [json.loads(Path(file).read_text()) for file in files]
+    if len({run["data_digest"] for run in runs}) != 1:
+        raise ValueError("the runs were scored on different data")
+    seeds = [f"seed {run['settings']['seed']}" for run in runs]
+    lines = [["task", "metric", "chance", "floor", *seeds, "mean", "hard only"]]
+    for name, row in runs[0]["tasks"].items():
+        scores = [run["tasks"][name]["score"] for run in runs]
+        hard = [run["tasks"][name]["hard_only"] for run in runs]
+        numbers = [row["chance"], row["floor"], *scores, np.mean(scores), np.mean(hard)]
+        lines.append([name, row["metric"], *(f"{x:.1f}" for x in numbers)])
+    columns = zip(*(line[2:] for line in lines[1:]), strict=True)
+    means = [f"**{np.mean([float(x) for x in column]):.1f}**" for column in columns]
+    lines.insert(1, ["--"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, ["**mean**", "", *means]])
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "mask":
-        sys.exit("usage: python bench/report.py mask PICTURE.png")
-    mask_picture(sys.argv[2])
+    match sys.argv[1:]:
+        case ["mask", path]:
+            mask_picture(path)
+        case ["pocket", *files] if files:
+            print(pocket_table(files))
+        case _:
+            sys.exit(f"usage:{__doc__.partition('.')[2]}")
