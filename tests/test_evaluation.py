@@ -353,9 +353,9 @@ def wrong_candidates(task):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed("qrels", 3, {}), "query 3: no positive"),
-        (changed("qrels", 3, {0: 0.0}), "query 3: .* not > 0"),
-        (changed("qrels", 3, {0: float("nan")}), "query 3: .* not > 0"),
+        (changed("qrels", 3, {}), "query 3: qrels is {}, expected a positive"),
+        (changed("qrels", 3, {0: 0.0}), "query 3: .*expected a positive, and all above 0"),
+        (changed("qrels", 3, {0: float("nan")}), "query 3: .*expected a positive, and all above 0"),
         (changed("qrels", 3, {9: 1.0}), "query 3: positive 9"),
         (changed("qrels", 3, {-1: 1.0}), "query 3: positive -1"),
         (changed("qrels", 3, outside_pool), r"query 3: positive \d is not among its pool"),

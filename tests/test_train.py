@@ -235,6 +235,23 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("task X, query 3:\n no positive"), 2), (FloatingPointError("loss nan"), 1)],
+)
+def test_an_error_of_the_run_is_one_line_too(tmp_path, capsys, monkeypatch, error, code):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("train.main.start", lambda recipe: (None, None, None))
+    monkeypatch.setattr("train.main.run", fail)
+    assert main(["--output", str(tmp_path)]) == code
+    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+    monkeypatch.setenv("BTOK_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main(["--output", str(tmp_path)])
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     model = BTokModel.from_backbone(tiny_backbone(), btok_token_ids=BTOKS[:2])
     model.save_pretrained(tmp_path / "two")

@@ -38,17 +38,21 @@ SHEETS = ("I-RET", "V-RET", "VisDoc")  # tasks with pictures to find: image, vid
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a recipe; 2 for a mistake in the command, with a line that says what to do."""
+    """Run a recipe; 2 for a mistake in the command or the data, 1 for a loss that is not finite.
+
+    Both are told in a line; BTOK_DEBUG=1 shows where it was noticed.
+    """
     try:
         recipe = parse(list(sys.argv[1:] if argv is None else argv))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group("gloo")
-        resume, model, processor = start(recipe)
-    except (ValueError, OSError, ImportError) as error:
+        run(recipe, *start(recipe))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if os.environ.get("BTOK_DEBUG"):
+            raise
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    run(recipe, resume, model, processor)
+        return 1 if isinstance(error, FloatingPointError) else 2
     if world() > 1:
         dist.destroy_process_group()
     return 0

@@ -179,7 +179,8 @@ def _check(task: RetrievalTask) -> None:
     everything = frozenset(range(len(task.candidates)))
     for i, qrels in enumerate(task.qrels):
         if not qrels or not all(0 < value < np.inf for value in qrels.values()):
-            raise ValueError(f"{where}, query {i}: no positive, or one not > 0: {dict(qrels)}")
+            had = f"qrels is {dict(qrels)}"
+            raise ValueError(f"{where}, query {i}: {had}, expected a positive, and all above 0")
         pool = everything if task.pools is None else frozenset(task.pools[i])
         hard = pool if task.hard is None else frozenset(task.hard[i])
         if task.pools is not None and len(pool) < len(task.pools[i]):
