@@ -2,7 +2,7 @@
 PYTHON ?= python3
 OUTPUT ?= runs/demo
 SEED ?= 0
-PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, len(os.sched_getaffinity(0))))')
+PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
 .PHONY: setup demo test test-full lint bench
@@ -15,7 +15,8 @@ setup: .venv/ready
 	@echo "installing torch (the CPU build is 200 MB, PyPI's with CUDA several GB) ..."
 	$(BIN)/pip install --quiet torch==2.13.0
 	@echo "installing the rest (150 MB) ..."
-	$(BIN)/python -c "import importlib.util, sys; sys.exit(not importlib.util.find_spec('triton'))" \
+	$(BIN)/python -c "import sys, importlib.util as u; \
+		sys.exit(sys.platform == 'linux' and not u.find_spec('triton'))" \
 		|| $(BIN)/pip install --quiet triton==3.6.0
 	$(BIN)/pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
 	@touch $@

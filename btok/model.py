@@ -74,7 +74,7 @@ class BTokModel(nn.Module):
             raise ValueError("BTokModel: with K = 0 use pooling='last' or 'mean', not 'btok'")
         use_condensed_attention(backbone)
         self.backbone = backbone
-        self.btok_token_ids = tuple(btok_token_ids)
+        self.btok_token_ids = tuple(map(int, btok_token_ids))
         self.pooling = pooling
         self.target_positions = target_positions
         self.ntp_reduction = ntp_reduction

@@ -416,5 +416,5 @@ def test_errors_name_what_is_wrong(monkeypatch):
     monkeypatch.setattr(
         pocket.importlib, "util", types.SimpleNamespace(find_spec=lambda name: None)
     )
-    with pytest.raises(RuntimeError, match=r"sources of numpy: pip install \"btok\[demo\]\""):
+    with pytest.raises(ImportError, match=r"sources of numpy: pip install \"btok\[demo\]\""):
         pocket._pages.__wrapped__()

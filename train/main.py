@@ -155,7 +155,7 @@ def run(recipe: Recipe, resume: Path | None, model: BTokModel, processor: Proces
         if tasks:
             before = json.loads((recipe.output / "before.json").read_text())
             say(runner.format_table(before, after))
-        say(f"metrics.json, loss.png, retrievals-*.png and checkpoints are in {recipe.output}")
+        say(f"metrics, pictures, log and checkpoints are in {recipe.output}")
 
 
 def draw(task: Any, found: Sequence[Any], path: Path, rows: int = 8) -> None:

@@ -148,7 +148,7 @@ def _pages() -> dict[str, list[Page]]:
         roots = (spec and spec.submodule_search_locations) or []
         files = [file for root in roots for file in Path(root).rglob("*.py")]
         if not files:
-            raise RuntimeError(MISSING.format(f"the sources of {package}"))
+            raise ImportError(MISSING.format(f"the sources of {package}"))
         for file in sorted(files):
             parts = (package, *file.relative_to(roots[0]).with_suffix("").parts)
             if not SKIPPED.isdisjoint(parts):
@@ -356,7 +356,7 @@ def train_group(task: str, index: int, size: int = 16, seed: int = 0) -> list[Pa
 
     Raises:
         ValueError: an unknown task, a size below 2 or a negative index.
-        ImportError, RuntimeError: packages of the `demo` extra, or their sources, are missing.
+        ImportError: packages of the `demo` extra, or their sources, are missing.
     """
     if task not in TASKS:
         raise ValueError(f"train_group: task is {task!r}, not one of {', '.join(TASKS)}")
@@ -376,7 +376,7 @@ def tasks(queries: int = 400) -> list[RetrievalTask]:
 
     Raises:
         ValueError: fewer than 40 queries, too few to draw other scenes from.
-        ImportError, RuntimeError: as `train_group`.
+        ImportError: as `train_group`.
     """
     if queries < 40:
         raise ValueError(f"tasks: queries is {queries}, not >= 40")
