@@ -192,9 +192,8 @@ class BTokModel(nn.Module):
         if self.pooling == "last":
             pooled = _wide(hidden[[border - 1 for _, _, border, _ in bounds]])
         else:
-            pooled = torch.stack(
-                [_wide(hidden[start:border]).mean(0) for start, _, border, _ in bounds]
-            )
+            means = [_wide(hidden[start:border]).mean(0) for start, _, border, _ in bounds]
+            pooled = torch.stack(means)
         return F.normalize(pooled, dim=-1)
 
     def _ntp_loss(self, hidden: Tensor, batch: PackedBatch) -> Tensor | None:

@@ -144,6 +144,7 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage):
 
 
 def test_the_newest_two_checkpoints_are_kept(tmp_path):
+    (tmp_path / ".checkpoint-1.draft").mkdir()  # a save that was killed
     for step in (2, 10, 9):
         saved_run(tmp_path, step)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-9"]

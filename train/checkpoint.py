@@ -38,7 +38,8 @@ def save(
     """Write `run/checkpoint-<step>`, `state` (JSON scalars) included; keep the newest `keep`."""
     final = run / f"checkpoint-{step}"
     draft = run / f".checkpoint-{step}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
+    for left in run.glob(".checkpoint-*.draft"):  # by a process that was killed
+        shutil.rmtree(left)
     draft.mkdir(parents=True)
     model.save_pretrained(draft)
     processor.save_pretrained(draft)
@@ -51,9 +52,8 @@ def save(
     save_file(moments, draft / "optimizer.safetensors")
     save_file({"torch": torch.get_rng_state()}, draft / "rng.safetensors")
     (draft / "trainer.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    digests = {
-        str(p.relative_to(draft)): _sha256(p) for p in sorted(draft.rglob("*")) if p.is_file()
-    }
+    files = (p for p in sorted(draft.rglob("*")) if p.is_file())
+    digests = {str(p.relative_to(draft)): _sha256(p) for p in files}
     with open(draft / MANIFEST, "w") as manifest:
         json.dump(digests, manifest, indent=2)
         manifest.flush()

@@ -20,7 +20,7 @@ def step_pairs(recipe: Recipe, step: int, rank: int = 0, world: int = 1) -> list
     """
     groups = range(step * recipe.groups_per_batch, (step + 1) * recipe.groups_per_batch)
     pairs: list[Pair] = []
-    for group in list(groups)[rank::world]:
+    for group in groups[rank::world]:
         turn, place = divmod(group, len(pocket.TASKS))
         order = random.Random(f"{recipe.seed}/round/{turn}").sample(pocket.TASKS, len(pocket.TASKS))
         task = pocket.TASKS[0] if step < recipe.reading_steps else order[place]
