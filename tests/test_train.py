@@ -38,16 +38,22 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)
 
 
-def step_gradients(dtype, step, negatives, rank, world):
+def step_gradients(dtype, step, negatives, reduction, rank, world):
     model, processor = tiny_qwen2_vl(dtype)
+    model.ntp_reduction = reduction  # ranks have equal numbers of targets, not of labels
     recipe = dataclasses.replace(RECIPE, negatives=negatives)
     pairs = step_pairs(recipe, step, rank, world)
     losses = train_step(model, processor, recipe, pairs, step)
     return gradients(model), losses
 
 
-CASES = [(torch.float64, 0, "group"), (torch.float64, 2, "group"), (torch.float64, 3, "batch")]
-CASES += [(torch.float32, 2, "batch")]
+CASES = [
+    (torch.float64, 0, "group", "sample_mean"),
+    (torch.float64, 0, "group", "token_mean"),
+    (torch.float64, 2, "group", "token_mean"),
+    (torch.float64, 3, "batch", "sample_mean"),
+    (torch.float32, 2, "batch", "sample_mean"),
+]
 
 
 def on_two_ranks(rank, folder):
