@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from btok.model import BTokModel
@@ -133,3 +136,14 @@ def tiny_qwen2_vl(dtype: torch.dtype = torch.float32) -> tuple[BTokModel, Proces
     return BTokModel.from_backbone(backbone, btok_token_ids=btoks), Processor(
         tokenizer, patch_size=4, min_pixels=64, max_pixels=600, max_frame_pixels=600
     )
+
+
+@contextmanager
+def gloo(folder: str, rank: int, world: int) -> Iterator[None]:
+    """A process group over a file in `folder`; the ranks leave it together."""
+    store = dist.FileStore(f"{folder}/store")
+    wait = timedelta(seconds=60)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=wait)
+    yield
+    dist.barrier()
+    dist.destroy_process_group()

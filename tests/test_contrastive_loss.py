@@ -6,13 +6,13 @@ import math
 import random
 import re
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import gloo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from btok_kernels import contrastive_loss as module
@@ -436,13 +436,11 @@ def through_towers(loss_of, case, total, own=slice(None), precision=None):
 def run_rank(rank, world, folder):
     torch.set_num_threads(1)
     module._TILE_LOGITS = 20
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=30),
-    )
+    with gloo(folder, rank, world):
+        torch.save(on_one_rank(rank, world), f"{folder}/{rank}.pt")
+
+
+def on_one_rank(rank, world):
     saved = {}
     for name, case in RANK_CASES.items():
         for rows in SPLITS[world]:
@@ -465,8 +463,7 @@ def run_rank(rank, world, folder):
             saved[f"only rank 0 with gradients {rows}"] = torch.autograd.grad(loss, leaf)[0]
     if world > 1:
         saved |= run_groups(rank, world) | run_disagreements(rank, world)
-    torch.save(saved, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return saved
 
 
 def run_groups(rank, world):

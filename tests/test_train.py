@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import (
     BTOKS,
+    gloo,
     gradients,
     tiny_backbone,
     tiny_qwen2_vl,
@@ -58,11 +58,10 @@ CASES = [
 
 def on_two_ranks(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = [step_gradients(*case, rank, 2) for case in CASES]
+    with gloo(folder, rank, 2):
+        results = [step_gradients(*case, rank, 2) for case in CASES]
     if rank == 0:
         torch.save([(got, tuple(losses)) for got, losses in results], f"{folder}/results.pt")
-    dist.destroy_process_group()
 
 
 def test_gradients_of_a_step_on_two_ranks_equal_one_process(tmp_path):

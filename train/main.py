@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     if world() > 1:
+        dist.barrier()  # a rank that leaves early may take the others down
         dist.destroy_process_group()
     return 0
 
