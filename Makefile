@@ -2,10 +2,12 @@
 PYTHON ?= python3
 OUTPUT ?= runs/demo
 SEED ?= 0
+BUDGET ?= 1500
+GPU_OUT ?= runs/gpu
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full lint bench
+.PHONY: setup demo test test-full lint bench aot gpu
 
 setup: .venv/ready
 
@@ -28,9 +30,11 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) -m "not full"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton -n $(PROCESSES) -m "not full"
 
 test-full: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton -n $(PROCESSES)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,3 +43,10 @@ lint: setup
 
 bench: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only
+
+aot: setup
+	$(BIN)/python bench/aot.py --out bench/results/aot.md
+
+# with the PYTHON of a CUDA machine: torch, triton, transformers, numpy, and pytest for the tests
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py --out $(GPU_OUT) --budget $(BUDGET)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_layout import allowed_by_loops, random_layout
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from btok.kernels import CondensedLayout, condensed_attention
+from btok_kernels import condensed_attention as module
 from btok_kernels import launch
 
 
@@ -153,11 +158,98 @@ def test_bad_input_is_refused(q, k, v, error, message):
         condensed_attention(q, k, v, LAYOUT)
 
 
-def test_implementations_that_cannot_run_are_refused():
-    with pytest.raises(RuntimeError, match="impl='triton' is not in this version"):
+def test_implementations_that_cannot_run_are_refused(monkeypatch):
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run: q has head dim 8, its"):
         condensed_attention(Q, Q, Q, LAYOUT, impl="triton")
+    wide = torch.zeros(5, 4, 16)
+    with pytest.raises(RuntimeError, match="the tensors are on cpu; it needs CUDA, or TRITON_INT"):
+        condensed_attention(wide, wide, wide, LAYOUT, impl="triton")
+    monkeypatch.setitem(launch.INSTALLED, "triton", False)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        condensed_attention(wide, wide, wide, LAYOUT, impl="triton")
+    monkeypatch.setitem(launch.INSTALLED, "xformers", False)
+    with pytest.raises(RuntimeError, match=r"the extra is btok\[xformers\]"):
+        condensed_attention(Q, Q, Q, LAYOUT, impl="xformers")
+    monkeypatch.setitem(launch.INSTALLED, "xformers", True)
+    with pytest.raises(RuntimeError, match="q is on cpu; it needs CUDA"):
+        condensed_attention(Q, Q, Q, LAYOUT, impl="xformers")
     with pytest.raises(ValueError, match="impl is 'flash', expected one of"):
         condensed_attention(Q, Q, Q, LAYOUT, impl="flash")
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("inf"), float("nan")])
+def test_a_scale_that_is_none_is_refused(scale):
+    with pytest.raises(ValueError, match=f"scale is {scale}, expected a finite number"):
+        condensed_attention(Q, Q, Q, LAYOUT, scale=scale)
+
+
+class Bias:
+    """What xformers' two masks mean: causal in blocks, counted from the bottom right."""
+
+    def __init__(self, q_lens, k_lens):
+        self.q_lens, self.k_lens = q_lens, k_lens
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_seqlen=None):
+        assert min(q_seqlen) > 0
+        return cls(q_seqlen, kv_seqlen or q_seqlen)
+
+    def materialize(self, shape):
+        sees = torch.zeros(shape, dtype=torch.bool)
+        i, j = 0, 0
+        for rows, keys in zip(self.q_lens, self.k_lens, strict=True):
+            sees[i : i + rows, j : j + keys] = torch.ones(rows, keys).tril(keys - rows).bool()
+            i, j = i + rows, j + keys
+        assert (i, j) == tuple(shape)
+        return sees
+
+
+def test_the_composition_of_xformers_equals_the_reference(monkeypatch):
+    """On the CPU, with a stand-in for its kernels, which need CUDA."""
+
+    def attend(q, k, v, attn_bias, scale):
+        assert q.shape[2] == k.shape[2]
+        sees = attn_bias.materialize((q.shape[1], k.shape[1]))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, sees, scale=scale).transpose(1, 2)
+
+    masks = types.SimpleNamespace(
+        BlockDiagonalCausalMask=Bias, BlockDiagonalCausalFromBottomRightMask=Bias
+    )
+    fmha = types.SimpleNamespace(attn_bias=masks)
+    ops = types.SimpleNamespace(memory_efficient_attention=attend, fmha=fmha)
+    for name, stand_in in (("xformers", None), ("xformers.ops", ops), ("xformers.ops.fmha", fmha)):
+        monkeypatch.setitem(sys.modules, name, stand_in or types.ModuleType(name))
+    rng = random.Random(0)
+    for case in range(30):
+        layout = random_layout(rng)
+        tensors = inputs(layout, (4, 2), 16, case, grad=True)
+        wanted = condensed_attention(*tensors, layout, impl="reference")
+        got = module._xformers(*tensors, layout, 0.25)
+        pairs = [(got, wanted)]
+        g = torch.randn(got.shape, generator=torch.Generator().manual_seed(case))
+        pairs += zip(*(torch.autograd.grad(t, tensors, g) for t in (got, wanted)), strict=True)
+        for a, b in pairs:
+            assert (a - b).abs().max() < 1e-5, layout.bounds.tolist()
+
+
+def test_no_allocation_grows_as_rows_squared():
+    largest = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, torch.Tensor):
+                    largest[rows] = max(largest.get(rows, 0), t.untyped_storage().nbytes())
+            return out
+
+    for rows in (500, 2000):
+        layout = CondensedLayout.from_lengths([rows - 54], [50], 4)
+        tensors = inputs(layout, (2, 1), 16, 0, grad=True)
+        with Watch():
+            condensed_attention(*tensors, layout, impl="sdpa").sum().backward()
+    assert largest[2000] < 6 * largest[500]
 
 
 def test_auto_says_once_what_it_took(caplog):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from btok.kernels import CondensedLayout
+from btok_kernels.layout import TILE
 
 
 def random_layout(rng: random.Random) -> CondensedLayout:
@@ -57,6 +58,46 @@ def test_every_pair_is_in_exactly_the_segments_the_mask_allows():
                 at += length
         assert at == len(rows)
         assert torch.equal(covered, allowed_by_loops(layout).long()), layout.bounds.tolist()
+
+
+def test_tiles_cover_the_mask_once_and_the_longest_come_first():
+    rng = random.Random(2)
+    layouts = [random_layout(rng) for _ in range(40)]
+    layouts.append(CondensedLayout.from_lengths([300, 5], [140, 0], 4, num_rows=600))
+    layouts.append(CondensedLayout.from_lengths([130], [9], 0, max_sequences=7))
+    for layout in layouts:
+        allowed = allowed_by_loops(layout).long()
+        row_tiles, key_tiles = layout.tiles.tolist()
+        covered, owned = torch.zeros_like(allowed), torch.zeros(layout.num_rows)
+        for row, last_row, key, last_key in row_tiles:
+            assert last_row - row <= TILE
+            owned[row:last_row] += 1
+            covered[row:last_row, key:last_key] += 1
+        causal = torch.ones_like(allowed).tril()
+        assert (owned == 1).all()
+        assert torch.equal(covered * causal, allowed), layout.bounds.tolist()
+        covered, owned = torch.zeros_like(allowed), torch.zeros(layout.num_rows)
+        for key, last_key, row, last_row in key_tiles:
+            assert last_key - key <= TILE
+            owned[key:last_key] += 1
+            covered[row:last_row, key:last_key] += 1
+        assert (owned == 1).all()
+        assert torch.equal(covered * causal, allowed), layout.bounds.tolist()
+        for tiles in (row_tiles, key_tiles):
+            work = [last - first for *_, first, last in tiles]
+            assert work == sorted(work, reverse=True)
+
+
+def test_layouts_of_one_capacity_have_tiles_of_one_shape():
+    rng = random.Random(3)
+    shapes = set()
+    for _ in range(40):
+        layout = random_layout(rng)
+        roomy = CondensedLayout(layout.bounds, 1000, max_sequences=6)
+        shapes.add(roomy.tiles.shape)
+        assert len(shapes) == 1
+    with pytest.raises(ValueError, match="max_sequences is 1, bounds has 2"):
+        CondensedLayout.from_lengths([3, 4], [1, 1], 2, max_sequences=1)
 
 
 def test_row_first_agrees_with_the_loops():

@@ -15,12 +15,17 @@ scores between rows of different sequences or of target rows with source keys:
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btok_kernels.launch import choose
+from btok_kernels.launch import INSTALLED, choose, no_triton
 from btok_kernels.layout import CondensedLayout
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128)  # of the Triton kernels
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
@@ -53,6 +58,32 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float
     return torch.cat([*outputs, nothing]).index_select(0, owner)
 
 
+def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
+    """Two calls of memory-efficient attention: [x ; B] rows, and target rows on [B ; T] keys."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha import attn_bias
+
+    halves = layout.halves
+    groups = q.shape[1] // k.shape[1]  # its GQA has no backward
+    k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+
+    def attend(rows: Tensor, keys: Tensor, bias: Any) -> Tensor:
+        parts = (q[rows][None], k[keys][None], v[keys][None])  # [1, R, Hq, D]
+        return memory_efficient_attention(*parts, attn_bias=bias, scale=scale)[0]
+
+    outputs = []
+    if halves.row_lens:
+        bias = attn_bias.BlockDiagonalCausalMask.from_seqlens(halves.row_lens)
+        outputs.append(attend(halves.rows, halves.rows, bias))
+    if halves.target_lens:
+        bias = attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+            halves.target_lens, halves.key_lens
+        )
+        outputs.append(attend(halves.targets, halves.keys, bias))
+    outputs.append(q.new_zeros(1, *q.shape[1:]))  # of the rows of no sequence
+    return torch.cat(outputs).index_select(0, halves.owner)
+
+
 def condensed_attention(
     q: Tensor,
     k: Tensor,
@@ -71,25 +102,52 @@ def condensed_attention(
         q: [T, Hq, D], floating point.
         k, v: [T, Hkv, D], dtype and device of q; Hkv divides Hq.
         layout: where the sequences lie in the T rows; on q's device.
-        scale: factor on the scores; None for D ** -0.5.
-        impl: "auto", "sdpa" (any device, no mask materialised) or "reference" (dense, computed in
-            at least fp32).
+        scale: factor on the scores, at least 0; None for D ** -0.5.
+        impl: "triton" (CUDA, or the CPU under TRITON_INTERPRET=1; D of 16, 32, 64, 80, 96 or 128;
+            fp16, bf16, fp32), "sdpa" (any device, no mask materialised), "xformers" (CUDA, the
+            extra of that name), "reference" (dense, computed in at least fp32), or "auto": triton
+            where it can run on CUDA, else sdpa.
 
     Returns:
         [T, Hq, D] in q's dtype; 0 in the layout's unused tail. Differentiable in q, k and v.
 
     Raises:
         TypeError: dtypes or devices that differ, integer inputs.
-        ValueError: shapes that do not fit each other or the layout, an unknown `impl`.
-        RuntimeError: an `impl` that this version or device lacks.
+        ValueError: shapes that do not fit each other or the layout, a scale that is negative or not
+            finite, an unknown `impl`.
+        RuntimeError: an `impl` that cannot run on these tensors.
     """
-    _check(q, k, v, layout)
-    chosen = choose("condensed_attention", impl, ("sdpa", "reference"), "sdpa")
+    _check(q, k, v, layout, scale)
+    reasons = {
+        "triton": _no_triton(q),
+        "sdpa": None,
+        "xformers": _no_xformers(q),
+        "reference": None,
+    }
+    order = ("triton", "sdpa") if q.is_cuda else ("sdpa",)
+    chosen = choose("condensed_attention", impl, reasons, order)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    return (_reference if chosen == "reference" else _sdpa)(q, k, v, layout, scale)
+    if chosen == "triton":
+        from btok_kernels.condensed_attention_triton import attention  # imports triton
+
+        return attention(q, k, v, layout.tiles, scale)
+    path = {"sdpa": _sdpa, "xformers": _xformers, "reference": _reference}[chosen]
+    return path(q, k, v, layout, scale)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout) -> None:
+def _no_triton(q: Tensor) -> str | None:
+    if q.shape[2] not in HEAD_DIMS:
+        return f"q has head dim {q.shape[2]}, its kernels take {HEAD_DIMS}"
+    return no_triton(q.device, q.dtype)
+
+
+def _no_xformers(q: Tensor) -> str | None:
+    if not INSTALLED["xformers"]:
+        return "xformers is not installed; the extra is btok[xformers]"
+    return None if q.is_cuda else f"q is on {q.device}; it needs CUDA"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float | None) -> None:
     name = "condensed_attention"
     for label, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 3:
@@ -122,5 +180,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout) -> None:
         raise ValueError(
             f"{name}: k has {k.shape[1]} heads, which does not divide q's {q.shape[1]}"
         )
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(f"{name}: scale is {scale}, expected a finite number, at least 0")
     if layout.num_rows != q.shape[0]:
         raise ValueError(f"{name}: layout has {layout.num_rows} rows, q has {q.shape[0]}")

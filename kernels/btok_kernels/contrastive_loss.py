@@ -406,5 +406,5 @@ def _check(call: _Call) -> dict[str, Any]:
         "temperature": "a tensor" if isinstance(tau, Tensor) else tau,
         "bidirectional": call.bidirectional,
         "margin": margin,
-        "impl": choose(name, call.impl, ("chunked", "reference"), "chunked"),
+        "impl": choose(name, call.impl, {"chunked": None, "reference": None}, ("chunked",)),
     }

@@ -1,37 +1,213 @@
-"""Which implementation of an op runs.
+"""Which implementation of an op runs, and how its Triton kernels are launched.
 
 "auto" says once what it took; an explicit implementation that cannot run raises.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import itertools
 import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger("btok_kernels")
 _announced: set[tuple[str, str]] = set()
+INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("triton", "xformers")}
 
 
-def choose(op: str, impl: str, available: tuple[str, ...], default: str) -> str:
+def choose(op: str, impl: str, reasons: dict[str, str | None], order: tuple[str, ...]) -> str:
     """Resolve `impl` for the op named `op`.
 
     Args:
         op: the public function's name, for messages.
         impl: what the caller asked for, "auto" included.
-        available: the implementations there are.
-        default: what "auto" takes.
+        reasons: the implementations there are; why one cannot run here, or None where it can.
+        order: what "auto" tries; the last always runs.
 
     Raises:
-        RuntimeError: "triton" where this version has no Triton kernel for the op.
+        RuntimeError: an implementation that cannot run here.
         ValueError: an unknown implementation.
     """
-    choices = ("auto", *available)
-    if impl == "triton" and impl not in available:
-        raise RuntimeError(f"{op}: impl='triton' is not in this version; use one of {choices}")
-    if impl not in choices:
-        raise ValueError(f"{op}: impl is {impl!r}, expected one of {choices}")
-    if impl != "auto":
+    if impl == "auto":
+        impl = next(name for name in order if reasons[name] is None)
+        if not torch.compiler.is_compiling() and (op, impl) not in _announced:
+            _announced.add((op, impl))
+            logger.info("%s: impl 'auto' takes '%s'", op, impl)
         return impl
-    if (op, default) not in _announced:
-        _announced.add((op, default))
-        logger.info("%s: impl 'auto' takes '%s'", op, default)
-    return default
+    if impl not in reasons:
+        raise ValueError(f"{op}: impl is {impl!r}, expected one of {('auto', *reasons)}")
+    if reasons[impl] is not None:
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reasons[impl]}")
+    return impl
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors, under its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device and dtype; None where they can."""
+    if not INSTALLED["triton"]:
+        return "triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"the tensors are on {device}; it needs CUDA, or TRITON_INTERPRET=1 on the CPU"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"no kernel for {dtype}"
+    if device.type == "cuda" and architecture(device) < 80:
+        return f"sm_{architecture(device)} is too old, it needs sm_80"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrong; use float16 or float32"
+    return None
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability of a CUDA device as in sm_90; 0 under the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Launches within go to `device`, as Triton takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class Config(NamedTuple):
+    """How a kernel is launched: its tile, warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# By kernel and architecture, then up to which head dim: the largest tiles that spill no register.
+# fp32 is multiplied without tensor cores, on all architectures alike.
+_ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
+    ("forward", 90): {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3)},
+    ("dkdv", 90): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2)},
+    ("dq", 90): {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)},
+    ("forward", 80): {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)},
+    ("dkdv", 80): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2)},
+    ("dq", 80): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2)},
+}
+_ATTENTION_FP32: dict[str, dict[int, Config]] = {
+    "forward": {64: Config(32, 16, 4, 1), 128: Config(32, 16, 8, 1)},
+    "dkdv": {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1)},
+    "dq": {64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1)},
+}
+_ATTENTION_INTERPRETED = Config(32, 16, 1, 1)  # small, so that short tests have many blocks
+found: dict[tuple[str, int, int, torch.dtype], Config] = {}  # by BTOK_AUTOTUNE=1
+
+
+def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int) -> Config:
+    """The launch of "forward", "dkdv" or "dq" on an architecture as in sm_90; 0 is none."""
+    if arch == 0:
+        return _ATTENTION_INTERPRETED
+    if dtype == torch.float32:
+        table = _ATTENTION_FP32[kernel]
+    else:
+        table = _ATTENTION[kernel, 90 if arch == 90 else 80]
+    return next(config for dim, config in table.items() if head_dim <= dim)
+
+
+def attention(kernel: str, q: Tensor, run: Callable[[Config], None]) -> None:
+    """Launch a kernel of the attention over q [T, Hq, D] with its configuration.
+
+    With BTOK_AUTOTUNE=1 the first call for an architecture, head dim and dtype times every
+    configuration on its own tensors, prints the table, and the fastest is kept in `found`.
+    """
+    arch = architecture(q.device)
+    config = attention_config(kernel, q.shape[2], q.dtype, arch)
+    with on(q.device):
+        if os.environ.get("BTOK_AUTOTUNE") == "1" and arch:
+            key = (kernel, arch, q.shape[2], q.dtype)
+            if key not in found:
+                found[key] = _search(f"attention {key}", config, q.dtype, run)
+            config = found[key]
+        run(config)
+
+
+def _search(
+    title: str, default: Config, dtype: torch.dtype, run: Callable[[Config], None]
+) -> Config:
+    from triton.testing import do_bench
+
+    blocks = (16, 32, 64) if dtype == torch.float32 else (32, 64, 128)
+    times = {}
+    for config in [
+        default,
+        *itertools.starmap(Config, itertools.product(blocks, blocks, (4, 8), (1, 2, 3))),
+    ]:
+        try:
+            times[config] = do_bench(functools.partial(run, config), return_mode="median")
+        except Exception as error:  # too much shared memory, or the compiler gave up
+            logger.debug("%s: %s: %s", title, config, error)
+    fastest = sorted(times, key=times.__getitem__)
+    print(f"{title}: milliseconds of the ten fastest of {len(times)}, and of the default")
+    for config in dict.fromkeys([*fastest[:10], default]):
+        print(f"  {times[config]:9.4f}  {config}", flush=True)
+    return fastest[0]
+
+
+# contrastive_loss. The figures below are arithmetic, not yet measured on a GPU.
+CONTRASTIVE_WORKSPACE = 1 << 30  # bytes of a chunk of logits
+CONTRASTIVE_PANEL = 4096  # rows, and columns, whose d logits the recompute kernels hold at once
+
+
+def contrastive_chunk(rows: int, columns: int, dtype: torch.dtype) -> int:
+    """Rows whose logits contrastive_loss holds at once; 0 where it recomputes them by tiles.
+
+    A chunk holds fp32 logits and, for half inputs, d logits. It is worth a matrix product from
+    1,024 rows on: with less, reading and writing d candidates takes longer than multiplying.
+    """
+    row_bytes = columns * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+    chunk = CONTRASTIVE_WORKSPACE // row_bytes
+    return chunk if chunk >= min(rows, 1024) else 0
+
+
+def _blocks(warps: int, stages: int, **blocks: int) -> dict[str, int]:
+    sizes = {f"BLOCK_{name}": size for name, size in blocks.items()}
+    return sizes | {"num_warps": warps, "num_stages": stages}
+
+
+# by kernel and bytes of an element, for sm_80 and sm_90 alike: none spills on either. The last four
+# share BLOCK_M, the width of a tile of candidates.
+_CONTRASTIVE: dict[tuple[str, int], dict[str, int]] = {
+    ("rows", 2): _blocks(4, 1, N=2, M=512),
+    ("rows", 4): _blocks(4, 1, N=2, M=512),
+    ("columns", 2): _blocks(8, 1, N=64, M=128),
+    ("columns", 4): _blocks(8, 1, N=64, M=128),
+    ("sums", 2): _blocks(8, 3, N=128, M=128, D=64),
+    ("sums", 4): _blocks(8, 2, N=64, M=64, D=32),
+    ("d_logits", 2): _blocks(8, 3, N=64, M=128, D=64),
+    ("d_logits", 4): _blocks(8, 2, N=64, M=64, D=32),
+    ("d_query", 2): _blocks(8, 3, N=128, M=128, K=64, D=128),
+    ("d_query", 4): _blocks(8, 2, N=64, M=64, K=32, D=64),
+    ("d_candidates", 2): _blocks(8, 3, M=128, K=64, D=128),
+    ("d_candidates", 4): _blocks(8, 2, M=64, K=32, D=64),
+}
+_CONTRASTIVE_INTERPRETED = {  # small, so that short tests have many tiles
+    "rows": _blocks(1, 1, N=4, M=16),
+    "columns": _blocks(1, 1, N=8, M=16),
+    "sums": _blocks(1, 1, N=16, M=16, D=16),
+    "d_logits": _blocks(1, 1, N=16, M=16, D=16),
+    "d_query": _blocks(1, 1, N=16, M=16, K=8, D=16),
+    "d_candidates": _blocks(1, 1, M=16, K=8, D=16),
+}
+
+
+def contrastive_config(kernel: str, dtype: torch.dtype, arch: int) -> dict[str, int]:
+    """Tile, warps and stages of a kernel of contrastive_loss on an architecture as in sm_90."""
+    if arch == 0:
+        return _CONTRASTIVE_INTERPRETED[kernel]
+    return _CONTRASTIVE[kernel, dtype.itemsize]

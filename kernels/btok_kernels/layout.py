@@ -8,11 +8,18 @@ A sequence `[x ; B ; T]` occupies packed rows [start, end): source and bottlenec
 
 `first` is where the bottleneck tokens begin (the condensation mask), or `start` (no condensation).
 Every row sees one contiguous range of keys, so attention over a packed row of sequences is a
-handful of plain causal segments, and no mask tensor is ever needed.
+handful of plain causal segments, and no mask tensor is ever needed. The other way round,
+
+    a key j in [start, first) is seen by rows [j, border)
+    a key j in [first, end)   is seen by rows [j, end)
+
+The Triton kernels walk `tiles`: pieces of the rows, and of the keys, that keep to one of these
+lines each.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +28,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+TILE = 128  # rows, or keys, of one entry of `CondensedLayout.tiles`
 
 
 class Segments(NamedTuple):
@@ -38,6 +47,29 @@ class Segments(NamedTuple):
     owner: Tensor
 
 
+class Halves(NamedTuple):
+    """The mask cut in two causal attentions: [x ; B] rows, and target rows with [B ; T] keys.
+
+    Args:
+        rows: int64 [R], the packed rows of all [start, border), one sequence after the other.
+        row_lens: how many of these each sequence has, where it has any.
+        targets: int64, the packed rows of all [border, end).
+        target_lens: likewise.
+        keys: int64, the packed rows of all [first, end) that have targets.
+        key_lens: likewise; a target row sees the keys up to its own, counted from the right.
+        owner: int64 [T], the position of each packed row in [rows ; targets]; behind both for
+            rows of no sequence.
+    """
+
+    rows: Tensor
+    row_lens: list[int]
+    targets: Tensor
+    target_lens: list[int]
+    keys: Tensor
+    key_lens: list[int]
+    owner: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class CondensedLayout:
     """The rows of N packed sequences and the condensation mask over them.
@@ -46,18 +78,29 @@ class CondensedLayout:
 
     Args:
         bounds: int32 [N, 4] on the CPU: (start, first, border, end) per sequence, in row order.
-        num_rows: T, the packed rows; those behind the last sequence see nothing.
+        num_rows: T, the packed rows; those of no sequence see nothing.
         device: where the index tensors live.
+        max_sequences: what `tiles` has room for; None for these. Layouts of equal `num_rows` and
+            `max_sequences` have `tiles` of one shape: a captured CUDA graph serves another layout
+            after `captured.tiles.copy_(other.tiles)`.
+
+    Attributes:
+        tiles: int32 [2, C, 4], what the Triton kernels take their blocks from: row tiles (first
+            row, last row, first key, last key), which never straddle a `border`, and key tiles
+            (first key, last key, first row, last row), which never straddle a `first`. Each `last`
+            is exclusive; the longest come first, zeros last.
 
     Raises:
         TypeError: bounds that are not an integer tensor [N, 4] on the CPU.
         ValueError: sequences that overlap, leave [0, num_rows) or break
-            start <= first <= border <= end.
+            start <= first <= border <= end; more of them than `max_sequences`.
     """
 
     bounds: Tensor
     num_rows: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    max_sequences: int | None = None
+    tiles: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         bounds = self.bounds
@@ -81,6 +124,11 @@ class CondensedLayout:
                     f"within [{row}, {self.num_rows})"
                 )
             row = end
+        if self.max_sequences is not None and len(self) > self.max_sequences:
+            raise ValueError(
+                f"CondensedLayout: max_sequences is {self.max_sequences}, bounds has {len(self)}"
+            )
+        self.__dict__["tiles"] = self._build_tiles().to(self.device)
 
     @classmethod
     def from_lengths(
@@ -90,6 +138,7 @@ class CondensedLayout:
         num_btoks: int,
         condense: bool = True,
         num_rows: int | None = None,
+        max_sequences: int | None = None,
     ) -> CondensedLayout:
         """Lay sequences of `source_lens[n]` + K + `target_lens[n]` rows one behind the other.
 
@@ -100,9 +149,11 @@ class CondensedLayout:
             condense: target rows see only the bottleneck rows and themselves; False lets them see
                 the source too (the ablation).
             num_rows: packed rows in all; None for exactly as many as the sequences take.
+            max_sequences: room in `tiles`; None for these sequences.
 
         Raises:
-            ValueError: a negative length, lists of unequal length, more rows than `num_rows`.
+            ValueError: a negative length, lists of unequal length, more rows than `num_rows` or
+                sequences than `max_sequences`.
         """
         source = torch.as_tensor(source_lens, dtype=torch.int64).cpu()
         target = torch.as_tensor(target_lens, dtype=torch.int64).cpu()
@@ -126,18 +177,40 @@ class CondensedLayout:
         if num_rows is not None and rows > num_rows:
             raise ValueError(f"CondensedLayout: num_rows is {num_rows}, the sequences take {rows}")
         bounds = torch.stack([start, first, border, end], dim=1).to(torch.int32)
-        return cls(bounds, rows if num_rows is None else num_rows)
+        num_rows = rows if num_rows is None else num_rows
+        return cls(bounds, num_rows, max_sequences=max_sequences)
 
     def to(self, device: torch.device | str) -> CondensedLayout:
         """The same layout with its index tensors on `device`."""
         device = torch.device(device)
         if device == self.device:
             return self
-        return CondensedLayout(self.bounds, self.num_rows, device)
+        moved = copy.copy(self)
+        moved.__dict__.pop("row_first", None)
+        moved.__dict__.pop("segments", None)
+        moved.__dict__.pop("halves", None)
+        moved.__dict__.update(device=device, tiles=self.tiles.to(device))
+        return moved
 
     def __len__(self) -> int:
         """N, the number of sequences."""
         return len(self.bounds)
+
+    def _build_tiles(self) -> Tensor:
+        start, first, border, end = self.bounds.numpy().astype(np.int64).T
+        # tiles of the rows of no sequence see nothing and are seen by nothing: they give zeros
+        gaps = _cut(np.append(0, end), np.append(start, self.num_rows), np.append(0, end))
+        rows = np.concatenate([_cut(start, border, start), _cut(border, end, first)])
+        keys = np.concatenate([_cut(start, first, border), _cut(first, end, end)])
+        rows = np.concatenate([rows[:, [0, 1, 2, 1]], gaps[:, [0, 1, 0, 0]]])
+        keys = np.concatenate([keys[:, [0, 1, 0, 2]], gaps[:, [0, 1, 0, 0]]])
+        capacity = max(len(rows), len(keys))
+        if self.max_sequences is not None:  # 2 pieces of each sequence and the gaps about them
+            capacity = self.num_rows // TILE + 3 * self.max_sequences + 1
+        tiles = np.zeros((2, capacity, 4), np.int32)
+        for out, tiled in zip(tiles, (rows, keys), strict=True):
+            out[: len(tiled)] = tiled[np.argsort(tiled[:, 2] - tiled[:, 3], kind="stable")]
+        return torch.from_numpy(tiles)
 
     @cached_property
     def row_first(self) -> Tensor:
@@ -175,6 +248,45 @@ class CondensedLayout:
             [(len(segments), length) for length, segments in by_length.items()],
             torch.from_numpy(owner).to(self.device),
         )
+
+    @cached_property
+    def halves(self) -> Halves:
+        """What `impl="xformers"` calls."""
+        start, first, border, end = self.bounds.numpy().astype(np.int64).T
+        with_rows, with_targets = border > start, end > border
+        pieces = [
+            (start, border, with_rows),
+            (border, end, with_targets),
+            (first, end, with_targets),
+        ]
+        rows, targets, keys = (
+            np.concatenate([np.empty(0, np.int64), *map(np.arange, begin[kept], stop[kept])])
+            for begin, stop, kept in pieces
+        )
+        row_lens, target_lens, key_lens = (
+            (stop - begin)[kept].tolist() for begin, stop, kept in pieces
+        )
+        owner = np.full(self.num_rows, len(rows) + len(targets))
+        owner[np.concatenate([rows, targets])] = np.arange(len(rows) + len(targets))
+
+        def on_device(index: np.ndarray) -> Tensor:
+            return torch.from_numpy(index).to(self.device)
+
+        return Halves(
+            on_device(rows), row_lens,
+            on_device(targets), target_lens,
+            on_device(keys), key_lens,
+            on_device(owner),
+        )  # fmt: skip
+
+
+def _cut(begin: np.ndarray, end: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """[tiles, 3]: first and last of each piece of at most TILE of [begin, end), and its `seen`."""
+    count = -(-(end - begin) // TILE)
+    nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    first = np.repeat(begin, count) + TILE * nth
+    last = np.minimum(first + TILE, np.repeat(end, count))
+    return np.stack([first, last, np.repeat(seen, count)], 1)
 
 
 def _padded(length: int) -> int:

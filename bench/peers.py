@@ -1,0 +1,227 @@
+"""Length mixes of packed rows, and everything that computes our attention over them.
+
+A peer takes the layout, prepares what a training step would prepare once per batch (schedules,
+masks, indices), and returns a function of q [T, Hq, D] and k, v [T, Hkv, D] to [T, Hq, D].
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from btok_kernels import launch
+from btok_kernels.condensed_attention import condensed_attention
+from btok_kernels.layout import TILE, CondensedLayout
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+BTOKS = 4
+
+
+def filled(rows: int, source: tuple[int, int], target: tuple[int, int]) -> CondensedLayout:
+    """Sequences of random lengths, [least, most] tokens of each part, until `rows` are taken."""
+    rng = random.Random(0)
+    sources: list[int] = []
+    targets: list[int] = []
+    while sum(sources) + sum(targets) + BTOKS * len(sources) < rows:
+        sources.append(rng.randrange(source[0], source[1] + 1))
+        targets.append(rng.randrange(target[0], target[1] + 1))
+    return CondensedLayout.from_lengths(sources, targets, BTOKS)
+
+
+def mixes(divisor: int = 1) -> dict[str, CondensedLayout]:
+    """About 16k packed rows each, or that over `divisor`."""
+
+    def n(length: int) -> int:
+        return max(1, length // divisor)
+
+    def equal(sequences: int, source: int, target: int) -> CondensedLayout:
+        return CondensedLayout.from_lengths([n(source)] * sequences, [n(target)] * sequences, BTOKS)
+
+    return {
+        "uniform 512": equal(32, 448, 60),
+        "image queries": filled(n(16384), (n(300), n(1500)), (n(5), n(200))),
+        "long video": equal(2, 8000, 188),
+        "short pairs": filled(n(16384), (n(20), n(120)), (n(5), n(60))),
+        "plain causal": CondensedLayout.from_lengths([n(8192)] * 2, [0, 0], 0),
+    }
+
+
+def kept_pairs(layout: CondensedLayout) -> int:
+    """(row, key) pairs that the mask keeps."""
+    rows = torch.arange(layout.num_rows, device=layout.device)
+    return int((rows + 1 - layout.row_first).clamp(min=0).sum())
+
+
+def executed(
+    layout: CondensedLayout, heads: int, key_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Operations of our kernels, forward and backward: whole blocks, those the schedule visits."""
+    arch, groups = launch.architecture(layout.device), heads // key_heads
+    row_tiles, key_tiles = layout.tiles.cpu().long().transpose(1, 2)[..., None]  # 4 x [tiles, 1]
+
+    def visited(blocks: Tensor, config: launch.Config) -> int:
+        return int(blocks.sum()) * config.block_m * config.block_n * key_heads
+
+    def by_rows(kernel: str) -> int:
+        config = launch.attention_config(kernel, dim, dtype, arch)
+        begin = torch.arange(0, TILE * groups, config.block_m)  # a tile's blocks of packed rows
+        row, last_row, key, last_key = row_tiles
+        seen = row - key + (begin + config.block_m - 1) // groups + 1
+        keys = torch.where(begin < (last_row - row) * groups, seen.minimum(last_key - key), 0)
+        return visited(-(-keys // config.block_n), config)
+
+    def by_keys(kernel: str) -> int:
+        config = launch.attention_config(kernel, dim, dtype, arch)
+        key, last_key, _, last_row = key_tiles
+        begin = key + torch.arange(0, TILE, config.block_n)  # a tile's blocks of keys
+        rows = torch.where(begin < last_key, (last_row - begin).clamp(min=0) * groups, 0)
+        return visited(-(-rows // config.block_m), config)
+
+    backward = 8 * dim * by_keys("dkdv") + 6 * dim * by_rows("dq")  # 4 and 3 matrix products
+    return 4 * dim * by_rows("forward"), backward
+
+
+def truth(layout: CondensedLayout, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
+    """O, dQ, dK and dV in fp32, a sequence and a key head at a time so that the scores fit."""
+    inputs = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    out = torch.zeros_like(inputs[0])
+    grads = [torch.zeros_like(t) for t in inputs]
+    groups = q.shape[1] // k.shape[1]
+    for start, first, border, end in layout.bounds.tolist():
+        bounds = torch.tensor([[0, first - start, border - start, end - start]], dtype=torch.int32)
+        alone = CondensedLayout(bounds, end - start, layout.device)
+        for head in range(k.shape[1]):
+            query_heads = slice(head * groups, (head + 1) * groups)
+            at = [(slice(start, end), h) for h in (query_heads, *[slice(head, head + 1)] * 2)]
+            parts = [t[where] for t, where in zip(inputs, at, strict=True)]
+            result = condensed_attention(*parts, alone, impl="reference")
+            found = torch.autograd.grad(result, parts, grad[at[0]].float())
+            out[at[0]] = result.detach()
+            for total, where, part in zip(grads, at, found, strict=True):
+                total[where] = part
+    return [out, *grads]
+
+
+def ours(layout: CondensedLayout, impl: str) -> Attention:
+    layout = CondensedLayout(layout.bounds, layout.num_rows, layout.device)  # builds its schedules
+    return lambda q, k, v: condensed_attention(q, k, v, layout, impl=impl)
+
+
+def dense(layout: CondensedLayout) -> Attention:
+    """torch's fused attention given the T x T mask."""
+    rows = torch.arange(layout.num_rows, device=layout.device)
+    sees = (rows[None] <= rows[:, None]) & (rows[None] >= layout.row_first[:, None])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cuda:  # the kernel there that takes a mask takes no grouped heads
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=not q.is_cuda)
+        return out[0].transpose(0, 1)
+
+    return attend
+
+
+def per_segment(layout: CondensedLayout, backend: str | None = None) -> Attention:
+    """A call of torch's fused attention for each causal segment, [start, border), [first, end)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    segments = []
+    for start, first, border, end in layout.bounds.tolist():
+        segments.append((start, start, border))
+        if border < end:
+            segments.append((first, border, end))
+    if backend and len(segments) > 100:
+        raise RuntimeError(f"{backend} plans each of {len(segments)} shapes, in seconds")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outputs = []
+        with sdpa_kernel(getattr(SDPBackend, backend)) if backend else nullcontext():
+            for begin, kept, stop in segments:
+                qs, ks, vs = (t[begin:stop].transpose(0, 1)[None] for t in (q, k, v))
+                out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
+                outputs.append(out[0, :, kept - begin :].transpose(0, 1))
+        return torch.cat(outputs)
+
+    return attend
+
+
+def two_calls(layout: CondensedLayout) -> Attention:
+    """torch's varlen attention: source and bottleneck rows, then target rows on [B ; T]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal, aligned at the last row and key
+    options |= {"enable_gqa": True} if grouped else {}
+    start, first, border, end = layout.bounds.long().T
+
+    def rows(begin: Tensor, stop: Tensor) -> Tensor:
+        pieces = [torch.arange(*piece) for piece in zip(begin.tolist(), stop.tolist(), strict=True)]
+        return torch.cat(pieces).to(layout.device)
+
+    def lengths(begin: Tensor, stop: Tensor) -> tuple[Tensor, int]:
+        offsets = F.pad((stop - begin).cumsum(0), (1, 0)).int()
+        return offsets.to(layout.device), int((stop - begin).max())
+
+    calls = []
+    for queries, keys in (((start, border), (start, border)), ((border, end), (first, end))):
+        if (queries[0] < queries[1]).any():
+            (cu_q, max_q), (cu_k, max_k) = lengths(*queries), lengths(*keys)
+            calls.append((rows(*queries), rows(*keys), (cu_q, cu_k, max_q, max_k)))
+    order = torch.cat([of_queries for of_queries, _, _ in calls]).argsort()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not grouped:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        if len(calls) == 1:  # all rows, in order
+            return varlen_attn(q, k, v, *calls[0][2], **options)
+        outputs = []
+        for of_queries, of_keys, lengths in calls:
+            qs = q.index_select(0, of_queries)
+            ks, vs = (t.index_select(0, of_keys) for t in (k, v))
+            outputs.append(varlen_attn(qs, ks, vs, *lengths, **options))
+        return torch.cat(outputs).index_select(0, order)
+
+    return attend
+
+
+def flex(layout: CondensedLayout, **kernel_options: Any) -> Attention:
+    """FlexAttention, compiled, with its block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    row_first, rows = layout.row_first, layout.num_rows
+
+    def keep(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (key <= row) & (key >= row_first[row])
+
+    build = torch.compile(create_block_mask, dynamic=False)
+    mask = build(keep, None, None, rows, rows, device=str(layout.device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    options: dict[str, Any] = {"kernel_options": kernel_options} if kernel_options else {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True, **options)[0].transpose(0, 1)
+
+    return attend
+
+
+# those whose compilation is least sure to come back last
+PEERS: dict[str, Callable[[CondensedLayout], Attention]] = {
+    "triton": lambda layout: ours(layout, "triton"),
+    "sdpa": lambda layout: ours(layout, "sdpa"),
+    "xformers": lambda layout: ours(layout, "xformers"),
+    "dense mask": dense,
+    "per segment": per_segment,
+    "two varlen calls": two_calls,
+    "per segment, cuDNN": lambda layout: per_segment(layout, "CUDNN_ATTENTION"),
+    "flex": flex,
+    "flex, TMA": lambda layout: flex(layout, USE_TMA=True),
+}

@@ -1,0 +1,453 @@
+"""The Triton kernels of condensed attention, forward and backward.
+
+A program takes one block of one of `CondensedLayout.tiles`, the longest first. A row tile is up to
+TILE rows of one sequence that share their first key; with the G query heads of a key head it makes
+TILE * G packed rows, packed row p being row p // G in head p % G, so that a short target still
+fills a matrix product. Steps:
+
+    forward    per BLOCK_M packed rows, over the blocks of the keys they see: O, LSE
+    delta      rowsum(O * dO)
+    dK, dV     per BLOCK_N keys of a key tile, over the blocks of the packed rows that see them; the
+               scores come out transposed, so that no product needs the transpose of a result
+    dQ         per BLOCK_M packed rows, over the blocks of the forward
+
+No block that the mask empties is visited; those on the diagonal are MASKED, the others are seen
+whole. Blocks are counted from the first key (or row) of their own tile, so the order of every sum
+is the same wherever a sequence lies. No atomics: the same bits on every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, empty
+
+from btok_kernels import launch
+from btok_kernels.layout import TILE
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _load(ptrs, mask, offs_d, D: tl.constexpr):
+    """[B, BLOCK_D] at `ptrs`; 0 where `mask` [B] (None: nowhere) is not set and behind column D."""
+    if mask is not None:
+        mask = mask[:, None]
+    if offs_d.shape[0] != D:
+        mask = offs_d[None, :] < D if mask is None else mask & (offs_d[None, :] < D)
+    return tl.load(ptrs, mask=mask) if mask is None else tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptrs, x, mask, offs_d, D: tl.constexpr):
+    mask = mask[:, None]
+    if offs_d.shape[0] != D:
+        mask = mask & (offs_d[None, :] < D)
+    tl.store(ptrs, x, mask=mask)
+
+
+@triton.jit
+def _row_block(
+    TILES, item, KV_HEADS,
+    TILE: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The packed rows of one work item and the keys they see, counted from the tile's firsts."""
+    BLOCKS: tl.constexpr = TILE * G // BLOCK_M  # of a tile and key head
+    tile = TILES + 4 * (item // (BLOCKS * KV_HEADS))
+    head = item // BLOCKS % KV_HEADS
+    begin = item % BLOCKS * BLOCK_M
+    row, last_row, key, last_key = (
+        tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    )  # fmt: skip
+    packed = begin + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    position = row - key + packed // G  # [BLOCK_M] of a row among the keys: it sees [0, position]
+    low = row - key + begin // G
+    keys = tl.minimum(last_key - key, row - key + (begin + BLOCK_M - 1) // G + 1)
+    whole = tl.minimum((low + 1) // BLOCK_N * BLOCK_N, keys)  # keys that all rows of the block see
+    rows = (last_row - row) * G
+    return head, row.to(tl.int64), begin, rows, key.to(tl.int64), packed, position, whole, keys
+
+
+@triton.jit
+def _attend(
+    acc, row_sum, row_max, q, k_ptrs, v_ptrs, n, keys, position, scale_log2, offs_d,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys of the forward."""
+    offs_n = n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < keys if MASKED else None
+    k = _load(k_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
+    s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        s = tl.where(offs_n[None, :] <= position[:, None], s, -INF)
+    new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
+    p = tl.exp2(s * scale_log2 - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+    shrink = tl.exp2(row_max - new_max)  # [BLOCK_M]
+    v = _load(v_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return acc, row_sum * shrink + tl.sum(p, 1), new_max
+
+
+@triton.jit
+def _forward_kernel(
+    Q, K, V, OUT, LSE, TILES,
+    stride_qt, stride_qh,
+    stride_kt, stride_kh,
+    stride_vt, stride_vh,
+    stride_ot, stride_oh,
+    KV_HEADS, scale_log2,
+    TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = tl.arange(0, BLOCK_N)[:, None]
+    head, row, begin, rows, key, packed, position, whole, keys = _row_block(
+        TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M, BLOCK_N
+    )
+    if begin >= rows:  # behind the end of a short tile, or of the tiles
+        return
+    mask_m = packed < rows
+    token, query_head = (packed // G)[:, None], (packed % G)[:, None]
+    q_base = Q + row * stride_qt + head * G * stride_qh
+    q_ptrs = q_base + token * stride_qt + query_head * stride_qh + offs_d[None, :]
+    q = _load(q_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
+    k_base = K + head * stride_kh
+    v_base = V + head * stride_vh
+    k_ptrs = k_base + offs_n * stride_kt + offs_d[None, :]
+    v_ptrs = v_base + offs_n * stride_vt + offs_d[None, :]
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], -INF, tl.float32)  # of the scores in base 2
+    for n in tl.range(0, whole, BLOCK_N):
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q,
+            k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
+            n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
+        )  # fmt: skip
+    for n in tl.range(whole, keys, BLOCK_N):
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q,
+            k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
+            n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
+        )  # fmt: skip
+
+    # rows of no sequence see no key: 0 and -inf
+    out = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
+    o_base = OUT + row * stride_ot + head * G * stride_oh
+    o_ptrs = o_base + token * stride_ot + query_head * stride_oh + offs_d[None, :]
+    _store(o_ptrs, out.to(OUT.dtype.element_ty), mask_m, offs_d, D)
+    lse_base = LSE + row * KV_HEADS * G + head * G
+    lse = (row_max + tl.log2(row_sum)) / LOG2E
+    tl.store(lse_base + packed // G * KV_HEADS * G + packed % G, lse, mask=mask_m)
+
+
+@triton.jit
+def _delta_kernel(
+    OUT, DO, DELTA,
+    stride_ot, stride_oh,
+    stride_dot, stride_doh,
+    ROWS, HEADS,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # a row and a head
+    row, head = (offs_m // HEADS).to(tl.int64)[:, None], (offs_m % HEADS)[:, None]
+    mask_m = offs_m < ROWS
+    o_ptrs = OUT + row * stride_ot + head * stride_oh + offs_d[None, :]
+    do_ptrs = DO + row * stride_dot + head * stride_doh + offs_d[None, :]
+    o = _load(o_ptrs, mask_m, offs_d, D).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    do = _load(do_ptrs, mask_m, offs_d, D).to(tl.float32)
+    tl.store(DELTA + offs_m, tl.sum(o * do, 1), mask=mask_m)
+
+
+@triton.jit
+def _gather_rows(
+    dk, dv, k, v, Q, DO, LSE, DELTA,
+    stride_qt, stride_qh,
+    stride_dot, stride_doh,
+    m, rows, heads, scale_log2, offs_d,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of packed rows of dK and dV."""
+    packed = m + tl.arange(0, BLOCK_M)
+    token, head = packed // G, packed % G
+    mask_m = packed < rows
+    statistics = token * heads + head
+    lse = tl.load(LSE + statistics, mask=mask_m, other=INF)  # [BLOCK_M]; p = 0 behind the last row
+    delta = tl.load(DELTA + statistics, mask=mask_m, other=0.0)  # [BLOCK_M]
+    if MASKED:
+        # NaN in a row of Q or dO must not reach the keys it does not see, through 0 * NaN: such a
+        # row is read as 0, and its NaN comes in by p, where p is not masked
+        sound = (tl.abs(delta) < INF) & (lse == lse)
+        mask_m = mask_m & sound
+        lse = tl.where(sound, lse, float("nan"))
+    q_ptrs = Q + (token * stride_qt + head * stride_qh)[:, None] + offs_d[None, :]
+    do_ptrs = DO + (token * stride_dot + head * stride_doh)[:, None] + offs_d[None, :]
+    q = _load(q_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
+    do = _load(do_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
+    st = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+    pt = tl.exp2(st * scale_log2 - (lse * LOG2E)[None, :])
+    dpt = tl.dot(v, do.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+    dst = pt * (dpt - delta[None, :])
+    if MASKED:
+        sees = tl.arange(0, BLOCK_N)[:, None] <= token[None, :]
+        pt = tl.where(sees, pt, 0.0)
+        dst = tl.where(sees, dst, 0.0)
+    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+    return dk, dv
+
+
+@triton.jit
+def _dkdv_kernel(
+    Q, K, V, DO, LSE, DELTA, DK, DV, TILES,
+    stride_qt, stride_qh,
+    stride_kt, stride_kh,
+    stride_vt, stride_vh,
+    stride_dot, stride_doh,
+    stride_gt, stride_gh,
+    KV_HEADS, CAPACITY, scale, scale_log2,
+    TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    BLOCKS: tl.constexpr = TILE // BLOCK_N
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = tl.arange(0, BLOCK_N)
+    item = tl.program_id(0)
+    tile = TILES + 4 * (CAPACITY + item // (BLOCKS * KV_HEADS))
+    head = item // BLOCKS % KV_HEADS
+    key = tl.load(tile) + item % BLOCKS * BLOCK_N  # the block's first, and its rows' first
+    keys = tl.load(tile + 1) - key
+    if keys <= 0:  # as in the forward
+        return
+    rows = tl.maximum(tl.load(tile + 3) - key, 0) * G
+    # packed rows up to here do not see all keys of the block
+    masked = tl.cdiv((tl.minimum(keys, BLOCK_N) - 1) * G, BLOCK_M) * BLOCK_M
+    masked = tl.minimum(masked, rows)
+    mask_n = offs_n < keys
+    first = key.to(tl.int64)
+    k_base = K + first * stride_kt + head * stride_kh
+    v_base = V + first * stride_vt + head * stride_vh
+    k = _load(k_base + offs_n[:, None] * stride_kt + offs_d[None, :], mask_n, offs_d, D)
+    v = _load(v_base + offs_n[:, None] * stride_vt + offs_d[None, :], mask_n, offs_d, D)
+    q_base = Q + first * stride_qt + head * G * stride_qh
+    do_base = DO + first * stride_dot + head * G * stride_doh
+    lse_base = LSE + first * KV_HEADS * G + head * G
+    delta_base = DELTA + first * KV_HEADS * G + head * G
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for m in tl.range(0, masked, BLOCK_M):
+        dk, dv = _gather_rows(
+            dk, dv, k, v, q_base, do_base, lse_base, delta_base,
+            stride_qt, stride_qh, stride_dot, stride_doh,
+            m, rows, KV_HEADS * G, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, True,
+        )  # fmt: skip
+    for m in tl.range(masked, rows, BLOCK_M):
+        dk, dv = _gather_rows(
+            dk, dv, k, v, q_base, do_base, lse_base, delta_base,
+            stride_qt, stride_qh, stride_dot, stride_doh,
+            m, rows, KV_HEADS * G, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, False,
+        )  # fmt: skip
+
+    grad_base = first * stride_gt + head * stride_gh
+    grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
+    _store(DK + grad_ptrs, (dk * scale).to(DK.dtype.element_ty), mask_n, offs_d, D)
+    _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
+
+
+@triton.jit
+def _gather_keys(
+    dq, q, do, lse, delta, k_ptrs, v_ptrs, n, keys, position, scale_log2, offs_d,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys of dQ."""
+    offs_n = n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < keys if MASKED else None
+    k = _load(k_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
+    v = _load(v_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
+    s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    p = tl.exp2(s * scale_log2 - (lse * LOG2E)[:, None])
+    dp = tl.dot(do, v.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    ds = p * (dp - delta[:, None])
+    if MASKED:
+        ds = tl.where(offs_n[None, :] <= position[:, None], ds, 0.0)
+        k = tl.where(k == k, k, 0.0)  # as above: the rows that see a NaN have it in ds
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+
+
+@triton.jit
+def _dq_kernel(
+    Q, K, V, DO, LSE, DELTA, DQ, TILES,
+    stride_qt, stride_qh,
+    stride_kt, stride_kh,
+    stride_vt, stride_vh,
+    stride_dot, stride_doh,
+    stride_gt, stride_gh,
+    KV_HEADS, scale, scale_log2,
+    TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = tl.arange(0, BLOCK_N)[:, None]
+    head, row, begin, rows, key, packed, position, whole, keys = _row_block(
+        TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M, BLOCK_N
+    )
+    if begin >= rows:  # behind the end of a short tile, or of the tiles
+        return
+    mask_m = packed < rows
+    token, query_head = (packed // G)[:, None], (packed % G)[:, None]
+    q_base = Q + row * stride_qt + head * G * stride_qh
+    q_ptrs = q_base + token * stride_qt + query_head * stride_qh + offs_d[None, :]
+    q = _load(q_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
+    do_base = DO + row * stride_dot + head * G * stride_doh
+    do_ptrs = do_base + token * stride_dot + query_head * stride_doh + offs_d[None, :]
+    do = _load(do_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
+    statistics = row * KV_HEADS * G + head * G + packed // G * KV_HEADS * G + packed % G
+    lse = tl.load(LSE + statistics, mask=mask_m, other=INF)  # [BLOCK_M]
+    delta = tl.load(DELTA + statistics, mask=mask_m, other=0.0)  # [BLOCK_M]
+    k_base = K + head * stride_kh
+    v_base = V + head * stride_vh
+    k_ptrs = k_base + offs_n * stride_kt + offs_d[None, :]
+    v_ptrs = v_base + offs_n * stride_vt + offs_d[None, :]
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for n in tl.range(0, whole, BLOCK_N):
+        dq = _gather_keys(
+            dq, q, do, lse, delta,
+            k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
+            n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
+        )  # fmt: skip
+    for n in tl.range(whole, keys, BLOCK_N):
+        dq = _gather_keys(
+            dq, q, do, lse, delta,
+            k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
+            n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
+        )  # fmt: skip
+
+    grad_base = DQ + row * stride_gt + head * G * stride_gh
+    grad_ptrs = grad_base + token * stride_gt + query_head * stride_gh + offs_d[None, :]
+    _store(grad_ptrs, (dq * scale).to(DQ.dtype.element_ty), mask_m, offs_d, D)
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Of the rows and of the heads, by the kernels' names: stride_qt, stride_qh, ..."""
+    return {f"stride_{n}{a}": t.stride(i) for n, t in tensors.items() for i, a in enumerate("th")}
+
+
+def _shape(q: Tensor, k: Tensor, config: launch.Config) -> dict[str, int]:
+    return {
+        "KV_HEADS": k.shape[1],
+        "TILE": TILE,
+        "G": q.shape[1] // k.shape[1],
+        "D": q.shape[2],
+        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def _row_blocks(q: Tensor, tiles: Tensor, config: launch.Config) -> tuple[int]:
+    return (tiles.shape[1] * (TILE * q.shape[1] // config.block_m),)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """O [T, Hq, D] in q's dtype, and the natural log-sum-exp of each row's scores, fp32 [T, Hq]."""
+    out = empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = empty(q.shape[:2], dtype=torch.float32, device=q.device)
+
+    def forward(config: launch.Config) -> None:
+        _forward_kernel[_row_blocks(q, tiles, config)](
+            Q=q, K=k, V=v, OUT=out, LSE=lse, TILES=tiles,
+            **_strides(q=q, k=k, v=v, o=out), **_shape(q, k, config),
+            scale_log2=scale * LOG2E.value,
+        )  # fmt: skip
+
+    launch.attention("forward", q, forward)
+    return out, lse
+
+
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dQ [T, Hq, D], dK and dV [T, Hkv, D] in q's dtype."""
+    dq, dk, dv = (empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    delta = empty(lse.shape, dtype=lse.dtype, device=lse.device)
+    if d_out.stride(-1) != 1:
+        d_out = d_out.contiguous()
+    inputs: dict[str, Any] = {"Q": q, "K": k, "V": v, "DO": d_out, "LSE": lse, "DELTA": delta}
+    inputs |= {"TILES": tiles, "scale": scale, "scale_log2": scale * LOG2E.value}
+    inputs |= _strides(q=q, k=k, v=v, do=d_out)
+
+    def dkdv(config: launch.Config) -> None:
+        capacity = tiles.shape[1]
+        _dkdv_kernel[(capacity * (TILE // config.block_n) * k.shape[1],)](
+            **inputs, **_strides(g=dk), **_shape(q, k, config), DK=dk, DV=dv, CAPACITY=capacity
+        )
+
+    def dq_(config: launch.Config) -> None:
+        grid = _row_blocks(q, tiles, config)
+        _dq_kernel[grid](**inputs, **_strides(g=dq), **_shape(q, k, config), DQ=dq)
+
+    with launch.on(q.device):
+        _delta_kernel[(triton.cdiv(lse.numel(), 32),)](
+            OUT=out, DO=d_out, DELTA=delta, **_strides(o=out, do=d_out),
+            ROWS=lse.numel(), HEADS=q.shape[1], D=q.shape[2],
+            BLOCK_D=max(16, triton.next_power_of_2(q.shape[2])), BLOCK_M=32, num_warps=4,
+        )  # fmt: skip
+    launch.attention("dkdv", q, dkdv)
+    launch.attention("dq", q, dq_)
+    return dq, dk, dv
+
+
+@torch.library.custom_op("btok::condensed_attention", mutates_args=())
+def _op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, tiles, scale)
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op("btok::condensed_attention_backward", mutates_args=())
+def _backward_op(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _backward(d_out, q, k, v, out, lse, tiles, scale)
+
+
+@_backward_op.register_fake
+def _(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, tiles, out, lse = ctx.saved_tensors
+    return *_backward_op(d_out, q, k, v, out, lse, tiles, ctx.scale), None, None
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> Tensor:
+    """`condensed_attention` of checked inputs: [T, Hq, D] in q's dtype."""
+    return _op(q, k, v, tiles, scale)[0]
