@@ -45,7 +45,7 @@ bench: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only
 
 aot: setup
-	$(BIN)/python bench/aot.py --out bench/results/aot.md
+	$(BIN)/python bench/aot.py --out bench/results/aot.md --check
 
 # with the PYTHON of a CUDA machine: torch, triton, transformers, numpy, and pytest for the tests
 gpu:

@@ -164,6 +164,8 @@ def test_implementations_that_cannot_run_are_refused(monkeypatch):
     wide = torch.zeros(5, 4, 16)
     with pytest.raises(RuntimeError, match="the tensors are on cpu; it needs CUDA, or TRITON_INT"):
         condensed_attention(wide, wide, wide, LAYOUT, impl="triton")
+    far = torch.empty_strided((5, 1, 16), (1 << 29, 16, 1), device="meta")
+    assert module._no_triton(far, far, far) == "5 rows of q, k or v span 2^31 elements; pack fewer"
     monkeypatch.setitem(launch.INSTALLED, "triton", False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         condensed_attention(wide, wide, wide, LAYOUT, impl="triton")

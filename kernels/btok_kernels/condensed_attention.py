@@ -119,7 +119,7 @@ def condensed_attention(
     """
     _check(q, k, v, layout, scale)
     reasons = {
-        "triton": _no_triton(q),
+        "triton": _no_triton(q, k, v),
         "sdpa": None,
         "xformers": _no_xformers(q),
         "reference": None,
@@ -135,9 +135,11 @@ def condensed_attention(
     return path(q, k, v, layout, scale)
 
 
-def _no_triton(q: Tensor) -> str | None:
+def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.shape[2] not in HEAD_DIMS:
         return f"q has head dim {q.shape[2]}, its kernels take {HEAD_DIMS}"
+    if max(t.shape[0] * t.stride(0) for t in (q, k, v)) >= 1 << 31:
+        return f"{q.shape[0]} rows of q, k or v span 2^31 elements; pack fewer"
     return no_triton(q.device, q.dtype)
 
 
