@@ -15,6 +15,7 @@ forward, 10 D backward; executed ones count the whole blocks that our kernels mu
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -231,7 +232,11 @@ def command(report: Report, case: str, *arguments: str, **environment: str) -> N
 
 
 def tests(report: Report) -> None:
-    command(report, "device tests", sys.executable, "-m", "pytest", "tests/triton", "-q", "-x")
+    # most of the time goes into compiling, which processes share
+    processes = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    run = (sys.executable, "-m", "pytest", "tests/triton", "-q", "--maxfail=5", *processes)
+    command(report, "device tests", *run, "-m", "not full")
+    command(report, "all device tests", *run, "-m", "full")
 
 
 def memcheck(report: Report) -> None:
