@@ -234,7 +234,7 @@ def command(report: Report, case: str, *arguments: str, **environment: str) -> N
 def tests(report: Report) -> None:
     # most of the time goes into compiling, which processes share
     processes = ("-n", "8") if importlib.util.find_spec("xdist") else ()
-    run = (sys.executable, "-m", "pytest", "tests/triton", "-q", "--maxfail=5", *processes)
+    run = (sys.executable, "-m", "pytest", "tests/device", "-q", "--maxfail=5", *processes)
     command(report, "device tests", *run, "-m", "not full")
     command(report, "all device tests", *run, "-m", "full")
 

@@ -1,4 +1,7 @@
-"""The shipped Triton launches, compiled ahead of time: nothing spills, tensor cores are used."""
+"""The shipped Triton launches, compiled ahead of time: nothing spills, tensor cores are used.
+
+A few of them here; `make aot`, which CI runs, compiles all.
+"""
 
 from __future__ import annotations
 
@@ -53,14 +56,13 @@ def check(folder, *arguments):
 
 
 def test_attention_launches_for_hopper_are_sound(tmp_path):
-    options = ("--only", "attention", "--archs", "90", "--head-dims", "64", "128", "--groups", "6")
-    table = check(tmp_path, *options, "--dtypes", "bfloat16", "float32")
+    options = ("--only", "attention", "--archs", "90", "--head-dims", "128", "--groups", "6")
+    table = check(tmp_path, *options, "--dtypes", "bfloat16")
     for kernel in ("forward", "delta", "dkdv", "dq"):
-        for dim in (64, 128):
-            for dtype in ("bfloat16", "float32"):
-                assert f"| {kernel} | 90 | {dim} | {dtype} | G6 |" in table
+        assert f"| {kernel} | 90 | 128 | bfloat16 | G6 |" in table
 
 
+@pytest.mark.full
 def test_contrastive_launches_for_hopper_are_sound(tmp_path):
     table = check(tmp_path, "--only", "contrastive", "--archs", "90", "--dtypes", "bfloat16")
     for kernel in ("rows", "columns", "sums", "d_logits", "d_query", "d_candidates"):

@@ -363,7 +363,7 @@ def bad(**changes):
         (bad(margin=math.inf), ValueError, "margin is inf"),
         (bad(group="here"), ValueError, "group is 'here', expected a group, 'local' or None"),
         (bad(impl="fast"), ValueError, "impl is 'fast', expected one of"),
-        (bad(impl="triton"), ValueError, "impl is 'triton', expected one of"),
+        (bad(impl="triton"), RuntimeError, "impl='triton' cannot run: "),
         (make(0), ValueError, "query has 0 rows on every rank"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -400,7 +400,7 @@ DISAGREEMENTS = {  # what the last rank calls with -> what every rank says
     "margin": (bad(margin=None), "margin is None on rank"),
     "impl": (bad(impl="reference"), "impl is reference on rank"),
     "a bad key": (bad(key=torch.ones(3, 8).double()), r"key is \[3, 8\], expected \[4, 8\]"),
-    "a missing impl": (bad(impl="triton"), "impl is 'triton', expected one of"),
+    "a missing impl": (bad(impl="triton"), "impl='triton' cannot run: "),
 }
 
 

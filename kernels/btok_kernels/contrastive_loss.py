@@ -8,7 +8,7 @@ for M rows, N of them on this rank, each with its key and h negatives. The N x M
 materialised, nor a graph through them: memory is a few tiles of them plus O((N + M) D). Steps:
 
     1. agree with the other ranks on shapes and options, so that a mistake raises on all of them
-    2. gather keys and negatives as one [M, 1 + h, D], padded to the largest rank on the way
+    2. gather keys, negatives and ids in one collective, padded to the largest rank on the way
     3. bidirectional: sweep the row tiles for each column's log-sum-exp, combine these over ranks
     4. sweep the row tiles for the loss and d logits, which go at once into d query (complete),
        d candidates (this rank's part) and d tau
@@ -21,6 +21,7 @@ gradients are made in the forward; the backward only scales them, without work o
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,9 +31,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from btok_kernels.launch import choose
+from btok_kernels.launch import choose, no_triton
 
-_TILE_LOGITS = 1 << 24  # logits of one tile, which has at least one row
+_TILE_LOGITS = 1 << 20  # logits of one tile, which has at least one row; 16 times that on a GPU
 
 
 def _reference(
@@ -97,6 +98,11 @@ class LossAndGrad(NamedTuple):
     d_temperature: Tensor | None
 
 
+def join(shards: list[Tensor]) -> Tensor:
+    """One tensor of them; no copy of a single one."""
+    return shards[0] if len(shards) == 1 else torch.cat(shards)
+
+
 class _Ranks(NamedTuple):
     """How the M rows lie on the ranks: rank 0's first, then rank 1's, and so on."""
 
@@ -113,14 +119,31 @@ class _Ranks(NamedTuple):
         dist.all_gather(parts, part, group=self.group)
         return parts
 
-    def gather(self, shard: Tensor) -> Tensor:
-        """[N, ...] on each rank -> [M, ...] on all."""
+    def shards(self, *parts: Tensor) -> list[list[Tensor]]:
+        """Each part's [N, ...] of every rank, where the one collective for all parts left them."""
         if len(self.rows) == 1:
-            return shard
-        padded = shard.new_zeros(max(self.rows), *shard.shape[1:])  # gloo refuses uneven shapes
-        padded[: len(shard)] = shard
-        shards = self.exchange(padded)
-        return torch.cat([other[:n] for other, n in zip(shards, self.rows, strict=True)])
+            return [[part] for part in parts]
+        row_sizes = [part.shape[1:].numel() * part.itemsize for part in parts]
+        # padded to the largest rank, as gloo refuses uneven shapes, and to 16 bytes for the kernels
+        sizes = [-(-max(self.rows) * size // 16) * 16 for size in row_sizes]
+        sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=parts[0].device)
+        for part, section in zip(parts, sent.split(sizes), strict=True):
+            section[: part.nbytes] = part.contiguous().flatten().view(torch.uint8)
+        received = [[*other.split(sizes)] for other in self.exchange(sent)]
+
+        def shard(rank: int, i: int) -> Tensor:
+            data = received[rank][i][: self.rows[rank] * row_sizes[i]]
+            return data.view(parts[i].dtype).view(self.rows[rank], *parts[i].shape[1:])
+
+        return [[shard(rank, i) for rank in range(len(self.rows))] for i in range(len(parts))]
+
+    def gather(self, part: Tensor) -> Tensor:
+        """[N, ...] on each rank -> [M, ...] on all."""
+        return join(self.shards(part)[0])
+
+    def logsumexp(self, part: Tensor) -> Tensor:
+        """Over all ranks, elementwise."""
+        return torch.stack(self.exchange(part)).logsumexp(0)
 
     def reduce_scatter(self, part: Tensor) -> Tensor:
         """[M, ...] on each rank -> their sum's own rows, [N, ...]."""
@@ -141,11 +164,13 @@ class _Batch:
         key = call.key[:, None]  # [N, 1, D]
         shard = key if call.negatives is None else torch.cat([key, call.negatives], 1)  # [N, E, D]
         self.query = call.query.to(dtype)  # [N, D]
-        self.candidates = ranks.gather(shard).to(dtype)  # [M, E, D]
-        self.key_ids = None if call.key_ids is None else ranks.gather(call.key_ids)  # [M]
+        shards, *ids = ranks.shards(shard, *(() if call.key_ids is None else (call.key_ids,)))
+        self.candidates = join(shards).to(dtype)  # [M, E, D]
+        self.key_ids = join(ids[0]) if ids else None  # [M]
         tau = torch.as_tensor(call.temperature, dtype=dtype, device=call.query.device)
         self.tau, self.scale = tau.reshape(()), 1 / tau.reshape(())
-        height = max(1, _TILE_LOGITS // self.candidates.shape[:2].numel())
+        logits = _TILE_LOGITS * (16 if call.query.device.type == "cuda" else 1)
+        height = max(1, logits // self.candidates.shape[:2].numel())
         self.tiles = [slice(at, at + height) for at in range(0, len(self.query), height)]
 
     def similarity(self, rows: slice, candidates: Tensor) -> Tensor:
@@ -199,7 +224,7 @@ def _chunked(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
         for rows in batch.tiles:
             shift = batch.similarity(rows, batch.candidates[:, :1]) - anchor  # [c, M, 1]
             column_lse = torch.logaddexp(column_lse, batch.logits(shift, rows).logsumexp(0))
-        column_lse = torch.stack(ranks.exchange(column_lse)).logsumexp(0)
+        column_lse = ranks.logsumexp(column_lse)
         loss += column_lse[ranks.own].sum()
     if with_grad:
         d_query, d_candidates = torch.empty_like(query), torch.zeros_like(candidates)
@@ -234,8 +259,10 @@ def _chunked(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
 @torch.no_grad()
 def _run(call: _Call, with_grad: bool) -> tuple[Tensor, list[Tensor | None]]:
     """The loss and the gradients of `call.inputs`, in at least fp32; none where not wanted."""
-    ranks, with_grad = _meet(call, with_grad)
-    path = _dense if call.impl == "reference" else _chunked
+    ranks, with_grad, impl = _meet(call, with_grad)
+    path = _dense if impl == "reference" else _chunked
+    if impl == "triton":
+        from btok_kernels.contrastive_loss_triton import fused as path  # at the first call only
     with torch.autocast(call.query.device.type, enabled=False):  # it would round the products
         loss, *gradients = path(call, ranks, with_grad)
     pairs = zip(call.inputs, gradients, strict=False)
@@ -291,7 +318,9 @@ def contrastive_loss(
         group: the ranks that share candidates. None: all ranks where torch.distributed is
             initialised, else this process; "local": this process alone.
         deterministic: the same bits on every run; each `impl` of this version gives them anyway.
-        impl: "auto", "chunked" or "reference" (dense, the whole batch on every rank).
+        impl: "triton" (CUDA, fp16, bf16 or fp32; `launch.contrastive_chunk` picks one of its two
+            ways), "chunked", "reference" (dense, the whole batch on every rank) or "auto": triton
+            where it can run on CUDA, else chunked.
 
     Returns:
         [] in at least fp32: the sum of this rank's row losses, times W / M for M rows in all.
@@ -299,7 +328,7 @@ def contrastive_loss(
     Raises:
         TypeError: a wrong type, dtype or device.
         ValueError: a wrong shape or value, a difference between ranks, no rows on any rank.
-        RuntimeError: an `impl` that this version lacks.
+        RuntimeError: an `impl` that cannot run here.
     """
     options = (query_ids, key_ids, bidirectional, margin, group, deterministic, impl)
     call = _Call(query, key, temperature, negatives, *options)
@@ -326,8 +355,11 @@ def contrastive_loss_and_grad(query: Tensor, key: Tensor, **options: Any) -> Los
     return LossAndGrad(loss, *cast)
 
 
-def _meet(call: _Call, with_grad: bool) -> tuple[_Ranks, bool]:
-    """Check the arguments and that all ranks' agree; all make gradients if one needs them."""
+def _meet(call: _Call, with_grad: bool) -> tuple[_Ranks, bool, str]:
+    """Check the arguments and that all ranks' agree; all make gradients if one needs them.
+
+    The last of the three is the implementation that runs.
+    """
     group = None if isinstance(call.group, str) else call.group
     alone = call.group == "local" or not (dist.is_available() and dist.is_initialized())
     rank, world = (0, 1) if alone else (dist.get_rank(group), dist.get_world_size(group))
@@ -356,8 +388,12 @@ def _meet(call: _Call, with_grad: bool) -> tuple[_Ranks, bool]:
     rows = [theirs["rows"] for theirs in cards]
     if sum(rows) == 0:
         raise ValueError("contrastive_loss: query has 0 rows on every rank, expected at least 1")
+    agreed = cards[0]["agreed"]
+    if sum(rows) == 1 and not agreed["h"]:
+        warnings.warn("contrastive_loss: one row and no negatives: the loss is 0", stacklevel=5)
     own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
-    return _Ranks(group, rows, own, world / sum(rows)), any(theirs["grad"] for theirs in cards)
+    with_grad = any(theirs["grad"] for theirs in cards)
+    return _Ranks(group, rows, own, world / sum(rows)), with_grad, agreed["impl"]
 
 
 def _check(call: _Call) -> dict[str, Any]:
@@ -398,6 +434,8 @@ def _check(call: _Call) -> dict[str, Any]:
         raise ValueError(f"{name}: margin is {margin!r}, expected a finite number or None")
     if isinstance(call.group, str) and call.group != "local":
         raise ValueError(f"{name}: group is {call.group!r}, expected a group, 'local' or None")
+    reasons = {"triton": no_triton(query.device, query.dtype), "chunked": None, "reference": None}
+    order = ("triton", "chunked") if query.device.type == "cuda" else ("chunked",)
     return {
         "dtype": query.dtype,
         "D": columns,
@@ -406,5 +444,5 @@ def _check(call: _Call) -> dict[str, Any]:
         "temperature": "a tensor" if isinstance(tau, Tensor) else tau,
         "bidirectional": call.bidirectional,
         "margin": margin,
-        "impl": choose(name, call.impl, {"chunked": None, "reference": None}, ("chunked",)),
+        "impl": choose(name, call.impl, reasons, order),
     }
