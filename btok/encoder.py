@@ -1,62 +1,263 @@
-"""BTokEncoder: texts, images, videos and pages become vectors."""
+"""BTokEncoder: texts, images, videos and pages become vectors.
+
+inputs -> windows, each sorted by length -> packed batches (made in a thread, ahead) -> vectors
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from tqdm import tqdm
 
-from btok.data.records import Side
+from btok.inputs import as_side, estimate_tokens, with_frames
 from btok.model import BTokModel
-from btok.packing import Sample, pack
+from btok.packing import PackedBatch, pack
 from btok.processing import Processor
+from btok.store import PART, Store, model_digest, ranks
+
+# indices of inputs, those inputs packed, and why others met on the way cannot be read
+_Batch = tuple[list[int], PackedBatch | None, dict[int, str]]
+AHEAD = 3  # batches prepared before the model asks for them
 
 
 class BTokEncoder:
-    """A model and the processor of the same checkpoint."""
+    """A model and the processor of the same checkpoint.
 
-    def __init__(self, model: BTokModel, processor: Processor) -> None:
-        self.model, self.processor = model, processor
+    Args:
+        model, processor: as their `from_pretrained` gives them.
+        checkpoint: the folder both came from; only `encode_to` needs it.
+    """
 
-    @torch.no_grad()
-    def encode(self, sides: Sequence[Side], batch_tokens: int = 8192) -> np.ndarray:
-        """Embed sides, in order, packed to a budget of tokens.
+    def __init__(
+        self, model: BTokModel, processor: Processor, checkpoint: str | Path | None = None
+    ) -> None:
+        self.model, self.processor, self.checkpoint = model, processor, checkpoint
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> BTokEncoder:
+        """Load model (settings as it takes them) and processor of a folder or a hub id."""
+        from transformers.utils.hub import cached_file
+
+        model = BTokModel.from_pretrained(name_or_path, **settings)
+        processor = Processor.from_pretrained(name_or_path, len(model.btok_token_ids))
+        found = cached_file(name_or_path, "config.json")
+        return cls(model, processor, Path(found).parent if found else None)
+
+    def encode(
+        self,
+        inputs: Sequence[Any],
+        instruction: str | None = None,
+        batch_tokens: int = 16384,
+        show_progress: bool = True,
+    ) -> np.ndarray:
+        """Embed inputs: row i of the result is input i.
 
         Args:
-            sides: what to embed; ValueError where there is nothing, or one cannot be read.
-            batch_tokens: tokens per packed row; a longer side takes a row of its own.
+            inputs: what to embed, each as `as_side` takes it.
+            instruction: put before the text of every input.
+            batch_tokens: tokens per packed row; a longer input takes a row of its own.
+            show_progress: a bar on stderr where that is a terminal; a log file gets none.
 
         Returns:
             float32 [N, D], unit norm.
-        """
-        if not len(sides):
-            raise ValueError("BTokEncoder.encode: sides is empty, expected at least one")
-        training = self.model.training
-        self.model.eval()
-        vectors = []
-        for samples in self._rows(sides, batch_tokens):
-            batch = pack(
-                samples,
-                btok_token_ids=self.model.btok_token_ids,
-                prefix_ids=(),
-                suffix_ids=(),
-                backbone_config=self.model.backbone.config,
-            )
-            vectors.append(self.model(batch.to(self.model.backbone.device)).embeddings.cpu())
-        self.model.train(training)
-        return torch.cat(vectors).float().numpy()
 
-    def _rows(self, sides: Sequence[Side], budget: int) -> Iterator[list[Sample]]:
-        """Consecutive sides, as many as fit the budget."""
-        row: list[Sample] = []
-        tokens = 0
-        for side in sides:
-            inputs = self.processor(side)
-            length = len(inputs["input_ids"]) + len(self.model.btok_token_ids)
-            if row and tokens + length > budget:
-                yield row
-                row, tokens = [], 0
-            row.append((inputs, None))
-            tokens += length
-        yield row
+        Raises:
+            ValueError, TypeError: no inputs, or one that cannot be read (the message tells which).
+        """
+        if isinstance(inputs, str | Path):
+            raise TypeError(
+                f"BTokEncoder.encode: inputs is one {type(inputs).__name__}, not a list"
+            )
+        if not len(inputs):
+            raise ValueError("BTokEncoder.encode: inputs is empty, expected at least one")
+        rows = np.empty((0, 0), np.float32)
+        for indices, vectors in self.encode_iter(inputs, instruction, batch_tokens, show_progress):
+            if not len(rows):
+                rows = np.empty((len(inputs), vectors.shape[1]), np.float32)
+            rows[indices] = vectors
+        return rows
+
+    def encode_iter(
+        self,
+        inputs: Iterable[Any],
+        instruction: str | None = None,
+        batch_tokens: int = 16384,
+        show_progress: bool = True,
+        *,
+        window: int = 1024,
+        unreadable: dict[int, str] | None = None,
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Embed inputs, maybe endless, a batch at a time: `(indices, float32 [n, D])`.
+
+        Args:
+            inputs: drawn in a background thread; the first four arguments are those of `encode`.
+            window: how many inputs are held and sorted together; no batch spans two windows.
+            unreadable: filled, if given: index -> reason, and the rest goes on (a batch in which
+                nothing can be read is empty).
+        """
+        if batch_tokens < 1 or window < 1:
+            had = f"batch_tokens is {batch_tokens} and window {window}"
+            raise ValueError(f"BTokEncoder.encode_iter: {had}, expected at least 1")
+        strict = unreadable is None
+        batches = self._batches(inputs, instruction, batch_tokens, window, strict)
+        total = len(inputs) if isinstance(inputs, Sequence) else None
+        bar = tqdm(total=total, unit="input", disable=None if show_progress else True)
+        with bar, closing(_ahead(batches)) as ahead:
+            for indices, packed, broken in ahead:
+                vectors = np.empty((0, 0), np.float32)
+                if packed is not None:
+                    with torch.no_grad(), _evaluating(self.model):
+                        output = self.model(packed.to(self.model.backbone.device))
+                    vectors = output.embeddings.float().cpu().numpy()
+                if not (finite := np.isfinite(vectors).all(1)).all():
+                    where = indices[finite.argmin()]
+                    raise ValueError(f"BTokEncoder: the vector of input {where} is not finite")
+                if unreadable is not None:
+                    unreadable.update(broken)
+                bar.update(len(indices) + len(broken))
+                yield indices, vectors
+
+    def open_store(self, folder: str | Path, instruction: str | None = None) -> Store:
+        """The store of this model and these settings in a folder, made if there is none.
+
+        Raises:
+            ValueError: vectors of another model or other settings; no checkpoint to name the model.
+        """
+        model = self.model
+        settings: dict[str, Any] = {"instruction": instruction or "", "pooling": model.pooling}
+        settings |= {"num_btoks": len(model.btok_token_ids), "dtype": str(model.backbone.dtype)}
+        settings["vision_positions"] = model.vision_positions
+        for name in ("min_pixels", "max_pixels", "max_frame_pixels"):
+            settings[name] = getattr(self.processor, name)
+        return Store.open(folder, self.digest, settings)
+
+    @cached_property
+    def digest(self) -> str:
+        """The checkpoint's, by which a store knows its model."""
+        if self.checkpoint is None:
+            raise ValueError("BTokEncoder: checkpoint is None; use BTokEncoder.from_pretrained")
+        return model_digest(self.checkpoint)
+
+    def encode_to(
+        self,
+        folder: str | Path,
+        inputs: Iterable[Any],
+        items: Iterable[str | Mapping[str, Any]],
+        instruction: str | None = None,
+        batch_tokens: int = 16384,
+        show_progress: bool = True,
+    ) -> Store:
+        """Make `folder` the store of exactly these inputs, in order; encode what it lacks.
+
+        A killed call goes on where it was, to the same bytes. Inputs that cannot be read are left
+        out and named in the store's `meta["unreadable"]`. In a process group the ranks share the
+        work and the folder.
+
+        Args:
+            inputs, instruction, batch_tokens, show_progress: as `encode` takes them.
+            items: per input its id, or a mapping for JSON with its "id", all different. A vector
+                of the same id is not computed again, so an id must change with the content.
+
+        Raises:
+            ValueError: what `open_store` refuses; an id twice; no input that can be read.
+        """
+        store = self.open_store(folder, instruction)
+        known, (rank, world) = store.known(), ranks(wait=True)
+        order: list[Mapping[str, Any]] = []
+        mine: list[str] = []
+
+        def lacking() -> Iterator[Any]:
+            """Inputs that have no vector yet; of every `world` parts of them this rank's one."""
+            count = 0
+            for value, item in zip(inputs, items, strict=True):
+                order.append({"id": item} if isinstance(item, str) else item)
+                if order[-1]["id"] not in known:
+                    if count // PART % world == rank:
+                        mine.append(order[-1]["id"])
+                        yield value
+                    count += 1
+
+        rows: dict[str, np.ndarray] = {}
+        broken: dict[int, str] = {}
+        arguments = (lacking(), instruction, batch_tokens, show_progress and rank == 0)
+        for indices, vectors in self.encode_iter(*arguments, window=PART, unreadable=broken):
+            rows |= zip((mine[i] for i in indices), vectors, strict=True)
+            if len(rows) + len(broken) == PART:  # always met: a window is a part
+                store.add_part(rows, {mine[i]: why for i, why in broken.items()})
+                rows.clear()
+                broken.clear()
+        if rows or broken:
+            store.add_part(rows, {mine[i]: why for i, why in broken.items()})
+        return store.commit(order)
+
+    def _batches(
+        self, inputs: Iterable[Any], instruction: str | None, budget: int, window: int, strict: bool
+    ) -> Iterator[_Batch]:
+        """Windows of inputs, longest first, packed to the budget."""
+        numbered = enumerate(inputs)
+        while held := dict(islice(numbered, window)):
+            indices: list[int] = []
+            samples: list[Mapping[str, Any]] = []
+            broken: dict[int, str] = {}
+            tokens = 0
+            for i in sorted(held, key=lambda i: -estimate_tokens(held[i], self.processor)):
+                try:
+                    sample = self.processor(with_frames(as_side(held[i], instruction)))
+                except Exception as error:  # a decoder of a broken file may raise anything
+                    if strict:
+                        kinds = (TypeError, ImportError)
+                        kind = next((k for k in kinds if isinstance(error, k)), ValueError)
+                        raise kind(f"BTokEncoder: input {i}: {error}") from error
+                    broken[i] = str(error)
+                    continue
+                length = len(sample["input_ids"]) + len(self.model.btok_token_ids)
+                if samples and tokens + length > budget:
+                    yield indices, self._pack(samples), broken
+                    indices, samples, broken, tokens = [], [], {}, 0
+                indices.append(i)
+                samples.append(sample)
+                tokens += length
+            yield indices, self._pack(samples) if samples else None, broken
+
+    def _pack(self, samples: Sequence[Mapping[str, Any]]) -> PackedBatch:
+        return pack(
+            [(sample, None) for sample in samples],
+            btok_token_ids=self.model.btok_token_ids,
+            prefix_ids=(),
+            suffix_ids=(),
+            backbone_config=self.model.backbone.config,
+        )
+
+
+def _ahead(batches: Iterator[_Batch]) -> Generator[_Batch, None, None]:
+    """The same batches, made in a background thread before they are asked for."""
+    with ThreadPoolExecutor(1, "btok-prepare") as thread:
+        waiting = deque(thread.submit(next, batches, None) for _ in range(AHEAD))
+        try:
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(next, batches, None))
+                yield batch
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; after it, whatever happened, each module's own mode again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from btok.last_layer import pooled_rows_only
 from btok.packing import TARGET_POSITIONS, PackedBatch
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
 from btok_kernels.condensed_attention import condensed_attention
@@ -23,7 +24,15 @@ from btok_kernels.condensed_attention import condensed_attention
 Pooling = Literal["btok", "last", "mean"]
 NtpReduction = Literal["sample_mean", "token_mean"]
 
-ARCHITECTURES = ("qwen2_vl",)
+# model_type -> the class of transformers that loads it
+ARCHITECTURES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
 CONFIG_NAME = "btok_config.json"
 FORMAT_VERSION = 1
 
@@ -45,12 +54,17 @@ class BTokModel(nn.Module):
     """A transformers backbone with condensed attention, whose pooled rows are the embedding.
 
     Args:
-        backbone: a `Qwen2VLForConditionalGeneration`; its language model's attention is replaced.
+        backbone: a model of one of the classes in `ARCHITECTURES`; its language model's attention
+            is replaced.
         btok_token_ids: the K bottleneck tokens' ids; empty for a baseline without them.
         pooling: "btok" (mean over the bottleneck rows), "last" (the last row of [x ; B]: VLM2Vec's
             where K = 0) or "mean" (over all rows of [x ; B]).
         target_positions: where a target's positions start, see `btok.packing.pack`.
+        vision_positions: "mrope", or "text": every token, of images too, is one position after the
+            one before it, as VLM2Vec-V2's public checkpoint was trained.
         ntp_reduction: "sample_mean" (mean over samples of each one's token mean) or "token_mean".
+        last_layer: "pooled" (in evaluation mode without gradients, a batch without targets goes
+            through the last layer with its pooled rows alone; not with "mean") or "full".
 
     Raises:
         ValueError: an unsupported architecture, or settings that do not go together.
@@ -63,13 +77,17 @@ class BTokModel(nn.Module):
         btok_token_ids: Sequence[int],
         pooling: Pooling = "btok",
         target_positions: str = "reference",
+        vision_positions: str = "mrope",
         ntp_reduction: NtpReduction = "sample_mean",
+        last_layer: str = "pooled",
     ) -> None:
         super().__init__()
-        _one_of("backbone", backbone.config.model_type, ARCHITECTURES)
+        _one_of("backbone", backbone.config.model_type, tuple(ARCHITECTURES))
         _one_of("pooling", pooling, ("btok", "last", "mean"))
         _one_of("target_positions", target_positions, TARGET_POSITIONS)
+        _one_of("vision_positions", vision_positions, ("mrope", "text"))
         _one_of("ntp_reduction", ntp_reduction, ("sample_mean", "token_mean"))
+        _one_of("last_layer", last_layer, ("pooled", "full"))
         if pooling == "btok" and not len(btok_token_ids):
             raise ValueError("BTokModel: with K = 0 use pooling='last' or 'mean', not 'btok'")
         use_condensed_attention(backbone)
@@ -77,7 +95,9 @@ class BTokModel(nn.Module):
         self.btok_token_ids = tuple(map(int, btok_token_ids))
         self.pooling = pooling
         self.target_positions = target_positions
+        self.vision_positions = vision_positions
         self.ntp_reduction = ntp_reduction
+        self.last_layer = last_layer
 
     @classmethod
     def from_backbone(cls, backbone: Any, **settings: Any) -> BTokModel:
@@ -93,40 +113,58 @@ class BTokModel(nn.Module):
         init: Init = "checkpoint",
         pooling: Pooling | None = None,
         target_positions: str | None = None,
+        vision_positions: str | None = None,
         ntp_reduction: NtpReduction | None = None,
+        last_layer: str = "pooled",
         dtype: Any = "auto",
     ) -> BTokModel:
-        """Load a checkpoint of ours, or any Qwen2-VL checkpoint and give it bottleneck tokens.
+        """Load a checkpoint of ours, or a stock one and give it bottleneck tokens.
 
         Args:
-            name_or_path: a folder or a hub id.
+            name_or_path: a folder or a hub id, of an architecture in `ARCHITECTURES`. Neither code
+                that comes with a checkpoint nor pickled weights are ever loaded.
             num_btoks: K; None for the checkpoint's own, or 4.
             init: first value of new bottleneck rows, see `btok.tokens.add_to_embeddings`.
-            pooling, target_positions, ntp_reduction: None for the checkpoint's own, or the class's
-                defaults ("last" pooling where K = 0).
+            pooling, target_positions, vision_positions, ntp_reduction: None for the checkpoint's
+                own, or the class's defaults ("last" pooling where K = 0).
+            last_layer: see the class; not saved.
             dtype: of the weights, as transformers takes it.
 
         Raises:
-            ValueError: an unsupported architecture, settings other than a checkpoint of ours has.
+            ValueError: an unsupported architecture, settings other than a checkpoint of ours has,
+                no weights in safetensors files.
         """
-        from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
+        import transformers
+        from transformers.utils.hub import cached_file
 
-        settings_file = Path(name_or_path) / CONFIG_NAME
-        saved = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-        asked = {"num_btoks": num_btoks, "pooling": pooling, "target_positions": target_positions}
-        for name, value in {**asked, "format_version": FORMAT_VERSION}.items():
-            if saved and value is not None and value != saved.get(name):
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path)
+        kind = str(config.get("model_type"))  # no auto class: a checkpoint's own code stays out
+        _one_of(f"the architecture of {name_or_path}", kind, tuple(ARCHITECTURES))
+        found = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+        saved = json.loads(Path(found).read_text()) if found else {}
+        asked = {"format_version": FORMAT_VERSION, "architecture": kind, "num_btoks": num_btoks}
+        asked |= {"pooling": pooling, "target_positions": target_positions}
+        asked["vision_positions"] = vision_positions
+        for name, value in asked.items():
+            had = saved.get(name, "mrope" if name == "vision_positions" else None)
+            if saved and value is not None and value != had:
                 raise ValueError(
-                    f"BTokModel: {name} is {value!r}, but {name_or_path} was saved with "
-                    f"{saved.get(name)!r}; ask for that or leave it out"
+                    f"BTokModel: {name} is {value!r}, but {name_or_path} was saved with {had!r}; "
+                    "ask for that or leave it out"
                 )
-        kind = AutoConfig.from_pretrained(name_or_path).model_type
-        _one_of(f"the architecture of {name_or_path}", kind, ARCHITECTURES)
-        backbone = Qwen2VLForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype)
+        load = getattr(transformers, ARCHITECTURES[kind]).from_pretrained
+        try:
+            backbone = load(name_or_path, dtype=dtype, use_safetensors=True)
+        except OSError as error:
+            raise ValueError(
+                f"BTokModel: {name_or_path} gives no safetensors weights ({error}); pickled ones "
+                "can run code and are not loaded: write it again with save_pretrained"
+            ) from error
         if saved:
             ids = saved["btok_token_ids"]
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+            load = transformers.AutoTokenizer.from_pretrained
+            tokenizer = load(name_or_path, trust_remote_code=False)
             ids = add_to_tokenizer(tokenizer, 4 if num_btoks is None else num_btoks)
             add_to_embeddings(backbone, ids, init)
         return cls(
@@ -134,7 +172,9 @@ class BTokModel(nn.Module):
             btok_token_ids=ids,
             pooling=pooling or saved.get("pooling", "btok" if ids else "last"),
             target_positions=target_positions or saved.get("target_positions", "reference"),
+            vision_positions=vision_positions or saved.get("vision_positions", "mrope"),
             ntp_reduction=ntp_reduction or saved.get("ntp_reduction", "sample_mean"),
+            last_layer=last_layer,
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -148,6 +188,7 @@ class BTokModel(nn.Module):
             "btok_token_ids": list(self.btok_token_ids),
             "pooling": self.pooling,
             "target_positions": self.target_positions,
+            "vision_positions": self.vision_positions,
             "ntp_reduction": self.ntp_reduction,
         }
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
@@ -158,30 +199,88 @@ class BTokModel(nn.Module):
         Args:
             batch: from `btok.packing.pack` with this model's settings, on the model's device.
         """
+        if rows := self._pooled_rows(batch):
+            pooled = self.hidden_states(batch, rows).unflatten(0, (len(batch), rows))
+            return BTokOutput(F.normalize(_wide(pooled).mean(1), dim=-1), None)
         hidden = self.hidden_states(batch)
         return BTokOutput(self._pool(hidden, batch), self._ntp_loss(hidden, batch))
 
-    def hidden_states(self, batch: PackedBatch) -> Tensor:
-        """The language model's states after its final norm, [T, D]."""
-        model, config = self.backbone.model, self.backbone.config
-        embeds = model.get_input_embeddings()(batch.input_ids)
-        if batch.pixel_values is not None:
-            features = model.get_image_features(batch.pixel_values, batch.image_grid_thw)
-            embeds = _place(embeds, batch.input_ids == config.image_token_id, features)
-        if batch.pixel_values_videos is not None:
-            features = model.get_video_features(batch.pixel_values_videos, batch.video_grid_thw)
-            embeds = _place(embeds, batch.input_ids == config.video_token_id, features)
-        output = model.language_model(
+    def hidden_states(self, batch: PackedBatch, last_rows: int | None = None) -> Tensor:
+        """The language model's states after its final norm, [T, D]; or with `last_rows` = R, for
+        a batch without targets, of the last R rows of each sample only, [N * R, D].
+        """
+        model = self.backbone.model
+        embeds, deepstack = self._embed(batch)
+        language_model = getattr(model, "language_model", model)
+        if last_rows is not None:
+            language_model = pooled_rows_only(language_model, batch.layout, last_rows)
+        output = language_model(
             inputs_embeds=embeds[None],
-            position_ids=batch.position_ids[:, None],
+            position_ids=self._position_ids(batch),
             use_cache=False,
             layout=batch.layout,
+            **deepstack,
         )
         return output.last_hidden_state[0]
+
+    def _embed(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Any]]:
+        """Token embeddings with the vision features in place [T, D]; what Qwen3-VL's language model
+        takes besides: features that go onto its first layers' outputs, and their rows.
+        """
+        model, config = self.backbone.model, self.backbone.config
+        embeds = model.get_input_embeddings()(batch.input_ids)
+        levels: list[Tensor] = []  # [T, D] each
+        seen = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+        for kind, pixels, grid in (
+            ("image", batch.pixel_values, batch.image_grid_thw),
+            ("video", batch.pixel_values_videos, batch.video_grid_thw),
+        ):
+            if pixels is None:
+                continue
+            features = getattr(model, f"get_{kind}_features")(pixels, grid)
+            at = batch.input_ids == getattr(config, f"{kind}_token_id")
+            embeds = _place(embeds, at, features.pooler_output)
+            deep = getattr(features, "deepstack_features", None) or []
+            levels = levels or [torch.zeros_like(embeds) for _ in deep]
+            levels = [_place(level, at, f) for level, f in zip(levels, deep, strict=True)]
+            seen |= at
+        if not levels:
+            return embeds, {}
+        return embeds, {
+            "visual_pos_masks": seen[None],
+            "deepstack_visual_embeds": [level[seen] for level in levels],
+        }
+
+    def _position_ids(self, batch: PackedBatch) -> Tensor:
+        """[3, 1, T], or [1, T] where there is one axis."""
+        if self.vision_positions == "text":
+            rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+            for start, _, _, end in batch.layout.bounds.tolist():
+                rows[start:end] -= start
+            return rows[None]
+        if hasattr(self.backbone.config, "vision_config"):
+            return batch.position_ids[:, None]
+        return batch.position_ids[:1]
 
     def ntp_count(self, batch: PackedBatch) -> int:
         """What `ntp_loss` is a mean over: the weight of a batch's loss beside other batches'."""
         return batch.num_targets if self.ntp_reduction == "sample_mean" else len(batch.labels)
+
+    def _pooled_rows(self, batch: PackedBatch) -> int:
+        """How many rows per sample the last layer is enough for; 0 for all of them."""
+        _, _, border, end = batch.layout.bounds.unbind(1)
+        config = self.backbone.config
+        vision = getattr(config, "vision_config", None)
+        levels = getattr(vision, "deepstack_visual_indexes", ())  # go onto as many layers' outputs
+        if (
+            self.last_layer == "full"
+            or torch.is_grad_enabled()
+            or self.backbone.training  # dropout is drawn as in the pass with gradients
+            or not border.equal(end)
+            or len(levels) >= config.get_text_config().num_hidden_layers
+        ):
+            return 0
+        return {"btok": batch.btok_rows.shape[1], "last": 1, "mean": 0}[self.pooling]
 
     def _pool(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         if self.pooling == "btok" and not batch.btok_rows.shape[1]:
@@ -215,8 +314,16 @@ def use_condensed_attention(backbone: Any) -> None:
     """
     from transformers import AttentionInterface
 
+    layer_types = getattr(backbone.config.get_text_config(), "layer_types", None) or ()
+    if "sliding_attention" in layer_types:
+        raise ValueError(
+            "BTokModel: the backbone has layers with sliding-window attention, which condensed "
+            "attention does not have; load it with use_sliding_window=False"
+        )
     AttentionInterface.register("condensed", _condensed_for_transformers)
-    backbone.set_attn_implementation({"text_config": "condensed", "vision_config": "sdpa"})
+    has_vision = hasattr(backbone.config, "vision_config")
+    parts = {"text_config": "condensed", "vision_config": "sdpa"}
+    backbone.set_attn_implementation(parts if has_vision else "condensed")
 
 
 def _condensed_for_transformers(
@@ -241,9 +348,9 @@ def _condensed_for_transformers(
     return condensed_attention(q, k, v, layout, scale=scaling)[None], None
 
 
-def _place(embeds: Tensor, at: Tensor, features: Any) -> Tensor:
-    """Put vision features [n, D], in order, where `at` [T] is True."""
-    return embeds.masked_scatter(at[:, None], torch.cat(features.pooler_output).to(embeds.dtype))
+def _place(embeds: Tensor, at: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """Put vision features, [n, D] of each image in order, where `at` [T] is True."""
+    return embeds.masked_scatter(at[:, None], torch.cat(tuple(features)).to(embeds.dtype))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 A sample is a pair (source, target) of mappings as a processor returns them for one sample:
 `input_ids`, and for vision `pixel_values` + `image_grid_thw` or `pixel_values_videos` +
-`video_grid_thw`. Target is None for a sample that is only embedded.
+`video_grid_thw` (for Qwen2.5-VL with `second_per_grid_ts`). Target is None for a sample that is
+only embedded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from btok.positions import qwen2_vl_positions
+from btok.positions import POSITIONS, text_positions
 from btok_kernels.layout import CondensedLayout
 
 Sample = tuple[Mapping[str, Any], Mapping[str, Any] | None]
@@ -30,7 +31,7 @@ class PackedBatch:
 
     Args:
         input_ids: int64 [T].
-        position_ids: int64 [3, T], M-RoPE time, height and width.
+        position_ids: int64 [3, T], M-RoPE time, height and width; equal for a model without vision.
         layout: the sequences' rows and the condensation mask.
         btok_rows: int64 [N, K], the rows of each sample's bottleneck tokens.
         label_rows, labels, label_samples: int64 [R], the rows that predict a counted target token,
@@ -86,13 +87,13 @@ def pack(
         samples: (source, target or None) pairs; `input_ids` of any shape with one sample's tokens.
         btok_token_ids: the K bottleneck tokens' ids; empty for a baseline without them.
         prefix_ids, suffix_ids: tokens around a target's own; the prefix must not be empty.
-        backbone_config: the backbone's configuration (vision token ids, merge size).
+        backbone_config: the backbone's configuration (model type, vision token ids, merge size).
         target_positions: "reference" or "continue".
         condense: False lets target rows see the source as well (the ablation).
 
     Raises:
-        ValueError: no samples, an empty sequence, vision tokens that do not fit the pixels, an
-            empty prefix, an unknown `target_positions`.
+        ValueError: no samples, an empty sequence, vision tokens that do not fit the pixels, pixels
+            for a model without vision, an empty prefix, an unknown `target_positions` or model.
     """
     if not samples:
         raise ValueError("pack: samples is empty, expected at least one")
@@ -103,7 +104,8 @@ def pack(
     if not len(prefix_ids) and any(target is not None for _, target in samples):
         raise ValueError("pack: prefix_ids is empty, expected the tokens that open a target")
     num_btoks = len(btok_token_ids)
-    vision_tokens = [backbone_config.image_token_id, backbone_config.video_token_id]
+    names = ("image_token_id", "video_token_id")
+    vision_tokens = [getattr(backbone_config, n) for n in names if hasattr(backbone_config, n)]
     pieces: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     source_lens, target_lens = [], []
@@ -155,13 +157,25 @@ def _ids(side: Mapping[str, Any]) -> np.ndarray:
 
 
 def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
-    return qwen2_vl_positions(
-        ids,
-        *(side.get(grid) for _, grid in _VISION),
-        image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id,
-        spatial_merge_size=config.vision_config.spatial_merge_size,
-    )
+    """[3, L], by the rule of the backbone's family."""
+    if (kind := config.model_type) not in POSITIONS:
+        raise ValueError(
+            f"pack: the backbone's model_type is {kind!r}, expected one of {tuple(POSITIONS)}"
+        )
+    grids = [side.get(grid) for _, grid in _VISION]
+    if POSITIONS[kind] is text_positions:
+        if any(grid is not None for grid in grids):
+            raise ValueError(f"pack: a sample has images or a video, {kind} takes text alone")
+        return text_positions(ids)
+    options = {
+        "image_token_id": config.image_token_id,
+        "video_token_id": config.video_token_id,
+        "spatial_merge_size": config.vision_config.spatial_merge_size,
+    }
+    if kind == "qwen2_5_vl":
+        options["second_per_grid_ts"] = side.get("second_per_grid_ts")
+        options["tokens_per_second"] = config.vision_config.tokens_per_second
+    return POSITIONS[kind](ids, *grids, **options)
 
 
 def _vision(samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -17,56 +17,82 @@ import torch
 from torch import Tensor
 
 from btok.data.records import Side
+from btok.positions import POSITIONS, text_positions
 from btok.tokens import add_to_tokenizer
 
 CONFIG_NAME = "preprocessor_config.json"
 TEMPORAL_PATCH = 2
+FRAMES_PER_SECOND = 2.0  # of a video that does not say: the rate the checkpoints' own sampling has
+
+# by model_type: patch size, mean and spread of the pixels
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_PIXELS: dict[str, tuple[int, Sequence[float], Sequence[float]]] = {
+    "qwen2_vl": (14, *_CLIP),
+    "qwen2_5_vl": (14, *_CLIP),
+    "qwen3_vl": (16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+_LLAMA_TURN = ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>")
+_STOCK = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 
 
 class Processor:
-    """Tokenizer and patchifier of a Qwen2-VL checkpoint.
+    """Tokenizer and patchifier of a checkpoint.
 
     A side becomes `<|vision_start|>` + a placeholder per merged token + `<|vision_end|>` for each
-    image or the video, a line break and the text as it is: VLM2Vec's format, no chat template.
+    image or the video, a line break and the text as it is: VLM2Vec's format, no chat template. For
+    Qwen3-VL each two frames of a video are bracketed so, with their time before it:
+    `<1.5 seconds>`. Models without vision take text alone.
 
     Args:
-        tokenizer: a transformers tokenizer with Qwen2-VL's special tokens.
+        tokenizer: a transformers tokenizer, with Qwen2-VL's special tokens where there is vision.
+        model_type: the backbone's, one of `btok.positions.POSITIONS`.
         min_pixels, max_pixels, max_frame_pixels: bounds on the size of an image, of a video frame.
         patch_size, merge_size: pixels per patch side, patches per merged token side.
-        image_mean, image_std: per channel, of values in [0, 1].
+        image_mean, image_std: per channel, of values in [0, 1]; these and `patch_size` are the
+            family's if None.
 
     Raises:
-        ValueError: a tokenizer that lacks a special token, bounds out of order.
+        ValueError: an unknown model type, a tokenizer that lacks a special token, bounds out of
+            order.
     """
 
     def __init__(
         self,
         tokenizer: Any,
         *,
+        model_type: str = "qwen2_vl",
         min_pixels: int = 56 * 56,
         max_pixels: int = 1_003_520,
         max_frame_pixels: int = 602_112,
-        patch_size: int = 14,
+        patch_size: int | None = None,
         merge_size: int = 2,
-        image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
-        image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
     ) -> None:
+        if model_type not in POSITIONS:
+            raise ValueError(
+                f"Processor: model_type is {model_type!r}, expected one of {tuple(POSITIONS)}"
+            )
         if not 0 < min_pixels <= min(max_pixels, max_frame_pixels):
             raise ValueError(
                 f"Processor: min_pixels is {min_pixels}, expected above 0 and at most max_pixels "
                 f"{max_pixels} and max_frame_pixels {max_frame_pixels}"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.model_type = tokenizer, model_type
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.max_frame_pixels = max_frame_pixels
-        self.patch_size, self.merge_size = patch_size, merge_size
-        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        own_patch, own_mean, own_std = _PIXELS.get(model_type, _PIXELS["qwen2_vl"])
+        self.patch_size, self.merge_size = patch_size or own_patch, merge_size
+        self.image_mean, self.image_std = tuple(image_mean or own_mean), tuple(image_std or own_std)
+        self.has_vision = POSITIONS[model_type] is not text_positions
         self.vision_start, self.vision_end, self.image_pad, self.video_pad = (
-            self._special(name) for name in ("vision_start", "vision_end", "image_pad", "video_pad")
+            self._special(name) if self.has_vision else -1
+            for name in ("vision_start", "vision_end", "image_pad", "video_pad")
         )
-        # around a generated target
-        self.prefix_ids = self.encode("<|im_start|>assistant\n")
-        self.suffix_ids = self.encode("<|im_end|>")
+        # around a generated target: a turn of Qwen's chat format, or of Llama 3's
+        llama = "<|start_header_id|>" in tokenizer.get_vocab()
+        prefix, suffix = _LLAMA_TURN if llama else ("<|im_start|>assistant\n", "<|im_end|>")
+        self.prefix_ids, self.suffix_ids = self.encode(prefix), self.encode(suffix)
         # (pixel / 255 - mean) / std for every byte value: exact, and one look-up per pixel
         mean, std = (np.array(x, np.float32) for x in (self.image_mean, self.image_std))
         levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
@@ -78,24 +104,36 @@ class Processor:
     ) -> Processor:
         """Load a checkpoint's tokenizer, give it K bottleneck tokens, and read its pixel settings.
 
-        `settings`, as the class takes them, go before those in `preprocessor_config.json`.
+        `settings`, as the class takes them, go before those in `preprocessor_config.json`. The
+        model type is that of `config.json`. No code that comes with a checkpoint is run.
         """
         from transformers import AutoTokenizer
         from transformers.utils.hub import cached_file
 
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        def read(name: str) -> dict[str, Any]:
+            found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+            return json.loads(Path(found).read_text()) if found else {}
+
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         add_to_tokenizer(tokenizer, num_btoks)
-        found = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
-        saved = json.loads(Path(found).read_text()) if found else {}
-        return cls(
-            tokenizer, **{name: saved[name] for name in _SETTINGS if name in saved} | settings
-        )
+        saved = read(CONFIG_NAME)
+        bounds = saved.get("size", {})  # where Qwen3-VL's files have them
+        for ours, stock in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if stock in bounds:
+                saved.setdefault(ours, bounds[stock])
+        by_class = {f"{stock}Processor": kind for kind, stock in _STOCK.items()}
+        written_for = by_class.get(str(saved.get("processor_class")), "qwen2_vl")
+        own = {name: saved[name] for name in _SETTINGS if name in saved}
+        own["model_type"] = read("config.json").get("model_type", written_for)
+        return cls(tokenizer, **own | settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer and a `preprocessor_config.json` the stock processors read."""
         self.tokenizer.save_pretrained(folder)
+        if not self.has_vision:
+            return
         config = {
-            "processor_class": "Qwen2VLProcessor",
+            "processor_class": f"{_STOCK[self.model_type]}Processor",
             "image_processor_type": "Qwen2VLImageProcessor",
             "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
             "temporal_patch_size": TEMPORAL_PATCH,
@@ -109,14 +147,18 @@ class Processor:
         Returns:
             `input_ids` int64 [L]; where there are images `pixel_values` fp32 [patches, 3 * 2 *
             patch_size ** 2] and `image_grid_thw` int64 [images, 3]; for a video
-            `pixel_values_videos` and `video_grid_thw`.
+            `pixel_values_videos` and `video_grid_thw`, for Qwen2.5-VL `second_per_grid_ts` [1].
 
         Raises:
-            TypeError, ValueError: an image that is no picture.
+            TypeError, ValueError: an image that is no picture, times that are not one per frame,
+                pictures for a model without vision.
         """
+        if (len(side.images) or len(side.video)) and not self.has_vision:
+            raise ValueError(f"a side has images or a video, a {self.model_type} takes text alone")
         ids: list[int] = []
         out: dict[str, Tensor] = {}
         videos = [side.video] if len(side.video) else []
+        seconds = _frame_seconds(side)
         for pad, clips, limit, pixels, grid in (
             (self.image_pad, [[image] for image in side.images], self.max_pixels, *_IMAGE_KEYS),
             (self.video_pad, videos, self.max_frame_pixels, *_VIDEO_KEYS),
@@ -124,11 +166,19 @@ class Processor:
             if not clips:
                 continue
             patches = [self._patchify(clip, limit) for clip in clips]
-            for _, thw in patches:
-                merged = math.prod(thw) // self.merge_size**2
-                ids += [self.vision_start, *[pad] * merged, self.vision_end]
+            for _, (t, h, w) in patches:
+                merged = h * w // self.merge_size**2
+                if clips is videos and self.model_type == "qwen3_vl":
+                    slot = [self.vision_start, *[pad] * merged, self.vision_end]
+                    for first, last in zip(seconds[::2], seconds[1::2], strict=True):
+                        ids += [*self.encode(f"<{(first + last) / 2:.1f} seconds>"), *slot]
+                else:
+                    ids += [self.vision_start, *[pad] * (t * merged), self.vision_end]
             out[pixels] = torch.from_numpy(np.concatenate([flat for flat, _ in patches]))
             out[grid] = torch.tensor([thw for _, thw in patches])
+        if videos and self.model_type == "qwen2_5_vl":
+            gap = (seconds[-1] - seconds[0]) / max(len(side.video) - 1, 1)
+            out["second_per_grid_ts"] = torch.tensor([TEMPORAL_PATCH * gap])
         if side.text:
             ids += self.encode("\n" + side.text if ids else side.text)
         return {"input_ids": torch.tensor(ids), **out}
@@ -211,6 +261,18 @@ def smart_size(
         new_height = math.ceil(height * grow / unit) * unit
         new_width = math.ceil(width * grow / unit) * unit
     return new_height, new_width
+
+
+def _frame_seconds(side: Side) -> list[float]:
+    """The time of each frame of a side's video, an odd last one twice."""
+    count = len(side.video)
+    seconds = [float(at) for at in side.frame_seconds]
+    seconds = seconds or [i / FRAMES_PER_SECOND for i in range(count)]
+    if len(seconds) != count:
+        raise ValueError(
+            f"a side has {count} frames and {len(seconds)} frame_seconds, expected as many or none"
+        )
+    return seconds + seconds[-1:] * (count % TEMPORAL_PATCH)
 
 
 def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A tiny Qwen2-VL, samples for it, and the measure gradients are compared by."""
+"""Tiny models, samples for it, and the measure gradients are compared by."""
 
 from __future__ import annotations
 
@@ -6,56 +6,76 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from btok.model import BTokModel
+from btok.model import ARCHITECTURES, BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_embeddings, add_to_tokenizer
 
 IMAGE, VIDEO, VISION_START, VISION_END = 110, 111, 112, 113
 BTOKS = (100, 101, 102, 103, 104, 105, 106, 107)
 PREFIX, SUFFIX = (50, 51), (52,)
+WIDTHS = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
+VISION = {  # vision towers
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+    # windows of 2 x 2 merged tokens in the first layer
+    "qwen2_5_vl": {
+        **WIDTHS,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    },
+    "qwen3_vl": {**WIDTHS, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+}
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3", "llama")
 
 
-def tiny_backbone(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2) -> Any:
-    """A random Qwen2-VL of 2 layers, hidden 64, 4 query and 2 key heads, tied embeddings."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+def tiny_backbone(
+    seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2, family: str = "qwen2_vl"
+) -> Any:
+    """A random model, hidden 64, 4 query and 2 key heads; embeddings tied but in two families."""
+    import transformers
 
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": 120,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_parameters": rope,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "initializer_range": 0.2,
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 64,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "patch_size": 4,
-            "initializer_range": 0.2,
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=True,
-    )
+    language = {
+        "vocab_size": 120,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.2,
+    }
+    tied = family not in ("qwen2_5_vl", "llama")
+    config: dict[str, Any] = {"tie_word_embeddings": tied}
+    if family in VISION:
+        section = {"mrope_section": [4, 2, 2] if family == "qwen3_vl" else [2, 3, 3]}
+        language["rope_parameters"] |= section
+        if family != "qwen3_vl":
+            del language["head_dim"]
+        vision = {"depth": 2, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2}
+        config |= {
+            "text_config": language,
+            "vision_config": vision | VISION[family],
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "vision_start_token_id": VISION_START,
+            "vision_end_token_id": VISION_END,
+        }
+    else:
+        config |= language
+    architecture = getattr(transformers, ARCHITECTURES[family])
     torch.manual_seed(seed)
-    return Qwen2VLForConditionalGeneration(config).to(dtype)
+    return architecture(architecture.config_class(**config)).to(dtype)
 
 
 def text(length: int, seed: int) -> dict[str, Any]:
@@ -136,6 +156,17 @@ def tiny_qwen2_vl(dtype: torch.dtype = torch.float32) -> tuple[BTokModel, Proces
     return BTokModel.from_backbone(backbone, btok_token_ids=btoks), Processor(
         tokenizer, patch_size=4, min_pixels=64, max_pixels=600, max_frame_pixels=600
     )
+
+
+def tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
+    """The tiny model and its processor, saved."""
+    model, processor = tiny_qwen2_vl()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model.backbone.get_input_embeddings().weight.normal_(std=0.2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 @contextmanager

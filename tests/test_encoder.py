@@ -1,12 +1,20 @@
-"""BTokEncoder: order, packing budget, and what it refuses."""
+"""BTokEncoder: what it takes, order, windows, the thread ahead, and what it refuses."""
 
 from __future__ import annotations
 
+import io
+import itertools
+import sys
+import threading
+
 import numpy as np
 import pytest
-from helpers import tiny_qwen2_vl
+from helpers import tiny_checkpoint, tiny_qwen2_vl
+from PIL import Image
 
 from btok import BTokEncoder, Side
+from btok.encoder import AHEAD
+from btok.inputs import as_side, estimate_tokens, read_video, with_frames
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8) for _ in range(6)]
@@ -20,8 +28,27 @@ SIDES = [
 ]
 
 
-def test_rows_keep_their_order_whatever_the_budget():
-    encoder = BTokEncoder(*tiny_qwen2_vl())
+@pytest.fixture(scope="module")
+def encoder():
+    return BTokEncoder(*tiny_qwen2_vl())
+
+
+class Spy:
+    """A processor that remembers what it was asked for."""
+
+    def __init__(self, processor):
+        self.processor, self.texts, self.threads = processor, [], set()
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
+    def __call__(self, side):
+        self.texts.append(side.text)
+        self.threads.add(threading.current_thread().name)
+        return self.processor(side)
+
+
+def test_rows_keep_their_order_whatever_the_budget(encoder):
     rows = encoder.encode(SIDES)
     assert rows.shape == (6, 64) and rows.dtype == np.float32
     assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
@@ -32,17 +59,195 @@ def test_rows_keep_their_order_whatever_the_budget():
     assert np.abs(rows[0] - rows[1]).max() > 1e-2
 
 
+def test_inputs_of_every_kind(encoder, tmp_path):
+    Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
+    (tmp_path / "note.MD").write_text("from a file")
+    picture = Image.fromarray(PICTURES[1])
+    inputs = ["a text", "a.png", tmp_path / "a.png", tmp_path / "note.MD", picture, PICTURES[2]]
+    inputs += [[PICTURES[3], str(tmp_path / "a.png")], Side("whole")]
+    sides = [Side("a text"), Side("a.png"), Side(images=PICTURES[:1]), Side("from a file")]
+    sides += [Side(images=PICTURES[1:2]), Side(images=PICTURES[2:3])]
+    sides += [Side(images=[PICTURES[3], PICTURES[0]]), Side("whole")]
+    assert np.abs(encoder.encode(inputs) - encoder.encode(sides)).max() < 1e-6
+
+
+def test_a_text_file_is_read_to_8192_characters(tmp_path):
+    (tmp_path / "long.txt").write_bytes(b"\xff" + b"x" * 9000)
+    assert as_side(tmp_path / "long.txt").text == "\ufffd" + "x" * 8191
+
+
+def test_the_instruction_comes_before_the_text(encoder):
+    side = Side("a digit", images=PICTURES[:1])
+    for instruction, text in (("Find:", "Find: a digit"), ("Find:\n", "Find:\na digit")):
+        got = encoder.encode([side, PICTURES[0]], instruction)
+        bare = Side(instruction, images=PICTURES[:1])
+        expected = encoder.encode([Side(text, images=PICTURES[:1]), bare])
+        assert np.abs(got - expected).max() < 1e-6
+    assert np.abs(got - encoder.encode([side, PICTURES[0]])).max() > 1e-2
+
+
+def test_a_window_smaller_than_the_inputs(encoder):
+    rows = encoder.encode(SIDES)
+    batches = list(encoder.encode_iter(SIDES, batch_tokens=40, window=2))
+    assert sorted(i for indices, _ in batches for i in indices) == list(range(6))
+    assert all(len({i // 2 for i in indices}) == 1 for indices, _ in batches)
+    for indices, vectors in batches:
+        assert np.abs(vectors - rows[indices]).max() < 1e-6
+
+
+def test_a_window_is_sorted_longest_first():
+    model, processor = tiny_qwen2_vl()
+    spy = Spy(processor)
+    texts = ["a" * n for n in (3, 50, 7, 20, 1)]
+    list(BTokEncoder(model, spy).encode_iter(texts, window=4))
+    assert [len(text) for text in spy.texts] == [50, 20, 7, 3, 1]
+
+
+def test_lengths_are_told_from_headers(encoder, tmp_path):
+    Image.fromarray(PICTURES[0]).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    asked = [Side("abc", images=[tmp_path / "a.png"]), Side(images=PICTURES[:1]), "abcd"]
+    asked += [tmp_path / "broken.png", 3, Side(video=PICTURES[:4])]
+    lengths = [estimate_tokens(value, encoder.processor) for value in asked]
+    assert lengths == [3 + 600 // 64, 600 // 64, 4, 0, 0, 2 * 600 // 64]
+
+
+def test_an_endless_iterable_is_streamed_by_a_thread_a_few_batches_ahead():
+    model, processor = tiny_qwen2_vl()
+    spy, drawn = Spy(processor), []
+
+    def endless():
+        for i in itertools.count():
+            drawn.append(i)
+            yield f"number {i}"
+
+    stream = BTokEncoder(model, spy).encode_iter(endless(), batch_tokens=1, window=5)
+    got = dict(zip(*next(stream), strict=True))
+    for _ in range(9):
+        got |= zip(*next(stream), strict=True)
+    assert sorted(got) == list(range(10))
+    stream.close()
+    assert len(spy.texts) <= 10 + AHEAD + 1 and len(drawn) <= 20
+    assert all(name.startswith("btok-prepare") for name in spy.threads)
+    assert not any(t.name.startswith("btok-prepare") for t in threading.enumerate())
+
+
 def test_the_mode_of_the_model_is_left_as_it_was():
     model, processor = tiny_qwen2_vl()
     for training in (True, False):
         model.train(training)
         BTokEncoder(model, processor).encode(SIDES[:1])
         assert model.training == training
+    model.train()
+    model.backbone.model.visual.eval()
+    seen = []
+    model.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    encoder = BTokEncoder(model, processor)
+    for broken in (Side(images=["no/such.png"]), 3):
+        with pytest.raises((ValueError, TypeError), match="input 1"):
+            encoder.encode(["fine", broken], batch_tokens=1)
+        assert model.training and not model.backbone.model.visual.training
+    model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encoder.encode(["fine"])
+    assert model.training and not model.backbone.model.visual.training
+    assert seen and not any(seen)
 
 
-def test_nothing_to_embed_is_refused():
-    encoder = BTokEncoder(*tiny_qwen2_vl())
-    with pytest.raises(ValueError, match="sides is empty"):
+def test_what_cannot_be_embedded_is_named(encoder, tmp_path):
+    with pytest.raises(ValueError, match="inputs is empty"):
         encoder.encode([])
-    with pytest.raises(TypeError, match="image is a int"):
-        encoder.encode([Side(images=[3])])
+    with pytest.raises(TypeError, match="inputs is one str"):
+        encoder.encode("a text")
+    with pytest.raises(TypeError, match="input 2: image is a int"):
+        encoder.encode(["a", "b", Side(images=[3])])
+    with pytest.raises(ValueError, match=r"input 1: image .*gone\.png cannot be read"):
+        encoder.encode(["a", tmp_path / "gone.png"])
+    with pytest.raises(ValueError, match=r"input 0: .*gone\.txt"):
+        encoder.encode([tmp_path / "gone.txt"])
+    for nothing in ("", " \n", Side()):
+        with pytest.raises(ValueError, match="input 1: it is empty"):
+            encoder.encode(["a", nothing])
+    with pytest.raises(ValueError, match="batch_tokens is 0"):
+        encoder.encode(["a"], batch_tokens=0)
+
+
+def test_unreadable_inputs_are_told_and_the_rest_goes_on(encoder, tmp_path, monkeypatch):
+    Image.fromarray(PICTURES[0]).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 32)
+    Image.fromarray(np.zeros((99, 99, 3), np.uint8)).save(tmp_path / "bomb.png")
+    inputs = [*SIDES, tmp_path / "cut.jpg", "", tmp_path / "bomb.png", tmp_path / "gone.md", "z"]
+    unreadable: dict[int, str] = {}
+    rows = {}
+    for indices, vectors in encoder.encode_iter(
+        inputs, batch_tokens=40, window=4, unreadable=unreadable
+    ):
+        rows |= zip(indices, vectors, strict=True)
+    assert sorted(rows) == [0, 1, 2, 3, 4, 5, 10]
+    assert [*map(unreadable.get, range(6, 10))] == [unreadable[i] for i in (6, 7, 8, 9)]
+    for i, reason in ((6, "truncated"), (7, "empty"), (8, "decompression bomb"), (9, "gone.md")):
+        assert reason in unreadable[i]
+    assert np.abs(rows[10] - encoder.encode(["z"])[0]).max() < 1e-6
+
+
+def test_a_vector_that_is_not_finite_is_refused():
+    model, processor = tiny_qwen2_vl()
+    model.backbone.get_input_embeddings().weight.data[processor.encode("q")] = float("nan")
+    with pytest.raises(ValueError, match="vector of input 1 is not finite"):
+        BTokEncoder(model, processor).encode(["a", "q", "b"])
+
+
+def test_progress_is_shown_on_terminals_alone(encoder, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, show, expected in (
+        (Terminal(), True, True),
+        (Terminal(), False, False),
+        (io.StringIO(), True, False),
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        encoder.encode(SIDES, show_progress=show)
+        assert ("6/6" in stream.getvalue()) == expected
+
+
+def test_from_pretrained(tmp_path):
+    encoder = BTokEncoder.from_pretrained(tiny_checkpoint(tmp_path))
+    again = BTokEncoder.from_pretrained(tmp_path)
+    assert np.array_equal(encoder.encode(SIDES), again.encode(SIDES))
+    assert encoder.checkpoint == tmp_path
+
+
+def test_a_video_file_without_pyav_names_the_extra(encoder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.mp4").write_bytes(b"")
+    for value in (tmp_path / "a.mp4", Side(video=str(tmp_path / "a.mp4"))):
+        with pytest.raises(ImportError, match=r"pip install \"btok\[video\]\""):
+            encoder.encode([value])
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 40])
+def test_a_video_file_is_read_evenly(encoder, tmp_path, count):
+    av = pytest.importorskip("av", reason="PyAV (the extra `video`) is not installed")
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 12
+        for i in range(count):
+            grey = np.full((48, 64, 3), 5 * i + 20, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey)))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        shown = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(shown) == count
+    frames, seconds = read_video(tmp_path / "a.mp4")
+    times = np.arange(count) / 10
+    assert np.allclose(seconds, times if count <= 8 else times[2::5])
+    assert np.array_equal(frames, shown if count <= 8 else shown[2::5])
+    side = Side(video=frames, frame_seconds=seconds)
+    assert with_frames(as_side(tmp_path / "a.mp4")).frame_seconds == seconds
+    assert np.abs(encoder.encode([tmp_path / "a.mp4"]) - encoder.encode([side])).max() < 1e-6
+    (tmp_path / "b.mp4").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"video .*b\.mp4 cannot be read"):
+        encoder.encode([tmp_path / "b.mp4"])

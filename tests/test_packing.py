@@ -108,3 +108,36 @@ def test_moving_a_batch_moves_every_tensor():
 def test_bad_samples_are_refused(samples, options, message):
     with pytest.raises(ValueError, match=message):
         pack(samples, **{**OPTIONS, **options})
+
+
+def test_positions_follow_the_backbones_family():
+    clip = vision([(2, 4, 4)], 1, video=True)
+    seconds = clip | {"second_per_grid_ts": torch.tensor([1.5])}
+    times = {
+        "qwen2_vl": (clip, [0, *[1] * 4, *[2] * 4, 3, 4, 5, 6, 7]),
+        "qwen2_5_vl": (seconds, [0, *[1] * 4, *[4] * 4, 5, 6, 7, 8, 9]),  # 2 positions a second
+        "qwen3_vl": (clip, [0, *[1] * 4, *[3] * 4, 5, 6, 7, 8, 9]),
+    }
+    for family, (side, expected) in times.items():
+        options = OPTIONS | {"backbone_config": tiny_backbone(family=family).config}
+        batch = pack([(side, None)], **options | {"btok_token_ids": ()})
+        assert batch.position_ids[0].tolist() == expected
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("rule", ["reference", "continue"])
+def test_text_is_counted_from_each_sequences_start(family, rule):
+    options = OPTIONS | {"backbone_config": tiny_backbone(family=family).config}
+    samples = [(text(3, 0), text(2, 1)), ({"input_ids": [IMAGE]}, {"input_ids": [VIDEO, 5]})]
+    batch = pack(samples, target_positions=rule, **options)
+    assert batch.position_ids.tolist() == [[*range(10), *range(8)]] * 3
+    assert batch.labels.tolist()[-3:] == [VIDEO, 5, *SUFFIX]  # ids like any other here
+    with pytest.raises(ValueError, match=f"{family} takes text alone"):
+        pack([(vision([(1, 4, 4)], 1), None)], **options)
+
+
+def test_another_family_is_refused():
+    from transformers import BertConfig
+
+    with pytest.raises(ValueError, match="model_type is 'bert', expected one of"):
+        pack([(text(3, 0), None)], **OPTIONS | {"backbone_config": BertConfig()})

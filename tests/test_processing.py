@@ -21,13 +21,23 @@ def picture(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_pixels_equal_the_stock_image_processor():
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2_vl", {}),
+        ("qwen2_5_vl", {}),
+        ("qwen3_vl", {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}),
+    ],
+)
+def test_pixels_equal_the_stock_image_processor(family, settings):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    ours = Processor(TOKENIZER, min_pixels=56 * 56, max_pixels=150_000)
-    stock = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 150_000})
+    ours = Processor(TOKENIZER, model_type=family, min_pixels=56 * 56, max_pixels=150_000)
+    stock = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 56 * 56, "longest_edge": 150_000}, **settings
+    )
     rng = random.Random(0)
-    for case in range(12):
+    for case in range(8):
         image = picture(rng.randrange(20, 600), rng.randrange(20, 600), case)
         expected = stock(Image.fromarray(image), return_tensors="pt")
         got = ours(Side(images=[image]))
@@ -69,6 +79,92 @@ def test_the_input_format():
     assert tokens(Side("a", video=frames)) == clip + "\na"
     assert TOKENIZER.decode(processor.prefix_ids) == "<|im_start|>assistant\n"
     assert TOKENIZER.decode(processor.suffix_ids) == "<|im_end|>"
+
+
+def test_qwen3_vl_tells_the_time_of_each_two_frames():
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+
+    processor = Processor(TOKENIZER, model_type="qwen3_vl", min_pixels=32 * 32)
+    slot = "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
+
+    def tokens(**side):
+        got = processor(Side("a", **side))
+        assert "second_per_grid_ts" not in got
+        return got["video_grid_thw"].tolist(), TOKENIZER.decode(got["input_ids"])
+
+    frames = [picture(32, 64, seed) for seed in range(5)]
+    grid, said = tokens(video=frames, frame_seconds=[0, 1.5, 4, 5.5, 10])
+    assert grid == [[3, 2, 4]]
+    assert said == f"<0.8 seconds>{slot}<4.8 seconds>{slot}<10.0 seconds>{slot}\na"
+    for count in range(1, 6):
+        times = Qwen3VLProcessor._calculate_timestamps(None, list(range(count)), 2.0)
+        expected = "".join(f"<{time:.1f} seconds>{slot}" for time in times)
+        assert tokens(video=frames[:count])[1] == expected + "\na"  # two frames a second
+    picture_and_clip = processor(Side(images=[frames[0]], video=frames[:2]))["input_ids"]
+    image = slot.replace("video", "image")
+    assert TOKENIZER.decode(picture_and_clip) == f"{image}<0.2 seconds>{slot}"
+
+
+def test_qwen2_5_vl_is_given_the_seconds_of_a_time_slot():
+    processor = Processor(TOKENIZER, model_type="qwen2_5_vl", min_pixels=28 * 28)
+    frames = [picture(28, 28)] * 5
+
+    def seconds(**side):
+        return processor(Side(**side))["second_per_grid_ts"].tolist()
+
+    assert seconds(video=frames) == [1.0]  # two frames a second, two frames a slot
+    assert seconds(video=frames[:1]) == [0.0]  # one slot, nothing after it
+    assert seconds(video=frames, frame_seconds=[1, 2, 3, 4, 7]) == [3.0]
+    assert "second_per_grid_ts" not in processor(Side("a", images=frames[:1]))
+    assert "second_per_grid_ts" not in Processor(TOKENIZER)(Side(video=frames))
+    with pytest.raises(ValueError, match="5 frames and 2 frame_seconds"):
+        processor(Side(video=frames, frame_seconds=[0, 1]))
+
+
+def test_a_model_without_vision_takes_text_alone(tmp_path):
+    from transformers import Qwen3Config
+
+    Processor(TOKENIZER, model_type="qwen3").save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    Qwen3Config().save_pretrained(tmp_path)
+    processor = Processor.from_pretrained(tmp_path)
+    assert list(processor(Side("abc"))) == ["input_ids"]
+    assert TOKENIZER.decode(processor.prefix_ids) == "<|im_start|>assistant\n"
+    for side in (Side(images=[picture(28, 28)]), Side(video=[picture(28, 28)])):
+        with pytest.raises(ValueError, match="qwen3 takes text alone"):
+            processor(side)
+    with pytest.raises(ValueError, match="model_type is 'bert'"):
+        Processor(TOKENIZER, model_type="bert")
+
+
+def test_a_turn_of_llama_3():
+    tokenizer = tiny_tokenizer()
+    names = ("start_header_id", "end_header_id", "eot_id")
+    tokenizer.add_tokens([f"<|{name}|>" for name in names], special_tokens=True)
+    processor = Processor(tokenizer, model_type="llama")
+    said = tokenizer.decode(processor.prefix_ids + processor.suffix_ids)
+    assert said == "<|start_header_id|>assistant<|end_header_id|>\n\n<|eot_id|>"
+
+
+def test_files_of_a_stock_qwen3_vl_checkpoint(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    stock = {
+        "size": {"longest_edge": 16_777_216, "shortest_edge": 65_536},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stock))
+    processor = Processor.from_pretrained(tmp_path)
+    assert processor.model_type == "qwen3_vl" and processor.patch_size == 16
+    assert (processor.min_pixels, processor.max_pixels) == (65_536, 16_777_216)
+    processor.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "preprocessor_config.json").read_text())
+    assert again.items() >= {**stock, "image_processor_type": "Qwen2VLImageProcessor"}.items()
 
 
 def test_paths_pil_images_and_arrays_are_one(tmp_path):

@@ -97,7 +97,7 @@ def test_a_checkpoint_with_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match="pooling is 'last'"):
         BTokModel.from_pretrained(tmp_path, pooling="last")
     config = json.loads((tmp_path / "config.json").read_text())
-    config["model_type"] = "llama"
+    config["model_type"] = "bert"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is 'llama', expected one of"):
+    with pytest.raises(ValueError, match="is 'bert', expected one of"):
         BTokModel.from_pretrained(tmp_path)

@@ -190,7 +190,7 @@ def sharded_encode(encoder: BTokEncoder) -> Callable[[Sequence[Side]], np.ndarra
 
     def encode(sides: Sequence[Side]) -> np.ndarray:
         mine = sides[rank() :: world()]
-        parts: list[Any] = [encoder.encode(mine) if mine else None]
+        parts: list[Any] = [encoder.encode(mine, show_progress=False) if mine else None]
         if world() > 1:
             parts *= world()
             dist.all_gather_object(parts, parts[0])

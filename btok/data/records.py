@@ -18,12 +18,16 @@ class Side:
     Args:
         text: instruction and content, without any vision placeholder.
         images: PIL images or uint8 arrays [height, width, 3], shown before the text.
-        video: the frames, each as an image, shown before the text; empty for none.
+        video: the frames, each as an image, shown before the text; empty for none. `BTokEncoder`
+            takes a video file's path too.
+        frame_seconds: the time of each frame, in seconds; empty for two frames per second. Qwen2-VL
+            does not look at it.
     """
 
     text: str = ""
     images: Sequence[Any] = ()
-    video: Sequence[Any] = ()
+    video: Any = ()
+    frame_seconds: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,14 @@ _GREY, _PALE = (0.55, 0.55, 0.55), (0.94, 0.94, 0.94)
 
 
 class SheetRow(NamedTuple):
-    """A line of a contact sheet: a query, what it found, which of it is right, the right rank."""
+    """A line of a contact sheet: a query, what it found, which of it is right, the right rank.
+
+    `right` is None where nobody knows.
+    """
 
     query: Side
     retrieved: Sequence[Side]
-    right: Sequence[bool]
+    right: Sequence[bool] | None
     rank: int | None = None
 
 
@@ -82,7 +85,8 @@ def contact_sheet(rows: Iterable[SheetRow], path: Path, title: str) -> None:
     step, columns = _FOUND + 2 * _PAD + _GAP, max((len(line) for line in lines), default=1)
     centres = [_GAP + wide / 2, *(_GAP + wide + step * i - _FOUND / 2 for i in range(1, columns))]
     end, top = centres[-1] + step / 2 + 4, 120
-    width = end + (0 if all(any(row.right) for row in rows) else 180)
+    missed = [row.right is not None and not any(row.right) for row in rows]
+    width = end + 180 * any(missed)
     figure = _figure(width, top + sum(heights) + _GAP * len(rows))
     limits = {"xlim": (0, width), "ylim": (figure.bbox.height, 0), "autoscale_on": False}
     axes = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=(), yticks=(), **limits)
@@ -98,10 +102,11 @@ def contact_sheet(rows: Iterable[SheetRow], path: Path, title: str) -> None:
                 box = np.floor([x - w / 2, x + w / 2, bottom - tall + h, bottom - tall])
                 axes.imshow(picture, extent=box, aspect="auto", interpolation="nearest")
             axes.text(x, bottom, text, size=_TEXT, ha="center", va="bottom", parse_math=False)
-        for x, right in zip(centres[1 : len(line)], row.right, strict=True):
+        frames = [False] * len(row.retrieved) if row.right is None else row.right
+        for x, right in zip(centres[1 : len(line)], frames, strict=True):
             edge = {"edgecolor": _GREEN, "lw": 4} if right else {"edgecolor": _GREY, "lw": 0.6}
             axes.bar(x, height, _FOUND + 2 * _PAD, top, fill=False, **edge)
-        if not any(row.right):
+        if row.right is not None and not any(row.right):
             place = f"at rank {row.rank}" if row.rank else f"not in top {len(row.right)}"
             axes.text(end, y, f"right one\n{place}", va="center", fontsize=_TEXT)
         top += height + _GAP

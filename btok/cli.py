@@ -1,0 +1,216 @@
+"""A folder of your own becomes an index on disk and is searched.
+
+    python -m btok encode CHECKPOINT FOLDER [--output INDEX]
+    python -m btok search CHECKPOINT FOLDER "a red seven" [--top 5] [--picture hits.png]
+
+Images, pages as images, text files (.txt, .md; their first 8,192 characters) and, with the extra
+`video`, videos. Either command encodes what is new or changed and forgets what was deleted.
+`torchrun -m btok encode ...` shares the work among processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from btok.data.records import Side
+from btok.encoder import BTokEncoder
+from btok.evaluation import pictures
+from btok.inputs import IMAGES, TEXTS, VIDEOS, as_side, with_frames
+from btok.processing import rgb_array
+from btok.store import Store, ranks
+
+KINDS = TEXTS + IMAGES + VIDEOS
+SHOWN = 10  # unreadable files that are named
+CAPTION = 60  # characters of a text file that a picture shows
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Make the index of a folder, or bring it up to date.
+
+    Args:
+        checkpoint: a folder with a model and its tokenizer, or a hub id.
+        folder: what to index; hidden files and symbolic links are passed over.
+        output: the index's folder; FOLDER/.btok by default.
+        batch_tokens: tokens per packed row.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    output: Path | None = None
+    batch_tokens: int = 16384
+
+
+@dataclass(frozen=True)
+class Search(Encode):
+    """Find files of a folder by words, by an image, or by both.
+
+    Args:
+        query: the words.
+        image: the image.
+        top: how many files to show.
+        picture: draw them into this file (needs the extra `demo`).
+    """
+
+    query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")] = ""
+    image: Path | None = None
+    top: int = 5
+    picture: Path | None = None
+
+
+Command = (
+    Annotated[Encode, tyro.conf.subcommand("encode")]
+    | Annotated[Search, tyro.conf.subcommand("search")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 2 for a mistake in it, told in a line (BTOK_DEBUG=1 shows where)."""
+    try:
+        command = parse(list(sys.argv[1:] if argv is None else argv))
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group("gloo")
+        run(command)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("BTOK_DEBUG"):
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+    if dist.is_initialized():
+        dist.barrier()  # a rank that leaves early may take the others down
+        dist.destroy_process_group()
+    return 0
+
+
+def parse(argv: list[str]) -> Encode:
+    """The command a command line describes; ValueError for an unknown or a missing part of it."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Command, args=argv, prog="python -m btok")  # type: ignore[arg-type]
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        _, *lines = said.getvalue().splitlines()  # below the title of a box
+        raise ValueError(" ".join(line.strip("─│╰╯ ") for line in lines)) from None
+
+
+def run(command: Encode) -> None:
+    """Bring the index up to date and, for a search, print what is nearest."""
+    query = Side()
+    if isinstance(command, Search):
+        if command.top < 1:
+            raise ValueError(f"top is {command.top}, expected at least 1")
+        if not command.query.strip() and command.image is None:
+            raise ValueError("query is empty, expected words or an --image")
+        if command.image is not None and not command.image.is_file():
+            raise ValueError(f"image is {command.image}, expected a file")
+        query = Side(command.query, images=[command.image] if command.image else [])
+    if not command.folder.is_dir():
+        raise ValueError(f"folder is {command.folder}, expected a folder")
+    root = command.folder.resolve()
+    paths = list_files(root)
+    if not paths:
+        raise ValueError(f"folder {command.folder} has no file ending in {' '.join(KINDS)}")
+    encoder = load(command.checkpoint)
+    store = update(encoder, root, paths, command.output or root / ".btok", command.batch_tokens)
+    if isinstance(command, Search) and ranks()[0] == 0:
+        vectors = encoder.encode([query], show_progress=False)
+        (found,) = store.search(vectors, command.top)
+        hits = [(score, store.items[row]["path"]) for score, row in found]
+        for place, (score, path) in enumerate(hits, 1):
+            print(f"{place:>3}  {score:6.3f}  {_printable(path)}")
+        if command.picture is not None:
+            draw(query, root, hits, command.picture)
+
+
+def list_files(root: Path) -> list[str]:
+    """Paths, relative to the folder, of the files of the kinds we embed, sorted.
+
+    Neither hidden ones nor symbolic links, which may lead out of the folder or in circles.
+    """
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in KINDS and path.is_file() and not path.is_symlink():
+                found.append(path.relative_to(root).as_posix())
+    return sorted(found)
+
+
+def load(checkpoint: str) -> BTokEncoder:
+    """The encoder of a checkpoint, on this process's GPU where there is one."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of a checkpoint's shards
+    encoder = BTokEncoder.from_pretrained(checkpoint)
+    if torch.cuda.is_available():
+        encoder.model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return encoder
+
+
+def update(
+    encoder: BTokEncoder, root: Path, paths: Sequence[str], index: Path, batch_tokens: int
+) -> Store:
+    """Make the index hold just these files of a folder, and say what was done."""
+    old = {item["path"]: item for item in encoder.open_store(index).items}
+    items = [describe(root, path, old.get(path)) for path in paths]
+    inputs = [root / path for path in paths]
+    store = encoder.encode_to(index, inputs, items, batch_tokens=batch_tokens)
+    ids, unreadable = {item["id"] for item in old.values()}, store.meta["unreadable"]
+    if ranks()[0] == 0:
+        new = sum(item["id"] not in ids for item in store.items)
+        said = f"{len(store.items)} files, {new} of them new or changed"
+        said += f", {len(old.keys() - set(paths))} gone, {len(unreadable)} unreadable"
+        print(f"{index}: {said}", file=sys.stderr)
+        for name, why in list(unreadable.items())[:SHOWN]:
+            print(_printable(f"  {name.rpartition('@')[0]}: {why}"), file=sys.stderr)
+        if len(unreadable) > SHOWN:
+            print(f"  ... and the rest in {index / 'meta.json'}", file=sys.stderr)
+    return store
+
+
+def describe(root: Path, path: str, old: dict[str, Any] | None) -> dict[str, Any]:
+    """A file as an item; its content is looked at where its size or time is not the old one's."""
+    try:
+        stat = (root / path).stat()
+        item = {"path": path, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        if old is not None and item.items() <= old.items():
+            return old
+        with open(root / path, "rb") as file:
+            return {"id": f"{path}@{hashlib.file_digest(file, 'sha256').hexdigest()}", **item}
+    except OSError:  # the encoder will say what is wrong
+        return {"id": f"{path}@", "path": path}
+
+
+def draw(query: Side, root: Path, hits: Sequence[tuple[float, str]], path: Path) -> None:
+    """A contact sheet of what a query found."""
+    sides = []
+    for score, name in hits:
+        side = with_frames(as_side(root / name))
+        text = _printable(f"{score:.3f} {name} {side.text[:CAPTION]}")
+        sides.append(Side(text, [rgb_array(image) for image in side.images], side.video))
+    query = Side(query.text, [rgb_array(image) for image in query.images])
+    title = f"the {len(hits)} nearest files of {_printable(root.name)}"
+    pictures.contact_sheet([pictures.SheetRow(query, sides, None)], path, title)
+
+
+def _printable(text: str) -> str:
+    """Without the parts of file names that are no UTF-8."""
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,217 @@
+"""A folder of vectors, what they stand for, and the model and settings they were made with.
+
+    vectors.npy   fp32 [N, D]        items.jsonl   a line per row, each with its "id"
+    meta.json     model digest, settings, count, what could not be read
+    parts/        vectors of an unfinished `encode_to`, a file each
+
+A kill loses at most the part in work. A part is one file, written beside its place, synced and
+renamed, named by its ids: it is there whole or not at all, and never twice. The three files of the
+finished store are written to `.draft/`, which is renamed to `.ready/` once all are synced: from
+then on whoever opens the store first moves them into their places, however often interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+FORMAT_VERSION = 1
+PART = 256  # inputs of a part, encoded together
+BLOCK = 1 << 16  # rows of a product
+FILES = ("vectors.npy", "items.jsonl", "meta.json")
+
+
+class Store:
+    """Vectors on disk; `open` makes one.
+
+    Args:
+        folder: where it lies; meta: the content of `meta.json`.
+        items: a mapping per vector; vectors: float32 [N, D], mapped from disk.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        self.items: list[dict[str, Any]] = []
+        self.vectors = np.empty((0, 0), np.float32)
+        if self.meta["count"]:
+            with open(folder / "items.jsonl", "rb") as lines:
+                self.items = [json.loads(line) for line in lines]
+            self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+
+    @classmethod
+    def open(cls, folder: str | Path, model: str, settings: Mapping[str, Any]) -> Store:
+        """The store in a folder, made if there is none; what a killed process left is put right.
+
+        Args:
+            model: from `model_digest`; settings: for JSON.
+
+        Raises:
+            ValueError: the folder holds something else, or vectors of another model or settings;
+                several processes that have no process group.
+        """
+        folder = Path(folder)
+        if int(os.environ.get("WORLD_SIZE", 1)) > ranks()[1]:
+            raise ValueError("under torchrun call torch.distributed.init_process_group first")
+        meta = {"format_version": FORMAT_VERSION, "model": model, "settings": dict(settings)}
+        if ranks()[0] == 0:
+            _put_in_place(folder)
+            if not (folder / "meta.json").exists():
+                if folder.exists() and {p.name for p in folder.iterdir()} - {"meta.json.tmp"}:
+                    raise ValueError(f"{folder} is no store and not empty; give another folder")
+                folder.mkdir(parents=True, exist_ok=True)
+                empty = {**meta, "count": 0, "unreadable": {}}
+                _write(folder / "meta.json", json.dumps(empty, indent=2) + "\n")
+        ranks(wait=True)
+        store = cls(folder)
+        for name, value in meta.items():
+            if store.meta.get(name) != value:
+                raise ValueError(
+                    f"{folder} holds vectors of {name} {store.meta.get(name)}, this is {value}; "
+                    "delete it or give another folder"
+                )
+        return store
+
+    def known(self) -> set[str]:
+        """Ids that need no encoding: of the store and of parts, unreadable ones of parts too."""
+        parts = ([*ids, *broken] for _, ids, broken in self._parts())
+        return {item["id"] for item in self.items}.union(*parts)
+
+    def add_part(self, rows: Mapping[str, np.ndarray], unreadable: Mapping[str, str]) -> None:
+        """Keep vectors by id, and reasons by id, until `commit`."""
+        text = json.dumps([list(rows), dict(unreadable)]).encode()
+        path = self.folder / "parts" / f"{hashlib.sha256(text).hexdigest()[:24]}.npz"
+        path.parent.mkdir(exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(draft, "wb") as file:
+            np.savez(file, text=np.frombuffer(text, np.uint8), rows=np.array([*rows.values()]))
+            file.flush()
+            os.fsync(file.fileno())
+        _rename(draft, path)
+
+    def commit(self, order: Sequence[Mapping[str, Any]]) -> Store:
+        """The store with exactly these items, less unreadable ones, their vectors from the parts.
+
+        Raises:
+            ValueError: no items, an id twice, or none of the items can be read.
+        """
+        ranks(wait=True)  # all parts are written
+        reasons = {i: why for _, _, broken in self._parts() for i, why in broken.items()}
+        kept = [dict(item) for item in order if item["id"] not in reasons]
+        row_of = {item["id"]: row for row, item in enumerate(kept)}
+        if len(row_of) < len(kept):
+            twice = next(item["id"] for row, item in enumerate(kept) if row_of[item["id"]] != row)
+            raise ValueError(f"{self.folder}: the id {twice!r} came twice, expected all different")
+        reasons = {item["id"]: reasons[item["id"]] for item in order if item["id"] in reasons}
+        ranks(wait=True)
+        if ranks()[0] == 0:
+            if kept and (kept != self.items or reasons != self.meta["unreadable"]):
+                self._publish(kept, row_of, reasons)
+            shutil.rmtree(self.folder / "parts", ignore_errors=True)
+        ranks(wait=True)
+        if not kept:
+            first = f", the first: {next(iter(reasons.values()))}" if reasons else ""
+            raise ValueError(f"none of {len(order)} inputs can be read{first}")
+        return Store(self.folder)
+
+    def search(self, queries: np.ndarray, top: int = 5) -> list[list[tuple[float, int]]]:
+        """Per query [Q, D] its best rows, exactly: (score, row), equal scores in row order."""
+        blocks = range(0, len(self.vectors), BLOCK)
+        scores = np.concatenate([self.vectors[i : i + BLOCK] @ queries.T for i in blocks]).T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+        return [[(float(s[row]), int(row)) for row in b] for s, b in zip(scores, best, strict=True)]
+
+    def _parts(self) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
+        """Each part's file, its ids in the order of its rows, and its reasons."""
+        for path in sorted((self.folder / "parts").glob("*.npz")):
+            with np.load(path) as part:
+                yield path, *json.loads(part["text"].tobytes())
+
+    def _publish(
+        self, kept: list[dict[str, Any]], row_of: dict[str, int], reasons: dict[str, str]
+    ) -> None:
+        draft = self.folder / ".draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        out, found = None, 0
+        sources = [(None, [item["id"] for item in self.items], {}), *self._parts()]
+        for path, ids, _ in sources:
+            rows = self.vectors if path is None else np.load(path)["rows"]
+            pairs = [(row, row_of[i]) for row, i in enumerate(ids) if i in row_of]
+            if pairs and out is None:
+                shape = (len(kept), rows.shape[1])
+                out = np.lib.format.open_memmap(draft / "vectors.npy", "w+", np.float32, shape)
+            if pairs and out is not None:
+                here, there = map(list, zip(*pairs, strict=True))
+                out[there] = rows[here]
+                found += len(pairs)
+        if out is None or found != len(kept):
+            raise ValueError(
+                f"{self.folder}: {found} of {len(kept)} vectors are there; if another process "
+                "writes to this folder, let it end; then the same command does the rest"
+            )
+        out.flush()
+        lines = "".join(json.dumps(item) + "\n" for item in kept)
+        _write(draft / "items.jsonl", lines)
+        meta = {**self.meta, "count": len(kept), "unreadable": reasons}
+        _write(draft / "meta.json", json.dumps(meta, indent=2) + "\n")
+        _rename(draft, self.folder / ".ready")
+        _put_in_place(self.folder)
+
+
+def model_digest(checkpoint: str | Path) -> str:
+    """sha256 of a checkpoint's weights (safetensors) and `btok_config.json`; 3 s for 4 GB."""
+    total = hashlib.sha256()
+    files = sorted(Path(checkpoint).glob("*model*.safetensors"))
+    if not files:
+        raise ValueError(f"checkpoint {checkpoint} holds no weights as *model*.safetensors")
+    for path in [*files, Path(checkpoint) / "btok_config.json"]:
+        if path.exists():
+            with open(path, "rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def ranks(wait: bool = False) -> tuple[int, int]:
+    """(rank, number of processes); with `wait`, once all of them are here."""
+    if not dist.is_initialized():
+        return 0, 1
+    if wait:
+        dist.barrier()
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _put_in_place(folder: Path) -> None:
+    """Move the files of `.ready` over the old ones, or the rest of them after a kill."""
+    ready = folder / ".ready"
+    if ready.exists():
+        for name in FILES:
+            if (ready / name).exists():
+                _rename(ready / name, folder / name)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        ready.rmdir()
+
+
+def _write(path: Path, text: str) -> None:
+    """Content that is on the disk when this returns, whole or not at all."""
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _rename(draft, path)
+
+
+def _rename(path: Path, target: Path) -> None:
+    os.replace(path, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)

@@ -1,0 +1,246 @@
+"""`python -m btok encode | search`: what is indexed, what is found, what is encoded again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_checkpoint
+from PIL import Image
+
+from btok.cli import list_files, main
+from btok.processing import Processor
+
+RNG = np.random.default_rng(0)
+SHAPES = [(24, 32), (40, 24), (32, 32), (16, 48)]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(tiny_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two texts and four pictures, one level deep."""
+    mine = tmp_path / "mine"
+    (mine / "sub").mkdir(parents=True)
+    (mine / "note.txt").write_text("milk, bread and a red seven")
+    (mine / "sub/READ.md").write_text("# how to use it")
+    for i, shape in enumerate(SHAPES):
+        picture = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(mine / f"sub/{i}.png")
+    return mine
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """How many inputs the model got, since last emptied."""
+    seen = []
+    call = Processor.__call__
+    monkeypatch.setattr(
+        Processor, "__call__", lambda self, side: seen.append(side) or call(self, side)
+    )
+    return seen
+
+
+def search(capsys, *arguments):
+    """Paths found, in order, and what stderr said."""
+    assert main(["search", *map(str, arguments)]) == 0
+    said = capsys.readouterr()
+    lines = [line.split(maxsplit=2) for line in said.out.splitlines()]
+    assert [int(place) for place, _, _ in lines] == list(range(1, len(lines) + 1))
+    scores = [float(score) for _, score, _ in lines]
+    assert scores == sorted(scores, reverse=True) and all(-1.001 < s < 1.001 for s in scores)
+    return [path for _, _, path in lines], said.err
+
+
+def test_a_file_is_found_by_its_own_content(checkpoint, folder, capsys):
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.endswith(
+        ".btok: 6 files, 6 of them new or changed, 0 gone, 0 unreadable\n"
+    )
+    for i in range(4):
+        image = folder / f"sub/{i}.png"
+        paths, _ = search(capsys, checkpoint, folder, "--image", image, "--top", "3")
+        assert paths[0] == f"sub/{i}.png" and len(paths) == 3
+    assert search(capsys, checkpoint, folder, "# how to use it")[0][0] == "sub/READ.md"
+    paths, _ = search(capsys, checkpoint, folder, "milk, bread and a red seven", "--top", "99")
+    assert paths[0] == "note.txt" and len(paths) == 6
+    both, _ = search(capsys, checkpoint, folder, "red", "--image", image)
+    assert len(both) == 5
+
+
+def test_only_new_and_changed_files_are_encoded(checkpoint, folder, capsys, encoded):
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    assert len(encoded) == 6
+    encoded.clear()
+    os.utime(folder / "note.txt", (1, 1))  # touched, same bytes
+    os.rename(folder / "sub/0.png", folder / "sub/new.png")
+    (folder / "sub/READ.md").write_text("# how to use IT")  # same size
+    (folder / "sub/1.png").unlink()
+    capsys.readouterr()
+    paths, said = search(capsys, checkpoint, folder, "# how to use IT", "--top", "9")
+    assert [side.text for side in encoded].count("# how to use IT") == 2  # the file and the query
+    assert len(encoded) == 3 and any(side.images for side in encoded)
+    assert "5 files, 2 of them new or changed, 2 gone, 0 unreadable" in said
+    assert paths[0] == "sub/READ.md"
+    assert sorted(paths) == ["note.txt", "sub/2.png", "sub/3.png", "sub/READ.md", "sub/new.png"]
+    encoded.clear()
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    assert not encoded
+    assert "5 files, 0 of them new or changed, 0 gone" in capsys.readouterr().err
+
+
+def test_content_is_not_read_where_size_and_time_are_the_same(
+    checkpoint, folder, monkeypatch, capsys
+):
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    digested, digest = [], hashlib.file_digest
+
+    def noted(file, name):
+        digested.append(Path(file.name).name)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", noted)
+    os.utime(folder / "note.txt", (1, 1))
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    assert digested == ["model.safetensors", "btok_config.json", "note.txt"]
+
+
+def test_unreadable_files_are_skipped_and_told(checkpoint, folder, capsys, monkeypatch):
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 nothing")
+    (folder / "empty.txt").write_text("")
+    (folder / "clip.mp4").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "av", None)
+    for new in (6, 0):
+        paths, said = search(capsys, checkpoint, folder, "x", "--top", "99")
+        assert len(paths) == 6
+        assert f"6 files, {new} of them new or changed, 0 gone, 3 unreadable" in said
+        assert "  broken.jpg: image" in said and "  empty.txt: it is empty" in said
+        assert '  clip.mp4: video files need PyAV: pip install "btok[video]"' in said
+    for i in range(12):
+        (folder / f"z{i}.txt").write_text("")
+    _, said = search(capsys, checkpoint, folder, "x")
+    assert "15 unreadable" in said and said.count(": it is empty") == 8
+    assert "and the rest in" in said and said.rstrip().endswith("meta.json")
+    Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(folder / "broken.jpg")
+    paths, said = search(capsys, checkpoint, folder, "x", "--top", "99")
+    assert "broken.jpg" in paths and "14 unreadable" in said
+
+
+def test_links_and_hidden_files_are_not_followed(folder, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/diary.txt").write_text("dear diary")
+    (folder / "diary.txt").symlink_to(tmp_path / "secret/diary.txt")
+    (folder / "away").symlink_to(tmp_path / "secret")
+    (folder / "loop").symlink_to(folder)
+    (folder / ".hidden.txt").write_text("no")
+    (folder / ".git").mkdir()
+    (folder / ".git/a.txt").write_text("no")
+    (folder / "program.py").write_text("no")
+    os.mkfifo(folder / "pipe.txt")
+    expected = ["note.txt", *(f"sub/{i}.png" for i in range(4)), "sub/READ.md"]
+    assert list_files(folder) == expected
+
+
+def test_names_that_are_no_utf8(checkpoint, folder, capsys):
+    (Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.txt"))).write_text("an odd name")
+    paths, _ = search(capsys, checkpoint, folder, "an odd name")
+    assert paths[0] == "??.txt"
+
+
+def test_the_index_may_lie_elsewhere(checkpoint, folder, tmp_path, capsys, encoded):
+    output = ["--output", str(tmp_path / "index")]
+    assert main(["encode", checkpoint, str(folder), *output]) == 0
+    assert not (folder / ".btok").exists() and (tmp_path / "index/vectors.npy").exists()
+    encoded.clear()
+    search(capsys, checkpoint, folder, "x", *output)
+    assert len(encoded) == 1
+
+
+def test_a_contact_sheet(checkpoint, folder, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib (the extra `demo`) is not installed")
+    arguments = [checkpoint, str(folder), "a red seven", "--image", str(folder / "sub/0.png")]
+    arguments += ["--top", "6", "--picture", str(tmp_path / "hits.png")]
+    search(capsys, *arguments)
+    with Image.open(tmp_path / "hits.png") as sheet:
+        assert sheet.width > 1500 and sheet.height > 200
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["search", *arguments]) == 2
+    assert 'pip install "btok[demo]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "MODEL", "no/such"], "folder is no/such, expected a folder"),
+        (["encode", "MODEL", "EMPTY"], "has no file ending in .txt .md .png"),
+        (["encode", "MODEL", "BROKEN"], "none of 2 inputs can be read, the first: image"),
+        (["encode", "no/such/model", "MINE"], "no/such/model"),
+        (["encode", "MODEL", "MINE", "--batch-tokens", "0"], "batch_tokens is 0"),
+        (["encode", "MODEL", "MINE", "--batch", "0"], "--batch"),
+        (["encode", "MODEL"], "FOLDER"),
+        (["serch", "MODEL", "MINE"], "serch"),
+        (["search", "MODEL", "MINE"], "query is empty, expected words or an --image"),
+        (["search", "MODEL", "MINE", "x", "--top", "0"], "top is 0, expected at least 1"),
+        (["search", "MODEL", "MINE", "x", "--image", "no.png"], "image is no.png, expected a file"),
+        (["search", "OTHER", "INDEXED", "x"], "delete it or give another folder"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    checkpoint, folder, tmp_path, capsys, monkeypatch, arguments, message
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for name in "ab":
+        (tmp_path / f"broken/{name}.png").write_bytes(b"\x89PNG")
+    places = {"MODEL": checkpoint, "MINE": folder, "EMPTY": tmp_path / "empty"}
+    places |= {"BROKEN": tmp_path / "broken", "OTHER": tmp_path / "other", "INDEXED": folder}
+    if "OTHER" in arguments:
+        tiny_checkpoint(tmp_path / "other", seed=1)
+        assert main(["encode", checkpoint, str(folder)]) == 0
+        capsys.readouterr()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments = [str(places.get(word, word)) for word in arguments]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    assert message in said
+    if "--top" in arguments:
+        monkeypatch.setenv("BTOK_DEBUG", "1")
+        with pytest.raises(ValueError, match="top is 0"):
+            main(arguments)
+
+
+def test_stopped_by_hand(monkeypatch, capsys):
+    def stop(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("btok.cli.run", stop)
+    assert main(["encode", "a", "b"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_as_a_command(checkpoint, folder):
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), f"{ROOT}:{ROOT}/kernels")))
+    shutil.rmtree(folder / "sub")
+    said = subprocess.run(
+        [sys.executable, "-m", "btok", "search", checkpoint, folder, "milk"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.split()[::2] == ["1", "note.txt"]
+    assert said.stderr.count("\n") == 1, said.stderr

@@ -1,0 +1,349 @@
+"""The store on disk: what it holds, what survives a kill, what it refuses, ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.multiprocessing as mp
+from helpers import gloo, tiny_checkpoint
+
+from btok import BTokEncoder
+from btok.store import FILES, Store, model_digest
+
+TEXTS = [f"text {i} " + "x" * (7 * i % 31) for i in range(22)]
+IDS = [f"id {i}" for i in range(22)]
+COUNTED: list[str] = []  # texts that were prepared
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    encoder = BTokEncoder.from_pretrained(checkpoint)
+    processor = encoder.processor
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(processor, name)
+
+        def __call__(self, side):
+            COUNTED.append(side.text)
+            return processor(side)
+
+    encoder.processor = Counting()
+    return encoder
+
+
+@pytest.fixture
+def encoder(loaded, monkeypatch):
+    monkeypatch.setattr("btok.encoder.PART", 4)
+    COUNTED.clear()
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, tmp_path_factory):
+    """The bytes of an uninterrupted call."""
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("btok.encoder.PART", 4)
+        loaded.encode_to(folder, TEXTS, IDS)
+    return content(folder)
+
+
+def content(folder):
+    """All files but of a draft: bytes by name."""
+    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def test_what_a_store_holds(encoder, checkpoint, tmp_path):
+    items = [{"id": name, "page": i} for i, name in enumerate(IDS)]
+    store = encoder.encode_to(tmp_path / "store", iter(TEXTS), iter(items), show_progress=False)
+    content(tmp_path / "store")
+    vectors = np.load(tmp_path / "store/vectors.npy")
+    assert vectors.dtype == np.float32 and np.array_equal(vectors, store.vectors)
+    assert np.abs(vectors - encoder.encode(TEXTS)).max() < 1e-6
+    lines = (tmp_path / "store/items.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == items == store.items
+    meta = json.loads((tmp_path / "store/meta.json").read_text())
+    assert meta["model"] == model_digest(checkpoint) and meta["count"] == 22
+    assert meta["settings"]["num_btoks"] == 4 and meta["unreadable"] == {}
+
+
+def test_an_error_in_the_middle_and_on_again(encoder, whole, tmp_path):
+    def breaking():
+        yield from TEXTS[:10]
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError):
+        encoder.encode_to(tmp_path / "store", breaking(), IDS)
+    assert not (tmp_path / "store/vectors.npy").exists()
+    assert len(list((tmp_path / "store/parts").iterdir())) == 2
+    COUNTED.clear()
+    encoder.encode_to(tmp_path / "store", TEXTS, IDS)
+    assert sorted(COUNTED) == sorted(TEXTS[8:])
+    assert content(tmp_path / "store") == whole
+    COUNTED.clear()
+    before = (tmp_path / "store/vectors.npy").stat().st_mtime_ns
+    encoder.encode_to(tmp_path / "store", TEXTS, IDS)
+    assert not COUNTED and (tmp_path / "store/vectors.npy").stat().st_mtime_ns == before
+
+
+def test_a_kill_at_any_step_of_writing_loses_nothing(encoder, whole, tmp_path, monkeypatch):
+    """Every rename and every sync is once the last thing a process does, before and after it."""
+    real = {name: getattr(os, name) for name in ("replace", "fsync")}
+    encoder.encode_to(tmp_path / "old", ["an old one", *TEXTS[:3]], ["old", *IDS[:3]])
+    for fresh in (True, False):
+        for dies in range(1, 1000):
+            folder, calls = tmp_path / f"{fresh}{dies}", iter(range(1, 1000))
+            if not fresh:
+                folder.mkdir()
+                for name in FILES:
+                    (folder / name).write_bytes((tmp_path / "old" / name).read_bytes())
+
+            def step(name, *arguments, calls=calls, dies=dies):
+                call = next(calls)
+                if call == dies and dies % 2:
+                    raise KeyboardInterrupt
+                real[name](*arguments)
+                if call == dies:
+                    raise KeyboardInterrupt
+
+            for name in real:
+                monkeypatch.setattr(os, name, lambda *a, name=name, step=step: step(name, *a))
+            try:
+                encoder.encode_to(folder, TEXTS[:6], IDS[:6])
+                break
+            except KeyboardInterrupt:
+                pass
+            for name, function in real.items():
+                monkeypatch.setattr(os, name, function)
+            store = encoder.encode_to(folder, TEXTS[:6], IDS[:6])
+            assert store.items == [{"id": name} for name in IDS[:6]]
+            content(folder)
+            if fresh:
+                expected = np.frombuffer(whole["vectors.npy"][128:], np.float32).reshape(22, -1)
+                assert np.array_equal(store.vectors[:4], expected[:4])
+        for name, function in real.items():
+            monkeypatch.setattr(os, name, function)
+        assert dies > 12
+
+
+CHILD = """
+import sys, time
+import btok.encoder
+from btok import BTokEncoder
+from test_store import IDS, TEXTS
+btok.encoder.PART = 4
+def slow():
+    for i, text in enumerate(TEXTS):
+        time.sleep(60 if i == 17 else 0)
+        yield text
+BTokEncoder.from_pretrained(sys.argv[1]).encode_to(sys.argv[2], slow(), IDS)
+"""
+
+
+def test_killed_and_started_again_the_bytes_are_the_same(encoder, whole, checkpoint, tmp_path):
+    root = Path(__file__).parent.parent
+    folder = tmp_path / "store"
+    path = os.pathsep.join(map(str, (root, root / "kernels", root / "tests")))
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), path)))
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, checkpoint, folder], env={**os.environ, "PYTHONPATH": path}
+    )
+    try:
+        until = time.monotonic() + 120
+        while not list((folder / "parts").glob("*.npz")):
+            assert child.poll() is None and time.monotonic() < until
+            time.sleep(0.005)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    encoder.encode_to(folder, TEXTS, IDS)
+    assert 0 < len(COUNTED) <= 18
+    assert content(folder) == whole
+
+
+def test_only_what_is_new_is_encoded(encoder, tmp_path):
+    encoder.encode_to(tmp_path / "store", TEXTS[:9], IDS[:9])
+    COUNTED.clear()
+    texts = [TEXTS[8], "changed", TEXTS[0], "new", *TEXTS[3:6]]
+    items = [{"id": "id 8", "note": 1}, "id 1b", "id 0", "new", *IDS[3:6]]
+    store = encoder.encode_to(tmp_path / "store", texts, items)
+    assert sorted(COUNTED) == ["changed", "new"]
+    assert store.items[:2] == [{"id": "id 8", "note": 1}, {"id": "id 1b"}]
+    assert [item["id"] for item in store.items[2:]] == items[2:]
+    assert np.abs(store.vectors - encoder.encode(texts)).max() < 1e-6
+
+
+def test_unreadable_inputs_are_reported_and_tried_again(encoder, tmp_path):
+    inputs, late = list(TEXTS[:9]), tmp_path / "late.txt"
+    for i in range(4, 9):  # all of the second part, one of the third
+        inputs[i] = late
+    store = encoder.encode_to(tmp_path / "store", inputs, IDS[:9])
+    assert [item["id"] for item in store.items] == IDS[:4]
+    assert list(store.meta["unreadable"]) == IDS[4:9]
+    assert all("late.txt" in reason for reason in store.meta["unreadable"].values())
+    late.write_text("here now")
+    store = encoder.encode_to(tmp_path / "store", inputs, IDS[:9])
+    assert [item["id"] for item in store.items] == IDS[:9] and not store.meta["unreadable"]
+    assert np.abs(store.vectors - encoder.encode(inputs)).max() < 1e-6
+
+
+def test_unreadable_inputs_do_not_move_the_rest_after_a_stop(encoder, tmp_path, monkeypatch):
+    inputs, parts, add_part = ["", *TEXTS[1:9], "", *TEXTS[10:]], [], Store.add_part
+
+    def noted(self, rows, unreadable):
+        parts.append({*rows, *unreadable})
+        add_part(self, rows, unreadable)
+
+    monkeypatch.setattr(Store, "add_part", noted)
+
+    def breaking():
+        yield from inputs[:10]
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError):
+        encoder.encode_to(tmp_path / "parts", breaking(), IDS)
+    COUNTED.clear()
+    store = encoder.encode_to(tmp_path / "parts", inputs, IDS)
+    assert sorted(COUNTED) == sorted([TEXTS[8], *TEXTS[10:]])
+    assert list(store.meta["unreadable"]) == [IDS[0], IDS[9]]
+    assert parts == [set(IDS[i : i + 4]) for i in range(0, 22, 4)]
+    encoder.encode_to(tmp_path / "whole", inputs, IDS)
+    assert content(tmp_path / "parts") == content(tmp_path / "whole")
+
+
+def test_parts_that_another_process_took_are_missed(encoder, tmp_path):
+    commit = Store.commit
+
+    def robbed(self, order):
+        next((tmp_path / "store/parts").glob("*.npz")).unlink()
+        return commit(self, order)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "commit", robbed)
+        with pytest.raises(ValueError, match="of 22 vectors are there; if another process"):
+            encoder.encode_to(tmp_path / "store", TEXTS, IDS)
+    assert len(encoder.encode_to(tmp_path / "store", TEXTS, IDS).items) == 22
+
+
+def test_a_store_of_something_else_is_refused(encoder, tmp_path):
+    store = tmp_path / "store"
+    encoder.encode_to(store, TEXTS[:2], IDS[:2])
+    before = content(store)
+    other = BTokEncoder.from_pretrained(tiny_checkpoint(tmp_path / "other", seed=1))
+    for wrong, instruction, message in (
+        (other, None, "holds vectors of model .*; delete it or give another folder"),
+        (encoder, "Find: ", "holds vectors of settings .*'instruction': ''.*'Find: '"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong.encode_to(store, TEXTS[:2], IDS[:2], instruction)
+    assert content(store) == before
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/me.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="photos is no store and not empty"):
+        encoder.encode_to(tmp_path / "photos", TEXTS[:2], IDS[:2])
+    with pytest.raises(ValueError, match=r"use BTokEncoder\.from_pretrained"):
+        BTokEncoder(encoder.model, encoder.processor).encode_to(tmp_path / "new", ["a"], ["a"])
+
+
+def test_bad_inputs_are_refused_and_the_store_stays(encoder, tmp_path):
+    store = tmp_path / "store"
+    encoder.encode_to(store, TEXTS[:2], IDS[:2])
+    before = content(store)
+    with pytest.raises(ValueError, match="the id 'b' came twice"):
+        encoder.encode_to(store, ["x", "y", "z"], ["b", "a", "b"])
+    with pytest.raises(ValueError, match="none of 2 inputs can be read, the first: it is empty"):
+        encoder.encode_to(store, ["", tmp_path / "no.txt"], ["c", "d"])
+    with pytest.raises(ValueError, match="none of 0 inputs"):
+        encoder.encode_to(store, [], [])
+    with pytest.raises(ValueError, match="shorter"):
+        encoder.encode_to(store, ["x", "y"], ["b"])
+    encoder.encode_to(store, TEXTS[:2], IDS[:2])
+    assert content(store) == before
+
+
+def test_processes_without_a_group_are_refused(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="init_process_group"):
+        encoder.encode_to(tmp_path / "store", TEXTS[:2], IDS[:2])
+    assert not (tmp_path / "store").exists()
+
+
+def test_the_digest_is_of_weights_and_settings(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in checkpoint.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert model_digest(copy) == model_digest(checkpoint)
+    (copy / "optimizer.safetensors").write_bytes(b"moments")
+    assert model_digest(copy) == model_digest(checkpoint)
+    for name in ("btok_config.json", "model.safetensors"):
+        digest = model_digest(copy)
+        with open(copy / name, "ab") as file:
+            file.write(b" ")
+        assert model_digest(copy) != digest
+    with pytest.raises(ValueError, match="holds no weights"):
+        model_digest(tmp_path)
+
+
+def test_search_is_exact(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("btok.store.BLOCK", 5)
+    store = encoder.encode_to(tmp_path / "store", TEXTS, IDS)
+    queries = encoder.encode(["text 3", TEXTS[9]])
+    scores = queries @ np.asarray(store.vectors).T
+    for found, row in zip(store.search(queries, 7), scores, strict=True):
+        assert [i for _, i in found] == np.argsort(-row, kind="stable")[:7].tolist()
+        assert np.allclose([score for score, _ in found], np.sort(row)[::-1][:7], atol=1e-6)
+    assert store.search(queries, 1)[1][0][1] == 9
+    assert len(store.search(queries, 99)[0]) == 22
+    store.vectors = np.ones((12, 2), np.float32)  # a tie
+    assert [i for _, i in store.search(np.ones((1, 2), np.float32), 12)[0]] == list(range(12))
+
+
+def on_two_ranks(rank, folder, checkpoint):
+    import btok.encoder
+
+    btok.encoder.PART = 4
+    with gloo(folder, rank, 2):
+        encoder = BTokEncoder.from_pretrained(checkpoint)
+        mine = []
+        original, encoder.processor = encoder.processor, lambda side: 0
+        encoder.processor = type(
+            "Counting",
+            (),
+            {
+                "__getattr__": lambda _, name: getattr(original, name),
+                "__call__": lambda _, side: mine.append(side.text) or original(side),
+            },
+        )()
+        store = encoder.encode_to(f"{folder}/store_of_two", TEXTS, IDS)
+        assert len(mine) == (12, 10)[rank], mine  # parts of 4: 0 2 4 and 1 3 5
+        assert store.items == [{"id": name} for name in IDS]
+
+
+def test_two_ranks_make_the_bytes_of_one(whole, checkpoint, tmp_path):
+    mp.spawn(on_two_ranks, (str(tmp_path), checkpoint), nprocs=2)
+    assert content(tmp_path / "store_of_two") == whole
+
+
+def test_opening_needs_no_writing_where_nothing_is_new(encoder, tmp_path, monkeypatch):
+    encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3])
+    for name in ("replace", "mkdir"):
+        monkeypatch.setattr(os, name, None)
+    settings = json.loads((tmp_path / "store/meta.json").read_text())["settings"]
+    assert len(Store.open(tmp_path / "store", encoder.digest, settings).items) == 3
+    assert len(encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3]).items) == 3
