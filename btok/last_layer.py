@@ -86,14 +86,14 @@ def _attend(
         start, end = layout.bounds[members][:, ::3, None].long().unbind(1)  # [S, 1]
         columns = end - size + torch.arange(size)  # [S, L]
         seen = columns[:, None] <= end[:, None] + torch.arange(-num_rows, 0)[:, None]  # [S, R, L]
-        mask = (seen & (columns >= start)[:, None])[:, None].repeat_interleave(per_key, 2)
+        mask = (seen & (columns >= start)[:, None])[:, None].to(q.device)
         keys = columns.clamp(min=start).to(q.device)  # none of another sequence's
         queries = q[members].permute(0, 2, 1, 3, 4).flatten(2, 3)  # [S, Hkv, R * G, D]
         out = F.scaled_dot_product_attention(
             queries,
             k[keys].transpose(1, 2),  # [S, Hkv, L, D]
             v[keys].transpose(1, 2),
-            attn_mask=mask.to(q.device),
+            attn_mask=mask.repeat_interleave(per_key, 2),  # [S, 1, R * G, L]
             scale=scale,
         )
         out = out.unflatten(2, (num_rows, per_key)).permute(0, 2, 1, 3, 4)

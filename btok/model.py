@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from btok import adapters
 from btok.last_layer import pooled_rows_only
 from btok.packing import TARGET_POSITIONS, PackedBatch
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
@@ -116,9 +117,10 @@ class BTokModel(nn.Module):
         vision_positions: str | None = None,
         ntp_reduction: NtpReduction | None = None,
         last_layer: str = "pooled",
+        lora: adapters.Lora | None = None,
         dtype: Any = "auto",
     ) -> BTokModel:
-        """Load a checkpoint of ours, or a stock one and give it bottleneck tokens.
+        """Load a checkpoint or adapters of ours, or a stock one and give it bottleneck tokens.
 
         Args:
             name_or_path: a folder or a hub id, of an architecture in `ARCHITECTURES`. Neither code
@@ -128,20 +130,32 @@ class BTokModel(nn.Module):
             pooling, target_positions, vision_positions, ntp_reduction: None for the checkpoint's
                 own, or the class's defaults ("last" pooling where K = 0).
             last_layer: see the class; not saved.
+            lora: new adapters, which alone train, with the K bottleneck rows; None for those that
+                `name_or_path` has, if any.
             dtype: of the weights, as transformers takes it.
 
         Raises:
             ValueError: an unsupported architecture, settings other than a checkpoint of ours has,
-                no weights in safetensors files.
+                no weights in safetensors files, adapters that do not fit their base model.
+            ImportError: adapters without peft, which is the extra `btok[peft]`.
         """
         import transformers
         from transformers.utils.hub import cached_file
 
-        config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path)
+        base = adapters.base_of(name_or_path)
+        weights = name_or_path if base is None else base
+        if base is not None and (lora is not None or adapters.base_of(base) is not None):
+            raise ValueError(
+                f"BTokModel: {name_or_path if lora else base} has adapters already and takes no "
+                "others; merge them with btok.adapters.export first"
+            )
+        config, _ = transformers.PreTrainedConfig.get_config_dict(weights)
         kind = str(config.get("model_type"))  # no auto class: a checkpoint's own code stays out
-        _one_of(f"the architecture of {name_or_path}", kind, tuple(ARCHITECTURES))
+        _one_of(f"the architecture of {weights}", kind, tuple(ARCHITECTURES))
         found = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
         saved = json.loads(Path(found).read_text()) if found else {}
+        if base is not None and not saved:
+            raise ValueError(f"BTokModel: {name_or_path} has adapters but no {CONFIG_NAME}")
         asked = {"format_version": FORMAT_VERSION, "architecture": kind, "num_btoks": num_btoks}
         asked |= {"pooling": pooling, "target_positions": target_positions}
         asked["vision_positions"] = vision_positions
@@ -154,10 +168,10 @@ class BTokModel(nn.Module):
                 )
         load = getattr(transformers, ARCHITECTURES[kind]).from_pretrained
         try:
-            backbone = load(name_or_path, dtype=dtype, use_safetensors=True)
+            backbone = load(weights, dtype=dtype, use_safetensors=True)
         except OSError as error:
             raise ValueError(
-                f"BTokModel: {name_or_path} gives no safetensors weights ({error}); pickled ones "
+                f"BTokModel: {weights} gives no safetensors weights ({error}); pickled ones "
                 "can run code and are not loaded: write it again with save_pretrained"
             ) from error
         if saved:
@@ -167,6 +181,10 @@ class BTokModel(nn.Module):
             tokenizer = load(name_or_path, trust_remote_code=False)
             ids = add_to_tokenizer(tokenizer, 4 if num_btoks is None else num_btoks)
             add_to_embeddings(backbone, ids, init)
+        if base is not None:
+            adapters.load(backbone, name_or_path, ids)
+        elif lora is not None:
+            adapters.attach(backbone, lora, ids, weights)
         return cls(
             backbone,
             btok_token_ids=ids,
@@ -178,9 +196,12 @@ class BTokModel(nn.Module):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a plain transformers checkpoint and, beside it, `btok_config.json`."""
+        """Write `btok_config.json` and a plain transformers checkpoint, or the adapters alone."""
         folder = Path(folder)
-        self.backbone.save_pretrained(folder)
+        if hasattr(self.backbone, "peft_config"):
+            adapters.save(self.backbone, folder)
+        else:
+            self.backbone.save_pretrained(folder)
         settings = {
             "format_version": FORMAT_VERSION,
             "architecture": self.backbone.config.model_type,

@@ -22,7 +22,7 @@ def embed(model):
         backbone_config=model.backbone.config,
     )
     with torch.no_grad():
-        return model(batch).embeddings
+        return model.eval()(batch).embeddings
 
 
 def test_tokens_are_added_once():

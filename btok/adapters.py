@@ -1,0 +1,229 @@
+"""LoRA and DoRA of the language model through peft, with the bottleneck tokens' K rows.
+
+Everything else is frozen: the vision tower, the other rows of the embedding matrix, and lm_head,
+its K rows included where it shares the matrix. Saved are `adapter_model.safetensors` and
+`adapter_config.json`, as peft names them, with the base model's name or path, and its config.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btok.packing import pack
+from btok.tokens import add_to_embeddings
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every name in peft's files
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of the language model, as the paper trains them by default.
+
+    Args:
+        rank, alpha: W + alpha / rank B A, with `rank` rows in A.
+        dropout: on the adapters' input, in training mode.
+        dora: also train each output's magnitude (DoRA).
+        targets: names of linear layers; those of every decoder layer.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    dora: bool = True
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+
+
+def attach(backbone: Any, lora: Lora, token_ids: Sequence[int], base: str | Path) -> None:
+    """Put new adapters into a backbone, changed in place; they and the K rows alone train.
+
+    Args:
+        token_ids: the K bottleneck tokens' ids.
+        base: the backbone's folder or hub id, which the saved adapters name.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: no linear layer has a name in `lora.targets`.
+    """
+    names = "|".join(lora.targets)
+    config = _peft().LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        use_dora=lora.dora,
+        target_modules=rf"model\.(language_model\.)?layers\.\d+\.\w+\.({names})",
+        trainable_token_indices=_rows(token_ids),
+        base_model_name_or_path=str(Path(base).resolve() if Path(base).exists() else base),
+    )
+    _inject(backbone, config)
+
+
+def base_of(name_or_path: str | Path) -> str | None:
+    """The base model that a folder or hub id of adapters names; None for any other.
+
+    Raises:
+        ValueError: a base model's folder that is not there any more.
+    """
+    if (file := _file(name_or_path, CONFIG_NAME)) is None:
+        return None
+    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    if base is None or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise ValueError(
+            f"BTokModel: {name_or_path} has adapters of {base}, which is not there; write where it "
+            f"is as base_model_name_or_path into {CONFIG_NAME}"
+        )
+    return base
+
+
+def save(backbone: Any, folder: Path) -> None:
+    """Write the adapters of a backbone that has some."""
+    from safetensors.torch import save_file
+
+    backbone.config.save_pretrained(folder)  # for who reads a tokenizer or token ids by it
+    backbone.peft_config["default"].save_pretrained(folder)
+    state = {PREFIX + name: weight.contiguous() for name, weight in _state(backbone).items()}
+    save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def load(backbone: Any, name_or_path: str | Path, token_ids: Sequence[int]) -> None:
+    """Put saved adapters into their base model, changed in place.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: adapters of other bottleneck tokens or of another architecture; no weights.
+    """
+    from safetensors.torch import load_file
+
+    file, weights = (_file(name_or_path, name) for name in (CONFIG_NAME, WEIGHTS_NAME))
+    if file is None or weights is None:
+        raise ValueError(f"BTokModel: {name_or_path} has no {WEIGHTS_NAME} or no {CONFIG_NAME}")
+    config = _peft().LoraConfig.from_pretrained(str(file.parent))
+    if config.trainable_token_indices != _rows(token_ids):
+        raise ValueError(
+            f"BTokModel: the adapters of {name_or_path} train the rows "
+            f"{config.trainable_token_indices}, expected {_rows(token_ids)} for K = "
+            f"{len(token_ids)}"
+        )
+    add_to_embeddings(backbone, token_ids)
+    _inject(backbone, config)
+    state = {name.removeprefix(PREFIX): weight for name, weight in load_file(weights).items()}
+    shapes, expected = ({n: [*w.shape] for n, w in s.items()} for s in (state, _state(backbone)))
+    if shapes != expected:
+        name = min(n for n in shapes | expected if shapes.get(n) != expected.get(n))
+        raise ValueError(
+            f"BTokModel: the adapters of {name_or_path} do not fit {backbone.name_or_path}: {name} "
+            f"has shape {shapes.get(name)}, expected {expected.get(name)}"
+        )
+    _peft().set_peft_model_state_dict(backbone, state)
+
+
+def merge(backbone: Any) -> None:
+    """Add the adapters into the weights, in place; a stock model remains.
+
+    A tied lm_head has the trained K rows from then on, which changes a generative loss slightly.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.token_adapter
+        elif not isinstance(module, LoraLayer):
+            continue
+        module.merge(safe_merge=True)
+        backbone.set_submodule(name, module.get_base_layer())
+    del backbone.peft_config
+
+
+def export(folder: str | Path, out: str | Path, bound: float | None = None) -> float:
+    """Merge saved adapters into a plain checkpoint, and compare the two on random texts.
+
+    Args:
+        folder: what `BTokModel.save_pretrained` wrote of a model with adapters.
+        out: a new folder; tokenizer and processor files of `folder` are copied along.
+        bound: what a component of an embedding may move by; None for 1e-5, or 2e-2 in a precision
+            lower than fp32.
+
+    Returns:
+        The largest difference found.
+
+    Raises:
+        ValueError: no adapters, `out` is not empty, a difference over the bound; `out` stays empty.
+    """
+    from btok.model import BTokModel
+
+    folder, out = Path(folder), Path(out)
+    if base_of(folder) is None:
+        raise ValueError(f"export: {folder} has no adapters ({CONFIG_NAME})")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"export: {out} is not empty; name a new folder")
+    model = BTokModel.from_pretrained(folder).eval()
+    config = model.backbone.config
+    special = {value for name, value in vars(config).items() if name.endswith("_token_id")}
+    plain = [i for i in range(min(1000, config.get_text_config().vocab_size)) if i not in special]
+    rng = random.Random(0)
+    batch = pack(
+        [({"input_ids": rng.choices(plain, k=length)}, None) for length in (1, 7, 64, 200)],
+        btok_token_ids=model.btok_token_ids,
+        prefix_ids=(),
+        suffix_ids=(),
+        backbone_config=config,
+    )
+    with torch.no_grad():
+        before = model(batch).embeddings
+        merge(model.backbone)
+        error = float((model(batch).embeddings - before).abs().max())
+    low = model.backbone.dtype.itemsize < 4
+    bound = bound if bound is not None else (2e-2 if low else 1e-5)
+    if not error <= bound:
+        raise ValueError(f"export: merging moves embeddings by {error:.2e}, expected <= {bound}")
+    model.save_pretrained(out)
+    for file in folder.iterdir():
+        known = file.name.startswith("adapter_") or (out / file.name).exists()
+        if file.suffix in (".json", ".txt", ".jinja") and not known:
+            shutil.copy(file, out)
+    return error
+
+
+def _inject(backbone: Any, config: Any) -> None:
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    tied = backbone.config.tie_word_embeddings
+    backbone.config.tie_word_embeddings = False  # or peft has the K rows of lm_head follow
+    try:
+        _peft().inject_adapter_in_model(config, backbone)
+    finally:
+        backbone.config.tie_word_embeddings = tied
+    cast_adapter_dtype(backbone, "default")  # fp32 in a model of lower precision
+    backbone.train(backbone.training)  # the new dropouts too
+
+
+def _state(backbone: Any) -> dict[str, torch.Tensor]:
+    return _peft().get_peft_model_state_dict(backbone, save_embedding_layers=False)
+
+
+def _rows(token_ids: Sequence[int]) -> dict[str, list[int]] | None:
+    return {"embed_tokens": list(token_ids)} if len(token_ids) else None
+
+
+def _file(name_or_path: str | Path, name: str) -> Path | None:
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("LoRA adapters need peft; install the extra btok[peft]") from error
+    return peft
