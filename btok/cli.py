@@ -1,7 +1,8 @@
-"""A folder of your own becomes an index on disk and is searched.
+"""A folder of your own becomes an index on disk and is searched; adapters are merged.
 
     python -m btok encode CHECKPOINT FOLDER [--output INDEX]
     python -m btok search CHECKPOINT FOLDER "a red seven" [--top 5] [--picture hits.png]
+    python -m btok export CHECKPOINT OUT
 
 Images, pages as images, text files (.txt, .md; their first 8,192 characters) and, with the extra
 `video`, videos. Either command encodes what is new or changed and forgets what was deleted.
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from btok.adapters import export
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.evaluation import pictures
@@ -70,9 +72,25 @@ class Search(Encode):
     picture: Path | None = None
 
 
+@dataclass(frozen=True)
+class Export:
+    """Merge a checkpoint's LoRA adapters into a plain checkpoint, and compare the two.
+
+    Args:
+        checkpoint: a folder with adapters.
+        out: a new folder.
+        bound: what a component of an embedding may move by; by default 1e-5, or 2e-2 below fp32.
+    """
+
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    bound: float | None = None
+
+
 Command = (
     Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
 )
 
 
@@ -98,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(argv: list[str]) -> Encode:
+def parse(argv: list[str]) -> Encode | Export:
     """The command a command line describes; ValueError for an unknown or a missing part of it."""
     said = io.StringIO()
     try:
@@ -111,8 +129,12 @@ def parse(argv: list[str]) -> Encode:
         raise ValueError(" ".join(line.strip("─│╰╯ ") for line in lines)) from None
 
 
-def run(command: Encode) -> None:
-    """Bring the index up to date and, for a search, print what is nearest."""
+def run(command: Encode | Export) -> None:
+    """Bring the index up to date and, for a search, print what is nearest; or merge adapters."""
+    if isinstance(command, Export):
+        moved = export(command.checkpoint, command.out, command.bound)
+        print(f"{command.out}: merged; embeddings move by {moved:.1e} at most")
+        return
     query = Side()
     if isinstance(command, Search):
         if command.top < 1:

@@ -1,4 +1,4 @@
-"""`python -m btok encode | search`: what is indexed, what is found, what is encoded again."""
+"""`python -m btok encode | search | export`: what is indexed, found, encoded again, and merged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 from helpers import tiny_checkpoint
 from PIL import Image
 
+from btok.adapters import Lora
 from btok.cli import list_files, main
+from btok.model import BTokModel
 from btok.processing import Processor
 
 RNG = np.random.default_rng(0)
@@ -244,3 +246,16 @@ def test_as_a_command(checkpoint, folder):
     assert said.returncode == 0, said.stderr
     assert said.stdout.split()[::2] == ["1", "note.txt"]
     assert said.stderr.count("\n") == 1, said.stderr
+
+
+def test_export_merges_adapters(tmp_path, checkpoint, capsys):
+    pytest.importorskip("peft")
+    lora = Lora(rank=2, alpha=4, dropout=0.0)
+    BTokModel.from_pretrained(checkpoint, lora=lora).save_pretrained(tmp_path / "lora")
+    assert main(["export", str(tmp_path / "lora"), str(tmp_path / "out")]) == 0
+    assert "merged; embeddings move by" in capsys.readouterr().out
+    assert BTokModel.from_pretrained(tmp_path / "out").btok_token_ids
+    assert main(["export", str(tmp_path / "lora"), str(tmp_path / "out")]) == 2
+    assert "is not empty; name a new folder" in capsys.readouterr().err
+    assert main(["export", checkpoint, str(tmp_path / "other")]) == 2
+    assert "has no adapters" in capsys.readouterr().err
