@@ -65,3 +65,14 @@ def test_old_devices_are_told(monkeypatch, capability, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(launch.INSTALLED, "triton", True)
     assert launch.no_triton(torch.device("cuda"), torch.float16) == reason
+
+
+def test_auto_takes_the_first_that_can_run():
+    order = ("triton", "sdpa")
+    reasons = {"triton": None, "sdpa": None, "reference": None}
+    assert launch.choose("op", "auto", reasons, order) == "triton"
+    reasons["triton"] = "no kernel for torch.float64"
+    assert launch.choose("op", "auto", reasons, order) == "sdpa"
+    assert launch.choose("op", "reference", reasons, order) == "reference"
+    with pytest.raises(RuntimeError, match="op: impl='triton' cannot run: no kernel for torch"):
+        launch.choose("op", "triton", reasons, order)
