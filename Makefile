@@ -16,7 +16,7 @@ setup: .venv/ready
 	$(PYTHON) -m venv .venv
 	@echo "installing torch (the CPU build is 200 MB, PyPI's with CUDA several GB) ..."
 	$(BIN)/pip install --quiet torch==2.13.0
-	@echo "installing the rest (150 MB) ..."
+	@echo "installing the rest (250 MB) ..."
 	$(BIN)/python -c "import sys, importlib.util as u; \
 		sys.exit(sys.platform == 'linux' and not u.find_spec('triton'))" \
 		|| $(BIN)/pip install --quiet triton==3.6.0
