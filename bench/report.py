@@ -64,13 +64,13 @@ def pocket_table(files: list[str]) -> str:
         raise ValueError("the runs were scored on different data")
     seeds = [f"seed {run['settings']['seed']}" for run in runs]
     lines = [["task", "metric", "chance", "floor", *seeds, "mean", "hard only"]]
+    table: list[list[float]] = []
     for name, row in runs[0]["tasks"].items():
         scores = [run["tasks"][name]["score"] for run in runs]
         hard = [run["tasks"][name]["hard_only"] for run in runs]
-        numbers = [row["chance"], row["floor"], *scores, np.mean(scores), np.mean(hard)]
-        lines.append([name, row["metric"], *(f"{x:.1f}" for x in numbers)])
-    columns = zip(*(line[2:] for line in lines[1:]), strict=True)
-    means = [f"**{np.mean([float(x) for x in column]):.1f}**" for column in columns]
+        table.append([row["chance"], row["floor"], *scores, np.mean(scores), np.mean(hard)])
+        lines.append([name, row["metric"], *(f"{x:.1f}" for x in table[-1])])
+    means = [f"**{x:.1f}**" for x in np.mean(table, axis=0)]
     lines.insert(1, ["--"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, ["**mean**", "", *means]])
 
