@@ -69,12 +69,12 @@ def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray]
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            length = (stream.duration or 0) * float(stream.time_base or 0)
-            length = length or (container.duration or 0) / 1_000_000
-            start = (stream.start_time or 0) * float(stream.time_base)
+            tick = float(stream.time_base or 1e-6)  # seconds
+            length = (stream.duration or 0) * tick or (container.duration or 0) / 1_000_000
+            start = (stream.start_time or 0) * tick
             for i in range(frames):
                 until = start + length * (i + 0.5) / frames
-                container.seek(int(until / stream.time_base), stream=stream)  # a key frame before
+                container.seek(int(until / tick), stream=stream)  # a key frame before
                 shown = None
                 for frame in container.decode(stream):
                     if shown is not None and frame.time is not None and frame.time > until:
