@@ -8,7 +8,8 @@ for M rows, N of them on this rank, each with its key and h negatives. The N x M
 materialised, nor a graph through them: memory is a few tiles of them plus O((N + M) D). Steps:
 
     1. agree with the other ranks on shapes and options, so that a mistake raises on all of them
-    2. gather keys, negatives and ids in one collective, padded to the largest rank on the way
+    2. gather keys, negatives and ids in one collective, padded to the largest rank on the way; on
+       CUDA each rank's are a broadcast of their own, worked on while the next is under way
     3. bidirectional: sweep the row tiles for each column's log-sum-exp, combine these over ranks
     4. sweep the row tiles for the loss and d logits, which go at once into d query (complete),
        d candidates (this rank's part) and d tau
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -103,6 +105,39 @@ def join(shards: list[Tensor]) -> Tensor:
     return shards[0] if len(shards) == 1 else torch.cat(shards)
 
 
+def _overlaps(device: torch.device) -> bool:
+    """Whether kernels run while collectives do."""
+    return device.type == "cuda"
+
+
+def _sizes(parts: Sequence[Tensor], rows: int) -> list[int]:
+    """Bytes that so many rows of each part take in a message, in 16s as the kernels like them."""
+    return [-(-rows * part.shape[1:].numel() * part.itemsize // 16) * 16 for part in parts]
+
+
+def _joint(parts: Sequence[Tensor], rows: int) -> Tensor:
+    """One message, uint8, of all parts, padded to so many rows of each."""
+    sizes = _sizes(parts, rows)
+    message = torch.zeros(sum(sizes), dtype=torch.uint8, device=parts[0].device)
+    for part, section in zip(parts, message.split(sizes), strict=True):
+        section[: part.nbytes] = part.contiguous().flatten().view(torch.uint8)
+    return message
+
+
+def _disjoint(message: Tensor, parts: Sequence[Tensor], rows: int, padded: int) -> list[Tensor]:
+    """The parts, like `parts` but of `rows` rows, that lie in a message."""
+    found = []
+    for part, section in zip(parts, message.split(_sizes(parts, padded)), strict=True):
+        data = section[: rows * part.shape[1:].numel() * part.itemsize]
+        found.append(data.view(part.dtype).view(rows, *part.shape[1:]))
+    return found
+
+
+def _by_part(shards: list[list[Tensor]]) -> list[list[Tensor]]:
+    """A list per rank becomes one per part."""
+    return [list(part) for part in zip(*shards, strict=True)]
+
+
 class _Ranks(NamedTuple):
     """How the M rows lie on the ranks: rank 0's first, then rank 1's, and so on."""
 
@@ -123,19 +158,36 @@ class _Ranks(NamedTuple):
         """Each part's [N, ...] of every rank, where the one collective for all parts left them."""
         if len(self.rows) == 1:
             return [[part] for part in parts]
-        row_sizes = [part.shape[1:].numel() * part.itemsize for part in parts]
-        # padded to the largest rank, as gloo refuses uneven shapes, and to 16 bytes for the kernels
-        sizes = [-(-max(self.rows) * size // 16) * 16 for size in row_sizes]
-        sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=parts[0].device)
-        for part, section in zip(parts, sent.split(sizes), strict=True):
-            section[: part.nbytes] = part.contiguous().flatten().view(torch.uint8)
-        received = [[*other.split(sizes)] for other in self.exchange(sent)]
+        received = self.exchange(_joint(parts, max(self.rows)))  # gloo refuses uneven shapes
+        pairs = zip(received, self.rows, strict=True)
+        return _by_part([_disjoint(data, parts, rows, max(self.rows)) for data, rows in pairs])
 
-        def shard(rank: int, i: int) -> Tensor:
-            data = received[rank][i][: self.rows[rank] * row_sizes[i]]
-            return data.view(parts[i].dtype).view(self.rows[rank], *parts[i].shape[1:])
+    def arriving(self, *parts: Tensor) -> tuple[list[list[Tensor]], Iterator[int]]:
+        """The shards, maybe not there yet, and the ranks as theirs are, this one first.
 
-        return [[shard(rank, i) for rank in range(len(self.rows))] for i in range(len(parts))]
+        Where the device works on while data come, each rank's shards are a broadcast of their own,
+        on the streams of the process group; the iterator makes the current stream wait for one.
+        """
+        if len(self.rows) == 1 or not _overlaps(parts[0].device):
+            return self.shards(*parts), iter(range(len(self.rows)))
+        me = dist.get_rank(self.group)
+        sizes = [sum(_sizes(parts, rows)) for rows in self.rows]
+        received = [torch.empty(n, dtype=torch.uint8, device=parts[0].device) for n in sizes]
+        received[me] = _joint(parts, self.rows[me])
+        sent = [
+            dist.broadcast(message, group=self.group, group_src=rank, async_op=True)
+            for rank, message in enumerate(received)
+        ]
+
+        def arrivals() -> Iterator[int]:
+            yield me
+            for rank, work in enumerate(sent):
+                work.wait()
+                if rank != me:
+                    yield rank
+
+        pairs = zip(received, self.rows, strict=True)
+        return _by_part([_disjoint(data, parts, rows, rows) for data, rows in pairs]), arrivals()
 
     def gather(self, part: Tensor) -> Tensor:
         """[N, ...] on each rank -> [M, ...] on all."""

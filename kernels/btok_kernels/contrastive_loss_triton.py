@@ -19,12 +19,14 @@ one launch at a time, launches follow in order: no atomics, the same bits on eve
 
 The recompute kernels read candidates where the gather left them, through a table with one line per
 column tile: where the tile begins (in elements from the first shard), the elements from row to row,
-its first column, its number of columns. A tile never straddles two shards.
+its first column, its number of columns. A tile never straddles two shards: the first sweep of either
+way takes the shards one by one, as they arrive.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -321,6 +323,7 @@ class _Problem(NamedTuple):
     negatives: list[Tensor]  # [m h, D] of each rank
     positives: Tensor  # [M], fp32
     key_ids: Tensor | None  # [M]
+    landing: Iterator[tuple[int, slice]]  # ranks and their keys, as the four above are there
     scale: Tensor  # [1], fp32: 1 / tau
     columns: int  # M + M h
     gain: float  # of stored d logits, so that small ones do not underflow in fp16
@@ -366,21 +369,29 @@ def _rows(p: _Problem, with_grad: bool, chunk: int) -> list[Tensor]:
     """loss, d scale, d query and d candidates: `chunk` rows against all columns at a time."""
     query, is_bidirectional = p.query, p.call.bidirectional
     of_keys, of_negatives = slice(0, len(p.positives)), slice(len(p.positives), p.columns)
-    parts = [(join(p.keys), of_keys)]  # one copy of them costs less than products shard by shard
-    if p.negatives:
-        parts.append((join(p.negatives), of_negatives))
-    chunks = _spans(len(query), chunk)
+    shards = [(p.keys, of_keys)] + [(p.negatives, of_negatives)] * bool(p.negatives)
+    chunks = _spans(len(query), chunk) or [slice(0, 0)]
     products = p.positives.new_empty(min(chunk, len(query)), p.columns)
     rounded = with_grad and query.dtype != torch.float32
     d_logits = torch.empty_like(products, dtype=query.dtype) if rounded else products
     row_lse = p.positives.new_empty(len(query))
     d_scale = torch.empty_like(row_lse)
     column_lse = torch.full_like(p.positives, -torch.inf)
+    first = chunks[0 if is_bidirectional else -1]
+    ready = 1 if is_bidirectional else 2  # of keys and negatives: those the first sweep multiplies
+    for rank, _ in p.landing:
+        for of_ranks, columns in shards[:ready]:
+            begin = columns.start + sum(map(len, of_ranks[:rank]))
+            s = products[: first.stop - first.start, begin : begin + len(of_ranks[rank])]
+            _add_product(s, query[first], of_ranks[rank].T, beta=0)
+    # of what comes again, one copy costs less than products shard by shard
+    parts = [(join(of_ranks), columns) for of_ranks, columns in shards]
     if is_bidirectional:
         meta = p.config("columns")
         for rows in chunks:
             s = products[: rows.stop - rows.start, of_keys]
-            _add_product(s, query[rows], parts[0][0].T, beta=0)
+            if rows is not first:
+                _add_product(s, query[rows], parts[0][0].T, beta=0)
             grid = triton.cdiv(s.shape[1], meta["BLOCK_M"]), triton.cdiv(len(s), meta["BLOCK_N"])
             partial = column_lse.new_empty(grid[1], s.shape[1])
             arguments = p.arguments(rows) | {"S": s, "COLUMN_LSE": partial}
@@ -391,8 +402,7 @@ def _rows(p: _Problem, with_grad: bool, chunk: int) -> list[Tensor]:
     meta = p.config("rows")
     for rows in reversed(chunks):
         s, d = (x[: rows.stop - rows.start] for x in (products, d_logits))
-        ready = is_bidirectional and rows == chunks[-1]  # the products with keys are still there
-        for matrix, columns in parts[ready:]:
+        for matrix, columns in parts[ready:] if rows is chunks[-1] else parts:
             _add_product(s[:, columns], query[rows], matrix.T, beta=0)
         _rows_kernel[(triton.cdiv(len(s), meta["BLOCK_N"]),)](
             S=s, COLUMN_LSE=column_lse, ROW_LSE=row_lse[rows], D_SCALE=d_scale[rows], D_LOGITS=d,
@@ -409,49 +419,58 @@ def _rows(p: _Problem, with_grad: bool, chunk: int) -> list[Tensor]:
     return [loss, d_scale.sum(), d_query.mul_(factor), d_candidates.mul_(factor)]
 
 
-def _table(p: _Problem, width: int) -> tuple[Tensor, Tensor, int]:
-    """The first shard, the table of column tiles [tiles, 4], what its first two columns divide by.
+def _table(p: _Problem, width: int) -> tuple[Tensor, Tensor, list[int], int]:
+    """The first shard, the table of column tiles [tiles, 4], lines per rank, their alignment.
 
     Offsets are from the first shard: its type and alignment are then those of a plain argument.
+    What the first two numbers of all lines divide by is the alignment.
     """
-    shards = [shard for shard in (*p.keys, *p.negatives) if len(shard)]
-    base, size = shards[0], p.query.element_size()
+    base, size = next(shard for shard in p.keys if len(shard)), p.query.element_size()
     lines: list[tuple[int, int, int, int]] = []
-    first = 0
-    for shard in shards:
-        begin, stride = (shard.data_ptr() - base.data_ptr()) // size, shard.stride(0)
-        for tile in _spans(len(shard), width):
-            at = begin + tile.start * stride
-            lines.append((at, stride, first + tile.start, tile.stop - tile.start))
-        first += len(shard)
+    counts = []
+    firsts = [0, len(p.positives)]  # columns: of the next keys, of the next negatives
+    for shards in zip(p.keys, *([p.negatives] if p.negatives else []), strict=True):
+        before = len(lines)
+        for i, shard in enumerate(shards):
+            begin, stride = (shard.data_ptr() - base.data_ptr()) // size, shard.stride(0)
+            for tile in _spans(len(shard), width):
+                at = begin + tile.start * stride
+                lines.append((at, stride, firsts[i] + tile.start, tile.stop - tile.start))
+            firsts[i] += len(shard)
+        counts.append(len(lines) - before)
     aligned = math.gcd(16 // size, *(n for line in lines for n in line[:2]))
-    return base, torch.tensor(lines, dtype=torch.int64, device=base.device), aligned
+    return base, torch.tensor(lines, dtype=torch.int64, device=base.device), counts, aligned
 
 
 def _recompute(p: _Problem, with_grad: bool) -> list[Tensor]:
     """loss, d scale, d query and d candidates: scores by tiles, d logits by panels."""
     query, dim, is_bidirectional = p.query, p.query.shape[1], p.call.bidirectional
     meta = p.config("sums")
-    base, table, aligned = _table(p, meta["BLOCK_M"])
+    base, table, counts, aligned = _table(p, meta["BLOCK_M"])
     panels = _spans(len(query), launch.CONTRASTIVE_PANEL)
-    row_lse = p.positives.new_empty(len(query))
+    row_lse = p.positives.new_full((len(query),), -torch.inf)
     column_lse = torch.full_like(p.positives, -torch.inf)
 
     def arguments(rows: slice) -> dict[str, Any]:
         tiles = {"K": base, "ALIGNED": aligned, "D": dim, "IS_BIDIRECTIONAL": is_bidirectional}
         return {"Q": query[rows], "stride_q": query.stride(0), **tiles, **p.arguments(rows)}
 
-    for rows in panels:
-        count = rows.stop - rows.start
-        grid = triton.cdiv(count, meta["BLOCK_N"]), len(table)
-        row_partial = row_lse.new_empty(len(table), count)
-        column_partial = row_lse.new_empty(grid[0] * is_bidirectional, len(column_lse))
-        _sums_kernel[grid](
-            TABLE=table, ROW_LSE=row_partial, COLUMN_LSE=column_partial, **arguments(rows), **meta
-        )
-        row_lse[rows] = row_partial.logsumexp(0)
-        if is_bidirectional:
-            column_lse = torch.logaddexp(column_lse, column_partial.logsumexp(0))
+    of_rank = table.split(counts)
+    for rank, keys in p.landing:
+        lines = of_rank[rank]
+        for rows in panels if len(lines) else []:
+            count = rows.stop - rows.start
+            grid = triton.cdiv(count, meta["BLOCK_N"]), len(lines)
+            row_partial = row_lse.new_empty(len(lines), count)
+            column_partial = row_lse.new_empty(grid[0] * is_bidirectional, len(column_lse))
+            _sums_kernel[grid](
+                TABLE=lines, ROW_LSE=row_partial, COLUMN_LSE=column_partial,
+                **arguments(rows), **meta,
+            )  # fmt: skip
+            row_lse[rows] = torch.logaddexp(row_lse[rows], row_partial.logsumexp(0))
+            if is_bidirectional:
+                sums = column_partial[:, keys].logsumexp(0)
+                column_lse[keys] = torch.logaddexp(column_lse[keys], sums)
     if is_bidirectional:
         column_lse = p.ranks.logsumexp(column_lse)
     loss = row_lse.sum() + (column_lse[p.ranks.own].sum() if is_bidirectional else 0)
@@ -497,21 +516,35 @@ def _positives(query: Tensor, key: Tensor) -> Tensor:
 def fused(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
     """The loss and, if wanted, its gradients, all in fp32, as the other paths give them."""
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key))
-    parts = [key, _positives(query, key)]
+    own_positives = _positives(query, key)
+    parts = [key, own_positives]
     if call.key_ids is not None:
         parts.append(call.key_ids.contiguous())
     if call.negatives is not None:
         parts.append(call.negatives.contiguous())
-    keys, positives, *rest = ranks.shards(*parts)
+    (keys, of_positives, *rest), arrivals = ranks.arriving(*parts)
     negatives = [shard.flatten(0, 1) for shard in rest.pop()] if call.negatives is not None else []
+    positives = torch.empty(sum(map(len, keys)), device=query.device)
+    positives[ranks.own] = own_positives  # every row needs its own, whichever shard comes first
+    key_ids = torch.empty_like(positives, dtype=torch.int64) if rest else None
+
+    def landing() -> Iterator[tuple[int, slice]]:
+        for rank in arrivals:
+            begin = sum(map(len, keys[:rank]))
+            own = slice(begin, begin + len(keys[rank]))
+            positives[own] = of_positives[rank]
+            if key_ids is not None:
+                key_ids[own] = rest[0][rank]
+            yield rank, own
+
     tau = torch.as_tensor(call.temperature, dtype=torch.float32, device=query.device)
     share = ranks.weight / (2 if call.bidirectional else 1)
     gain = 2.0**14 if query.dtype == torch.float16 else 1.0  # |d logits| <= 2: no overflow
     columns = sum(len(shard) for shard in (*keys, *negatives))
     ids = None if call.query_ids is None else call.query_ids.contiguous()
     problem = _Problem(
-        call._replace(query_ids=ids), ranks, query, keys, negatives, join(positives),
-        join(rest[0]) if rest else None, 1 / tau.reshape(1), columns, gain, share / gain,
+        call._replace(query_ids=ids), ranks, query, keys, negatives, positives, key_ids, landing(),
+        1 / tau.reshape(1), columns, gain, share / gain,
     )  # fmt: skip
     chunk = launch.contrastive_chunk(len(query), columns, query.dtype)
     with launch.on(query.device):

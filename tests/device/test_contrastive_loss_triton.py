@@ -79,10 +79,11 @@ class Guarded(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.buffers, self.largest = [], 0
+        self.buffers, self.largest, self.ran = [], 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.ran.append(func.name())
         if isinstance(out, torch.Tensor) and out.is_floating_point():
             self.largest = max(self.largest, out.numel())
         name = func.name().split(".")[0]
@@ -216,35 +217,50 @@ def test_offsets_beyond_32_bits(way):
 
 
 class Split(_Ranks):
-    """One process whose keys lie in shards, as if they came from ranks of `sizes` rows."""
+    """One process whose keys lie in shards, as if they came from ranks of `sizes` rows.
+
+    They are NaN until they arrive. After each arrival `seen` notes it among what ran.
+    """
 
     sizes = (5, 0, 17, 1, 14)
+    order = (2, 0, 4, 1, 3)
+    seen = None
 
-    def shards(self, *parts):
+    def arriving(self, *parts):
         rng = random.Random(0)
-        return [[self.elsewhere(x, rng) for x in part.split(self.sizes)] for part in parts]
+        sent = [part.split(self.sizes) for part in parts]
+        shards = [[self.elsewhere(x, rng) for x in of_part] for of_part in sent]
+
+        def arrivals():
+            for rank in self.order:
+                for x, shard in zip(sent, shards, strict=True):
+                    shard[rank].copy_(x[rank])
+                Split.seen.append("arrived")
+                yield rank
+
+        return shards, arrivals()
 
     @staticmethod
     def elsewhere(x, rng):
-        """A copy in its own memory, rows apart and at an odd offset where it is a matrix."""
+        """Room for it in its own memory, rows apart and at an odd offset where it is a matrix."""
         if x.ndim != 2:
-            return x.clone()
+            return torch.full_like(x, math.nan if x.is_floating_point() else -1)
         rows, dim = x.shape
         room = torch.full(
             (rows, dim + rng.randrange(1, 9)), math.nan, dtype=x.dtype, device=x.device
         )
-        place = room[:, room.shape[1] - dim :]
-        return place.copy_(x)
+        return room[:, room.shape[1] - dim :]
 
 
 @pytest.mark.parametrize("name", ["plain", "negatives", "ids", "everything"])
-def test_shards_are_read_where_they_lie(name, way):
+def test_shards_are_read_where_they_lie_as_they_arrive(name, way):
     from btok_kernels.contrastive_loss_triton import fused
 
     arguments = make(37, dim=20, dtype=torch.float32, **OPTIONS[name])
     want, want_grads = truth(arguments)
     call = _Call(**{k: x.to(DEVICE) if torch.is_tensor(x) else x for k, x in arguments.items()})
-    with torch.no_grad(), guarded():
+    with torch.no_grad(), guarded() as mode:
+        Split.seen = mode.ran
         loss, *grads = fused(call, Split(None, [37], slice(0, 37), 1 / 37), True)
     grads = [
         g.cpu().reshape(arguments[k].shape)
@@ -253,6 +269,12 @@ def test_shards_are_read_where_they_lie(name, way):
     ]
     assert abs(loss - want) < LOSS_BOUND * max(1, want)
     assert gap(grads, want_grads) < 5e-6
+    # work is under way for one shard when the next comes
+    marks = [i for i, ran in enumerate(mode.ran) if ran == "arrived"]
+    assert len(marks) == len(Split.sizes)
+    for rank, begin, end in zip(Split.order, marks, marks[1:], strict=False):
+        worked = {"aten::addmm.out", "aten::logaddexp"} & set(mode.ran[begin:end])
+        assert worked or not Split.sizes[rank], rank
 
 
 def test_memory_does_not_grow_with_the_logits(monkeypatch):
@@ -362,18 +384,21 @@ def test_random_shapes(seed, monkeypatch):
 
 SPLITS = {1: [[6]], 2: [[5, 2], [0, 6]], 4: [[2, 2, 2, 2], [3, 0, 5, 1]]}
 RANK_CASES = {
-    f"{name}, {way}{', shared tower' * shared}": (OPTIONS[name], way, shared)
-    for way, shared, names in (
-        ("recompute", False, OPTIONS),
-        ("rows by 5", False, ["plain", "everything"]),
-        ("recompute", True, ["everything"]),
+    f"{name}, {way}{', shared tower' * shared}{', overlapped' * overlaps}": case
+    for way, shared, overlaps, names in (
+        ("recompute", False, False, OPTIONS),
+        ("rows by 5", False, False, ["plain", "everything"]),
+        ("recompute", True, False, ["everything"]),
+        ("recompute", False, True, ["plain", "negatives", "everything"]),
+        ("rows by 5", False, True, ["negatives", "everything"]),
     )
     for name in names
+    for case in [(OPTIONS[name], way, shared, overlaps)]
 }
 
 
 def towers(loss_of, name, total, own=slice(None), precision=torch.float32):
-    options, _, shared = RANK_CASES[name]
+    options, _, shared, _ = RANK_CASES[name]
     case = (options, torch.float32, None, shared)
     return through_towers(loss_of, case, total, own, precision)
 
@@ -403,8 +428,9 @@ def run_rank(rank, world, folder):
     with gloo(folder, rank, world), pytest.MonkeyPatch.context() as patch:
         for rows in SPLITS[world]:
             own = own_rows(rows, rank)
-            for name, (_, way, _) in RANK_CASES.items():
+            for name, (_, way, _, overlaps) in RANK_CASES.items():
                 take(patch, way)
+                patch.setattr(module, "_overlaps", lambda _, overlaps=overlaps: overlaps)
                 loss, grads = towers(
                     lambda **a: contrastive_loss(**a, impl="triton"), name, sum(rows), own
                 )
