@@ -271,7 +271,7 @@ def run_once(layout: CondensedLayout) -> None:
 
 def contrastive(report: Report) -> None:
     arguments = ("-m", "pytest", "bench/bench_contrastive_loss.py", "--benchmark-only", "-q")
-    for rows in (1 << n for n in range(12, 18)):
+    for rows in (1 << n for n in range(12, 19)):
         result = f"--benchmark-json={report.out.resolve()}/contrastive-{rows}.json"
         command(report, f"{rows} rows", sys.executable, *arguments, result, "-k", str(rows))
 

@@ -19,8 +19,8 @@ one launch at a time, launches follow in order: no atomics, the same bits on eve
 
 The recompute kernels read candidates where the gather left them, through a table with one line per
 column tile: where the tile begins (in elements from the first shard), the elements from row to row,
-its first column, its number of columns. A tile never straddles two shards: the first sweep of either
-way takes the shards one by one, as they arrive.
+its first column, its number of columns. A tile never straddles two shards: the first sweep, of
+either way, takes the shards one by one, as they arrive.
 """
 
 from __future__ import annotations

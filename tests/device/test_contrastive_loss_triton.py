@@ -179,6 +179,16 @@ def test_constant_embeddings_give_log_m(dtype, sign, way):
         assert abs(triton(**arguments, negatives=negatives) - math.log(30)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_one_dimension(name, dtype, way):
+    """Of lengths apart: between unit vectors, all +1 or -1, most gradients cancel."""
+    arguments = make(21, dim=1, dtype=dtype, tau=0.5, **OPTIONS[name])
+    arguments["query"] = (arguments["query"] * torch.linspace(0.2, 2, 21)[:, None]).to(dtype)
+    arguments["key"] = (arguments["key"] * torch.linspace(1.5, 0.3, 21)[:, None]).to(dtype)
+    check(arguments)
+
+
 def test_small_half_gradients_do_not_underflow(way):
     """With many candidates alike, d logits are below the normal fp16 numbers."""
     arguments = make(40, dtype=torch.float16, tau=0.06)
