@@ -29,10 +29,11 @@ from safetensors.torch import load_file
 
 from btok.model import BTokModel
 from train import checkpoint
-from train.loop import make_optimizers, train_step
+from train.loop import make_optimizers
 from train.main import main
 from train.recipes import RECIPES, Recipe
 from train.sampler import step_pairs
+from train.step import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)

@@ -31,8 +31,9 @@ from btok.evaluation import pictures, runner
 from btok.model import BTokModel
 from btok.processing import Processor
 from train import checkpoint
-from train.loop import Stop, rank, sharded_encode, train, world
+from train.loop import Stop, sharded_encode, train
 from train.recipes import RECIPES, Recipe, build
+from train.step import rank, world
 
 SHEETS = ("I-RET", "V-RET", "VisDoc")  # tasks with pictures to find: image, video, page
 
