@@ -68,7 +68,8 @@ def chunked_torch(query: Tensor, key: Tensor) -> Tensor:
 
 @both
 def linear_cross_entropy(query: Tensor, key: Tensor) -> Tensor:
-    return F.linear_cross_entropy(query / TAU, key, labels(query))
+    options = torch.nn.LinearCrossEntropyOptions()  # without any, all logits are held
+    return F.linear_cross_entropy(query / TAU, key, labels(query), options=options)
 
 
 @both
