@@ -7,7 +7,6 @@ its K rows included where it shares the matrix. Saved are `adapter_model.safeten
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from btok.packing import pack
+from btok.files import find, read_json
 from btok.tokens import add_to_embeddings
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -72,9 +71,9 @@ def base_of(name_or_path: str | Path) -> str | None:
     Raises:
         ValueError: a base model's folder that is not there any more.
     """
-    if (file := _file(name_or_path, CONFIG_NAME)) is None:
+    if not (config := read_json(name_or_path, CONFIG_NAME)):
         return None
-    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    base = config.get("base_model_name_or_path")
     if base is None or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ValueError(
             f"BTokModel: {name_or_path} has adapters of {base}, which is not there; write where it "
@@ -102,7 +101,7 @@ def load(backbone: Any, name_or_path: str | Path, token_ids: Sequence[int]) -> N
     """
     from safetensors.torch import load_file
 
-    file, weights = (_file(name_or_path, name) for name in (CONFIG_NAME, WEIGHTS_NAME))
+    file, weights = (find(name_or_path, name) for name in (CONFIG_NAME, WEIGHTS_NAME))
     if file is None or weights is None:
         raise ValueError(f"BTokModel: {name_or_path} has no {WEIGHTS_NAME} or no {CONFIG_NAME}")
     config = _peft().LoraConfig.from_pretrained(str(file.parent))
@@ -170,13 +169,7 @@ def export(folder: str | Path, out: str | Path, bound: float | None = None) -> f
     special = {value for name, value in vars(config).items() if name.endswith("_token_id")}
     plain = [i for i in range(min(1000, config.get_text_config().vocab_size)) if i not in special]
     rng = random.Random(0)
-    batch = pack(
-        [({"input_ids": rng.choices(plain, k=length)}, None) for length in (1, 7, 64, 200)],
-        btok_token_ids=model.btok_token_ids,
-        prefix_ids=(),
-        suffix_ids=(),
-        backbone_config=config,
-    )
+    batch = model.pack([{"input_ids": rng.choices(plain, k=n)} for n in (1, 7, 64, 200)])
     with torch.no_grad():
         before = model(batch).embeddings
         merge(model.backbone)
@@ -212,13 +205,6 @@ def _state(backbone: Any) -> dict[str, torch.Tensor]:
 
 def _rows(token_ids: Sequence[int]) -> dict[str, list[int]] | None:
     return {"embed_tokens": list(token_ids)} if len(token_ids) else None
-
-
-def _file(name_or_path: str | Path, name: str) -> Path | None:
-    from transformers.utils.hub import cached_file
-
-    found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None
 
 
 def _peft() -> Any:

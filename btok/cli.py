@@ -5,7 +5,8 @@
     python -m btok export CHECKPOINT OUT
 
 Images, pages as images, text files (.txt, .md; their first 8,192 characters) and, with the extra
-`video`, videos. Either command encodes what is new or changed and forgets what was deleted.
+`video`, videos. Either command encodes what is new or changed, though not what only has another
+name, and forgets what was deleted.
 `torchrun -m btok encode ...` shares the work among processes.
 """
 
@@ -16,7 +17,8 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,12 +48,14 @@ class Encode:
         checkpoint: a folder with a model and its tokenizer, or a hub id.
         folder: what to index; hidden files and symbolic links are passed over.
         output: the index's folder; FOLDER/.btok by default.
+        instruction: put before the text of every file; an index is of one instruction.
         batch_tokens: tokens per packed row.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     output: Path | None = None
+    instruction: str = ""
     batch_tokens: int = 16384
 
 
@@ -62,12 +66,14 @@ class Search(Encode):
     Args:
         query: the words.
         image: the image.
+        query_instruction: put before the query's words.
         top: how many files to show.
         picture: draw them into this file (needs the extra `demo`).
     """
 
     query: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="QUERY")] = ""
     image: Path | None = None
+    query_instruction: str = ""
     top: int = 5
     picture: Path | None = None
 
@@ -151,9 +157,10 @@ def run(command: Encode | Export) -> None:
     if not paths:
         raise ValueError(f"folder {command.folder} has no file ending in {' '.join(KINDS)}")
     encoder = load(command.checkpoint)
-    store = update(encoder, root, paths, command.output or root / ".btok", command.batch_tokens)
+    index = command.output or root / ".btok"
+    store = update(encoder, root, paths, index, command.instruction, command.batch_tokens)
     if isinstance(command, Search) and ranks()[0] == 0:
-        vectors = encoder.encode([query], show_progress=False)
+        vectors = encoder.encode([query], command.query_instruction, show_progress=False)
         (found,) = store.search(vectors, command.top)
         hits = [(score, store.items[row]["path"]) for score, row in found]
         for place, (score, path) in enumerate(hits, 1):
@@ -188,37 +195,59 @@ def load(checkpoint: str) -> BTokEncoder:
 
 
 def update(
-    encoder: BTokEncoder, root: Path, paths: Sequence[str], index: Path, batch_tokens: int
+    encoder: BTokEncoder,
+    root: Path,
+    paths: Sequence[str],
+    index: Path,
+    instruction: str,
+    batch_tokens: int,
 ) -> Store:
     """Make the index hold just these files of a folder, and say what was done."""
-    old = {item["path"]: item for item in encoder.open_store(index).items}
-    items = [describe(root, path, old.get(path)) for path in paths]
+    old = {item["path"]: item for item in encoder.open_store(index, instruction).items}
+    items = describe(root, paths, old)
     inputs = [root / path for path in paths]
-    store = encoder.encode_to(index, inputs, items, batch_tokens=batch_tokens)
-    ids, unreadable = {item["id"] for item in old.values()}, store.meta["unreadable"]
+    store = encoder.encode_to(index, inputs, items, instruction, batch_tokens)
+    now, unreadable = {item["id"] for item in store.items}, store.meta["unreadable"]
     if ranks()[0] == 0:
-        new = sum(item["id"] not in ids for item in store.items)
-        said = f"{len(store.items)} files, {new} of them new or changed"
-        said += f", {len(old.keys() - set(paths))} gone, {len(unreadable)} unreadable"
+        new = len(now - {item["id"] for item in old.values()})
+        gone = sum(old[path]["id"] not in now for path in old.keys() - set(paths))
+        said = f"{len(now)} files, {new} of them new or changed"
+        said += f", {gone} gone, {len(unreadable)} unreadable"
         print(f"{index}: {said}", file=sys.stderr)
         for name, why in list(unreadable.items())[:SHOWN]:
-            print(_printable(f"  {name.rpartition('@')[0]}: {why}"), file=sys.stderr)
+            print(_printable(f"  {name}: {why}"), file=sys.stderr)
         if len(unreadable) > SHOWN:
             print(f"  ... and the rest in {index / 'meta.json'}", file=sys.stderr)
     return store
 
 
-def describe(root: Path, path: str, old: dict[str, Any] | None) -> dict[str, Any]:
-    """A file as an item; its content is looked at where its size or time is not the old one's."""
-    try:
-        stat = (root / path).stat()
-        item = {"path": path, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        if old is not None and item.items() <= old.items():
-            return old
-        with open(root / path, "rb") as file:
-            return {"id": f"{path}@{hashlib.file_digest(file, 'sha256').hexdigest()}", **item}
-    except OSError:  # the encoder will say what is wrong
-        return {"id": f"{path}@", "path": path}
+def describe(
+    root: Path, paths: Sequence[str], old: Mapping[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Files as items; a content is looked at where size or time are not those of the old item.
+
+    An id is the content, the ending that says how to read it, and which file of these it is: the
+    same after a file was renamed.
+    """
+    items: list[dict[str, Any]] = []
+    count: Counter[str] = Counter()
+    for path in paths:
+        item: dict[str, Any] = {"path": path}
+        try:
+            stat = (root / path).stat()
+            item |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            known = old.get(path, {})
+            if item.items() <= known.items():
+                content = known["id"].rpartition("-")[0]
+            else:
+                with open(root / path, "rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                content += Path(path).suffix.lower()
+        except OSError:  # the encoder will say what is wrong
+            content = path
+        count[content] += 1
+        items.append({"id": f"{content}-{count[content]}", **item})
+    return items
 
 
 def draw(query: Side, root: Path, hits: Sequence[tuple[float, str]], path: Path) -> None:

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from btok.files import find
 from btok.inputs import as_side, estimate_tokens, with_frames
-from btok.model import BTokModel
-from btok.packing import PackedBatch, pack
+from btok.model import CONFIG_NAME, BTokModel
+from btok.packing import PackedBatch
 from btok.processing import Processor
 from btok.store import PART, Store, model_digest, ranks
 
@@ -32,6 +33,9 @@ AHEAD = 3  # batches prepared before the model asks for them
 
 class BTokEncoder:
     """A model and the processor of the same checkpoint.
+
+    What else is encoded, and in which order, moves no component of an fp32 model's vector by more
+    than 1e-6; of a bf16 one's by more than 2e-2, the rounding that its vectors have anyway.
 
     Args:
         model, processor: as their `from_pretrained` gives them.
@@ -45,13 +49,23 @@ class BTokEncoder:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> BTokEncoder:
-        """Load model (settings as it takes them) and processor of a folder or a hub id."""
-        from transformers.utils.hub import cached_file
+        """Load model (settings as it takes them) and processor of a folder or a hub id.
 
+        Raises:
+            ValueError: a checkpoint never saved by us, unless `num_btoks` says how to embed with
+                it: what it would get is untrained; what `BTokModel.from_pretrained` refuses.
+        """
+        found = find(name_or_path, "config.json")
+        ours = find(name_or_path, CONFIG_NAME) is not None
+        if found and not ours and settings.get("num_btoks") is None:
+            raise ValueError(
+                f"BTokEncoder: {name_or_path} has no {CONFIG_NAME}, so its bottleneck tokens would "
+                "be untrained; train it first (train/main.py), or use num_btoks=0, pooling='last' "
+                "for a model that embeds without them"
+            )
         model = BTokModel.from_pretrained(name_or_path, **settings)
         processor = Processor.from_pretrained(name_or_path, len(model.btok_token_ids))
-        found = cached_file(name_or_path, "config.json")
-        return cls(model, processor, Path(found).parent if found else None)
+        return cls(model, processor, found.parent if found else None)
 
     def encode(
         self,
@@ -74,7 +88,7 @@ class BTokEncoder:
         Raises:
             ValueError, TypeError: no inputs, or one that cannot be read (the message tells which).
         """
-        if isinstance(inputs, str | Path):
+        if isinstance(inputs, str | bytes | Path):
             raise TypeError(
                 f"BTokEncoder.encode: inputs is one {type(inputs).__name__}, not a list"
             )
@@ -137,7 +151,7 @@ class BTokEncoder:
         settings: dict[str, Any] = {"instruction": instruction or "", "pooling": model.pooling}
         settings |= {"num_btoks": len(model.btok_token_ids), "dtype": str(model.backbone.dtype)}
         settings["vision_positions"] = model.vision_positions
-        for name in ("min_pixels", "max_pixels", "max_frame_pixels"):
+        for name in ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels"):
             settings[name] = getattr(self.processor, name)
         return Store.open(folder, self.digest, settings)
 
@@ -160,8 +174,8 @@ class BTokEncoder:
         """Make `folder` the store of exactly these inputs, in order; encode what it lacks.
 
         A killed call goes on where it was, to the same bytes. Inputs that cannot be read are left
-        out and named in the store's `meta["unreadable"]`. In a process group the ranks share the
-        work and the folder.
+        out and named in the store's `meta["unreadable"]`, by "path" where an item has one, else by
+        "id". In a process group the ranks share the work and the folder.
 
         Args:
             inputs, instruction, batch_tokens, show_progress: as `encode` takes them.
@@ -222,21 +236,12 @@ class BTokEncoder:
                     continue
                 length = len(sample["input_ids"]) + len(self.model.btok_token_ids)
                 if samples and tokens + length > budget:
-                    yield indices, self._pack(samples), broken
+                    yield indices, self.model.pack(samples), broken
                     indices, samples, broken, tokens = [], [], {}, 0
                 indices.append(i)
                 samples.append(sample)
                 tokens += length
-            yield indices, self._pack(samples) if samples else None, broken
-
-    def _pack(self, samples: Sequence[Mapping[str, Any]]) -> PackedBatch:
-        return pack(
-            [(sample, None) for sample in samples],
-            btok_token_ids=self.model.btok_token_ids,
-            prefix_ids=(),
-            suffix_ids=(),
-            backbone_config=self.model.backbone.config,
-        )
+            yield indices, self.model.pack(samples) if samples else None, broken
 
 
 def _ahead(batches: Iterator[_Batch]) -> Generator[_Batch, None, None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ def as_side(value: Any, instruction: str | None = None) -> Side:
 
     Args:
         value: a `Side`; a str, always a text; a `Path`, by its ending a text file (its first
-            8,192 characters), a video or an image; a PIL image or a uint8 array [height, width,
-            3]; or a list of images.
+            8,192 characters), a video or an image; an image as bytes of a file, a PIL image or a
+            uint8 array [height, width, 3]; or a list of images.
         instruction: put before the text, a space between the two unless it ends in white space.
 
     Raises:
@@ -107,9 +108,9 @@ def estimate_tokens(value: Any, processor: Any) -> int:
 def _pixels(image: Any) -> int:
     if isinstance(image, np.ndarray):
         return image.shape[0] * image.shape[1]
-    if isinstance(image, str | Path):
+    if isinstance(image, str | bytes | Path):
         from PIL import Image
 
-        with Image.open(image) as opened:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return opened.width * opened.height
     return image.width * image.height

@@ -8,17 +8,20 @@ ntp    = mean over samples of the mean over its labels of -log softmax(lm_head(h
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from btok import adapters
+from btok.files import read_json
 from btok.last_layer import pooled_rows_only
-from btok.packing import TARGET_POSITIONS, PackedBatch
+from btok.packing import TARGET_POSITIONS, VISION_KEYS, PackedBatch, Pixels, pack
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
 from btok_kernels.condensed_attention import condensed_attention
 
@@ -36,6 +39,7 @@ ARCHITECTURES = {
 }
 CONFIG_NAME = "btok_config.json"
 FORMAT_VERSION = 1
+_LOGITS = 1 << 25  # of the generative loss, held at once: 128 MiB in fp32
 
 
 class BTokOutput(NamedTuple):
@@ -140,7 +144,6 @@ class BTokModel(nn.Module):
             ImportError: adapters without peft, which is the extra `btok[peft]`.
         """
         import transformers
-        from transformers.utils.hub import cached_file
 
         base = adapters.base_of(name_or_path)
         weights = name_or_path if base is None else base
@@ -152,8 +155,7 @@ class BTokModel(nn.Module):
         config, _ = transformers.PreTrainedConfig.get_config_dict(weights)
         kind = str(config.get("model_type"))  # no auto class: a checkpoint's own code stays out
         _one_of(f"the architecture of {weights}", kind, tuple(ARCHITECTURES))
-        found = cached_file(name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
-        saved = json.loads(Path(found).read_text()) if found else {}
+        saved = read_json(name_or_path, CONFIG_NAME)
         if base is not None and not saved:
             raise ValueError(f"BTokModel: {name_or_path} has adapters but no {CONFIG_NAME}")
         asked = {"format_version": FORMAT_VERSION, "architecture": kind, "num_btoks": num_btoks}
@@ -162,9 +164,11 @@ class BTokModel(nn.Module):
         for name, value in asked.items():
             had = saved.get(name, "mrope" if name == "vision_positions" else None)
             if saved and value is not None and value != had:
+                hints = {"format_version": "use the btok that wrote it"}
+                hints["architecture"] = f"its {CONFIG_NAME} is of another checkpoint"
                 raise ValueError(
                     f"BTokModel: {name} is {value!r}, but {name_or_path} was saved with {had!r}; "
-                    "ask for that or leave it out"
+                    + hints.get(name, "ask for that or leave it out")
                 )
         load = getattr(transformers, ARCHITECTURES[kind]).from_pretrained
         try:
@@ -173,6 +177,11 @@ class BTokModel(nn.Module):
             raise ValueError(
                 f"BTokModel: {weights} gives no safetensors weights ({error}); pickled ones "
                 "can run code and are not loaded: write it again with save_pretrained"
+            ) from error
+        except SafetensorError as error:
+            raise ValueError(
+                f"BTokModel: the weights of {weights} are cut short or damaged ({error}); copy "
+                "them again"
             ) from error
         if saved:
             ids = saved["btok_token_ids"]
@@ -213,6 +222,16 @@ class BTokModel(nn.Module):
             "ntp_reduction": self.ntp_reduction,
         }
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+    def pack(self, sources: Sequence[Mapping[str, Any]]) -> PackedBatch:
+        """Samples to embed, each as a processor returns it, as one batch without targets."""
+        return pack(
+            [(source, None) for source in sources],
+            btok_token_ids=self.btok_token_ids,
+            prefix_ids=(),
+            suffix_ids=(),
+            backbone_config=self.backbone.config,
+        )
 
     def forward(self, batch: PackedBatch) -> BTokOutput:
         """Embed a packed batch and, where it has targets, score their generation, in one pass.
@@ -256,12 +275,11 @@ class BTokModel(nn.Module):
             ("image", batch.pixel_values, batch.image_grid_thw),
             ("video", batch.pixel_values_videos, batch.video_grid_thw),
         ):
-            if pixels is None:
+            if pixels is None or grid is None:
                 continue
-            features = getattr(model, f"get_{kind}_features")(pixels, grid)
+            features, *deep = self._features(kind, pixels, grid)
             at = batch.input_ids == getattr(config, f"{kind}_token_id")
-            embeds = _place(embeds, at, features.pooler_output)
-            deep = getattr(features, "deepstack_features", None) or []
+            embeds = _place(embeds, at, features)
             levels = levels or [torch.zeros_like(embeds) for _ in deep]
             levels = [_place(level, at, f) for level, f in zip(levels, deep, strict=True)]
             seen |= at
@@ -271,6 +289,34 @@ class BTokModel(nn.Module):
             "visual_pos_masks": seen[None],
             "deepstack_visual_embeds": [level[seen] for level in levels],
         }
+
+    def _features(self, kind: str, pixels: Pixels, grid: Tensor) -> Sequence[Tensor]:
+        """What the vision tower makes of pixels, [tokens, D] of each level, if it has not yet."""
+        if isinstance(pixels, tuple):
+            return pixels
+        found = getattr(self.backbone.model, f"get_{kind}_features")(pixels, grid)
+        levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
+        return [torch.cat(tuple(level)) for level in levels]
+
+    @torch.no_grad()
+    def see(self, sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Sides, as a processor returns them, with the vision tower's features (without gradients)
+        in the place of their pixels, for `pack`.
+        """
+        device, seen = self.backbone.device, [dict(side) for side in sides]
+        for kind, (pixels_key, grid_key) in zip(("image", "video"), VISION_KEYS, strict=True):
+            having = [side for side in seen if side.get(grid_key) is not None]
+            if not having:
+                continue
+            pixels = torch.cat([torch.as_tensor(side[pixels_key]) for side in having])
+            grids = [torch.as_tensor(side[grid_key]) for side in having]
+            levels = self._features(kind, pixels.to(device), torch.cat(grids).to(device))
+            merge = self.backbone.config.vision_config.spatial_merge_size**2
+            tokens = [int(grid.prod(1).sum()) // merge for grid in grids]
+            each = zip(*(level.split(tokens) for level in levels), strict=True)
+            for side, features in zip(having, each, strict=True):
+                side[pixels_key] = features
+        return seen
 
     def _position_ids(self, batch: PackedBatch) -> Tensor:
         """[3, 1, T], or [1, T] where there is one axis."""
@@ -319,12 +365,26 @@ class BTokModel(nn.Module):
     def _ntp_loss(self, hidden: Tensor, batch: PackedBatch) -> Tensor | None:
         if not batch.num_targets:
             return None
-        logits = _wide(self.backbone.lm_head(hidden[batch.label_rows]))  # [R, vocabulary]
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
+        losses = _label_losses(self.backbone.lm_head, hidden[batch.label_rows], batch.labels)
         if self.ntp_reduction == "token_mean":
             return losses.mean()
         counts = batch.label_samples.bincount(minlength=len(batch))
         return (losses / counts[batch.label_samples]).sum() / batch.num_targets
+
+
+def _label_losses(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    """[R], -log softmax(head(hidden))[label]; above so many logits they are made a few rows at a
+    time, and again in the backward.
+    """
+
+    def losses(hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(_wide(head(hidden)), labels, reduction="none")
+
+    rows = max(1, _LOGITS // len(head.weight))
+    if len(labels) <= rows:
+        return losses(hidden, labels)
+    pairs = zip(hidden.split(rows), labels.split(rows), strict=True)
+    return torch.cat([checkpoint(losses, *pair, use_reentrant=False) for pair in pairs])
 
 
 def use_condensed_attention(backbone: Any) -> None:
@@ -369,9 +429,9 @@ def _condensed_for_transformers(
     return condensed_attention(q, k, v, layout, scale=scaling)[None], None
 
 
-def _place(embeds: Tensor, at: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """Put vision features, [n, D] of each image in order, where `at` [T] is True."""
-    return embeds.masked_scatter(at[:, None], torch.cat(tuple(features)).to(embeds.dtype))
+def _place(embeds: Tensor, at: Tensor, features: Tensor) -> Tensor:
+    """Put vision features [tokens, D] where `at` [T] is True."""
+    return embeds.masked_scatter(at[:, None], features.to(embeds.dtype))
 
 
 def _wide(tensor: Tensor) -> Tensor:

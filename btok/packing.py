@@ -3,12 +3,12 @@
 A sample is a pair (source, target) of mappings as a processor returns them for one sample:
 `input_ids`, and for vision `pixel_values` + `image_grid_thw` or `pixel_values_videos` +
 `video_grid_thw` (for Qwen2.5-VL with `second_per_grid_ts`). Target is None for a sample that is
-only embedded.
+only embedded. Features of `BTokModel.see` may stand in the place of all pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,10 @@ from btok.positions import POSITIONS, text_positions
 from btok_kernels.layout import CondensedLayout
 
 Sample = tuple[Mapping[str, Any], Mapping[str, Any] | None]
+Pixels = Tensor | tuple[Tensor, ...]  # or the vision tower's features of them, by level
 
 TARGET_POSITIONS = ("reference", "continue")
-_VISION = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+VISION_KEYS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class PackedBatch:
         label_rows, labels, label_samples: int64 [R], the rows that predict a counted target token,
             those tokens, and the samples they belong to.
         num_targets: samples that have at least one label.
-        pixel_values, image_grid_thw: [patches, patch size], int64 [images, 3], in row order.
+        pixel_values, image_grid_thw: [patches, patch size] or a tuple of [tokens, D], the vision
+            tower's features; int64 [images, 3], in row order.
         pixel_values_videos, video_grid_thw: the same for videos.
     """
 
@@ -49,9 +51,9 @@ class PackedBatch:
     labels: Tensor
     label_samples: Tensor
     num_targets: int
-    pixel_values: Tensor | None = None
+    pixel_values: Pixels | None = None
     image_grid_thw: Tensor | None = None
-    pixel_values_videos: Tensor | None = None
+    pixel_values_videos: Pixels | None = None
     video_grid_thw: Tensor | None = None
 
     def __len__(self) -> int:
@@ -63,6 +65,8 @@ class PackedBatch:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 moved[name] = value.to(device)
+            elif isinstance(value, tuple):
+                moved[name] = tuple(level.to(device) for level in value)
         return replace(self, **moved)
 
 
@@ -104,8 +108,6 @@ def pack(
     if not len(prefix_ids) and any(target is not None for _, target in samples):
         raise ValueError("pack: prefix_ids is empty, expected the tokens that open a target")
     num_btoks = len(btok_token_ids)
-    names = ("image_token_id", "video_token_id")
-    vision_tokens = [getattr(backbone_config, n) for n in names if hasattr(backbone_config, n)]
     pieces: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     source_lens, target_lens = [], []
@@ -124,12 +126,10 @@ def pack(
             continue
         reference = target_positions == "reference"
         shift = len(ids) if reference else int(positions[-1].max()) + 1
-        ids = np.concatenate([prefix_ids, _ids(target), suffix_ids]).astype(np.int64)
+        ids, counted = _target(target, prefix_ids, suffix_ids, backbone_config)
         pieces.append(ids)
         positions.append(_positions(ids, target, backbone_config) + shift)
         target_lens.append(len(ids))
-        counted = ~np.isin(ids, vision_tokens)
-        counted[: len(prefix_ids)] = False
         label_rows.append(row - 1 + counted.nonzero()[0])
         label_samples.append(np.full(len(label_rows[-1]), index))
         row += len(ids)
@@ -152,6 +152,30 @@ def pack(
     )
 
 
+def count_labels(
+    targets: Iterable[Mapping[str, Any]],
+    *,
+    prefix_ids: Sequence[int],
+    suffix_ids: Sequence[int],
+    backbone_config: Any,
+) -> tuple[int, int]:
+    """(targets with at least one label, labels) that `pack` will count."""
+    of_target = (prefix_ids, suffix_ids, backbone_config)
+    counts = [int(_target(target, *of_target)[1].sum()) for target in targets]
+    return sum(count > 0 for count in counts), sum(counts)
+
+
+def _target(
+    target: Mapping[str, Any], prefix_ids: Sequence[int], suffix_ids: Sequence[int], config: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of T, and which of them count as labels."""
+    ids = np.concatenate([prefix_ids, _ids(target), suffix_ids]).astype(np.int64)
+    vision = [getattr(config, f"{kind}_token_id", -1) for kind in ("image", "video")]
+    counted = ~np.isin(ids, vision)
+    counted[: len(prefix_ids)] = False
+    return ids, counted
+
+
 def _ids(side: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(side["input_ids"], dtype=np.int64).reshape(-1)
 
@@ -162,7 +186,7 @@ def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndar
         raise ValueError(
             f"pack: the backbone's model_type is {kind!r}, expected one of {tuple(POSITIONS)}"
         )
-    grids = [side.get(grid) for _, grid in _VISION]
+    grids = [side.get(grid) for _, grid in VISION_KEYS]
     if POSITIONS[kind] is text_positions:
         if any(grid is not None for grid in grids):
             raise ValueError(f"pack: a sample has images or a video, {kind} takes text alone")
@@ -178,18 +202,37 @@ def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndar
     return POSITIONS[kind](ids, *grids, **options)
 
 
-def _vision(samples: Sequence[Sample]) -> dict[str, Tensor]:
+def by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in turns of at most `budget` in all; what is larger has a turn of its own."""
+    turns: list[list[int]] = []
+    left = 0
+    for index, size in enumerate(sizes):
+        if not turns or size > left:
+            turns.append([])
+            left = budget
+        turns[-1].append(index)
+        left -= size
+    return turns
+
+
+def _vision(samples: Sequence[Sample]) -> dict[str, Any]:
     """Pixels and grids of all sides in row order, checked against each other."""
     sides = [side for sample in samples for side in sample if side is not None]
-    out: dict[str, Tensor] = {}
-    for pixels_key, grid_key in _VISION:
+    out: dict[str, Any] = {}
+    for pixels_key, grid_key in VISION_KEYS:
         having = [side for side in sides if side.get(grid_key) is not None]
         if not having:
             continue
         if any(side.get(pixels_key) is None for side in having):
             raise ValueError(f"pack: a sample has {grid_key} but no {pixels_key}")
-        pixels = torch.cat([torch.as_tensor(side[pixels_key]) for side in having])
+        if len({isinstance(side[pixels_key], tuple) for side in having}) > 1:
+            raise ValueError(f"pack: {pixels_key} are features in some samples, pixels in others")
         grid = torch.cat([torch.as_tensor(side[grid_key]) for side in having])
+        if isinstance(having[0][pixels_key], tuple):  # features
+            levels = zip(*(side[pixels_key] for side in having), strict=True)
+            out |= {pixels_key: tuple(map(torch.cat, levels)), grid_key: grid}
+            continue
+        pixels = torch.cat([torch.as_tensor(side[pixels_key]) for side in having])
         if len(pixels) != (asked := int(grid.prod(dim=1).sum())):
             raise ValueError(f"pack: {pixels_key} has {len(pixels)} patches, {grid_key} {asked}")
         out |= {pixels_key: pixels, grid_key: grid}

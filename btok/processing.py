@@ -6,6 +6,7 @@ images. This one needs numpy and Pillow, reads and writes the same files, and gi
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 
 from btok.data.records import Side
+from btok.files import read_json
 from btok.positions import POSITIONS, text_positions
 from btok.tokens import add_to_tokenizer
 
-CONFIG_NAME = "preprocessor_config.json"
+CONFIG_NAME, VIDEO_CONFIG_NAME = "preprocessor_config.json", "video_preprocessor_config.json"
 TEMPORAL_PATCH = 2
+STOCK_FRAMES = 768  # the most that the stock processors take of a video
 FRAMES_PER_SECOND = 2.0  # of a video that does not say: the rate the checkpoints' own sampling has
 
 # by model_type: patch size, mean and spread of the pixels
@@ -46,7 +49,9 @@ class Processor:
     Args:
         tokenizer: a transformers tokenizer, with Qwen2-VL's special tokens where there is vision.
         model_type: the backbone's, one of `btok.positions.POSITIONS`.
-        min_pixels, max_pixels, max_frame_pixels: bounds on the size of an image, of a video frame.
+        min_pixels, max_pixels: bounds on the size of an image.
+        min_frame_pixels, max_frame_pixels: on that of a video's frame; for Qwen3-VL the lower one
+            is on all frames together. None: `min_pixels`.
         patch_size, merge_size: pixels per patch side, patches per merged token side.
         image_mean, image_std: per channel, of values in [0, 1]; these and `patch_size` are the
             family's if None.
@@ -63,6 +68,7 @@ class Processor:
         model_type: str = "qwen2_vl",
         min_pixels: int = 56 * 56,
         max_pixels: int = 1_003_520,
+        min_frame_pixels: int | None = None,
         max_frame_pixels: int = 602_112,
         patch_size: int | None = None,
         merge_size: int = 2,
@@ -73,14 +79,20 @@ class Processor:
             raise ValueError(
                 f"Processor: model_type is {model_type!r}, expected one of {tuple(POSITIONS)}"
             )
-        if not 0 < min_pixels <= min(max_pixels, max_frame_pixels):
-            raise ValueError(
-                f"Processor: min_pixels is {min_pixels}, expected above 0 and at most max_pixels "
-                f"{max_pixels} and max_frame_pixels {max_frame_pixels}"
-            )
+        if min_frame_pixels is None:
+            min_frame_pixels = min_pixels
+        for kind, low, high in (
+            ("", min_pixels, max_pixels),
+            ("frame_", min_frame_pixels, max_frame_pixels),
+        ):
+            if not 0 < low <= high:
+                raise ValueError(
+                    f"Processor: min_{kind}pixels is {low}, expected above 0 and at most "
+                    f"max_{kind}pixels {high}"
+                )
         self.tokenizer, self.model_type = tokenizer, model_type
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
-        self.max_frame_pixels = max_frame_pixels
+        self.min_frame_pixels, self.max_frame_pixels = min_frame_pixels, max_frame_pixels
         own_patch, own_mean, own_std = _PIXELS.get(model_type, _PIXELS["qwen2_vl"])
         self.patch_size, self.merge_size = patch_size or own_patch, merge_size
         self.image_mean, self.image_std = tuple(image_mean or own_mean), tuple(image_std or own_std)
@@ -104,42 +116,66 @@ class Processor:
     ) -> Processor:
         """Load a checkpoint's tokenizer, give it K bottleneck tokens, and read its pixel settings.
 
-        `settings`, as the class takes them, go before those in `preprocessor_config.json`. The
-        model type is that of `config.json`. No code that comes with a checkpoint is run.
+        `settings`, as the class takes them, go before those in the checkpoint's files, ours or
+        stock ones; a stock file's upper bound on a video is not taken. The model type is that of
+        `config.json`. No code that comes with a checkpoint is run.
         """
         from transformers import AutoTokenizer
-        from transformers.utils.hub import cached_file
-
-        def read(name: str) -> dict[str, Any]:
-            found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
-            return json.loads(Path(found).read_text()) if found else {}
 
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         add_to_tokenizer(tokenizer, num_btoks)
-        saved = read(CONFIG_NAME)
-        bounds = saved.get("size", {})  # where Qwen3-VL's files have them
-        for ours, stock in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            if stock in bounds:
+        both = read_json(name_or_path, "processor_config.json")  # first, as transformers has it
+        saved = both.get("image_processor") or read_json(name_or_path, CONFIG_NAME)
+        saved = {"processor_class": both.get("processor_class")} | saved
+        video = both.get("video_processor") or read_json(name_or_path, VIDEO_CONFIG_NAME)
+        for ours, file, stock in (
+            ("min_pixels", saved, "shortest_edge"),
+            ("max_pixels", saved, "longest_edge"),
+            ("min_frame_pixels", video, "shortest_edge"),
+        ):
+            if stock in (bounds := file.get("size", {})):
                 saved.setdefault(ours, bounds[stock])
         by_class = {f"{stock}Processor": kind for kind, stock in _STOCK.items()}
         written_for = by_class.get(str(saved.get("processor_class")), "qwen2_vl")
         own = {name: saved[name] for name in _SETTINGS if name in saved}
-        own["model_type"] = read("config.json").get("model_type", written_for)
+        own["model_type"] = read_json(name_or_path, "config.json").get("model_type", written_for)
         return cls(tokenizer, **own | settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer and a `preprocessor_config.json` the stock processors read."""
+        """Write the tokenizer and the files that the stock image and video processors read.
+
+        These give the same patches then, the video's for frames as they are given, up to
+        `STOCK_FRAMES` of them.
+        """
         self.tokenizer.save_pretrained(folder)
         if not self.has_vision:
             return
-        config = {
+        shared = {
             "processor_class": f"{_STOCK[self.model_type]}Processor",
+            "temporal_patch_size": TEMPORAL_PATCH,
+            **{name: getattr(self, name) for name in _SETTINGS if "pixels" not in name},
+        }
+        image = {
             "image_processor_type": "Qwen2VLImageProcessor",
             "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
-            "temporal_patch_size": TEMPORAL_PATCH,
-            **{name: getattr(self, name) for name in _SETTINGS},
+            **{name: getattr(self, name) for name in _SETTINGS if "pixels" in name},
         }
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        together = self.model_type == "qwen3_vl"  # whose `size` is of all frames
+        frames = STOCK_FRAMES if together else 1
+        video = {
+            "video_processor_type": f"{'Qwen3VL' if together else 'Qwen2VL'}VideoProcessor",
+            "size": {
+                "shortest_edge": self.min_frame_pixels,
+                "longest_edge": self.max_frame_pixels * frames,
+            },
+            "do_sample_frames": False,
+            "cap_pixels_per_frame": together,
+        }
+        if together:
+            unit = self.patch_size * self.merge_size
+            video["max_video_tokens"] = self.max_frame_pixels // unit**2
+        for name, own in ((CONFIG_NAME, image), (VIDEO_CONFIG_NAME, video)):
+            (Path(folder) / name).write_text(json.dumps(shared | own, indent=2) + "\n")
 
     def __call__(self, side: Side) -> dict[str, Tensor]:
         """Token ids and patches of one side.
@@ -159,13 +195,13 @@ class Processor:
         out: dict[str, Tensor] = {}
         videos = [side.video] if len(side.video) else []
         seconds = _frame_seconds(side)
-        for pad, clips, limit, pixels, grid in (
-            (self.image_pad, [[image] for image in side.images], self.max_pixels, *_IMAGE_KEYS),
-            (self.video_pad, videos, self.max_frame_pixels, *_VIDEO_KEYS),
+        for pad, clips, pixels, grid in (
+            (self.image_pad, [[image] for image in side.images], *_IMAGE_KEYS),
+            (self.video_pad, videos, *_VIDEO_KEYS),
         ):
             if not clips:
                 continue
-            patches = [self._patchify(clip, limit) for clip in clips]
+            patches = [self._patchify(clip, clips is videos) for clip in clips]
             for _, (t, h, w) in patches:
                 merged = h * w // self.merge_size**2
                 if clips is videos and self.model_type == "qwen3_vl":
@@ -193,11 +229,17 @@ class Processor:
             raise ValueError(f"Processor: the tokenizer has no <|{name}|>, expected Qwen2-VL's")
         return token
 
-    def _patchify(self, frames: Sequence[Any], limit: int) -> tuple[np.ndarray, list[int]]:
+    def _patchify(self, frames: Sequence[Any], video: bool) -> tuple[np.ndarray, list[int]]:
         """[patches, 3 * 2 * p * p] and (t, h, w); an odd last frame is shown twice."""
-        first = rgb_array(frames[0])
+        height, width, _ = rgb_array(frames[0]).shape
         unit = self.patch_size * self.merge_size
-        height, width = smart_size(first.shape[0], first.shape[1], unit, self.min_pixels, limit)
+        low, high, together = self.min_pixels, self.max_pixels, 1
+        if video:
+            low, high = self.min_frame_pixels, self.max_frame_pixels
+        if video and self.model_type == "qwen3_vl":
+            together = max(len(frames), TEMPORAL_PATCH)
+            high = high // unit**2 * unit**2 * together
+        height, width = smart_size(height, width, unit, low, high, together)
         clip = np.stack([_resized(rgb_array(frame), height, width) for frame in frames])
         if len(clip) % TEMPORAL_PATCH:
             clip = np.concatenate([clip, clip[-1:]])
@@ -211,7 +253,7 @@ class Processor:
 
 
 _SETTINGS = (
-    *("min_pixels", "max_pixels", "max_frame_pixels"),
+    *("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels"),
     *("patch_size", "merge_size", "image_mean", "image_std"),
 )
 _IMAGE_KEYS = ("pixel_values", "image_grid_thw")
@@ -219,9 +261,9 @@ _VIDEO_KEYS = ("pixel_values_videos", "video_grid_thw")
 
 
 def rgb_array(image: Any) -> np.ndarray:
-    """A PIL image, a path or a uint8 array [height, width, 3] as such an array.
+    """A PIL image, a path, a file's bytes or a uint8 array [height, width, 3] as such an array.
 
-    TypeError for another array or type; ValueError for a file that is no readable image.
+    TypeError for another array or type; ValueError for what is no readable image.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
@@ -229,35 +271,45 @@ def rgb_array(image: Any) -> np.ndarray:
                 f"image is an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]"
             )
         return image
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    if isinstance(image, str | Path):
+    if isinstance(image, str | bytes | Path):
+        name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
         try:
-            with Image.open(image) as opened:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
                 return np.asarray(opened.convert("RGB"))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image {image} cannot be read: {error}") from error
+            unknown = isinstance(error, UnidentifiedImageError)  # its text may hold an address
+            why = "it is of no known format" if unknown else error
+            raise ValueError(f"image {name} cannot be read: {why}") from error
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
-    raise TypeError(f"image is a {type(image).__name__}, expected a PIL image, an array or a path")
+    raise TypeError(
+        f"image is a {type(image).__name__}, expected a PIL image, an array, a path or bytes"
+    )
 
 
 def smart_size(
-    height: int, width: int, unit: int, min_pixels: int, max_pixels: int
+    height: int, width: int, unit: int, min_pixels: int, max_pixels: int, frames: int = 1
 ) -> tuple[int, int]:
     """Qwen2-VL's size rule: multiples of `unit`, within the pixel bounds, near the aspect ratio.
 
+    With `frames` from 2 on it is Qwen3-VL's for a video, whose bounds are on all frames together.
     ValueError for an aspect ratio above 200.
     """
+    if frames > 1 and min(height, width) < unit:
+        scale = max(unit / height, unit / width)
+        height, width = int(height * scale), int(width * scale)
     if max(height, width) > 200 * min(height, width):
         raise ValueError(f"image is {height} x {width} pixels, expected an aspect ratio up to 200")
     new_height, new_width = round(height / unit) * unit, round(width / unit) * unit
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
+    counted = 1 if frames == 1 else round(frames / TEMPORAL_PATCH) * TEMPORAL_PATCH
+    if counted * new_height * new_width > max_pixels:
+        shrink = math.sqrt(frames * height * width / max_pixels)
         new_height = max(unit, math.floor(height / shrink / unit) * unit)
         new_width = max(unit, math.floor(width / shrink / unit) * unit)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
+    elif counted * new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
         new_height = math.ceil(height * grow / unit) * unit
         new_width = math.ceil(width * grow / unit) * unit
     return new_height, new_width

@@ -5,7 +5,6 @@ inputs -> a padded batch -> padding dropped, packed -> BTokModel -> `sentence_em
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
+from btok.files import read_json
 from btok.inputs import as_side, with_frames
 from btok.model import BTokModel, use_condensed_attention
-from btok.packing import pack
 from btok.processing import Processor
 
 try:
@@ -56,19 +55,13 @@ def load_sentence_transformer(
         ImportError: sentence-transformers is missing (the extra `sentence-transformers`).
         ValueError: a checkpoint saved with more modules than ours; what `BTokModel` refuses.
     """
-    from transformers.utils.hub import cached_file
-
-    def read(name: str) -> Any:
-        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
-        return json.loads(Path(found).read_text()) if found else {}
-
-    names = [module["type"] for module in read("modules.json")]
+    names = [module["type"] for module in read_json(name_or_path, "modules.json")]
     if len(names) > 1:
         raise ValueError(
             f"load_sentence_transformer: {name_or_path} was saved with the modules {names}, "
             "expected BTokTransformer alone; use SentenceTransformer(..., trust_remote_code=True)"
         )
-    saved = read("config_sentence_transformers.json")
+    saved = read_json(name_or_path, "config_sentence_transformers.json")
     kept = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
     encoder = BTokEncoder.from_pretrained(name_or_path, **settings)
     module = BTokTransformer(encoder.model, encoder.processor)
@@ -134,14 +127,7 @@ class BTokTransformer(InputModule):
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         samples = unpad(features, self.model.backbone.config)
-        batch = pack(
-            [(sample, None) for sample in samples],
-            btok_token_ids=self.model.btok_token_ids,
-            prefix_ids=(),
-            suffix_ids=(),
-            backbone_config=self.model.backbone.config,
-        )
-        output = self.model(batch.to(self.model.backbone.device))
+        output = self.model(self.model.pack(samples).to(self.model.backbone.device))
         return features | {"sentence_embedding": output.embeddings}
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:

@@ -23,6 +23,9 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from btok import adapters
+from btok.files import find, read_json
+
 FORMAT_VERSION = 1
 PART = 256  # inputs of a part, encoded together
 BLOCK = 1 << 16  # rows of a product
@@ -61,7 +64,8 @@ class Store:
         folder = Path(folder)
         if int(os.environ.get("WORLD_SIZE", 1)) > ranks()[1]:
             raise ValueError("under torchrun call torch.distributed.init_process_group first")
-        meta = {"format_version": FORMAT_VERSION, "model": model, "settings": dict(settings)}
+        meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": model}
+        meta["settings"] = dict(settings)
         if ranks()[0] == 0:
             _put_in_place(folder)
             if not (folder / "meta.json").exists():
@@ -72,11 +76,12 @@ class Store:
                 _write(folder / "meta.json", json.dumps(empty, indent=2) + "\n")
         ranks(wait=True)
         store = cls(folder)
-        for name, value in meta.items():
-            if store.meta.get(name) != value:
+        had, asked = store.meta | store.meta.get("settings", {}), meta | meta["settings"]
+        for name in sorted(asked.keys() - {"settings"} | store.meta.get("settings", {}).keys()):
+            if had.get(name) != asked.get(name):
                 raise ValueError(
-                    f"{folder} holds vectors of {name} {store.meta.get(name)}, this is {value}; "
-                    "delete it or give another folder"
+                    f"{folder} holds vectors of {name} {had.get(name)!r}, this is "
+                    f"{asked.get(name)!r}; delete it or give another folder"
                 )
         return store
 
@@ -110,7 +115,8 @@ class Store:
         if len(row_of) < len(kept):
             twice = next(item["id"] for row, item in enumerate(kept) if row_of[item["id"]] != row)
             raise ValueError(f"{self.folder}: the id {twice!r} came twice, expected all different")
-        reasons = {item["id"]: reasons[item["id"]] for item in order if item["id"] in reasons}
+        left_out = [item for item in order if item["id"] in reasons]
+        reasons = {item.get("path", item["id"]): reasons[item["id"]] for item in left_out}
         ranks(wait=True)
         if ranks()[0] == 0:
             if kept and (kept != self.items or reasons != self.meta["unreadable"]):
@@ -168,7 +174,10 @@ class Store:
 
 
 def model_digest(checkpoint: str | Path) -> str:
-    """sha256 of a checkpoint's weights (safetensors) and `btok_config.json`; 3 s for 4 GB."""
+    """sha256 of a checkpoint's weights (safetensors) and `btok_config.json`; 3 s for 4 GB.
+
+    Of adapters also what scales them, and the base model they name.
+    """
     total = hashlib.sha256()
     files = sorted(Path(checkpoint).glob("*model*.safetensors"))
     if not files:
@@ -177,6 +186,11 @@ def model_digest(checkpoint: str | Path) -> str:
         if path.exists():
             with open(path, "rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
+    if base := adapters.base_of(checkpoint):
+        lora = read_json(checkpoint, adapters.CONFIG_NAME)
+        total.update(repr([lora.get(name) for name in ("r", "lora_alpha", "use_dora")]).encode())
+        folder = find(base, "config.json")
+        total.update(model_digest(folder.parent if folder else base).encode())
     return total.hexdigest()
 
 

@@ -92,14 +92,66 @@ def test_only_new_and_changed_files_are_encoded(checkpoint, folder, capsys, enco
     capsys.readouterr()
     paths, said = search(capsys, checkpoint, folder, "# how to use IT", "--top", "9")
     assert [side.text for side in encoded].count("# how to use IT") == 2  # the file and the query
-    assert len(encoded) == 3 and any(side.images for side in encoded)
-    assert "5 files, 2 of them new or changed, 2 gone, 0 unreadable" in said
+    assert len(encoded) == 2  # not what was touched or has another name
+    assert "5 files, 1 of them new or changed, 1 gone, 0 unreadable" in said
     assert paths[0] == "sub/READ.md"
     assert sorted(paths) == ["note.txt", "sub/2.png", "sub/3.png", "sub/READ.md", "sub/new.png"]
     encoded.clear()
     assert main(["encode", checkpoint, str(folder)]) == 0
     assert not encoded
     assert "5 files, 0 of them new or changed, 0 gone" in capsys.readouterr().err
+
+
+def test_files_of_one_content_are_each_found(checkpoint, folder, capsys, encoded):
+    for name in ("a.png", "sub/z.png", "a.txt"):  # the last one read as a text
+        shutil.copy(folder / "sub/1.png", folder / name)
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    image = folder / "sub/1.png"
+
+    def found(said):
+        paths, told = search(capsys, checkpoint, folder, "--image", image, "--top", "99")
+        assert said in told
+        return paths
+
+    assert set(found("9 files, 0 of them new")[:3]) == {"a.png", "sub/1.png", "sub/z.png"}
+    index = {name: (folder / ".btok" / name).read_bytes() for name in ("vectors.npy", "meta.json")}
+    encoded.clear()
+    (folder / "a.png").rename(folder / "sub/b.png")  # after the second of them
+    os.rename(folder / "note.txt", folder / "other.TXT")
+    assert set(found("9 files, 0 of them new or changed, 0 gone")[:3]) == {
+        *("sub/1.png", "sub/b.png", "sub/z.png")
+    }
+    (folder / "sub/1.png").rename(image := folder / "first.png")
+    (folder / "sub/b.png").unlink()
+    assert set(found("8 files, 0 of them new")[:2]) == {"first.png", "sub/z.png"}
+    assert len(encoded) == 2  # the queries
+    (folder / "sub/z.png").rename(folder / "sub/1.png")
+    shutil.copy(image, folder / "a.png")
+    image.rename(folder / "sub/z.png")
+    (folder / "other.TXT").rename(folder / "note.txt")
+    image = folder / "a.png"
+    assert len(found("9 files, 1 of them new or changed, 0 gone")) == 9
+    for name, content in index.items():
+        assert (folder / ".btok" / name).read_bytes() == content
+
+
+def test_instructions_of_files_and_of_the_query(checkpoint, folder, capsys):
+    (folder / "other.txt").write_text("Find: milk")
+    mine = [checkpoint, str(folder)]
+    assert main(["encode", *mine, "--instruction", "Keep:"]) == 0
+    for query, instruction, best in (
+        ("milk, bread and a red seven", "Keep:", "note.txt"),
+        ("Find: milk", "Keep:", "other.txt"),
+        ("Keep: Find: milk", "", "other.txt"),
+    ):
+        arguments = [*mine, query, "--instruction", "Keep:", "--query-instruction", instruction]
+        assert main(["search", *arguments]) == 0
+        _, score, path = capsys.readouterr().out.splitlines()[0].split(maxsplit=2)
+        assert (score, path) == ("1.000", best)
+    for other in ([], ["--instruction", "Find:"]):
+        assert main(["search", *mine, "milk", *other]) == 2
+        said = capsys.readouterr().err
+        assert "holds vectors of instruction 'Keep:', this is '" in said and "delete it" in said
 
 
 def test_content_is_not_read_where_size_and_time_are_the_same(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import os
+import shutil
 import sys
 import threading
 
 import numpy as np
 import pytest
+import torch
 from helpers import tiny_checkpoint, tiny_qwen2_vl
 from PIL import Image
 
@@ -65,9 +69,10 @@ def test_inputs_of_every_kind(encoder, tmp_path):
     picture = Image.fromarray(PICTURES[1])
     inputs = ["a text", "a.png", tmp_path / "a.png", tmp_path / "note.MD", picture, PICTURES[2]]
     inputs += [[PICTURES[3], str(tmp_path / "a.png")], Side("whole")]
+    inputs += [(tmp_path / "a.png").read_bytes()]
     sides = [Side("a text"), Side("a.png"), Side(images=PICTURES[:1]), Side("from a file")]
     sides += [Side(images=PICTURES[1:2]), Side(images=PICTURES[2:3])]
-    sides += [Side(images=[PICTURES[3], PICTURES[0]]), Side("whole")]
+    sides += [Side(images=[PICTURES[3], PICTURES[0]]), Side("whole"), Side(images=PICTURES[:1])]
     assert np.abs(encoder.encode(inputs) - encoder.encode(sides)).max() < 1e-6
 
 
@@ -108,8 +113,9 @@ def test_lengths_are_told_from_headers(encoder, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"nothing")
     asked = [Side("abc", images=[tmp_path / "a.png"]), Side(images=PICTURES[:1]), "abcd"]
     asked += [tmp_path / "broken.png", 3, Side(video=PICTURES[:4])]
+    asked += [(tmp_path / "a.png").read_bytes(), b"nothing"]
     lengths = [estimate_tokens(value, encoder.processor) for value in asked]
-    assert lengths == [3 + 600 // 64, 600 // 64, 4, 0, 0, 2 * 600 // 64]
+    assert lengths == [3 + 600 // 64, 600 // 64, 4, 0, 0, 2 * 600 // 64, 600 // 64, 0]
 
 
 def test_an_endless_iterable_is_streamed_by_a_thread_a_few_batches_ahead():
@@ -159,6 +165,10 @@ def test_what_cannot_be_embedded_is_named(encoder, tmp_path):
         encoder.encode([])
     with pytest.raises(TypeError, match="inputs is one str"):
         encoder.encode("a text")
+    with pytest.raises(TypeError, match="inputs is one bytes"):
+        encoder.encode(b"a picture")
+    with pytest.raises(ValueError, match="input 1: image of 4 bytes cannot be read: it is of no"):
+        encoder.encode(["a", b"\xff\xd8\xff\xe0"])
     with pytest.raises(TypeError, match="input 2: image is a int"):
         encoder.encode(["a", "b", Side(images=[3])])
     with pytest.raises(ValueError, match=r"input 1: image .*gone\.png cannot be read"):
@@ -178,6 +188,7 @@ def test_unreadable_inputs_are_told_and_the_rest_goes_on(encoder, tmp_path, monk
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 32)
     Image.fromarray(np.zeros((99, 99, 3), np.uint8)).save(tmp_path / "bomb.png")
     inputs = [*SIDES, tmp_path / "cut.jpg", "", tmp_path / "bomb.png", tmp_path / "gone.md", "z"]
+    inputs += [(tmp_path / "cut.jpg").read_bytes()]
     unreadable: dict[int, str] = {}
     rows = {}
     for indices, vectors in encoder.encode_iter(
@@ -185,9 +196,10 @@ def test_unreadable_inputs_are_told_and_the_rest_goes_on(encoder, tmp_path, monk
     ):
         rows |= zip(indices, vectors, strict=True)
     assert sorted(rows) == [0, 1, 2, 3, 4, 5, 10]
-    assert [*map(unreadable.get, range(6, 10))] == [unreadable[i] for i in (6, 7, 8, 9)]
+    assert sorted(unreadable) == [6, 7, 8, 9, 11]
     for i, reason in ((6, "truncated"), (7, "empty"), (8, "decompression bomb"), (9, "gone.md")):
         assert reason in unreadable[i]
+    assert "bytes cannot be read: image file is truncated" in unreadable[11]
     assert np.abs(rows[10] - encoder.encode(["z"])[0]).max() < 1e-6
 
 
@@ -218,6 +230,81 @@ def test_from_pretrained(tmp_path):
     again = BTokEncoder.from_pretrained(tmp_path)
     assert np.array_equal(encoder.encode(SIDES), again.encode(SIDES))
     assert encoder.checkpoint == tmp_path
+
+
+def edited(name, **changes):
+    """Change values of a JSON file of a checkpoint."""
+
+    def edit(folder):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("break_it", "settings", "message"),
+    [
+        (
+            lambda folder: (folder / "btok_config.json").unlink(),
+            {},
+            r"has no btok_config\.json.* train it first .*num_btoks=0, pooling='last'",
+        ),
+        (None, {"num_btoks": 2}, "num_btoks is 2, but .* was saved with 4; ask for that or leave"),
+        (None, {"pooling": "last"}, "pooling is 'last', but .* was saved with 'btok'; ask"),
+        (edited("config.json", model_type="bert"), {}, r"is 'bert', expected one of \('qwen2_vl'"),
+        (edited("btok_config.json", format_version=2), {}, "saved with 2; use the btok that wrote"),
+        (
+            edited("btok_config.json", architecture="llama"),
+            {},
+            r"its btok_config\.json is of another checkpoint",
+        ),
+        (
+            lambda folder: (folder / "btok_config.json").write_text("{"),
+            {},
+            r"btok_config\.json is no JSON .* write the checkpoint again",
+        ),
+        (
+            lambda folder: os.truncate(folder / "model.safetensors", 1000),
+            {},
+            "weights of .* are cut short or damaged .* copy them again",
+        ),
+        (
+            lambda folder: os.rename(folder / "model.safetensors", folder / "pytorch_model.bin"),
+            {},
+            "pickled ones can run code and are not loaded: write it again with save_pretrained",
+        ),
+        (shutil.rmtree, {}, "mine is no folder that is there, and no hub id"),
+        (
+            lambda folder: [shutil.rmtree(folder), torch.save({}, folder)],
+            {},
+            "mine is a file, expected a folder .*pickled one can run code and is not loaded",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_embed_is_refused(tmp_path, break_it, settings, message):
+    folder = tiny_checkpoint(tmp_path / "mine")
+    if break_it is not None:
+        break_it(folder)
+    with pytest.raises(ValueError, match=message):
+        BTokEncoder.from_pretrained(folder, **settings)
+
+
+def test_a_stock_checkpoint_embeds_without_bottleneck_tokens(tmp_path):
+    folder = tiny_checkpoint(tmp_path)
+    (folder / "btok_config.json").unlink()
+    encoder = BTokEncoder.from_pretrained(folder, num_btoks=0, pooling="last")
+    assert encoder.model.pooling == "last" and encoder.model.btok_token_ids == ()
+    assert encoder.encode(SIDES).shape == (6, 64)
+
+
+def test_the_stock_tokenizer_has_the_bottleneck_tokens(tmp_path):
+    from transformers import AutoTokenizer
+
+    encoder = BTokEncoder.from_pretrained(tiny_checkpoint(tmp_path))
+    said = "ab<|btok_0|><|btok_1|><|btok_2|><|btok_3|>"
+    ids = AutoTokenizer.from_pretrained(tmp_path)(said)["input_ids"]
+    assert ids[2:] == list(encoder.model.btok_token_ids) and len(ids) == 6
 
 
 def test_a_video_file_without_pyav_names_the_extra(encoder, tmp_path, monkeypatch):

@@ -253,6 +253,26 @@ def test_an_embedding_does_not_depend_on_its_batch(family):
             assert (together - alone[order]).abs().max() < 1e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bf16_its_batch_moves_an_embedding_within_its_own_rounding(family):
+    """A component lies within 2e-2 of the same weights' in fp32, whatever the batch, and so within
+    the same of itself in another batch: kernels for other shapes may round otherwise."""
+    samples = (samples_of(family) * 2)[:10] + [(text(1 + i, 100 + i), None) for i in range(21)]
+    sources = [source for source, _ in samples]
+    for seed in range(3):
+        backbone = tiny_backbone(seed, torch.bfloat16, family=family)
+        wide = BTokModel.from_backbone(copy.deepcopy(backbone).float(), btok_token_ids=BTOKS[:4])
+        model = BTokModel.from_backbone(backbone, btok_token_ids=BTOKS[:4])
+        alone = torch.cat([model(model.pack([source])).embeddings for source in sources])
+        exact = wide(wide.pack(sources)).embeddings
+        order = random.Random(seed).sample(range(len(sources)), len(sources))
+        together = model(model.pack([sources[i] for i in order])).embeddings
+        assert 1e-4 < (alone - exact).abs().max() < 2e-2
+        assert (together - exact[order]).abs().max() < 2e-2
+        assert (together - alone[order]).abs().max() < 2e-2
+
+
 def test_the_source_reaches_the_target_only_through_the_bottleneck_tokens():
     model = BTokModel.from_backbone(tiny_backbone(), btok_token_ids=BTOKS[:4])
     batch, _ = packed(model, SAMPLES[:1])
@@ -348,6 +368,27 @@ def test_a_checkpoint_of_each_family_comes_back_bit_for_bit(family, tmp_path):
         (_, one), (_, other) = (packed(m, samples_of(family)) for m in (model, again))
     assert torch.equal(one.embeddings, other.embeddings)
     assert torch.equal(one.ntp_loss, other.ntp_loss)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_itself_loads_a_checkpoint(family, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    model = BTokModel.from_backbone(tiny_backbone(family=family), btok_token_ids=BTOKS[:3])
+    model.save_pretrained(tmp_path)
+    assert "condensed" not in (tmp_path / "config.json").read_text()
+    assert AutoConfig.from_pretrained(tmp_path).model_type == family
+    auto = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
+    stock = auto.from_pretrained(tmp_path)
+    saved, loaded = model.backbone.state_dict(), stock.state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    sample = text(9, 1)
+    ids = torch.tensor([[*sample["input_ids"], *BTOKS[:3]]])
+    rows = stock(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -3:]
+    expected = F.normalize(rows.mean(0), dim=0)
+    assert (model(model.pack([sample])).embeddings[0] - expected).abs().max() < 1e-6
 
 
 def test_a_checkpoint_older_than_vision_positions_has_mrope(tmp_path):

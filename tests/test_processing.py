@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_tokenizer
+from helpers import VISION, tiny_tokenizer
 from PIL import Image
 
 from btok.data.records import Side
@@ -167,21 +170,134 @@ def test_files_of_a_stock_qwen3_vl_checkpoint(tmp_path):
     assert again.items() >= {**stock, "image_processor_type": "Qwen2VLImageProcessor"}.items()
 
 
-def test_paths_pil_images_and_arrays_are_one(tmp_path):
+def stock_video_processor(family, folder, monkeypatch):
+    """The class of transformers loaded from a folder, up to its resizing, which has torchvision:
+    in the place of that it gives (height, width)."""
+    base = importlib.import_module("transformers.video_processing_utils").BaseVideoProcessor
+    size_alone = lambda self, image, size, resample: (size.height, size.width)  # noqa: E731
+    monkeypatch.setattr(base, "resize", size_alone)
+    stem = "qwen3_vl" if family == "qwen3_vl" else "qwen2_vl"
+    name = f"transformers.models.{stem}.video_processing_{stem}"
+    with monkeypatch.context() as patch:
+        for end in range(1, 5):  # the module imports it, the class can be had without
+            part = ".".join(["torchvision", "transforms", "v2", "functional"][:end])
+            patch.setitem(sys.modules, part, types.ModuleType(part))
+        module = importlib.import_module(name)
+    sys.modules.pop(name)  # whoever imports it next gets its own
+    kind = json.loads((folder / "video_preprocessor_config.json").read_text())
+    return getattr(module, kind["video_processor_type"]).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_the_stock_processors_read_our_files(family, tmp_path, monkeypatch):
+    from transformers import AutoImageProcessor
+    from transformers.models.auto import processing_auto
+
+    ours = Processor(
+        TOKENIZER,
+        model_type=family,
+        min_pixels=2_000,
+        max_pixels=30_000,
+        min_frame_pixels=6_000,
+        max_frame_pixels=9_000,
+        image_mean=(0.4, 0.5, 0.6),
+        image_std=(0.2, 0.3, 0.25),
+    )
+    ours.save_pretrained(tmp_path)
+    image, video = (
+        json.loads((tmp_path / f"{kind}preprocessor_config.json").read_text())
+        for kind in ("", "video_")
+    )
+    for file in (image, video):
+        assert file["processor_class"] == processing_auto.PROCESSOR_MAPPING_NAMES[family]
+    assert image["image_processor_type"] == "Qwen2VLImageProcessor"
+
+    stock = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(stock).__name__.removesuffix("Pil") == "Qwen2VLImageProcessor"
+    rng = random.Random(0)
+    for case in range(20):
+        frame = picture(rng.randrange(8, 300), rng.randrange(8, 300), case)
+        expected, got = stock(Image.fromarray(frame), return_tensors="pt"), ours(Side("", [frame]))
+        assert torch.equal(got["image_grid_thw"], expected["image_grid_thw"])
+        assert torch.allclose(got["pixel_values"], expected["pixel_values"], atol=1e-6)
+
+    stock = stock_video_processor(family, tmp_path, monkeypatch)
+    known = stock.valid_kwargs.__annotations__.keys() | {"processor_class", "video_processor_type"}
+    assert video.keys() <= known
+    for name in video.keys() - {"processor_class", "video_processor_type", "size"}:
+        assert np.array_equal(getattr(stock, name), video[name]), name
+    unit = ours.patch_size * 2
+    for _ in range(400):
+        count = rng.randrange(1, 9) if family != "qwen3_vl" else rng.randrange(2, 9)
+        shape = rng.randrange(8, 200), rng.randrange(8, 200)
+        frames = torch.empty((1, count, 3, *shape), device="meta")
+        options = {"factor": unit, "temporal_factor": 2, "resample": None}
+        options["cap_pixels_per_frame"] = stock.cap_pixels_per_frame
+        size = stock.resize(frames, stock.size, **options)
+        clip = [np.zeros((*shape, 3), np.uint8)] * count
+        (grid,) = ours(Side(video=clip))["video_grid_thw"].tolist()
+        assert (grid[1] * unit // 2, grid[2] * unit // 2) == size, (count, shape)
+
+    height, width = 2 * unit, 4 * unit
+    clip = [picture(height, width, seed) for seed in range(5)]
+    values = torch.from_numpy(np.stack(clip)).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(x)[:, None, None] for x in (stock.image_mean, stock.image_std))
+    sizes = {name: video[name] for name in ("patch_size", "merge_size", "temporal_patch_size")}
+    patches, *grid = stock.patchify(((values - mean) / std)[None], **sizes)
+    got = ours(Side(video=clip))
+    assert got["video_grid_thw"].tolist() == [grid]
+    assert torch.allclose(got["pixel_values_videos"], patches[0], atol=1e-6)
+
+
+def test_files_as_transformers_5_saves_them(tmp_path):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    TOKENIZER.save_pretrained(tmp_path)
+    image = Qwen2VLImageProcessorPil(size={"shortest_edge": 3_000, "longest_edge": 40_000})
+    stock = {"processor_class": "Qwen3VLProcessor", "image_processor": image.to_dict()}
+    stock["video_processor"] = {"size": {"shortest_edge": 4_096, "longest_edge": 25_165_824}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(stock))
+    (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 1, "max_pixels": 2}')
+    loaded = Processor.from_pretrained(tmp_path)
+    assert loaded.model_type == "qwen3_vl" and loaded.patch_size == 14
+    assert (loaded.min_pixels, loaded.max_pixels) == (3_000, 40_000)
+    assert (loaded.min_frame_pixels, loaded.max_frame_pixels) == (4_096, 602_112)
+
+
+def test_a_chat_template_stays_with_the_tokenizer(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<|im_end|>"
+    Processor(tokenizer).save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == tokenizer.chat_template
+    said = again.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
+    assert said == "ab<|im_end|>"
+
+
+def test_paths_bytes_pil_images_and_arrays_are_one(tmp_path):
     image = picture(56, 84)
     Image.fromarray(image).save(tmp_path / "a.png")
     processor = Processor(TOKENIZER)
     expected = processor(Side(images=[image]))["pixel_values"]
-    for other in (Image.fromarray(image), tmp_path / "a.png", str(tmp_path / "a.png")):
+    path = tmp_path / "a.png"
+    for other in (Image.fromarray(image), path, str(path), path.read_bytes()):
         assert torch.equal(processor(Side(images=[other]))["pixel_values"], expected)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
-    processor = Processor(TOKENIZER, max_pixels=40_000, min_pixels=4_000, max_frame_pixels=9_000)
+    processor = Processor(
+        TOKENIZER,
+        max_pixels=40_000,
+        min_pixels=4_000,
+        min_frame_pixels=2_000,
+        max_frame_pixels=9_000,
+    )
     processor.save_pretrained(tmp_path)
     again = Processor.from_pretrained(tmp_path, num_btoks=2)
-    limits = (again.min_pixels, again.max_pixels, again.max_frame_pixels)
-    assert limits == (4_000, 40_000, 9_000)
+    limits = (again.min_pixels, again.max_pixels, again.min_frame_pixels, again.max_frame_pixels)
+    assert limits == (4_000, 40_000, 2_000, 9_000)
     assert Processor.from_pretrained(tmp_path, max_pixels=50_000).max_pixels == 50_000
     side = Side("abc", images=[picture(300, 200)])
     for key, value in processor(side).items():
@@ -211,6 +327,8 @@ def test_what_is_no_picture_is_refused(tmp_path):
     broken.write_bytes(broken.read_bytes()[:300])
     for bad, error, message in (
         (broken, ValueError, "broken.jpg cannot be read"),
+        (broken.read_bytes(), ValueError, "of 300 bytes cannot be read: .*Trunc"),
+        (b"nothing", ValueError, "of 7 bytes cannot be read: it is of no known format$"),
         (tmp_path / "none.png", ValueError, "none.png cannot be read"),
         (np.zeros((4, 4), np.uint8), TypeError, r"uint8 \[4, 4\]"),
         (np.zeros((4, 4, 3)), TypeError, "float64"),
@@ -221,3 +339,5 @@ def test_what_is_no_picture_is_refused(tmp_path):
             processor(Side(images=[bad]))
     with pytest.raises(ValueError, match="min_pixels is 10"):
         Processor(TOKENIZER, min_pixels=10, max_pixels=5)
+    with pytest.raises(ValueError, match=r"min_frame_pixels is 10, .* max_frame_pixels 5"):
+        Processor(TOKENIZER, min_pixels=1, min_frame_pixels=10, max_frame_pixels=5)

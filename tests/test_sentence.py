@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 
 import btok
 from btok import BTokEncoder, BTokModel, Processor, Side
+from btok.store import model_digest
 from btok.tokens import add_to_embeddings, add_to_tokenizer
 
 pytest.importorskip(
@@ -22,7 +25,8 @@ pytest.importorskip(
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 
-from btok.sentence import BTokTransformer, unpad
+from btok.inputs import as_side
+from btok.sentence import BTokTransformer, _side, unpad
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8) for _ in range(6)]
@@ -96,6 +100,22 @@ def test_a_padded_batch_is_what_the_encoder_gives(model, encoder):
     assert min(np.abs(rows[0] - row).max() for row in rows[1:]) > 1e-2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_embedding_does_not_depend_on_its_padded_batch(family):
+    module = tiny_module(family)
+    inputs = [f"text {i} " + "x" * (7 * i % 40) for i in range(31)]
+    if family in VISION:
+        inputs[:8] = [INPUTS[1], INPUTS[3], INPUTS[5], {"text": "b", "video": PICTURES[1:6]}] * 2
+        inputs[8:11] = [{"text": str(i), "image": PICTURES[:i]} for i in (1, 2, 3)]
+    encoder = BTokEncoder(module.model, module.processor)
+    alone = np.stack([encoder.encode([as_side(_side(value))])[0] for value in inputs])
+    model = SentenceTransformer(modules=[module], device="cpu")
+    for seed in range(2):
+        order = np.random.default_rng(seed).permutation(31)
+        rows = model.encode([inputs[i] for i in order], batch_size=31)
+        assert distance(rows, alone[order]) < 1e-6
+
+
 def test_padding_may_be_on_any_side(model):
     features = model.preprocess(INPUTS)
     mask = features["attention_mask"]
@@ -155,6 +175,23 @@ def test_save_and_load(model, encoder, checkpoint, tmp_path):
     assert distance(again.encode(SIDES), encoder.encode(SIDES)) == 0
     with pytest.raises(ValueError, match="trust_remote_code"):
         SentenceTransformer(str(tmp_path), device="cpu")
+
+
+def test_what_is_pushed_to_the_hub_is_the_same(model, checkpoint, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def keep(self, *, folder_path, **_):
+        shutil.copytree(folder_path, tmp_path / "hub")
+        return SimpleNamespace(commit_url="url")
+
+    made = lambda self, **_: SimpleNamespace(repo_id="someone/model")  # noqa: E731
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", made)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", keep)
+    model.push_to_hub("someone/model")
+    expected = model.encode(INPUTS)
+    assert distance(btok.load_sentence_transformer(tmp_path / "hub").encode(INPUTS), expected) == 0
+    again = BTokEncoder.from_pretrained(tmp_path / "hub")
+    assert again.digest == model_digest(checkpoint)
 
 
 def test_saved_settings_are_kept(checkpoint, encoder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import numpy as np
 import pytest
 import torch.multiprocessing as mp
 from helpers import gloo, tiny_checkpoint
+from PIL import Image
 
-from btok import BTokEncoder
+from btok import BTokEncoder, Side
+from btok.adapters import Lora
+from btok.model import BTokModel
 from btok.store import FILES, Store, model_digest
 
 TEXTS = [f"text {i} " + "x" * (7 * i % 31) for i in range(22)]
@@ -155,25 +159,92 @@ BTokEncoder.from_pretrained(sys.argv[1]).encode_to(sys.argv[2], slow(), IDS)
 """
 
 
-def test_killed_and_started_again_the_bytes_are_the_same(encoder, whole, checkpoint, tmp_path):
+def kill_at(code, arguments, ready):
+    """Run code in a process of its own and kill it, without warning, once something is so."""
     root = Path(__file__).parent.parent
-    folder = tmp_path / "store"
     path = os.pathsep.join(map(str, (root, root / "kernels", root / "tests")))
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), path)))
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, checkpoint, folder], env={**os.environ, "PYTHONPATH": path}
-    )
+    command = [sys.executable, "-c", code, *arguments]
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     try:
         until = time.monotonic() + 120
-        while not list((folder / "parts").glob("*.npz")):
+        while not ready():
             assert child.poll() is None and time.monotonic() < until
             time.sleep(0.005)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
+
+
+def test_killed_and_started_again_the_bytes_are_the_same(encoder, whole, checkpoint, tmp_path):
+    folder = tmp_path / "store"
+    kill_at(CHILD, [checkpoint, folder], lambda: list((folder / "parts").glob("*.npz")))
     encoder.encode_to(folder, TEXTS, IDS)
     assert 0 < len(COUNTED) <= 18
     assert content(folder) == whole
+
+
+def mixed(folder, count=2000):
+    """Texts, pictures as files, bytes and arrays, a few videos, and four that cannot be read."""
+    rng = np.random.default_rng(0)
+    inputs: list = [f"text {i} " + "x" * (7 * i % 31) for i in range(count)]
+    for i in range(3, count, 8):
+        picture = rng.integers(0, 256, (*rng.integers(8, 40, 2), 3), dtype=np.uint8)
+        path, kind = folder / f"{i}.jpg", i // 8 % 4
+        if kind < 2:
+            Image.fromarray(picture).save(path)
+        frames = Side(f"video {i}", video=[picture, picture[::-1].copy()])
+        inputs[i] = (path, path.read_bytes() if kind == 1 else None, picture, frames)[kind]
+    broken = {10: "cut.jpg", count // 3: "bomb.png", count // 2: "", count - 2: "gone.png"}
+    for i, name in broken.items():
+        inputs[i] = folder / name if name else ""
+    picture = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(folder / "cut.jpg")
+    os.truncate(folder / "cut.jpg", (folder / "cut.jpg").stat().st_size - 200)
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    return inputs, [f"id {i}" for i in range(count)], broken
+
+
+HALF = """
+import sys, time
+from pathlib import Path
+import btok.encoder
+from btok import BTokEncoder
+from test_store import mixed
+checkpoint, store, folder = sys.argv[1:]
+btok.encoder.PART = 250
+inputs, ids, _ = mixed(Path(folder))
+def stopping():
+    for i, value in enumerate(inputs):
+        time.sleep(600 if i == 1100 else 0)
+        yield value
+BTokEncoder.from_pretrained(checkpoint).encode_to(store, stopping(), ids)
+"""
+
+
+def test_2000_mixed_inputs_killed_halfway(loaded, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("btok.encoder.PART", 250)
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    inputs, ids, broken = mixed(folder)
+    store = loaded.encode_to(tmp_path / "whole", inputs, ids)
+    assert [item["id"] for item in store.items] == [x for i, x in enumerate(ids) if i not in broken]
+    told = store.meta["unreadable"]
+    assert list(told) == [ids[i] for i in sorted(broken)]
+    reasons = ("truncated", "decompression bomb", "it is empty", "No such file")
+    for (i, name), reason in zip(sorted(broken.items()), reasons, strict=True):
+        assert reason in told[ids[i]] and name in told[ids[i]]
+    picked = [0, *range(3, 2000, 80), 1999]
+    rows = [next(r for r, item in enumerate(store.items) if item["id"] == ids[i]) for i in picked]
+    alone = np.concatenate([loaded.encode([inputs[i]]) for i in picked])
+    assert np.abs(store.vectors[rows] - alone).max() < 1e-6
+
+    half = tmp_path / "half"
+    kill_at(HALF, [checkpoint, half, folder], lambda: len([*half.glob("parts/*.npz")]) == 4)
+    COUNTED.clear()
+    loaded.encode_to(half, inputs, ids)
+    assert len(COUNTED) == 999  # of the other half, the empty one never came so far
+    assert content(half) == content(tmp_path / "whole")
 
 
 def test_only_what_is_new_is_encoded(encoder, tmp_path):
@@ -247,7 +318,7 @@ def test_a_store_of_something_else_is_refused(encoder, tmp_path):
     other = BTokEncoder.from_pretrained(tiny_checkpoint(tmp_path / "other", seed=1))
     for wrong, instruction, message in (
         (other, None, "holds vectors of model .*; delete it or give another folder"),
-        (encoder, "Find: ", "holds vectors of settings .*'instruction': ''.*'Find: '"),
+        (encoder, "Find: ", "holds vectors of instruction '', this is 'Find: '"),
     ):
         with pytest.raises(ValueError, match=message):
             wrong.encode_to(store, TEXTS[:2], IDS[:2], instruction)
@@ -298,6 +369,26 @@ def test_the_digest_is_of_weights_and_settings(checkpoint, tmp_path):
         assert model_digest(copy) != digest
     with pytest.raises(ValueError, match="holds no weights"):
         model_digest(tmp_path)
+
+
+def test_the_digest_of_adapters_is_of_their_base_too(checkpoint, tmp_path):
+    pytest.importorskip("peft")
+    base, folder = tmp_path / "base", tmp_path / "lora"
+    shutil.copytree(checkpoint, base)
+    BTokModel.from_pretrained(base, lora=Lora(rank=2)).save_pretrained(folder)
+    digest = model_digest(folder)
+    assert digest != model_digest(base)
+    base.rename(tmp_path / "moved")
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "moved")}
+    file.write_text(json.dumps(config))
+    assert model_digest(folder) == digest  # the same vectors
+    file.write_text(json.dumps(config | {"lora_alpha": 7}))
+    assert model_digest(folder) != digest
+    file.write_text(json.dumps(config))
+    with open(tmp_path / "moved/model.safetensors", "ab") as weights:
+        weights.write(b" ")
+    assert model_digest(folder) != digest
 
 
 def test_search_is_exact(encoder, tmp_path, monkeypatch):

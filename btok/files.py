@@ -1,0 +1,39 @@
+"""A checkpoint's small files, of a folder or a hub id."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def find(name_or_path: str | Path, name: str) -> Path | None:
+    """Where a checkpoint's file lies on this machine; None where it has none.
+
+    ValueError where there is a file in place of a checkpoint, or nothing.
+    """
+    from transformers.utils.hub import cached_file
+
+    path = Path(name_or_path)
+    if path.is_file():
+        raise ValueError(
+            f"the checkpoint {name_or_path} is a file, expected a folder or a hub id; a pickled "
+            "one can run code and is not loaded: write it with save_pretrained"
+        )
+    if not path.is_dir() and len(path.parts) > 2:
+        raise ValueError(f"the checkpoint {name_or_path} is no folder that is there, and no hub id")
+    found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def read_json(name_or_path: str | Path, name: str) -> Any:
+    """What a checkpoint's JSON file holds; an empty dict where there is none.
+
+    ValueError for one that cannot be read.
+    """
+    if (found := find(name_or_path, name)) is None:
+        return {}
+    try:
+        return json.loads(found.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{found} is no JSON ({error}); write the checkpoint again") from error
