@@ -1,15 +1,36 @@
-"""Which groups make up each step: a pure function of (seed, step), so that nothing needs resuming.
+"""Which pairs make up each step: a pure function of (seed, step), so that nothing needs resuming.
 
 It depends on neither the number of ranks nor the workers: rank r of W takes groups r, r + W, ...
+
+Over sources, a group's data set is drawn by weight. Its pairs are the next `group_size` of that
+data set's permutation; each epoch of it has another one, whose remainder of fewer than `group_size`
+is left out. Draws come from raw Philox bits, which no version of numpy may change.
 """
 
 from __future__ import annotations
 
 import random
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from btok.data import pocket
-from btok.data.records import Pair
+from btok.data.records import Pair, Side
+from btok.data.sources import Source
+from btok.inputs import with_frames
+from btok.objective import pair_samples
+from btok.packing import Sample
+from btok.processing import Processor
 from train.recipes import Recipe
+
+TRIES = 16  # pairs that may be tried in the place of one that cannot be read
 
 
 def step_pairs(recipe: Recipe, step: int, rank: int = 0, world: int = 1) -> list[Pair]:
@@ -26,3 +47,205 @@ def step_pairs(recipe: Recipe, step: int, rank: int = 0, world: int = 1) -> list
         task = pocket.TASKS[0] if step < recipe.reading_steps else order[place]
         pairs += pocket.train_group(task, group, recipe.group_size, recipe.seed)
     return pairs
+
+
+class Group(NamedTuple):
+    """One group: its data set's number, its rows int64 [size], all of that epoch in order [n]."""
+
+    source: int
+    rows: np.ndarray
+    order: np.ndarray
+
+
+def step_groups(
+    lengths: Sequence[int], weights: Sequence[float], seed: int, step: int, count: int, size: int
+) -> list[Group]:
+    """The groups of a step, those of all ranks.
+
+    Args:
+        lengths, weights: of the data sets; none has fewer rows than `size`.
+        seed, step: from 0.
+        count, size: groups in a step, rows in a group.
+    """
+    last = (step + 1) * count
+    shares = np.cumsum(weights)[:-1] / np.sum(weights)
+    drawn = np.searchsorted(shares, _bits(last, seed) / 2.0**64, side="right")
+    groups = []
+    for group in range(last - count, last):
+        source = int(drawn[group])
+        before = int((drawn[:group] == source).sum())
+        epoch, place = divmod(before, lengths[source] // size)
+        order = _order(lengths[source], seed, source, epoch)
+        groups.append(Group(source, order[place * size : (place + 1) * size], order))
+    return groups
+
+
+def _bits(count: int, *words: int) -> np.ndarray:
+    """uint64 [count] of the stream that these words name; a 0 at their end changes nothing."""
+    return np.random.Philox(np.random.SeedSequence(words)).random_raw(count)
+
+
+@lru_cache(maxsize=64)
+def _order(length: int, seed: int, source: int, epoch: int) -> np.ndarray:
+    return np.argsort(_bits(length, seed, source + 1, epoch + 1), kind="stable")
+
+
+class Skipped(NamedTuple):
+    """A row that cannot be read, so that another one stands in for it."""
+
+    dataset: str
+    row: int
+    reason: str
+
+
+class Step(NamedTuple):
+    """A rank's part of a step: its pairs (without pictures, videos and negatives), their samples
+    as `pair_samples` gives them, and what was skipped."""
+
+    pairs: list[Pair]
+    samples: list[Sample]
+    skipped: list[Skipped]
+
+
+class Steps(Dataset[Step]):
+    """The steps of a run on one rank: `steps[i]` is read, decoded and processed when asked for.
+
+    In the place of a row that cannot be read comes one of its data set that no group of the step
+    has, from the far end of the epoch: the same whatever the ranks. Its own turn comes as well.
+
+    Args:
+        recipe: the settings that `__getitem__` reads.
+        processor: of the model.
+        sources: the data sets; none for the pocket benchmark.
+        rank, world: of this process.
+
+    Raises:
+        ValueError: a data set with fewer rows than a group; data sets with unequal numbers of hard
+            negatives. `steps[i]`: nothing that can be read in the place of a row.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        processor: Processor,
+        sources: Sequence[Source] = (),
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.recipe, self.processor, self.sources = recipe, processor, sources
+        self.rank, self.world = rank, world
+        for source in sources:
+            if len(source) < recipe.group_size:
+                raise ValueError(
+                    f"data set {source.name} has {len(source)} rows, expected at least a group's "
+                    f"{recipe.group_size}"
+                )
+        if len({source.negatives for source in sources}) > 1:
+            had = ", ".join(f"{source.name} {source.negatives}" for source in sources)
+            raise ValueError(
+                f"the numbers of negatives of data sets differ ({had}), expected one number; the "
+                "setting negatives of a data set takes fewer"
+            )
+
+    def __len__(self) -> int:
+        return self.recipe.total_steps
+
+    def __getitem__(self, step: int) -> Step:
+        recipe, skipped = self.recipe, list[Skipped]()
+        captioning = step < recipe.caption_steps
+        options: dict[str, Any] = {
+            "ntp_side": None if captioning else recipe.ntp_side,
+            "generate": captioning or recipe.objective.weight(step - recipe.caption_steps) > 0,
+        }
+
+        def samples(pair: Pair) -> tuple[Pair, list[Sample]]:
+            found = pair_samples([pair], lambda s: self.processor(with_frames(s)), **options)
+            query, positive = Side(pair.query.text), Side(pair.positive.text)
+            return replace(pair, query=query, positive=positive, negatives=()), found
+
+        def read(number: int, place: int) -> tuple[Pair, list[Sample]]:
+            for which, row in self._tries(groups, number, place):
+                try:
+                    return samples(self.sources[which][row])
+                except (ImportError, MemoryError):
+                    raise
+                except Exception as error:  # plug-ins of PIL raise nearly anything
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    skipped.append(Skipped(self.sources[which].name, row, reason))
+            name, row, reason = skipped[-1]
+            raise ValueError(f"data set {name}: too little of it can be read; row {row}: {reason}")
+
+        if self.sources:
+            groups = step_groups(
+                [len(source) for source in self.sources],
+                [source.weight for source in self.sources],
+                recipe.seed,
+                step,
+                recipe.groups_per_batch,
+                recipe.group_size,
+            )
+            places = [
+                (number, place)
+                for number in range(recipe.groups_per_batch)
+                for place in range(recipe.group_size)
+            ]
+            mine = [at for at in places if at[0] % self.world == self.rank]
+            if recipe.groups_per_batch % self.world:  # the whole batch is one: cut anywhere
+                cut = [len(places) * rank // self.world for rank in (self.rank, self.rank + 1)]
+                mine = places[slice(*cut)]
+            found = [read(number, place) for number, place in mine]
+        else:
+            found = [samples(pair) for pair in step_pairs(recipe, step, self.rank, self.world)]
+        pairs, parts = zip(*found, strict=True)
+        # all queries, then all positives, then every one's first hard negative, ...
+        return Step(list(pairs), list(chain.from_iterable(zip(*parts, strict=True))), skipped)
+
+    def _tries(self, groups: Sequence[Group], number: int, place: int) -> Iterator[tuple[int, int]]:
+        """A row of a group, by data set and index, and those to be tried in its place."""
+        which, rows, order = groups[number]
+        yield which, int(rows[place])
+        free = np.ones(len(order), bool)
+        free[np.concatenate([group.rows for group in groups if group.source == which])] = False
+        spares = order[::-1][free[order[::-1]]]
+        first = (number * len(rows) + place) * TRIES
+        for turn in range(first, first + min(TRIES, len(spares))):
+            yield which, int(spares[turn % len(spares)])
+
+
+def load_steps(steps: Steps, first: int, workers: int = 0) -> Iterator[Step]:
+    """The steps from `first` on, in their order; torch's random state is left alone.
+
+    Args:
+        workers: processes that make them ahead, two steps each in shared memory; 0: this one does,
+            when asked for. They leave signals to this process.
+
+    Raises:
+        ValueError, ImportError: as `steps[i]`.
+    """
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, len(steps)),
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_begin_worker,
+        generator=torch.Generator(),
+    )
+    try:
+        yield from loader
+    except (ValueError, ImportError) as error:  # a worker's has its whole traceback as its text
+        kind = type(error)
+        raise kind(
+            str(error).strip().splitlines()[-1].removeprefix(f"{kind.__name__}: ")
+        ) from error
+
+
+def _unchanged(step: Any) -> Any:
+    return step
+
+
+def _begin_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # else every tensor on its way is an open file, and those are limited
+    torch.multiprocessing.set_sharing_strategy("file_system")

@@ -17,9 +17,10 @@ class Side:
 
     Args:
         text: instruction and content, without any vision placeholder.
-        images: PIL images or uint8 arrays [height, width, 3], shown before the text.
-        video: the frames, each as an image, shown before the text; empty for none. `BTokEncoder`
-            takes a video file's path too.
+        images: PIL images, uint8 arrays [height, width, 3], paths, or a file's bytes; shown before
+            the text.
+        video: the frames, each as an image, or a video file's path; before the text, too; empty
+            for none.
         frame_seconds: the time of each frame, in seconds; empty for two frames per second. Qwen2-VL
             does not look at it.
     """

@@ -1,0 +1,262 @@
+"""Mixtures: a file that lists data sets, and the 25 public ones that the paper trains on.
+
+What the public ones hold, and what becomes of a row:
+
+- TIGER-Lab/MMEB-train, 20 configurations, split `original`: `qry`, `qry_image_path` -> `pos_text`,
+  `pos_image_path`; with `negatives = 1` also `neg_text`, `neg_image_path`. Texts contain their
+  instruction, and `<|image_1|>` for the picture, which is taken out.
+- vidore/colpali_train_set, split `train`: `image`, `query` and `options` -> `answer`, or the option
+  whose letter it is.
+- openbmb/VisRAG-Ret-Train-In-domain-data, split `train`: `query` -> `image`, with instructions by
+  `source`.
+- ShareGPTVideo/train_video_and_instruction (LLaVA-Hound), JSONL: `video`, the name of a folder of
+  frames, and the first of `conversations` -> the second; or the second -> `video`.
+
+Weights, rows taken, generated sides and instructions are the paper's: 28.8, 19.2, 23.1 and 28.8 %
+of the samples. Columns are as the authors' and VLM2Vec's loaders read them and as the authors'
+documents print rows; the hub's own data was not at hand, and where a local copy has its files
+(`open_public`) is partly a guess. Ours are: pictures before text, eight frames by linspace, one
+line break after every text, and that equal positives are no negatives of each other.
+"""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from btok.data.records import Pair, Side
+from btok.data.sources import Row, Schema, Source, load_dataset, open_source, picture
+
+TEXTS = "path public folder name root ntp_side query_instruction positive_instruction"
+SETTINGS: dict[str, Any] = dict.fromkeys(TEXTS.split(), str)
+SETTINGS |= {"weight": int | float, "rows": int, "negatives": int}
+
+
+def load_mixture(path: str | Path) -> list[Source]:
+    """Open the data sets of a mixture.
+
+    Args:
+        path: a TOML file with a table `[[dataset]]` for each; or a `.jsonl` or `.parquet` file; or
+            a folder, for the paper's mixture as `open_public` finds it there. A table has `path`,
+            a file for `open_source`, or `public`, a name of `PUBLIC`, and the `folder` for it;
+            then what shall not be as it is by default or in the paper: `name`, `root`, `weight`,
+            `ntp_side`, `query_instruction`, `positive_instruction`, `rows`, `negatives`. Paths
+            start from the TOML file's folder.
+
+    Raises:
+        ValueError: no TOML, a setting that is unknown, missing or of another type, two data sets
+            of one name, what `open_source` refuses.
+        OSError, ImportError: as `open_source`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return [open_public(name, path) for name in PUBLIC]
+    if path.suffix != ".toml":
+        return [open_source(path)]
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if given.keys() != {"dataset"} or not isinstance(given["dataset"], list):
+        raise ValueError(f"{path} has {', '.join(given) or 'nothing'}, expected [[dataset]] tables")
+    made: dict[str, Source] = {}
+    for number, table in enumerate(given["dataset"], 1):
+        where = f"{path}, data set {number}"
+        for key, value in table.items():
+            if key not in SETTINGS:
+                raise ValueError(f"{where}: {key} is unknown, expected {', '.join(SETTINGS)}")
+            if not isinstance(value, SETTINGS[key]):
+                kind = getattr(SETTINGS[key], "__name__", SETTINGS[key])
+                raise ValueError(f"{where}: {key} is {value!r}, expected {kind}")
+        if ("path" in table) == ("public" in table):
+            raise ValueError(f"{where} has {', '.join(table)}, expected one of path and public")
+        table |= {key: path.parent / table[key] for key in ("path", "root") if key in table}
+        if "public" in table:
+            source = open_public(folder=path.parent / table.pop("folder", ""), **table)
+        else:
+            source = open_source(table.pop("path"), **table)
+        if source.name in made:
+            raise ValueError(f"{where}: name is {source.name!r}, as that of another")
+        made[source.name] = source
+    return list(made.values())
+
+
+def open_public(public: str, folder: str | Path, **settings: Any) -> Source:
+    """Open one of `PUBLIC`, from a local copy or the hub.
+
+    Args:
+        public: its name.
+        folder: where copies of the repositories are, each in a folder of its own name: parquet as
+            `<configuration>/original*.parquet` (MMEB-train) or `data/train*.parquet`, MMEB-train's
+            pictures as its rows name them, JSONL as in `PUBLIC` and frames in `train_300k/<video>`.
+            Parquet of a repository that is not there comes from the hub.
+        settings: in place of the paper's, as `open_source` takes them.
+
+    Raises:
+        ValueError: an unknown name; what `open_source` refuses.
+        OSError, ImportError: as `open_source`; the hub cannot be reached.
+    """
+    if public not in PUBLIC:
+        raise ValueError(f"public is {public!r}, expected one of {', '.join(PUBLIC)}")
+    repository, part, schema, own = PUBLIC[public]
+    split = "original" if schema is MMEB else "train"
+    root = Path(folder) / repository.rpartition("/")[2]
+    data: Any = root / (part or "data") / f"{split}*.parquet"
+    if part.endswith(".jsonl"):
+        root, data = root / "train_300k", root / part
+    elif not root.is_dir():
+        data = load_dataset(repository, part or None, split=split)
+    options = {"name": public, "root": root, "negatives": 0, **own, **settings}
+    return open_source(data, schema=schema, **options)
+
+
+def _line(text: Any) -> str:
+    text = (text or "").replace("<|image_1|>", "").replace("<video>", "").strip()
+    return text and f"{text}\n"
+
+
+def _mmeb(row: Row, root: Path) -> Pair:
+    def side(text: str, image: str) -> Side:
+        path = row.get(image)
+        return Side(_line(row.get(text)), [root / path] if path else [])
+
+    query, positive = side("qry", "qry_image_path"), side("pos_text", "pos_image_path")
+    negative = side("neg_text", "neg_image_path")
+    hard = [negative] if negative.text or negative.images else []
+    return Pair(query, positive, hard, positive_id=row["pos_image_path"] or positive.text)
+
+
+def _colpali(row: Row, root: Path) -> Pair:
+    query, answer, options = row["query"] or "", row["answer"] or "", row["options"]
+    try:
+        listed = ast.literal_eval(options or "")
+    except (ValueError, SyntaxError):
+        listed = None
+    if isinstance(listed, list) and listed:
+        query = f"{query} Options: {options}"
+        if answer in list("ABCDE"[: len(listed)]):
+            option = str(listed["ABCDE".index(answer)])
+            answer = option.removeprefix(f"{answer}. ").removeprefix(f"{answer}) ")
+    page = [picture(row["image"], root)]
+    return Pair(Side(_line(query), page), Side(_line(answer)), positive_id=answer)
+
+
+def _visrag(row: Row, root: Path) -> Pair:
+    query, page = VISRAG.get(row["source"], ("", ""))
+    return Pair(Side(_line(query + row["query"])), Side(_line(page), [picture(row["image"], root)]))
+
+
+def _hound(row: Row, root: Path, *, retrieval: bool) -> Pair:
+    try:
+        prompt, answer = (_line(turn["value"]) for turn in row["conversations"][:2])
+        video = root / row["video"]
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError("expected conversations with two values, and a video's name") from error
+    if retrieval:
+        return Pair(Side(answer), Side(video=video), positive_id=row["video"])
+    return Pair(Side(prompt, video=video), Side(answer), positive_id=answer)
+
+
+MMEB = Schema(("qry", "qry_image_path", "pos_text", "pos_image_path"), _mmeb)
+COLPALI = Schema(("query", "image", "answer", "options"), _colpali)
+VISRAG_IN = Schema(("query", "image", "source"), _visrag)
+HOUND = Schema(("conversations", "video"), partial(_hound, retrieval=False))
+HOUND_RETRIEVAL = Schema(("conversations", "video"), partial(_hound, retrieval=True))
+SFT = "video_instruction/train/sft"
+# name: repository, its configuration or file, what rows mean, the paper's settings
+PUBLIC: dict[str, tuple[str, str, Schema, dict[str, Any]]] = {
+    name: ("TIGER-Lab/MMEB-train", name, MMEB, {"weight": weight, "ntp_side": side, "rows": rows})
+    for side, weight, sizes in (
+        ("positive", 1, {"ImageNet_1K": 100_000, "N24News": 50_000, "DocVQA": 40_000}),
+        ("positive", 1, {"Visual7W": 70_000, "VisualNews_i2t": 100_000, "MSCOCO_i2t": 120_000}),
+        ("positive", 0.5, {"HatefulMemes": 10_000, "VOC2007": 10_000, "SUN397": 20_000}),
+        ("positive", 0.5, {"OK-VQA": 10_000, "A-OKVQA": 20_000, "InfographicsVQA": 25_000}),
+        ("positive", 0.5, {"ChartQA": 28_000}),
+        ("query", 1, {"VisDial": 130_000, "VisualNews_t2i": 100_000, "MSCOCO_t2i": 100_000}),
+        ("query", 1, {"MSCOCO": 100_000}),
+        ("both", 0.5, {"WebQA": 20_000}),
+        ("none", 0.5, {"CIRR": 30_000, "NIGHTS": 20_000}),
+    )
+    for name, rows in sizes.items()
+}
+PUBLIC |= {
+    "colpali_train_set": ("vidore/colpali_train_set", "", COLPALI, {"weight": 10}),
+    "visrag-indomain": (
+        *("openbmb/VisRAG-Ret-Train-In-domain-data", "", VISRAG_IN),
+        {"weight": 12, "ntp_side": "query"},
+    ),
+    "video_caption_300k": (
+        *("ShareGPTVideo/train_video_and_instruction", f"{SFT}/video_caption_300k.jsonl", HOUND),
+        {"weight": 5},
+    ),
+    "video_caption_300k-video": (
+        "ShareGPTVideo/train_video_and_instruction",
+        f"{SFT}/video_caption_300k.jsonl",
+        HOUND_RETRIEVAL,
+        {
+            "weight": 5,
+            "ntp_side": "query",
+            "query_instruction": "Find a video that contains the following visual content: ",
+            "positive_instruction": "Understand the content of the provided video:\n",
+        },
+    ),
+    "video_qa_240k": (
+        "ShareGPTVideo/train_video_and_instruction",
+        f"{SFT}/video_240k_caption_15k.jsonl",
+        HOUND,
+        {
+            "weight": 5,
+            "rows": 240_000,
+            "query_instruction": "Answer a question based on the content of a video.\n",
+        },
+    ),
+}
+# VisRAG's sources: the instruction before the query; the one beside the page
+VISRAG = {
+    source: (f"{query} ", page)
+    for source, query, page in (
+        line.split(" | ")
+        for line in """\
+NeurIPS Papers | This query is about a research paper from NeurIPS, a leading AI/ML conference. \
+The document contains technical discussions, methodologies, and findings. Identify relevant papers \
+and sections that address the query: | A research paper from NeurIPS on AI and ML topics.
+Textbooks | This query is related to a college-level textbook, which provides structured \
+explanations, definitions, and examples. Find the most relevant concepts or explanations that \
+address the query: | A textbook page with structured educational content and explanations.
+ICML Papers | This query is about a research paper from ICML, a leading AI/ML conference. The \
+document contains theoretical insights, experiments, and applications. Identify relevant papers \
+and sections that best answer the query: | A research paper from ICML, covering machine learning \
+topics.
+Manuallib | This query pertains to a product manual, which contains detailed technical \
+specifications, usage instructions, and troubleshooting steps. Find the most relevant section that \
+answers the query: | A product manual page with technical specifications and instructions.
+ArxivQA | This query is related to retrieving a relevant figure from an ArXiv research paper. The \
+retrieved figure should contain scientific plots, mathematical visualizations, or experimental \
+results that best address the query: | A figure from a research paper, including plots or \
+experimental results.
+ChartQA | This query is related to retrieving a relevant chart that visually represents numerical \
+or categorical data. The retrieved chart should contain bar graphs, line charts, or other visual \
+elements necessary to analyze trends, compare values, or extract insights related to the query: | \
+A statistical chart comparing values or analyzing trends.
+MP-DocVQA | This query is related to retrieving a relevant page from a multi-page document, such \
+as reports, invoices, or research papers. The retrieved document should contain text, tables, or \
+structured information necessary to answer the query: | A page from a multi-page document with \
+text or tables.
+InfoVQA | This query is related to retrieving an infographic that visually presents statistical or \
+factual information using charts, icons, and structured layouts. The retrieved image should \
+contain the necessary visual elements to provide the best context for answering the query: | An \
+infographic with structured data, charts, and annotations.
+PlotQA | This query relates to retrieving a relevant plot or chart that visually represents \
+numerical data. The retrieved figure should contain the necessary information to analyze trends, \
+compare values, or extract key insights related to the query: | A numerical data visualization, \
+such as bar charts or line graphs.
+SlideVQA | This query is related to retrieving a relevant presentation slide that visually \
+presents structured information. The retrieved slide should contain the necessary text, charts, or \
+graphics to provide the best answer to the query: | A presentation slide with text, bullet points, \
+and diagrams.
+""".splitlines()
+    )
+}

@@ -1,0 +1,297 @@
+"""Training pairs on disk, with random access: a user's JSONL or parquet files.
+
+A row has `query` and `positive`, each a side, and may have `negatives` (a list of sides), `target`
+(a text) and `positive_id` (a text); other columns are passed over. A side is a text or an object of
+`text`, `images` (a list of pictures), `video` (a file, a folder of frames, or a list of pictures)
+and `frame_seconds` (a number per frame). A picture is a path; in parquet also a file's bytes, or an
+object of `bytes` and `path` as the datasets library writes it. Pictures are not opened here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from btok.data.records import NTP_SIDES, NtpSide, Pair, Side
+from btok.inputs import FRAMES, IMAGES, as_side
+
+Row = Mapping[str, Any]
+
+
+class Schema(NamedTuple):
+    """The columns a row must have; (row, folder of its paths) -> pair, or a ValueError that says
+    what is wrong with the row."""
+
+    columns: Sequence[str]
+    pair: Callable[[Row, Path], Pair]
+
+
+class JsonLines:
+    """The objects of a JSONL file, read when asked for; blank lines are passed over.
+
+    `check` gets every one of the first `rows` now; the ValueErrors are `file:line: why`.
+    """
+
+    def __init__(self, path: Path, rows: int | None, check: Callable[[Row], None]) -> None:
+        self.path, at = path, 0
+        starts: list[int] = []
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if len(starts) == rows:
+                    break
+                if line.strip():
+                    try:
+                        check(_object(line))
+                    except ValueError as error:
+                        raise ValueError(f"{path}:{number}: {error}") from error
+                    starts.append(at)
+                at += len(line)
+        self.starts = np.array(starts, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Row:
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            return _object(file.readline())
+
+
+class Table:
+    """Rows of a `datasets.Dataset`; pictures stay the bytes or paths that they are stored as."""
+
+    def __init__(self, data: Any, rows: int | None) -> None:
+        self.data = data.with_format("arrow")
+        self.count = len(data) if rows is None else min(rows, len(data))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Row:
+        return self.data[index].to_pylist()[0]
+
+    def negatives(self) -> set[int]:
+        """The numbers of hard negatives that rows have."""
+        if "negatives" not in self.data.column_names:
+            return {0}
+        from pyarrow.compute import list_value_length
+
+        lists = self.data.select_columns("negatives")[: self.count].column(0)
+        return {count or 0 for count in list_value_length(lists).unique().to_pylist()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set: `source[i]` is a `Pair` with these settings in it, or what reading it raises.
+
+    A pair without a `positive_id` gets its row's: twice in a batch, it is no negative of itself.
+
+    Args:
+        name: of the data set.
+        rows, schema, root: random access to rows, what they mean, where their paths start.
+        weight: share of the groups, relative to other data sets'.
+        ntp_side: the side that is generated.
+        query_instruction, positive_instruction: put before the text of the query, of the positive
+            and negatives.
+        negatives: how many of a row's hard negatives are taken.
+
+    Raises:
+        ValueError: no rows, a setting out of range.
+    """
+
+    name: str
+    rows: JsonLines | Table
+    schema: Schema
+    root: Path
+    weight: float = 1.0
+    ntp_side: NtpSide = "positive"
+    query_instruction: str = ""
+    positive_instruction: str = ""
+    negatives: int = 0
+
+    def __post_init__(self) -> None:
+        for key, had, right, expected in (
+            ("rows", len(self), len(self) > 0, "at least 1"),
+            ("weight", self.weight, 0 < self.weight < math.inf, "above 0 and finite"),
+            ("ntp_side", self.ntp_side, self.ntp_side in NTP_SIDES, f"one of {NTP_SIDES}"),
+            ("negatives", self.negatives, self.negatives >= 0, "at least 0"),
+        ):
+            if not right:
+                raise ValueError(f"data set {self.name}: {key} is {had!r}, expected {expected}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        pair = self.schema.pair(self.rows[index], self.root)
+        hard = pair.negatives[: self.negatives]
+        if len(hard) < self.negatives:
+            raise ValueError(f"it has {len(hard)} negatives, expected {self.negatives}")
+        keys = [
+            as_side(_frames(side), self.positive_instruction) for side in (pair.positive, *hard)
+        ]
+        return replace(
+            pair,
+            query=as_side(_frames(pair.query), self.query_instruction),
+            positive=keys[0],
+            negatives=keys[1:],
+            dataset=self.name,
+            ntp_side=self.ntp_side,
+            positive_id=f"\0row {index}" if pair.positive_id is None else pair.positive_id,
+        )
+
+
+def open_source(
+    data: Any,
+    *,
+    name: str | None = None,
+    schema: Schema | None = None,
+    root: str | Path | None = None,
+    rows: int | None = None,
+    negatives: int | None = None,
+    **settings: Any,
+) -> Source:
+    """Open a data set and look at it: at every line of a JSONL file, at a parquet file's columns,
+    first row and numbers of negatives.
+
+    Args:
+        data: the path of a `.jsonl` or `.parquet` file, a pattern of the latter (`part-*.parquet`),
+            or a `datasets.Dataset`.
+        name: None for the file's, without its ending.
+        schema: None for rows as this module's head describes them.
+        root: the folder that paths start from; None for the file's own.
+        rows: how many are taken, from the first on; None for all.
+        negatives: None for all, the same number in every row.
+        settings: the others of `Source`.
+
+    Raises:
+        ValueError: another kind of file, a line that is wrong (`file:line: why`), missing columns,
+            unequal or too small numbers of negatives, what `Source` refuses.
+        OSError: no such file.
+        ImportError: parquet without the datasets library (the extra `data`).
+    """
+    schema = schema or PAIRS
+    path = Path(data) if isinstance(data, str | Path) else None
+    name = name or (path.stem if path else "data")
+    folder = Path(root) if root is not None else path.parent if path else Path()
+    if rows is not None and rows < 1:
+        raise ValueError(f"data set {name}: rows is {rows}, expected at least 1")
+    counts: set[int] = set()
+
+    def check(row: Row) -> None:
+        if missing := [column for column in schema.columns if column not in row]:
+            raise ValueError(f"it has no {', '.join(missing)}, its columns are {', '.join(row)}")
+        counts.add(len(schema.pair(row, folder).negatives))
+        if len(counts) > 1 if negatives is None else min(counts) < negatives:
+            expected = "one number" if negatives is None else f"at least {negatives}"
+            raise ValueError(f"rows have {sorted(counts)} negatives, expected {expected}")
+
+    found: JsonLines | Table
+    if path and path.suffix == ".jsonl":
+        found = JsonLines(path, rows, check)
+    elif path and path.suffix != ".parquet":
+        raise ValueError(f"data set {name}: {path} is neither .jsonl nor .parquet")
+    else:
+        if path:
+            data = load_dataset("parquet", data_files=str(path), split="train")
+        found = Table(data, rows)
+        try:
+            counts |= found.negatives() if schema is PAIRS else set()
+            if len(found):
+                check(found[0])
+        except ValueError as error:
+            raise ValueError(f"data set {name}: {error}") from error
+    taken = min(counts, default=0) if negatives is None else negatives
+    return Source(name, found, schema, folder, negatives=taken, **settings)
+
+
+def load_dataset(*arguments: Any, **options: Any) -> Any:
+    """That of the datasets library; where it is missing an ImportError that names the extra."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('parquet and public data sets need pip install "btok[data]"') from error
+    return datasets.load_dataset(*arguments, **options)
+
+
+def picture(value: Any, root: Path) -> Path | bytes:
+    """A picture of a row: a path below `root`, or a file's bytes; a ValueError for what is none."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, str | bytes) or not value:
+        raise ValueError(f"a picture is {value!r:.60}, expected a path")
+    return value if isinstance(value, bytes) else root / value
+
+
+def _object(line: bytes) -> Row:
+    try:
+        row = json.loads(line.decode())
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"it is {row!r:.60}, expected a JSON object")
+    return row
+
+
+def _pair(row: Row, root: Path) -> Pair:
+    negatives = _part(row, "negatives", list)
+    query, positive, *hard = (
+        _side(side, where, root)
+        for side, where in [
+            (row["query"], "query"),
+            (row["positive"], "positive"),
+            *((side, "a negative") for side in negatives),
+        ]
+    )
+    target, positive_id = (_part(row, key, str) or None for key in ("target", "positive_id"))
+    return Pair(query, positive, hard, target=target, positive_id=positive_id)
+
+
+PAIRS = Schema(("query", "positive"), _pair)
+PARTS = ("text", "images", "video", "frame_seconds")
+
+
+def _side(value: Any, where: str, root: Path) -> Side:
+    given = {"text": value} if isinstance(value, str) else value
+    if not isinstance(given, dict) or not given.keys() <= set(PARTS):
+        raise ValueError(
+            f"{where} is {value!r:.60}, expected a text or an object of {', '.join(PARTS)}"
+        )
+    video = given.get("video") or []
+    if not isinstance(video, str):
+        video = [picture(frame, root) for frame in _part(given, "video", list)]
+    images = [picture(image, root) for image in _part(given, "images", list)]
+    text = _part(given, "text", str)
+    if not text.strip() and not images and not video:
+        raise ValueError(f"{where} is empty, expected a text, a picture or a video")
+    seconds = _part(given, "frame_seconds", list)
+    return Side(text, images, root / video if isinstance(video, str) else video, seconds)
+
+
+def _part(row: Row, key: str, kind: type) -> Any:
+    if (value := row.get(key)) is not None and not isinstance(value, kind):
+        raise ValueError(f"{key} is {value!r:.60}, expected a {kind.__name__}")
+    return value or kind()
+
+
+def _frames(side: Side) -> Side:
+    """A folder of frames as pictures: in order of their numbers, at most so many, evenly."""
+    folder = side.video
+    if not isinstance(folder, Path) or folder.is_file():
+        return side
+
+    def order(path: Path) -> list[Any]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+    found = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=order)
+    if not found:
+        raise ValueError(f"video {folder} has no frames")
+    taken = np.linspace(0, len(found) - 1, min(FRAMES, len(found))).astype(int)
+    return replace(side, video=[found[at] for at in taken])

@@ -1,0 +1,288 @@
+"""The order of the data: over ranks, workers and resumed runs; and what cannot be read."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_tokenizer
+from PIL import Image
+
+from btok.data.sources import open_source
+from btok.objective import pair_samples, positive_ids
+from btok.processing import Processor
+from train.recipes import Recipe
+from train.sampler import TRIES, Steps, load_steps, step_groups, step_pairs
+
+COUNT, SIZE = 4, 4
+RECIPE = Recipe(
+    caption_steps=0, reading_steps=0, steps=12, group_size=SIZE, groups_per_batch=COUNT, seed=7
+)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor(tiny_tokenizer(), patch_size=4, min_pixels=64, max_pixels=600)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """60 pairs of texts and 39 with pictures."""
+    rows = [{"query": f"query {i}", "positive": f"text {i}"} for i in range(60)]
+    found = [("texts", rows, {"weight": 2, "ntp_side": "none"})]
+    rows = [{"query": f"see {i}", "positive": {"images": [f"{i}.png"]}} for i in range(39)]
+    found.append(("pictures", rows, {"weight": 3, "ntp_side": "query"}))
+    for i in range(39):
+        Image.new("RGB", (8, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    opened = []
+    for name, rows, settings in found:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        opened.append(open_source(path, **settings))
+    return opened
+
+
+def read(step):
+    return [(p.dataset, p.query.text, p.positive_id) for p in step.pairs]
+
+
+def equal(a, b):
+    """Whether two samples, or one side of each, hold the same tensors."""
+    if isinstance(a, tuple):
+        return all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return (a is b is None) or (a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a))
+
+
+def merged(parts):
+    """The pairs of all ranks as one rank has them."""
+    rows = [read(part) for part in parts]
+    groups = [[pairs[i : i + SIZE] for i in range(0, len(pairs), SIZE)] for pairs in rows]
+    return [pair for turn in zip(*groups, strict=True) for group in turn for pair in group]
+
+
+def test_pairs_and_samples_do_not_depend_on_ranks_or_workers(sources, processor):
+    alone = Steps(RECIPE, processor, sources)
+    expected = [alone[step] for step in range(len(alone))]
+    assert len({str(read(step)) for step in expected}) == len(alone) == 12
+    assert {p.dataset for step in expected for p in step.pairs} == {"texts", "pictures"}
+    for step in expected:
+        names = [p.dataset for p in step.pairs]
+        assert all(len(set(names[i : i + SIZE])) == 1 for i in range(0, len(names), SIZE))
+    for world in (2, 4):
+        ranks = [Steps(RECIPE, processor, sources, rank, world) for rank in range(world)]
+        for number in range(len(alone)):
+            parts = [steps[number] for steps in ranks]
+            assert merged(parts) == read(expected[number])
+            assert all(len(part.samples) == 2 * COUNT * SIZE // world for part in parts)
+    for workers in (0, 1, 2):
+        before = torch.get_rng_state()
+        for first in (0, 5):
+            got = list(load_steps(alone, first, workers))
+            assert [read(step) for step in got] == [read(step) for step in expected[first:]]
+            for a, b in zip(got, expected[first:], strict=True):
+                assert len(a.samples) == len(b.samples) and not a.skipped
+                assert all(equal(x, y) for x, y in zip(a.samples, b.samples, strict=True))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_samples_are_those_of_all_pairs_at_once(sources, processor):
+    (folder,) = {source.root for source in sources}
+    path = folder / "hard.jsonl"
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": ["no", f"n{i}"]} for i in range(9)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    source = open_source(path)
+    steps = Steps(dataclasses.replace(RECIPE, groups_per_batch=1), processor, [source])
+    rows = step_groups([9], [1.0], RECIPE.seed, 0, 1, SIZE)[0].rows
+    pairs = [source[int(row)] for row in rows]
+    expected = pair_samples(pairs, processor)
+    got = steps[0]
+    assert len(got.samples) == len(expected) == 4 * SIZE
+    assert all(equal(x, y) for x, y in zip(got.samples, expected, strict=True))
+    assert torch.equal(positive_ids(got.pairs), positive_ids(pairs))
+    for sample, positive in zip(got.samples[:SIZE], got.samples[SIZE : 2 * SIZE], strict=True):
+        assert sample[1] is positive[0]  # so that its picture is looked at once
+
+
+def test_the_schedule_decides_what_is_generated(sources, processor):
+    recipe = dataclasses.replace(RECIPE, caption_steps=1, ntp_steps=2, ntp_side="positive")
+    steps = Steps(recipe, processor, sources)
+    for number, wanted in enumerate(("own", "positive", "positive", "none")):
+        step = steps[number]
+        targets = [target is not None for _, target in step.samples]
+        sides = [p.ntp_side if wanted == "own" else wanted for p in step.pairs]
+        assert targets == [s == "positive" for s in sides] + [s == "query" for s in sides]
+
+
+def test_the_pocket_groups_are_as_they_were(processor):
+    steps = Steps(RECIPE, processor)
+    pairs = step_pairs(RECIPE, 3)
+    assert read(steps[3]) == [(p.dataset, p.query.text, p.positive_id) for p in pairs]
+    expected = pair_samples(pairs, processor)
+    assert all(equal(x, y) for x, y in zip(steps[3].samples, expected, strict=True))
+    (part,) = load_steps(Steps(RECIPE, processor, rank=1, world=2), 11)
+    assert read(part)[:SIZE] == read(steps[11])[SIZE : 2 * SIZE]
+
+
+def walk(lengths, weights, steps, seed=3, count=2, size=5):
+    """(data set, row) of all groups, in order."""
+    found = [step_groups(lengths, weights, seed, step, count, size) for step in range(steps)]
+    return [(group.source, group.rows.tolist()) for groups in found for group in groups]
+
+
+def test_an_epoch_has_no_repeats_and_the_next_another_order():
+    lengths = [23, 40]
+    groups = walk(lengths, [1.0, 2.0], 60)
+    for source, length in enumerate(lengths):
+        rows = [rows for which, rows in groups if which == source]
+        per_epoch = length // 5
+        whole = len(rows) // per_epoch
+        flat = list(itertools.chain.from_iterable(rows))
+        epochs = [flat[i * per_epoch * 5 :][: per_epoch * 5] for i in range(whole)]
+        assert len(epochs) >= 3
+        for epoch in epochs:
+            assert len(set(epoch)) == len(epoch) == per_epoch * 5
+            assert set(epoch) <= set(range(length))
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+        left_out = [frozenset(range(length)) - set(epoch) for epoch in epochs]
+        assert length % 5 == 0 or len(set(left_out)) > 1
+
+
+def test_data_sets_are_drawn_by_weight():
+    weights = [1.0, 0.5, 3.0, 12.0]
+    for seed in range(3):
+        drawn = Counter(source for source, _ in walk([50] * 4, weights, 1000, seed=seed))
+        expected = [2000 * weight / sum(weights) for weight in weights]
+        chi = sum((drawn[i] - e) ** 2 / e for i, e in enumerate(expected))
+        assert chi < 21.1, f"seed {seed}: {drawn}"  # once in 10,000 with 3 degrees of freedom
+    assert walk([50] * 4, weights, 20, seed=0) != walk([50] * 4, weights, 20, seed=1)
+
+
+def test_step_1000_alone_is_step_1000_of_a_walk():
+    """Counted here pair by pair, as a stream would be."""
+    lengths, weights, taken = [31, 12, 77], [2.0, 1.0, 5.0], Counter()
+    orders = {}
+    for step in range(1001):
+        for group in step_groups(lengths, weights, 5, step, 2, 4):
+            epoch, place = divmod(taken[group.source], lengths[group.source] // 4)
+            order = orders.setdefault((group.source, epoch), group.order.tolist())
+            assert group.order.tolist() == order
+            assert sorted(order) == list(range(lengths[group.source]))
+            assert group.rows.tolist() == order[place * 4 : place * 4 + 4]
+            taken[group.source] += 1
+
+
+def test_the_order_is_pinned():
+    """The order of a run that goes on must not change with a version."""
+    groups = step_groups([10, 7], [1.0, 1.0], 0, 3, 2, 3)
+    assert [(group.source, group.rows.tolist()) for group in groups] == [
+        (1, [6, 5, 1]),
+        (0, [0, 5, 1]),
+    ]
+
+
+def spoil(sources, how):
+    """Spoil pictures; returns their rows."""
+    (folder,) = {source.root for source in sources}
+    rows = [3, 11, 12, 30]
+    for row in rows:
+        path = folder / f"{row}.png"
+        if how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:50] if how == "cut" else b"no picture")
+    return rows
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "noise"])
+def test_a_broken_picture_is_replaced_the_same_way_everywhere(sources, processor, how):
+    whole = [read(step) for step in load_steps(Steps(RECIPE, processor, sources), 0)]
+    spoilt = spoil(sources, how)
+    alone = list(load_steps(Steps(RECIPE, processor, sources), 0, 2))
+    ranks = [list(load_steps(Steps(RECIPE, processor, sources, rank, 2), 0)) for rank in (0, 1)]
+    named = Counter()
+    for step, before, *parts in zip(alone, whole, *ranks, strict=True):
+        assert merged(parts) == read(step)
+        assert sorted(step.skipped) == sorted(s for part in parts for s in part.skipped)
+        ids = {("pictures", f"\0row {row}") for row in spoilt}
+        for old, new in zip(before, read(step), strict=True):
+            broken = (old[0], old[2]) in ids
+            assert (new != old) == broken and (new[0], new[2]) not in ids
+            assert not broken or (new[0] == old[0] and new not in before)
+        named.update(skipped.row for skipped in step.skipped)
+        for skipped in step.skipped:
+            assert skipped.dataset == "pictures" and f"{skipped.row}.png" in skipped.reason
+    assert set(named) == set(spoilt)
+
+
+def test_a_bomb_a_wrong_line_and_a_processor_that_fails_are_skipped_too(
+    sources, processor, monkeypatch
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # more than twice as many is an error
+    for workers in (0, 1):
+        with pytest.raises(
+            ValueError, match=r"^data set pictures: too little .* bomb DOS attack\.$"
+        ):
+            list(load_steps(Steps(RECIPE, processor, sources), 0, workers))
+    monkeypatch.undo()
+
+    texts = sources[0]
+    lines = texts.rows.path.read_bytes().replace(b'"query 5"', b'"query,5"')
+    texts.rows.path.write_bytes(lines.replace(b'"query": "query 7"', b'"queri"; "query 7"'))
+    steps = Steps(RECIPE, processor, [texts])
+    skipped = {s.row: s.reason for step in load_steps(steps, 0) for s in step.skipped}
+    assert skipped.keys() == {7} and "expected a JSON object" in skipped[7]
+
+    def fail(side):
+        raise KeyError("what PIL's plug-ins raise")
+
+    with pytest.raises(ValueError, match=r"too little of it can be read; row .*: KeyError: "):
+        Steps(RECIPE, fail, [texts])[0]
+
+    def missing(side):
+        raise ImportError("an extra")
+
+    with pytest.raises(ImportError, match="an extra"):
+        Steps(RECIPE, missing, [texts])[0]
+
+
+def test_every_place_of_a_step_has_spares_of_its_own():
+    steps = Steps(RECIPE, None)
+    groups = step_groups([1000, 600], [2.0, 3.0], RECIPE.seed, 0, COUNT, SIZE)
+    assert {group.source for group in groups} == {0, 1}
+    tried = {0: [], 1: []}
+    for number, group in enumerate(groups):
+        for place in range(SIZE):
+            (which, own), *spares = steps._tries(groups, number, place)
+            assert (which, own) == (group.source, group.rows[place]) and len(spares) == TRIES
+            tried[which] += [own, *(row for _, row in spares)]
+            assert all(source == which for source, _ in spares)
+    assert all(len(set(rows)) == len(rows) for rows in tried.values())
+    small = step_groups([6], [1.0], 0, 0, 1, SIZE)
+    assert len({row for _, row in steps._tries(small, 0, 3)}) == 1 + 6 - SIZE
+
+
+def test_what_cannot_be_grouped_is_refused(sources, processor):
+    with pytest.raises(ValueError, match=r"data set pictures has 39 rows, expected .* group's 64"):
+        Steps(dataclasses.replace(RECIPE, group_size=64), processor, sources[1:])
+    (folder,) = {source.root for source in sources}
+    row = {"query": "q", "positive": "p", "negatives": ["n"]}
+    (folder / "hard.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
+    hard = open_source(folder / "hard.jsonl")
+    with pytest.raises(ValueError, match=r"differ \(texts 0, hard 1\), expected one number"):
+        Steps(RECIPE, processor, [sources[0], hard])
+    Steps(RECIPE, processor, [sources[0], open_source(folder / "hard.jsonl", negatives=0)])
+
+
+def test_a_row_drawn_twice_into_a_step_is_no_negative_of_itself(sources, processor):
+    recipe = dataclasses.replace(RECIPE, groups_per_batch=16)  # more than an epoch of `texts`
+    step = Steps(recipe, processor, sources[:1])[0]
+    ids = positive_ids(step.pairs)
+    texts = [p.query.text for p in step.pairs]
+    same = np.array(texts)[:, None] == np.array(texts)
+    assert same.sum() > len(texts)
+    assert np.array_equal(same, (ids[:, None] == ids).numpy())
