@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -21,19 +23,22 @@ from helpers import (
     gloo,
     gradients,
     tiny_backbone,
+    tiny_checkpoint,
     tiny_qwen2_vl,
     tiny_tokenizer,
     worst_gradient,
 )
+from PIL import Image
 from safetensors.torch import load_file
 
+from btok.encoder import BTokEncoder
 from btok.model import BTokModel
 from train import checkpoint
-from train.loop import make_optimizers
+from train.loop import Journal, make_optimizers
 from train.main import main
 from train.recipes import RECIPES, Recipe
-from train.sampler import step_pairs
-from train.step import train_step
+from train.sampler import Steps, step_pairs
+from train.step import Done, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)
@@ -43,8 +48,8 @@ def step_gradients(dtype, step, negatives, reduction, rank, world):
     model, processor = tiny_qwen2_vl(dtype)
     model.ntp_reduction = reduction  # ranks have equal numbers of targets, not of labels
     recipe = dataclasses.replace(RECIPE, negatives=negatives)
-    pairs = step_pairs(recipe, step, rank, world)
-    losses = train_step(model, processor, recipe, pairs, step)
+    drawn = Steps(recipe, processor, (), rank, world)[step]
+    losses, _ = train_step(model, processor, recipe, drawn.pairs, drawn.samples, step)
     return gradients(model), losses
 
 
@@ -157,6 +162,90 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path):
     assert checkpoint.newest_valid(tmp_path / "nothing") is None
 
 
+def test_a_disk_that_is_full_leaves_the_older_checkpoints_and_no_draft(tmp_path, monkeypatch):
+    saved_run(tmp_path, 3)
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("train.checkpoint.save_file", fail)
+    with pytest.raises(
+        OSError, match=r"checkpoint-5 cannot be written .*No space left.*free space"
+    ):
+        saved_run(tmp_path, 5)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
+
+
+def test_the_journal_drops_rows_to_be_done_again_and_shows_rates(tmp_path, capsys):
+    rows = [{"step": step, "phase": "train", "contrastive": 1.5, "ntp": 2.25} for step in range(4)]
+    recipe = dataclasses.replace(RECIPE, output=tmp_path)
+    for first in (0, 2):
+        with Journal(recipe, first) as journal:
+            journal.began -= 20
+            for row in rows[first:]:
+                journal.write(row, 10, 100)
+            journal.bar.refresh()
+        with open(tmp_path / "log.jsonl", "a") as log:
+            log.write('{"step": 4, "pha')  # a write that was cut
+    with Journal(recipe, 4):
+        log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row.pop("seconds") > 0 for row in log] == [True] * 4 and log == rows
+    bar = capsys.readouterr().err
+    assert "contrastive=1.500, ntp=2.250, pairs/s=2, tokens/s=20]" in bar and "4/4 [" in bar
+
+
+def test_the_journal_writes_to_tensorboard(tmp_path, monkeypatch):
+    scalars = {}
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            scalars["folder"] = (folder, purge_step)
+
+        def add_scalar(self, name, value, step):
+            scalars[name] = (value, step)
+
+        def close(self):
+            scalars["closed"] = True
+
+    module = type(sys)("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    recipe = dataclasses.replace(RECIPE, output=tmp_path)
+    with Journal(recipe, 2, tensorboard=True) as journal:
+        journal.write({"step": 2, "phase": "train", "ntp": 2.25}, 10)
+    assert scalars.pop("pairs/s")[1] == scalars.pop("tokens/s")[1] == 2
+    folder = (str(tmp_path / "tensorboard"), 2)
+    assert scalars == {"folder": folder, "ntp": (2.25, 2), "closed": True}
+    monkeypatch.setitem(sys.modules, module.__name__, None)
+    with pytest.raises(ImportError, match=r"btok\[tensorboard\]"):
+        Journal(recipe, 0, tensorboard=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, monkeypatch):
+    def diverge(model, processor, recipe, pairs, samples, step):
+        losses, tokens = train_step(model, processor, recipe, pairs, samples, step)
+        total = losses.total * float("nan" if step == 3 else 1)
+        return Done(losses._replace(total=total), tokens)
+
+    monkeypatch.setattr("train.loop.train_step", diverge)
+    model, output = tiny_checkpoint(tmp_path / "model"), tmp_path / "run"
+    words = "--caption-steps 2 --steps 4 --reading-steps 6 --group-size 2 --groups-per-batch 1"
+    words += " --eval-queries 0 --checkpoint-every 2"
+    assert main(["--model", str(model), "--output", str(output), *words.split()]) == 1
+    said = capsys.readouterr().err
+    assert "\nerror: step 3: loss nan, gradient norm" in said
+    assert f"{output}/nonfinite.json names its batch" in said
+    recipe = Recipe(reading_steps=6, group_size=2, groups_per_batch=1)
+    names = [(p.dataset, p.positive_id) for p in step_pairs(recipe, 3)]
+    assert json.loads((output / "nonfinite.json").read_text()) == {
+        "step": 3,
+        "pairs": [{"rank": 0, "dataset": name, "positive_id": id} for name, id in names],
+    }
+    assert [p.name for p in output.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 COMMAND = [
     *(sys.executable, "train/main.py", "pocket", "--steps", "5", "--caption-steps", "4"),
     *("--reading-steps", "1", "--group-size", "4", "--groups-per-batch", "2"),
@@ -223,9 +312,9 @@ def test_stopped_and_started_again_it_ends_the_same_bit_for_bit(tmp_path):
         (["--steps", "many"], "many"),
         (["--temperature", "0"], "temperature is 0.0, expected above 0"),
         (["--learning-rate", "nan"], "learning_rate is nan"),
-        (["--num-btoks", "0"], "K = 0 needs pooling 'last' or 'mean'"),
+        (["--num-btoks", "0", "--pooling", "btok"], "K = 0 needs pooling 'last' or 'mean'"),
         (["--eval-queries", "10"], "eval_queries is 10"),
-        (["pockett"], "recipe is 'pockett', expected one of ['pocket']"),
+        (["pockett"], "recipe is 'pockett', expected one of ['btok-qwen2vl-2b', "),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
 )
@@ -250,7 +339,7 @@ def test_an_error_of_the_run_is_one_line_too(tmp_path, capsys, monkeypatch, erro
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr("train.main.start", lambda recipe: (None, None, None))
+    monkeypatch.setattr("train.main.start", lambda recipe: None)
     monkeypatch.setattr("train.main.run", fail)
     assert main(["--output", str(tmp_path)]) == code
     assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
@@ -273,8 +362,63 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_of_other_settings_is_refused(tmp_path, capsys):
-    settings = {**dataclasses.asdict(RECIPES["pocket"]), "output": "", "processes": 1, "seed": 5}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", 5, "seed 5, this command asks for 0; give the same settings or another --output"),
+        ("processes", 4, "processes 4, this command asks for 1; give the same --nproc-per-node or"),
+    ],
+)
+def test_a_run_folder_of_other_settings_is_refused(tmp_path, capsys, name, value, message):
+    settings = {**dataclasses.asdict(RECIPES["pocket"]), "output": "", "processes": 1}
+    settings["data sets"] = []
+    (tmp_path / "config.json").write_text(json.dumps({**settings, name: value}))
     assert main(["--output", str(tmp_path)]) == 2
-    assert "holds a run with seed 5, this command asks for 0" in capsys.readouterr().err
+    assert f"holds a run with {message}" in capsys.readouterr().err
+
+
+def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
+    """All levers and dropout, read ahead by a worker; stopped in the middle, the same bits."""
+    model, data = tiny_checkpoint(tmp_path / "model"), tmp_path / "pairs.jsonl"
+    rng = np.random.default_rng(0)
+    with open(data, "w") as file:
+        for i in range(24):
+            picture = rng.integers(0, 256, (16, 8 * (1 + i % 3), 3), dtype=np.uint8)
+            Image.fromarray(picture).save(tmp_path / f"{i}.png")
+            row = {"query": {"text": f"what is {i}?", "images": [f"{i}.png"]}}
+            file.write(json.dumps(row | {"positive": f"it is number {i}"}) + "\n")
+    (tmp_path / "5.png").write_bytes((tmp_path / "5.png").read_bytes()[:60])
+    words = "--lora-rank 2 --group-size 8 --groups-per-batch 2 --negatives batch --muon-rate 0"
+    words += " --caption-steps 0 --steps 6 --warmup-steps 1 --checkpoint-every 2 --workers 1"
+    words += " --chunk-tokens 150 --gradcache true --checkpoint-activations true"
+    command = ["--model", str(model), "--data", str(data), *words.split()]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*command, "--output", str(whole)]) == 0
+    assert "pairs, row 5: ValueError: image" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert 0 < rows[-1]["skipped"] < 6 and all(row["contrastive"] > 0 for row in rows)
+
+    def stopping(model, processor, recipe, pairs, samples, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(model, processor, recipe, pairs, samples, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.loop.train_step", stopping)
+        assert main([*command, "--output", str(parts)]) == 0
+    assert (parts / "checkpoint-3").is_dir() and not (parts / "checkpoint-4").exists()
+    assert main([*command, "--output", str(parts)]) == 0
+    a, b = (load_file(f / "checkpoint-6" / "adapter_model.safetensors") for f in (whole, parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    logs = [(f / "log.jsonl").read_text().splitlines() for f in (whole, parts)]
+    rows = [[json.loads(line) | {"seconds": 0} for line in log] for log in logs]
+    assert rows[0] == rows[1]
+    assert BTokEncoder.from_pretrained(parts / "checkpoint-6").encode(["number 3"]).shape == (1, 64)
+
+    assert main([*command, "--output", str(tmp_path / "none"), "--max-skipped", "0"]) == 2
+    assert "1 pairs could not be read, over max_skipped 0" in capsys.readouterr().err
+    with open(data, "a") as file:
+        file.write('{"query": "cut off')
+    assert main([*command, "--output", str(tmp_path / "cut")]) == 2
+    assert f"error: {data}:25: " in capsys.readouterr().err
+    assert not (tmp_path / "cut").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from btok.data.records import Side
+from btok.data.records import Pair, Side
 from btok.encoder import BTokEncoder
+from btok.evaluation import runner
 from btok.model import BTokModel
 from btok.processing import Processor
 from train import checkpoint
 from train.recipes import Recipe
-from train.sampler import step_pairs
+from train.sampler import Skipped, Steps, load_steps
 from train.step import mean_over_ranks, rank, train_step, world
 
 
@@ -30,8 +32,15 @@ class Stop:
 
     def __init__(self) -> None:
         self.in_step = self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+
+    def __enter__(self) -> Stop:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
         self.asked = True
@@ -40,79 +49,154 @@ class Stop:
 
 
 class Journal:
-    """`log.jsonl` and a progress bar, on rank 0; rows of steps to be done again are dropped."""
+    """`log.jsonl` and a progress bar, on rank 0; rows of steps to be done again are dropped.
 
-    def __init__(self, recipe: Recipe, first: int) -> None:
+    Args:
+        tensorboard: write the numbers to `<output>/tensorboard` too.
+
+    Raises:
+        ImportError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, recipe: Recipe, first: int, tensorboard: bool = False) -> None:
         self.path = recipe.output / "log.jsonl"
-        self.began, self.pairs = time.perf_counter(), 0
+        self.began, self.pairs, self.tokens = time.perf_counter(), 0, 0
         steps = {"total": recipe.total_steps, "initial": first}
         self.bar = tqdm(**steps, unit="step", disable=rank() != 0, mininterval=1.0)
-        if rank() == 0:
-            lines = self.path.read_text().split("\n") if self.path.exists() else []
-            done = (line for line in lines[:-1] if json.loads(line)["step"] < first)
-            self.path.write_text("".join(f"{line}\n" for line in done))
+        self.board = None
+        if rank() != 0:
+            return
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            whole = (line for line in file if line.endswith(b"\n"))
+            file.truncate(sum(len(line) for line in whole if json.loads(line)["step"] < first))
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                hint = f"TensorBoard needs the extra: pip install 'btok[tensorboard]' ({error})"
+                raise ImportError(hint) from error
+            self.board = SummaryWriter(str(recipe.output / "tensorboard"), purge_step=first)
 
-    def write(self, row: dict[str, Any], pairs: int) -> None:
-        """Add a step's row; `pairs` were its pairs."""
+    def write(self, row: dict[str, Any], pairs: int, tokens: int = 0) -> None:
+        """Add a step's row; `pairs` and `tokens` are what all ranks worked on, 0 for unknown."""
         if rank() != 0:
             return
         seconds = time.perf_counter() - self.began
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row | {"seconds": round(seconds, 3)}) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row | {"seconds": round(seconds, 3)}) + "\n")
+        except OSError as error:
+            raise OSError(checkpoint.unwritable(self.path, error)) from error
         self.pairs += pairs
+        self.tokens += tokens
+        rates = {"pairs/s": self.pairs / seconds, "tokens/s": self.tokens / seconds}
         shown = {key: f"{row[key]:.3f}" for key in ("contrastive", "ntp") if key in row}
+        shown |= {key: str(round(rate)) for key, rate in rates.items() if rate}
         self.bar.set_description(row["phase"], refresh=False)
-        self.bar.set_postfix(shown | {"pairs/s": round(self.pairs / seconds)}, refresh=False)
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+        if self.board:
+            for key, value in (row | rates).items():
+                if key not in ("step", "phase"):
+                    self.board.add_scalar(key, value, row["step"])
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.board:
+            self.board.close()
 
 
 def train(
-    model: BTokModel, processor: Processor, recipe: Recipe, resume: Path | None, stop: Stop
+    model: BTokModel,
+    processor: Processor,
+    recipe: Recipe,
+    steps: Steps,
+    resume: Path | None,
+    stop: Stop,
 ) -> bool:
     """Run the steps that are left; False where a signal ended them early, after a checkpoint."""
+    if recipe.checkpoint_activations:
+        backbone = model.backbone
+        new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+        getattr(backbone, new if hasattr(backbone, new) else old)({"use_reentrant": False})
     optimizers = make_optimizers(model, recipe)
-    first = checkpoint.load(resume, optimizers)["step"] if resume else 0
-    journal = Journal(recipe, first)
+    torch.manual_seed(recipe.seed * world() + rank())  # of what is drawn at random on each rank
+    saved = checkpoint.load(resume, optimizers) if resume else {}
+    first, skipped = saved.get("step", 0), saved.get("skipped", 0)
     model.train()
     stop.in_step, stopping = True, False
-    for step in range(first, recipe.total_steps):
-        rate = recipe.learning_rate_at(step)
-        for name, optimizer in optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = rate * (recipe.muon_rate if name == "muon" else 1.0)
-        pairs = step_pairs(recipe, step, rank(), world())
-        losses = train_step(model, processor, recipe, pairs, step)
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm))
-        if not math.isfinite(norm + float(losses.total)):
-            raise FloatingPointError(
-                f"step {step}: loss {float(losses.total)}, gradient norm {norm}; the newest "
-                "checkpoint is from before it; try a lower --learning-rate"
-            )
-        for optimizer in optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
+    with Journal(recipe, first, recipe.tensorboard) as journal:
+        for step, drawn in enumerate(load_steps(steps, first, recipe.workers), first):
+            rate = recipe.learning_rate_at(step)
+            for name, optimizer in optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * (recipe.muon_rate if name == "muon" else 1.0)
+            skipped = report(drawn.skipped, skipped, recipe.max_skipped)
+            pairs, samples = drawn.pairs, drawn.samples
+            losses, tokens = train_step(model, processor, recipe, pairs, samples, step)
+            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm))
+            if not math.isfinite(norm + float(losses.total)):
+                path = write_batch(recipe, step, pairs)
+                raise FloatingPointError(
+                    f"step {step}: loss {float(losses.total)}, gradient norm {norm}; {path} names "
+                    "its batch, the newest checkpoint is from before it; try a lower "
+                    "--learning-rate"
+                )
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
 
-        row = {"step": step, "phase": "caption", "loss": float(losses.total)}
-        if step >= recipe.caption_steps:
-            row |= {"phase": "train", "contrastive": float(losses.contrastive)}
-        row |= {"ntp": float(losses.ntp), "learning_rate": rate, "gradient_norm": norm}
-        journal.write(row, len(pairs) * world())
+            row = {"step": step, "phase": "caption", "loss": float(losses.total)}
+            if step >= recipe.caption_steps:
+                row |= {"phase": "train", "contrastive": float(losses.contrastive)}
+            row |= {"ntp": float(losses.ntp), "learning_rate": rate, "gradient_norm": norm}
+            row |= {"skipped": skipped} if skipped else {}
+            journal.write(row, recipe.groups_per_batch * recipe.group_size, tokens)
 
-        done = step + 1
-        stopping = float(mean_over_ranks(torch.tensor(float(stop.asked)))) > 0
-        if stopping or done == recipe.total_steps or done % recipe.checkpoint_every == 0:
-            if rank() == 0:
-                state = {"processes": world()}
+            done = step + 1
+            stopping = float(mean_over_ranks(torch.tensor(float(stop.asked)))) > 0
+            if stopping or done == recipe.total_steps or done % recipe.checkpoint_every == 0:
+                state = {"processes": world(), "skipped": skipped}
                 checkpoint.save(recipe.output, done, model, processor, optimizers, state)
-            if world() > 1:
-                dist.barrier()
-        if stopping:
-            break
-    journal.bar.close()
+            if stopping:
+                break
     stop.in_step = False
     if stop.asked and not stopping:  # since the last step, which is saved
         raise SystemExit(0)
     return not stopping
+
+
+def report(found: Sequence[Skipped], before: int, most: int) -> int:
+    """Tell what could not be read; returns the number so far, of all ranks.
+
+    Raises:
+        ValueError: more than `most`.
+    """
+    for pair in found:
+        tqdm.write(f"{pair.dataset}, row {pair.row}: {pair.reason}", file=sys.stderr)
+    total = before + round(float(mean_over_ranks(torch.tensor(float(len(found))))) * world())
+    if total > most:
+        raise ValueError(f"{total} pairs could not be read, over max_skipped {most}")
+    return total
+
+
+def write_batch(recipe: Recipe, step: int, pairs: Sequence[Pair]) -> Path:
+    """Which pairs all ranks had in a step, as `nonfinite.json`; every rank calls it."""
+    found = [[(p.dataset, p.positive_id) for p in pairs]] * world()
+    if world() > 1:
+        dist.all_gather_object(found, found[0])
+    path = recipe.output / "nonfinite.json"
+    if rank() == 0:
+        names = ("rank", "dataset", "positive_id")
+        rows = [
+            dict(zip(names, (i, *ids), strict=True)) for i, own in enumerate(found) for ids in own
+        ]
+        runner.save_json({"step": step, "pairs": rows}, path)
+    return path
 
 
 def make_optimizers(model: BTokModel, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:

@@ -16,16 +16,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a file: make the folder above importable
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
 import torch.distributed as dist
 import tyro
 from transformers.utils.logging import disable_progress_bar
 
 from btok.data import pocket
+from btok.data.mixture import load_mixture
 from btok.encoder import BTokEncoder
 from btok.evaluation import pictures, runner
 from btok.model import BTokModel
@@ -33,31 +35,65 @@ from btok.processing import Processor
 from train import checkpoint
 from train.loop import Stop, sharded_encode, train
 from train.recipes import RECIPES, Recipe, build
+from train.sampler import Steps
 from train.step import rank, world
 
+FITS = "out of memory; try a lower --chunk-tokens, --gradcache true, --checkpoint-activations true"
+MAY_CHANGE = {"output", "checkpoint_every", "workers", "max_skipped", "tensorboard"}  # in a run
 SHEETS = ("I-RET", "V-RET", "VisDoc")  # tasks with pictures to find: image, video, page
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a recipe; 2 for a mistake in the command or the data, 1 for a loss that is not finite.
 
-    Both are told in a line; BTOK_DEBUG=1 shows where it was noticed.
+    Both are told in a line; BTOK_DEBUG=1 shows where it was noticed. The other processes end with
+    the one that fails or is stopped; `torchrun` itself then returns 1 for any that did not give 0.
     """
-    try:
-        recipe = parse(list(sys.argv[1:] if argv is None else argv))
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group("gloo")
-        run(recipe, *start(recipe))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if os.environ.get("BTOK_DEBUG"):
+    store = join()
+    with Stop() as stop:
+        try:
+            recipe = parse(list(sys.argv[1:] if argv is None else argv))
+            run(start(recipe), stop)
+            if store:
+                dist.barrier()  # a rank that leaves early may take the others down
+                dist.destroy_process_group()
+        except torch.OutOfMemoryError as error:
+            print(f"error: {FITS}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            if os.environ.get("BTOK_DEBUG"):
+                raise
+            if store is None or store.add("failed", 1) == 1:
+                line = "\n" * (rank() > 0)  # behind the progress bar of rank 0
+                print(f"{line}error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1 if isinstance(error, FloatingPointError) else 2
+        except SystemExit:  # a signal, where nothing would be lost
+            if store:
+                store.add("stopped", 1)
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
-    if world() > 1:
-        dist.barrier()  # a rank that leaves early may take the others down
-        dist.destroy_process_group()
+        except RuntimeError:  # also of a collective that another process has left
+            if store and store.add("stopped", 0) and not store.add("failed", 0):
+                return 0
+            if store and store.add("failed", 1) > 1:
+                return 1
+            raise
     return 0
+
+
+def join() -> dist.Store | None:
+    """Join the other processes, if there are any; returns what all of them can read."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    store, number, count = next(dist.rendezvous("env://"))
+    # torchrun --max-restarts: addresses of processes that are gone stay in the store
+    generation = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"generation-{generation}", store)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    return store
 
 
 def parse(argv: list[str]) -> Recipe:
@@ -87,48 +123,77 @@ def parse(argv: list[str]) -> Recipe:
         raise ValueError(" ".join(line.strip("─│╰╯ ") for line in lines)) from None
 
 
-def start(recipe: Recipe) -> tuple[Path | None, BTokModel, Processor]:
-    """Find where the run was, or begin it: (checkpoint or None, model, processor).
+class Run(NamedTuple):
+    """What a run works with; `resume` is the checkpoint it goes on from, if any."""
+
+    recipe: Recipe
+    resume: Path | None
+    model: BTokModel
+    processor: Processor
+    steps: Steps
+
+
+def start(recipe: Recipe) -> Run:
+    """Find where the run was, or begin it.
 
     Raises:
         ValueError: groups that do not divide among the processes; a run folder that belongs to a
-            run with other settings.
+            run with other settings or data.
     """
-    if recipe.groups_per_batch % world():
+    sources = [] if recipe.data is None else load_mixture(recipe.data)
+    settings = {**described(recipe), "processes": world()}
+    settings["data sets"] = [[s.name, len(s), s.weight] for s in sources]
+    config = recipe.output / "config.json"
+    saved = json.loads(config.read_text()) if config.exists() else settings
+    for name in sorted(settings.keys() - MAY_CHANGE):
+        if saved.get(name) != settings[name]:
+            what = "--nproc-per-node" if name == "processes" else "settings"
+            raise ValueError(
+                f"{recipe.output} holds a run with {name} {saved.get(name)}, this command asks "
+                f"for {settings[name]}; give the same {what} or another --output"
+            )
+    if recipe.groups_per_batch % world() and (recipe.negatives == "group" or not sources):
         raise ValueError(
             f"groups_per_batch is {recipe.groups_per_batch}, expected a multiple of the "
             f"{world()} processes"
         )
-    settings = {**dataclasses.asdict(recipe), "output": str(recipe.output), "processes": world()}
-    config = recipe.output / "config.json"
-    saved = json.loads(config.read_text()) if config.exists() else settings
-    for name in sorted(settings.keys() - {"output", "checkpoint_every"}):
-        if saved.get(name) != settings[name]:
-            raise ValueError(
-                f"{recipe.output} holds a run with {name} {saved.get(name)}, this command asks "
-                f"for {settings[name]}; give the same settings or another --output"
-            )
     found = [checkpoint.newest_valid(recipe.output) if rank() == 0 else None]
     if world() > 1:
         dist.broadcast_object_list(found)
     if resume := found[0]:
         processor = Processor.from_pretrained(resume, recipe.num_btoks)
-        return resume, BTokModel.from_pretrained(resume, num_btoks=recipe.num_btoks), processor
-    model, processor = build(recipe)
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    runner.save_json(settings, config)
-    return None, model, processor
+        kept = {"num_btoks": recipe.num_btoks, "dtype": getattr(torch, recipe.dtype)}
+        model = BTokModel.from_pretrained(resume, **kept)
+    else:
+        model, processor = build(recipe)
+    steps = Steps(recipe, processor, sources, rank(), world())
+    if rank() == 0 and resume is None:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        runner.save_json(settings, config)
+    return Run(recipe, resume, model.to(device()), processor, steps)
 
 
-def run(recipe: Recipe, resume: Path | None, model: BTokModel, processor: Processor) -> None:
-    """Evaluate, train, evaluate, and draw."""
+def device() -> torch.device:
+    """Of this process."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """Its settings, for JSON."""
+    settings = dataclasses.asdict(recipe)
+    return {name: str(x) if isinstance(x, Path) else x for name, x in settings.items()}
+
+
+def run(started: Run, stop: Stop) -> None:
+    """Evaluate, train, evaluate, and draw; only on the pocket benchmark is there an evaluation."""
+    recipe, resume, model, processor, steps = started
     disable_progress_bar()  # of every checkpoint's single shard
-    stop = Stop()
     say = print if rank() == 0 else lambda *_: None
     encode = sharded_encode(BTokEncoder(model, processor))
-    tasks = pocket.tasks(recipe.eval_queries) if recipe.eval_queries else []
+    has_tasks = recipe.eval_queries and recipe.data is None
+    tasks = pocket.tasks(recipe.eval_queries) if has_tasks else []
     options: dict[str, Any] = {"data_digest": pocket.digest() if tasks else None}
-    options["settings"] = {**dataclasses.asdict(recipe), "output": str(recipe.output)}
+    options["settings"] = described(recipe)
 
     def evaluate(name: str, retrieved: dict[str, Any]) -> dict[str, Any]:
         show = rank() == 0
@@ -137,10 +202,12 @@ def run(recipe: Recipe, resume: Path | None, model: BTokModel, processor: Proces
             runner.save_json(result, recipe.output / name)
         return result
 
+    if resume:
+        say(f"going on from {resume}")
     if tasks and resume is None:
         say("before training:")
         evaluate("before.json", {})
-    if not train(model, processor, recipe, resume, stop):
+    if not train(model, processor, recipe, steps, resume, stop):
         say(f"stopped; the same command goes on from {recipe.output}")
         return
     retrieved: dict[str, Any] = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from btok.adapters import Lora
 from btok.data import pocket
 from btok.model import BTokModel
 from btok.objective import Objective
@@ -23,17 +24,34 @@ class Recipe:
     output: Path = Path("runs/pocket")
     """Run folder; a run that stopped goes on when the same command is given again."""
     model: str = "pocket"
-    """"pocket" for a small Qwen2-VL made here, or a folder or hub id of a Qwen2-VL checkpoint."""
+    """"pocket" for a small Qwen2-VL made here, or a folder or hub id of a checkpoint."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a checkpoint's weights; adapters are float32 always."""
+    lora_rank: int = 0
+    """Of adapters, which then train alone with the K rows; 0 trains the whole model."""
+    lora_alpha: float = 32.0
+    """Adapters count alpha / rank times."""
+    lora_dropout: float = 0.05
+    """On the adapters' input."""
+    dora: bool = True
+    """Adapters also train each output's magnitude."""
     num_btoks: int = 4
     """K bottleneck tokens; 0 is the baseline without them."""
-    pooling: Literal["btok", "last", "mean"] = "btok"
-    """Rows whose mean is the embedding; "last" or "mean" where K is 0."""
+    pooling: Literal["btok", "last", "mean"] | None = None
+    """Rows whose mean is the embedding; None for "btok", or "last" where K is 0."""
     condense: bool = True
     """Targets see the source through the bottleneck tokens only."""
     ntp_weight: float = 0.5
     """Weight of the generative loss; 0 trains without it."""
     ntp_steps: int | None = None
     """Training steps after which that weight is 0; None for never."""
+    data: Path | None = None
+    """What to train on: a mixture (.toml), one data set (.jsonl, .parquet), or a folder with the
+    paper's public data sets; None for the pocket benchmark."""
+    workers: int = 0
+    """Processes that read and decode ahead of each training process."""
+    max_skipped: int = 100
+    """Pairs that may turn out unreadable before the run stops."""
     ntp_side: Literal["positive", "query", "both", "none"] | None = None
     """Side to generate, in place of each data set's own."""
     target_positions: Literal["reference", "continue"] = "reference"
@@ -53,17 +71,33 @@ class Recipe:
     steps: int = 400
     """Training steps with bottleneck tokens."""
     learning_rate: float = 1e-3
-    """Peak rate of AdamW; linear warm-up, then linear decay to a twentieth, in each phase."""
+    """Peak rate of AdamW; linear warm-up, then linear decay, in each phase."""
     muon_rate: float = 3.0
     """Muon's rate over AdamW's, for the layers' matrices; 0 for AdamW on everything."""
     warmup_steps: int = 40
     """Steps to the peak."""
+    final_rate: float = 0.05
+    """What the rate decays to, as a share of the peak."""
+    beta2: float = 0.98
+    """AdamW's decay of squared gradients."""
     weight_decay: float = 0.01
     """On every parameter."""
+    chunk_tokens: int | None = None
+    """Tokens of a packed pass; a batch of more takes several. None for one pass."""
+    gradcache: bool = False
+    """Keep the activations of one pass at a time; embeds everything once more."""
+    checkpoint_activations: bool = False
+    """Make each layer's activations again in the backward instead of keeping them."""
+    reuse_vision: bool = True
+    """Run a frozen vision tower once per image and step."""
+    vision_memory: int = 1 << 30
+    """Bytes of its outputs that stay on the device; the rest waits in the host's memory."""
     clip_norm: float = 1.0
     """Bound on the gradient's norm."""
     checkpoint_every: int = 200
     """Steps between checkpoints; the newest two are kept."""
+    tensorboard: bool = False
+    """Write the log's numbers for TensorBoard too (needs the extra `tensorboard`)."""
     eval_queries: int = 400
     """Test queries per task, before and after training; 0 for no evaluation."""
     seed: int = 0
@@ -71,21 +105,38 @@ class Recipe:
 
     def __post_init__(self) -> None:
         lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1}
+        lows |= {"chunk_tokens": 1} if self.chunk_tokens is not None else {}
         from_zero = ("num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps")
-        lows |= dict.fromkeys((*from_zero, "warmup_steps", "weight_decay", "muon_rate"), 0)
+        from_zero += ("warmup_steps", "weight_decay", "muon_rate", "vision_memory", "lora_rank")
+        from_zero += ("workers", "max_skipped")
+        lows |= dict.fromkeys(from_zero, 0)
         for name, low in lows.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
         for name in ("temperature", "learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and finite")
-        if (self.num_btoks == 0) == (self.pooling == "btok"):
+        if (self.num_btoks == 0) == (self.pooling_rows == "btok"):
             raise ValueError(
                 f"num_btoks is {self.num_btoks} and pooling '{self.pooling}'; K = 0 needs pooling "
                 "'last' or 'mean', and K > 0 'btok'"
             )
+        if not (0 <= self.lora_dropout < 1 and 0 <= self.final_rate <= 1 and 0 < self.beta2 < 1):
+            had = f"{self.lora_dropout}, {self.final_rate}, {self.beta2}"
+            raise ValueError(f"lora_dropout, final_rate and beta2 are {had}, expected from 0 to 1")
         if 0 < self.eval_queries < 40:
             raise ValueError(f"eval_queries is {self.eval_queries}, expected 0 or at least 40")
+
+        if self.data is not None and self.caption_steps:
+            raise ValueError(
+                f"caption_steps is {self.caption_steps} with data {self.data}; that phase is for "
+                "the pocket benchmark, expected 0"
+            )
+
+    @property
+    def pooling_rows(self) -> Literal["btok", "last", "mean"]:
+        """`pooling`, decided."""
+        return self.pooling or ("btok" if self.num_btoks else "last")
 
     @property
     def objective(self) -> Objective:
@@ -104,21 +155,66 @@ class Recipe:
         done = step + 1 if captioning else step + 1 - self.caption_steps
         warm = done / max(self.warmup_steps, 1)
         left = (length - done + 1) / max(length - self.warmup_steps, 1)
-        return self.learning_rate * min(1.0, warm, 0.05 + 0.95 * left)
+        decayed = self.final_rate + (1 - self.final_rate) * left
+        return self.learning_rate * min(1.0, warm, decayed)
 
 
-RECIPES = {"pocket": Recipe()}
+# arXiv 2604.11095: global batches of two blocks of 512 pairs, whatever the number of processes
+PAPER = Recipe(
+    output=Path("runs/btok-qwen2vl-2b"),
+    model="Qwen/Qwen2-VL-2B-Instruct",
+    data=Path("data"),
+    workers=4,
+    max_skipped=10_000,
+    dtype="bfloat16",
+    lora_rank=16,
+    ntp_weight=5.0,
+    ntp_steps=2000,
+    negatives="batch",
+    group_size=512,
+    groups_per_batch=2,
+    caption_steps=0,
+    reading_steps=0,
+    steps=5000,
+    learning_rate=5e-5,
+    muon_rate=0.0,
+    warmup_steps=100,
+    final_rate=0.0,
+    beta2=0.999,
+    chunk_tokens=16384,
+    gradcache=True,
+    checkpoint_activations=True,
+    eval_queries=0,
+)
+RECIPES = {
+    "pocket": Recipe(),
+    "btok-qwen2vl-2b": PAPER,
+    "btok-qwen3vl-2b": replace(
+        PAPER, output=Path("runs/btok-qwen3vl-2b"), model="Qwen/Qwen3-VL-2B-Instruct"
+    ),
+    "vlm2vec-qwen2vl-2b": replace(
+        PAPER,
+        output=Path("runs/vlm2vec-qwen2vl-2b"),
+        num_btoks=0,
+        lora_alpha=64.0,
+        lora_dropout=0.1,
+        ntp_weight=0.0,
+    ),
+}
 
 
 def build(recipe: Recipe) -> tuple[BTokModel, Processor]:
     """The model and the processor a run starts from."""
     if recipe.model != "pocket":
+        rank, alpha = recipe.lora_rank, recipe.lora_alpha
+        torch.manual_seed(recipe.seed)  # adapters begin at random, and alike on all ranks
         model = BTokModel.from_pretrained(
             recipe.model,
             num_btoks=recipe.num_btoks,
-            pooling=recipe.pooling,
+            pooling=recipe.pooling_rows,
             target_positions=recipe.target_positions,
-            dtype=torch.float32,
+            dtype=getattr(torch, recipe.dtype),
+            lora=Lora(rank, alpha, recipe.lora_dropout, recipe.dora) if rank else None,
         )
         return model, Processor.from_pretrained(recipe.model, recipe.num_btoks)
     tokenizer = pocket_tokenizer()
@@ -128,7 +224,7 @@ def build(recipe: Recipe) -> tuple[BTokModel, Processor]:
     model = BTokModel.from_backbone(
         backbone,
         btok_token_ids=btoks,
-        pooling=recipe.pooling,
+        pooling=recipe.pooling_rows,
         target_positions=recipe.target_positions,
     )
     return model, Processor(tokenizer)

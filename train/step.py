@@ -5,60 +5,232 @@ Losses and gradients are means over ranks, exactly those of the whole batch in o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from btok.data.records import Pair
-from btok.model import BTokModel
-from btok.objective import Losses, pair_samples, positive_ids
-from btok.packing import pack
+from btok.model import BTokModel, BTokOutput
+from btok.objective import Losses, positive_ids
+from btok.packing import VISION_KEYS, Sample, by_budget, count_labels, pack
 from btok.processing import Processor
 from train.recipes import Recipe
 
+Objective = Callable[[Tensor, Tensor | None], Losses]  # of embeddings and the generative loss
+
 
 def train_step(
-    model: BTokModel, processor: Processor, recipe: Recipe, pairs: Sequence[Pair], step: int
-) -> Losses:
-    """Forward and backward of this rank's pairs; losses and gradients are means over ranks."""
-    captioning, objective = step < recipe.caption_steps, recipe.objective
+    model: BTokModel,
+    processor: Processor,
+    recipe: Recipe,
+    pairs: Sequence[Pair],
+    samples: Sequence[Sample],
+    step: int,
+) -> Done:
+    """Forward and backward of this rank's pairs; losses and gradients are means over ranks.
+
+    Args:
+        samples: of the pairs, as `pair_samples` gives them.
+    """
+    captioning = step < recipe.caption_steps
     step -= recipe.caption_steps
-    samples = pair_samples(
-        pairs,
-        processor,
-        ntp_side=None if captioning else recipe.ntp_side,
-        generate=captioning or objective.weight(step) > 0,
-    )
-    batch = pack(
-        [sample for sample in samples if not captioning or sample[1] is not None],
-        btok_token_ids=() if captioning else model.btok_token_ids,
-        prefix_ids=processor.prefix_ids,
-        suffix_ids=processor.suffix_ids,
-        backbone_config=model.backbone.config,
-        target_positions=model.target_positions,
-        condense=recipe.condense and not captioning,
-    ).to(model.backbone.device)
-    output = model(batch)
-    count = model.ntp_count(batch)
-    all_counts = float(mean_over_ranks(torch.tensor(count, dtype=torch.float64)))
-    ntp_scale = count / max(all_counts, 1e-9)
     if captioning:
-        assert output.ntp_loss is not None
-        ntp = output.ntp_loss * ntp_scale
-        losses = Losses(ntp, torch.zeros_like(ntp), ntp)
+        samples = [sample for sample in samples if sample[1] is not None]
+    if recipe.reuse_vision and is_frozen(model):
+        samples = seen_once(model, samples, recipe.vision_memory)
+    chunks = Chunks(model, processor, samples, recipe, captioning)
+    if captioning:
+        losses = chunks.caption()
     else:
-        losses = objective(
-            output,
-            positive_ids(pairs, rank()),
-            step=step,
-            num_groups=recipe.groups_per_batch // world(),
-            ntp_scale=ntp_scale,
-        )
-    losses.total.backward()
+        ids = positive_ids(pairs, rank())
+        groups = recipe.groups_per_batch // world()
+
+        def objective(embeddings: Tensor, ntp: Tensor | None) -> Losses:
+            output = BTokOutput(embeddings, ntp)
+            return recipe.objective(output, ids, step=step, num_groups=groups)
+
+        weight = recipe.objective.weight(step)
+        losses = (chunks.by_gradcache if recipe.gradcache else chunks.at_once)(objective, weight)
     average_gradients(model)
-    return Losses(*mean_over_ranks(torch.stack(losses).detach()))
+    rows = mean_over_ranks(torch.tensor(float(chunks.rows))) * world()
+    return Done(Losses(*mean_over_ranks(torch.stack(losses).detach())), int(rows))
+
+
+class Done(NamedTuple):
+    """The losses of a step, means over ranks, and the tokens that all ranks packed for it."""
+
+    losses: Losses
+    tokens: int
+
+
+class Chunks:
+    """A rank's samples of one step, a packed pass at a time, the largest pass first.
+
+    Args:
+        samples: as `btok.packing` takes them.
+        captioning: plain causal captioning, without bottleneck tokens.
+    """
+
+    def __init__(
+        self,
+        model: BTokModel,
+        processor: Processor,
+        samples: Sequence[Sample],
+        recipe: Recipe,
+        captioning: bool,
+    ) -> None:
+        self.model, self.samples = model, samples
+        of_target = {"prefix_ids": processor.prefix_ids, "suffix_ids": processor.suffix_ids}
+        self.options: dict[str, Any] = {
+            **of_target,
+            "backbone_config": model.backbone.config,
+            "btok_token_ids": () if captioning else model.btok_token_ids,
+            "target_positions": model.target_positions,
+            "condense": recipe.condense and not captioning,
+        }
+        self.indices = [list(range(len(samples)))]
+        sizes = [sum(_length(side) for side in sample) for sample in samples]
+        self.rows = sum(sizes) + len(samples) * len(self.options["btok_token_ids"])
+        if recipe.chunk_tokens is not None:
+            longest = sorted(range(len(samples)), key=sizes.__getitem__, reverse=True)
+            turns = by_budget([sizes[i] for i in longest], recipe.chunk_tokens)
+            self.indices = [[longest[i] for i in turn] for turn in turns]
+        targets = [target for _, target in samples if target is not None]
+        counts = count_labels(targets, **of_target, backbone_config=model.backbone.config)
+        count = counts[0 if model.ntp_reduction == "sample_mean" else 1]
+        self.count = max(float(mean_over_ranks(torch.tensor(count, dtype=torch.float64))), 1e-9)
+
+    def run(self, indices: Sequence[int], generate: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Embeddings of some samples, and their share of the generative loss of all ranks' mean."""
+        samples = [self.samples[i] for i in indices]
+        if not generate:
+            samples = [(source, None) for source, _ in samples]
+        batch = pack(samples, **self.options).to(self.model.backbone.device)
+        output = self.model(batch)
+        if output.ntp_loss is None:
+            return output.embeddings, None
+        return output.embeddings, output.ntp_loss * (self.model.ntp_count(batch) / self.count)
+
+    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """What each chunk gave, as the samples came."""
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([i for indices in self.indices for i in indices])
+        return torch.cat(list(parts))[order.argsort().to(parts[0].device)]
+
+    def caption(self) -> Losses:
+        """The generative loss alone."""
+        total = None
+        for indices in self.indices:
+            _, ntp = self.run(indices)
+            assert ntp is not None
+            ntp.backward()
+            total = ntp.detach() if total is None else total + ntp.detach()
+        assert total is not None
+        return Losses(total, torch.zeros_like(total), total)
+
+    def at_once(self, objective: Objective, weight: float) -> Losses:
+        """One backward through all chunks."""
+        parts, ntps = zip(*(self.run(indices) for indices in self.indices), strict=True)
+        losses = objective(self.in_order(parts), _sum(ntps))
+        losses.total.backward()
+        return losses
+
+    def by_gradcache(self, objective: Objective, weight: float) -> Losses:
+        """The same gradients with the activations of one chunk (arXiv 2101.06983).
+
+        Embed all without gradients; the contrastive loss and its gradients of the embeddings; then
+        each chunk again, whose backward takes those and its generative loss. With dropout both
+        passes run the same rows and draw the same.
+        """
+        model, states = self.model, []
+        dropping = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+        was_training = model.training
+        if not dropping:
+            model.eval()  # the last layer runs for the pooled rows alone
+        parts = []
+        with torch.no_grad():
+            for indices in self.indices:
+                states.append(random_state(model.backbone.device))
+                parts.append(self.run(indices, generate=dropping)[0])
+        model.train(was_training)
+        embeddings = self.in_order(parts).requires_grad_()
+        losses = objective(embeddings, None)
+        losses.contrastive.backward()
+        assert embeddings.grad is not None
+        ntps = []
+        for indices, state in zip(self.indices, states, strict=True):
+            if dropping:
+                set_random_state(state, model.backbone.device)
+            part, ntp = self.run(indices)
+            loss = (part * embeddings.grad[indices]).sum()
+            (loss if ntp is None else loss + weight * ntp).backward()
+            ntps.append(None if ntp is None else ntp.detach())
+        ntp = _sum(ntps)
+        if ntp is None:
+            return losses
+        return Losses(losses.total + weight * ntp, losses.contrastive, ntp)
+
+
+def is_frozen(model: BTokModel) -> bool:
+    """Whether there is a vision tower and nothing in it trains."""
+    tower = getattr(model.backbone.model, "visual", None)
+    return tower is not None and not any(p.requires_grad for p in tower.parameters())
+
+
+def seen_once(
+    model: BTokModel, samples: Sequence[Sample], memory: int, patches: int = 1 << 15
+) -> list[Sample]:
+    """The samples with vision features, each side's made once, wherever it stands.
+
+    Args:
+        memory: bytes of features that stay on the device; later ones wait on the host.
+        patches: that the tower looks at in one pass; a larger side is alone.
+    """
+    sides = {id(side): side for sample in samples for side in sample if side is not None}
+    sizes = {
+        name: sum(len(side[key]) for key, _ in VISION_KEYS if side.get(key) is not None)
+        for name, side in sides.items()
+    }
+    names = [name for name, size in sizes.items() if size]
+    found: dict[int, Any] = {}
+    for turn in by_budget([sizes[name] for name in names], patches):
+        for i, side in zip(turn, model.see([sides[names[i]] for i in turn]), strict=True):
+            for key, _ in VISION_KEYS:
+                if levels := side.get(key):
+                    memory -= sum(level.nbytes for level in levels)
+                    side[key] = levels if memory >= 0 else tuple(x.cpu() for x in levels)
+            found[names[i]] = side
+
+    def features(side: Any) -> Any:
+        return found.get(id(side), side)
+
+    return [(features(source), features(target)) for source, target in samples]
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """Of the CPU and of the device."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_state(state: list[Tensor], device: torch.device) -> None:
+    """What `random_state` gave."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def _sum(values: Sequence[Tensor | None]) -> Tensor | None:
+    there = [value for value in values if value is not None]
+    return torch.stack(there).sum() if len(there) > 1 else (there[0] if there else None)
+
+
+def _length(side: Mapping[str, Any] | None) -> int:
+    return 0 if side is None else torch.as_tensor(side["input_ids"]).numel()
 
 
 def average_gradients(model: torch.nn.Module) -> None:

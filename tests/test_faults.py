@@ -1,0 +1,278 @@
+"""Injected faults: a run on many ranks goes on from a whole checkpoint and ends on the same bits.
+
+Each case starts the trainer under torchrun, hurts it once at a random time, and gives the same
+command again. Dropout is on, so the random state of every rank counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import tiny_checkpoint
+
+from train import checkpoint
+from train.recipes import Recipe
+from train.sampler import step_pairs
+
+STEPS, EVERY, SIZE = 12, 3, 2
+LAUNCHER = """
+import os, signal, sys, time
+from pathlib import Path
+
+rank, generation = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+Path(__file__).with_name(f"{rank}.pid").write_text(str(os.getpid()))
+sys.path[:0] = [".", "kernels"]
+
+import torch
+import train.loop
+import train.main
+
+train_step, build, fault = train.loop.train_step, train.main.build, sys.argv.pop(1)
+
+def stop(recipe):
+    if rank == 1 and fault == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return build(recipe)
+
+def hurt(model, *others):
+    time.sleep(0.1)  # so that it is not over before it is hurt
+    embeddings = model.backbone.get_input_embeddings()
+    if not embeddings._forward_hooks:
+        drop = torch.nn.Dropout(0.1)
+        embeddings.register_forward_hook(lambda module, inputs, output: drop(output))
+    if (others[-1], rank) == (7, 1):  # the step
+        if fault == "raise":
+            raise ValueError("pair 5 of a set has no positive")
+        if fault == "nan":
+            embeddings.weight.data.fill_(float("nan"))
+    return train_step(model, *others)
+
+train.loop.train_step, train.main.build = hurt, stop
+train.main.pictures.loss_curve = lambda *arguments: None  # Matplotlib takes a second to load
+if generation and rank:
+    time.sleep(2)  # processes that are started again do not come together
+code = train.main.main()
+Path(__file__).with_name(f"{rank}.code").write_text(str(code))
+sys.exit(code)
+"""
+
+# how the run is hurt, and on how many seeds with 2 and with 4 ranks
+KINDS = {
+    "kill one, restarted": (3, 2),
+    "kill one": (3, 1),
+    "stop all": (2, 2),
+    "stop one": (3, 1),
+    "stop torchrun": (1, 1),
+    "disk full": (3, 2),
+    "truncate": (2, 1),
+    "flip a bit": (3, 2),
+}
+FAST = ("kill one, restarted", "stop one", "disk full", "flip a bit")
+CASES = [
+    pytest.param(
+        *(kind, world, seed),
+        marks=[] if (world, seed) == (2, 0) and kind in FAST else pytest.mark.full,
+    )
+    for kind, counts in KINDS.items()
+    for world, count in zip((2, 4), counts, strict=True)
+    for seed in range(count)
+]
+
+
+class Trainer:
+    """The trainer under torchrun, in a folder of its own."""
+
+    def __init__(self, folder, model, world, fault="", restarts=0):
+        self.folder, self.run = folder, folder / "run"
+        (folder / "launcher.py").write_text(LAUNCHER)
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={world}", f"--max-restarts={restarts}"),
+            *(folder / "launcher.py", fault, "--output", self.run, "--model", model),
+            *("--caption-steps", "2", "--steps", STEPS - 2, "--reading-steps", STEPS),
+            *("--group-size", SIZE, "--groups-per-batch", world, "--warmup-steps", "2"),
+            *("--checkpoint-every", EVERY, "--eval-queries", "0"),
+        ]
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            cwd=checkpoint.__file__.rsplit("/", 2)[0],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def rows(self):
+        """What is in the log, but for the times."""
+        log = self.run / "log.jsonl"
+        lines = log.read_text().split("\n")[:-1] if log.exists() else []
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    def wait_for(self, rows):
+        config = self.run / "config.json"
+        while self.process.poll() is None and not (config.exists() and len(self.rows()) >= rows):
+            time.sleep(0.005)
+
+    def pid(self, rank):
+        return int((self.folder / f"{rank}.pid").read_text())
+
+    def end(self):
+        """(exit code, what it said)"""
+        try:
+            said, _ = self.process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            pytest.fail(f"it hangs: {self.process.communicate()[0]}")
+        return self.process.returncode, said
+
+
+def newest(run):
+    """The step of the newest checkpoint, 0 for none."""
+    names = [p.name.removeprefix("checkpoint-") for p in run.glob("checkpoint-*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def errors(said):
+    """The lines a user is told, and no worker's traceback."""
+    assert "[rank" not in said, said
+    return re.findall("^error: .*", said, re.MULTILINE)
+
+
+def damage(folder, kind, rng):
+    path = rng.choice(sorted(p for p in folder.iterdir() if p.is_file()))
+    data = bytearray(path.read_bytes())
+    at = rng.randrange(len(data))
+    print(f"{kind}: {path.name}, byte {at}")
+    if kind == "truncate":
+        del data[at:]
+    else:
+        data[at] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """The uninterrupted run of so many ranks."""
+    made = {}
+
+    def of(world):
+        if world not in made:
+            trainer = Trainer(tmp_path_factory.mktemp("whole"), model, world)
+            code, said = trainer.end()
+            assert code == 0, said
+            made[world] = trainer
+        return made[world]
+
+    return of
+
+
+@pytest.mark.parametrize(("kind", "world", "seed"), CASES)
+def test_it_goes_on_and_ends_on_the_same_bits(tmp_path, model, whole, kind, world, seed):
+    if kind == "disk full" and not hasattr(resource, "prlimit"):
+        pytest.skip("no prlimit: the size of a process's files cannot be bounded from outside")
+    expected = whole(world)
+    rng = random.Random(f"{kind}/{world}/{seed}")
+    damaged = kind in ("truncate", "flip a bit")
+    after, victim = rng.randrange(EVERY + 1 if damaged else 0, STEPS - EVERY), rng.randrange(world)
+    print(f"{kind}, {world} ranks, seed {seed}: after row {after}, rank {victim}")
+    restarts = 3 if "restarted" in kind else 0
+    trainer = Trainer(tmp_path, model, world, restarts=restarts)
+    trainer.wait_for(after)
+    time.sleep(rng.uniform(0, 0.2))
+    done = len(trainer.rows())
+    if kind == "stop torchrun":
+        trainer.process.terminate()
+    elif kind.startswith("stop"):
+        for rank in range(world) if kind == "stop all" else [victim]:
+            os.kill(trainer.pid(rank), signal.SIGTERM)
+    elif kind == "disk full":
+        limit = rng.choice([5_000, 100_000, 550_000])  # bytes of a file
+        resource.prlimit(trainer.pid(0), resource.RLIMIT_FSIZE, (limit, limit))
+    else:
+        os.kill(trainer.pid(victim), signal.SIGKILL)
+    code, said = trainer.end()
+    print(said)
+
+    if not restarts:
+        done, saved = len(trainer.rows()), newest(trainer.run)
+        assert done < STEPS, "the fault came too late"
+        if damaged:
+            folder = trainer.run / f"checkpoint-{saved}"
+            damage(folder, kind, rng)
+            saved = max(saved - EVERY, 0)
+        elif kind.startswith("stop"):
+            assert saved == done
+        elif kind == "disk full":
+            (line,) = errors(said)
+            assert f"{trainer.run}/checkpoint-{done} cannot be written" in line
+            assert "free space there and give the same command again" in line
+            assert not list(trainer.run.glob(".*")), "a draft is left"
+            codes = [(tmp_path / f"{rank}.code").read_text() for rank in range(world)]
+            assert codes == ["2"] * world
+        assert (code == 0) == (kind in ("stop all", "stop one"))
+        code, said = Trainer(tmp_path, model, world).end()
+        print(said)
+        assert damaged == (f"{saved + EVERY} is damaged; set aside" in said)
+    assert code == 0
+    found = re.search(r"going on from \S+checkpoint-(\d+)", said)
+    resumed = int(found[1]) if found else 0
+    if not restarts:
+        assert resumed == saved
+    assert done - resumed <= EVERY * (2 if damaged else 1)
+
+    assert trainer.rows() == expected.rows()
+    assert checkpoint.newest_valid(trainer.run).name == f"checkpoint-{STEPS}"
+    manifests = [
+        json.loads((t.run / f"checkpoint-{STEPS}/manifest.json").read_text())
+        for t in (trainer, expected)
+    ]
+    assert manifests[0] == manifests[1]
+
+
+@pytest.mark.full
+def test_a_rank_that_is_stopped_before_the_first_step_ends_all(tmp_path, model):
+    trainer = Trainer(tmp_path, model, 2, fault="stop")
+    code, said = trainer.end()
+    assert code == 0 and not errors(said), said
+    assert trainer.rows() == [] and newest(trainer.run) == 0
+
+
+@pytest.mark.full
+def test_a_rank_that_fails_alone_ends_all_with_its_line(tmp_path, model):
+    code, said = Trainer(tmp_path, model, 2, fault="raise").end()
+    assert code == 1 and "exitcode: 2" in said, said
+    assert errors(said) == ["error: pair 5 of a set has no positive"]
+
+
+@pytest.mark.full
+def test_a_loss_that_is_not_finite_ends_all_and_names_the_batch(tmp_path, model):
+    trainer = Trainer(tmp_path, model, 2, fault="nan")
+    code, said = trainer.end()
+    assert code == 1 and "exitcode: 1" in said, said
+    path = trainer.run / "nonfinite.json"
+    (line,) = errors(said)
+    assert line.startswith("error: step 7: loss nan") and str(path) in line
+    recipe = Recipe(reading_steps=STEPS, group_size=SIZE, groups_per_batch=2)
+    assert json.loads(path.read_text()) == {
+        "step": 7,
+        "pairs": [
+            {"rank": rank, "dataset": pair.dataset, "positive_id": pair.positive_id}
+            for rank in (0, 1)
+            for pair in step_pairs(recipe, 7, rank, 2)
+        ],
+    }
+    assert newest(trainer.run) == 6

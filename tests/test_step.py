@@ -1,0 +1,279 @@
+"""One training step: chunks, GradCache, checkpointing, reused vision outputs and ranks give the
+same losses and gradients, which are those of the reference's two passes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from helpers import (
+    BTOKS,
+    FAMILIES,
+    IMAGE,
+    PREFIX,
+    SUFFIX,
+    VISION,
+    gloo,
+    gradients,
+    text,
+    tiny_backbone,
+    tiny_qwen2_vl,
+    worst_gradient,
+)
+from test_model import packed, samples_of, two_pass
+
+from btok import adapters
+from btok import model as model_module
+from btok.data.records import NTP_SIDES, Pair, Side
+from btok.model import BTokModel
+from btok.objective import pair_samples
+from btok.packing import by_budget, count_labels, pack
+from train.recipes import Recipe
+from train.step import train_step
+
+BASE = Recipe(
+    caption_steps=0, negatives="batch", ntp_weight=0.7, groups_per_batch=4, reuse_vision=False
+)
+WORDS = ["red", "blue", "seven", "five", "circle", "square", "above", "left", "of", "page"]
+
+
+def words(rng, most):
+    return " ".join(rng.choices(WORDS, k=rng.randrange(1, most)))
+
+
+def make_pairs(count=12):
+    """Images, videos and texts of many lengths; the third quarter has texts alone."""
+    rng, pixels = random.Random(0), np.random.default_rng(0)
+
+    def picture():
+        height, width = (8 * rng.randrange(1, 4) for _ in range(2))
+        return pixels.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    pairs = []
+    for i in range(count):
+        query = Side(words(rng, 9), images=[picture() for _ in range(rng.randrange(3))])
+        positive = Side(words(rng, 5), video=[picture()] * 3 if i % 3 == 0 else [])
+        if i // (count // 4) == 2:
+            query, positive = Side(words(rng, 9)), Side(words(rng, 5))
+        side = "both" if i < 4 else NTP_SIDES[i % 4]  # ranks differ in targets
+        hard = [Side(words(rng, 4))]
+        pairs.append(Pair(query, positive, hard, "some", side, positive_id=str(i % 7)))
+    return pairs
+
+
+PAIRS = make_pairs()
+
+
+def model_with(dropout=0.0, checkpoint=False, train_all=False):
+    """The tiny model with adapters that are no longer zero; or trained as a whole."""
+    model, processor = tiny_qwen2_vl()
+    if not train_all:
+        lora = adapters.Lora(rank=4, alpha=8, dropout=dropout)
+        adapters.attach(model.backbone, lora, model.btok_token_ids, "tiny")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.1)
+    if checkpoint:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train(), processor
+
+
+def run(pairs=PAIRS, *, dropout=0.0, checkpoint=False, train_all=False, reduction=None, **settings):
+    model, processor = model_with(dropout, checkpoint, train_all)
+    model.ntp_reduction = reduction or model.ntp_reduction
+    recipe = dataclasses.replace(BASE, **settings)
+    generate = recipe.caption_steps > 0 or recipe.ntp_weight > 0
+    samples = pair_samples(pairs, processor, generate=generate)
+    torch.manual_seed(7)
+    losses, tokens = train_step(model, processor, recipe, pairs, samples, 0)
+    assert tokens > 100
+    return gradients(model), [float(loss) for loss in losses]
+
+
+def compare(got, want, name):
+    error, tensor = worst_gradient(got[0], want[0])
+    assert error < 1e-5, f"{name}, {tensor}: {error:.1e}"
+    assert got[1] == pytest.approx(want[1], rel=1e-6), name
+
+
+@pytest.mark.parametrize("reduction", ["sample_mean", "token_mean"])
+def test_every_lever_gives_the_same_gradients(reduction):
+    """At dropout 0; chunks of one sample, of some, of all."""
+    want = run(reduction=reduction)
+    assert all(loss > 0.1 for loss in want[1])
+    levers = itertools.product((None, 120, 1), (False, True), (False, True), (False, True))
+    for chunk, gradcache, checkpoint, reuse in levers:
+        options = {"chunk_tokens": chunk, "gradcache": gradcache, "reuse_vision": reuse}
+        got = run(checkpoint=checkpoint, reduction=reduction, vision_memory=3000, **options)
+        compare(got, want, (chunk, gradcache, checkpoint, reuse))
+
+
+def test_a_model_trained_as_a_whole():
+    want = run(train_all=True)
+    for gradcache, checkpoint in ((True, False), (False, True), (True, True)):
+        options = {"chunk_tokens": 120, "gradcache": gradcache, "reuse_vision": True}
+        compare(run(train_all=True, checkpoint=checkpoint, **options), want, options)
+
+
+def test_dropout_is_drawn_alike_in_both_passes():
+    for chunk, checkpoint in itertools.product((None, 120), (False, True)):
+        want = run(dropout=0.05, chunk_tokens=chunk)
+        got = run(dropout=0.05, chunk_tokens=chunk, checkpoint=checkpoint, gradcache=True)
+        compare(got, want, (chunk, checkpoint))
+    assert worst_gradient(want[0], run(chunk_tokens=120)[0])[0] > 1e-3  # dropout does something
+
+
+def test_without_a_generative_loss():
+    want = run(ntp_weight=0.0)
+    got = run(ntp_weight=0.0, chunk_tokens=120, gradcache=True, reuse_vision=True)
+    compare(got, want, "no generation")
+    assert got[1][2] == 0
+
+
+def test_captioning_in_chunks():
+    options = {"caption_steps": 5, "train_all": True}
+    compare(run(chunk_tokens=120, **options), run(**options), "captioning")
+
+
+RANKS = {
+    "one pass": {},
+    "chunks": {"chunk_tokens": 120, "reuse_vision": True},
+    "gradcache": {"chunk_tokens": 120, "gradcache": True, "reuse_vision": True},
+    "everything": {"chunk_tokens": 60, "gradcache": True, "checkpoint": True, "vision_memory": 0},
+}
+
+
+def on_a_rank(rank, world, folder):
+    torch.set_num_threads(1)
+    size = len(PAIRS) // world
+    mine = PAIRS[rank * size : (rank + 1) * size]
+    with gloo(folder, rank, world):
+        results = {name: run(mine, **options) for name, options in RANKS.items()}
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_ranks_give_the_gradients_of_one_process(tmp_path, world, monkeypatch):
+    """On four ranks the third has no pixels at all."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    mp.spawn(on_a_rank, (world, str(tmp_path)), nprocs=world)
+    want = run()
+    for rank in range(world):
+        for name, got in torch.load(tmp_path / f"{rank}.pt").items():
+            compare(got, want, (rank, name))
+
+
+class Given:
+    """A processor of sides made beforehand; a side's text is its number."""
+
+    prefix_ids, suffix_ids = PREFIX, SUFFIX
+
+    def __init__(self, sides):
+        self.sides = sides
+
+    def __call__(self, side):
+        return self.sides[int(side.text)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_step_of_the_reference(family):
+    """A sample at a time with the stock model: encode, keep the bottleneck tokens' cache, write."""
+    sides = [side for sample in samples_of(family) for side in sample if side is not None]
+    pairs = [
+        Pair(Side(str(i)), Side(str(i + 1)), ntp_side=ntp_side)
+        for i, ntp_side in zip(range(0, len(sides) - 1, 2), itertools.cycle(NTP_SIDES[:3]))
+    ]
+    backbone = tiny_backbone(family=family)
+    stock = copy.deepcopy(backbone)
+    stock.set_attn_implementation("sdpa")
+    model = BTokModel.from_backbone(backbone, btok_token_ids=BTOKS[:4]).train()
+    recipe = dataclasses.replace(BASE, chunk_tokens=40, gradcache=True)
+    samples = pair_samples(pairs, Given(sides))
+    losses, _ = train_step(model, Given(sides), recipe, pairs, samples, 0)
+
+    z, ntp, _ = two_pass(stock, samples, 4, "reference", True)
+    query, positive = z.chunk(2)
+    contrastive = F.cross_entropy(query @ positive.T / BASE.temperature, torch.arange(len(pairs)))
+    (contrastive + BASE.ntp_weight * ntp).backward()
+    assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
+    assert losses.ntp.item() == pytest.approx(ntp.item(), rel=1e-5)
+    error, name = worst_gradient(gradients(backbone), gradients(stock))
+    assert error < 1e-4, f"{name}: {error:.1e}"
+
+
+def test_the_vision_tower_runs_once_an_image(monkeypatch):
+    """Whether an image is a source, a target, or both."""
+    patches = []
+    features = BTokModel._features
+
+    def counted(model, kind, pixels, grid):
+        if not isinstance(pixels, tuple):
+            patches.append(len(pixels))
+        return features(model, kind, pixels, grid)
+
+    monkeypatch.setattr(BTokModel, "_features", counted)
+    _, processor = tiny_qwen2_vl()
+    sides = [processor(side) for pair in PAIRS for side in (pair.query, pair.positive)]
+    keys = ("pixel_values", "pixel_values_videos")
+    once = sum(len(side[key]) for side in sides for key in keys if key in side)
+    for gradcache in (False, True):
+        options = {"chunk_tokens": 120, "gradcache": gradcache}
+        patches.clear()
+        run(reuse_vision=True, **options)
+        assert sum(patches) == once
+        patches.clear()
+        run(**options)
+        assert sum(patches) > once * (2 if gradcache else 1)
+
+
+def test_the_logits_of_many_labels_are_made_in_parts(monkeypatch):
+    want = run(train_all=True)
+    monkeypatch.setattr(model_module, "_LOGITS", 120 * 9)
+    shapes = []
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(
+        F,
+        "cross_entropy",
+        lambda logits, *a, **k: shapes.append(len(logits)) or cross_entropy(logits, *a, **k),
+    )
+    compare(run(train_all=True), want, "parts")
+    assert max(shapes) <= 9 and len(shapes) > 10
+
+
+def test_turns_within_a_budget():
+    assert by_budget([3, 3, 5, 9, 1, 4], 6) == [[0, 1], [2], [3], [4, 5]]
+    assert by_budget([], 6) == []
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_features_stand_for_pixels(family):
+    """Those of Qwen3-VL's first layers, too; a batch takes either, not both."""
+    model = BTokModel.from_backbone(tiny_backbone(family=family), btok_token_ids=BTOKS[:4])
+    samples = samples_of(family)
+    seen = [tuple(None if s is None else model.see([s])[0] for s in pair) for pair in samples]
+    assert not any(isinstance(s.get("pixel_values"), torch.Tensor) for s, _ in seen)
+    with torch.no_grad():
+        want, got = (packed(model, some)[1] for some in (samples, seen))
+    assert (got.embeddings - want.embeddings).abs().max() < 1e-6
+    assert abs(got.ntp_loss - want.ntp_loss) < 1e-6
+    with pytest.raises(ValueError, match="pixel_values are features in some samples"):
+        packed(model, [seen[0], samples[1]])
+
+
+def test_labels_are_counted_as_packed():
+    config = tiny_backbone().config
+    targets = [text(n, n) for n in range(1, 5)] + [{"input_ids": [IMAGE] * 2}]  # none in the last
+    target = {"prefix_ids": PREFIX, "suffix_ids": (), "backbone_config": config}
+    counts = count_labels(targets, **target)
+    target["backbone_config"] = tiny_backbone(family="qwen2").config
+    batch = pack([(text(3, 3), t) for t in targets[:4]], btok_token_ids=BTOKS[:4], **target)
+    assert counts == (batch.num_targets, len(batch.labels)) == (4, 1 + 2 + 3 + 4)
