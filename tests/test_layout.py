@@ -48,7 +48,8 @@ def test_every_pair_is_in_exactly_the_segments_the_mask_allows():
     for _ in range(60):
         layout = random_layout(rng)
         covered = torch.zeros(layout.num_rows, layout.num_rows, dtype=torch.int64)
-        rows, shapes, owner = layout.segments
+        rows, shapes, owner, in_place = layout.segments
+        assert not in_place or rows.tolist() == owner.tolist() == list(range(layout.num_rows))
         at = 0
         for count, length in shapes:
             for segment in rows[at : at + count * length].unflatten(0, (count, length)).tolist():

@@ -43,19 +43,23 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
     """Torch's fused causal attention, a call per group of segments."""
-    rows, shapes, owner = layout.segments
-    gqa = q.shape[1] != k.shape[1]
+    rows, shapes, owner, in_place = layout.segments
+    if in_place:
+        return _causal(q, k, v, shapes[0], scale)
     sizes = [segments * length for segments, length in shapes]
     gathered = (t.index_select(0, rows).split(sizes) for t in (q, k, v))
-    outputs = []
-    for shape, *parts in zip(shapes, *gathered, strict=True):
-        qs, ks, vs = (t.unflatten(0, shape).transpose(1, 2) for t in parts)  # [S, H, L, D]
-        out = F.scaled_dot_product_attention(
-            qs, ks, vs, is_causal=True, scale=scale, enable_gqa=gqa
-        )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # [S * L, H, D]
+    parts = zip(*gathered, shapes, strict=True)
+    outputs = [_causal(qs, ks, vs, shape, scale) for qs, ks, vs, shape in parts]
     nothing = q.new_zeros(1, *q.shape[1:])  # the unused tail's
     return torch.cat([*outputs, nothing]).index_select(0, owner)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
+    """Of (S, L) segments one behind the other, [S * L, H, D]."""
+    gqa = q.shape[1] != k.shape[1]
+    q, k, v = (t.view(*shape, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # [S, H, L, D]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:

@@ -38,13 +38,15 @@ class Segments(NamedTuple):
     Args:
         rows: int64 [R], the packed row at each position, group after group. A shorter segment
             repeats its last row at the end, where none of its own rows sees it.
-        shapes: (S, L) per group: S segments of length L.
+        shapes: (S, L) per group: S segments, the longest of length L.
         owner: int64 [T], the position that gives each packed row its output; R for the unused tail.
+        in_place: one group of segments is all the packed rows, in their order.
     """
 
     rows: Tensor
     shapes: list[tuple[int, int]]
     owner: Tensor
+    in_place: bool
 
 
 class Halves(NamedTuple):
@@ -225,7 +227,7 @@ class CondensedLayout:
     def segments(self) -> Segments:
         """[start, border) of every sequence, and [first, end) of those with targets, whose rows
         [first, border) are there for their keys alone. Groups make N sequences a few calls."""
-        by_length: dict[int, list[tuple[int, int, int]]] = {}
+        groups: dict[int, list[tuple[int, int, int]]] = {}
         for start, first, border, end in self.bounds.tolist():
             if first == start or border == end:  # plain causal, one piece
                 segments = [(start, start, end)]
@@ -233,21 +235,20 @@ class CondensedLayout:
                 segments = [(start, start, border), (first, border, end)]
             for begin, kept, stop in segments:
                 if stop > kept:
-                    by_length.setdefault(_padded(stop - begin), []).append((begin, kept, stop))
+                    groups.setdefault(_rounded(stop - begin), []).append((begin, kept, stop))
+        shapes = [(len(g), max(stop - begin for begin, _, stop in g)) for g in groups.values()]
         rows = [np.empty(0, np.int64)]
-        size = sum(length * len(segments) for length, segments in by_length.items())
-        owner = np.full(self.num_rows, size)
+        owner = np.full(self.num_rows, sum(count * length for count, length in shapes))
         at = 0
-        for length, segments in by_length.items():
+        for (_, length), segments in zip(shapes, groups.values(), strict=True):
             for begin, kept, stop in segments:
                 rows.append(np.minimum(np.arange(begin, begin + length), stop - 1))
                 owner[kept:stop] = at + np.arange(kept - begin, stop - begin)
                 at += length
-        return Segments(
-            torch.from_numpy(np.concatenate(rows)).to(self.device),
-            [(len(segments), length) for length, segments in by_length.items()],
-            torch.from_numpy(owner).to(self.device),
-        )
+        index = np.concatenate(rows)
+        in_place = len(shapes) == 1 and np.array_equal(index, np.arange(self.num_rows))
+        there = [torch.from_numpy(x).to(self.device) for x in (index, owner)]
+        return Segments(there[0], shapes, there[1], in_place)
 
     @cached_property
     def halves(self) -> Halves:
@@ -289,7 +290,7 @@ def _cut(begin: np.ndarray, end: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return np.stack([first, last, np.repeat(seen, count)], 1)
 
 
-def _padded(length: int) -> int:
-    """Rounded up so that few distinct lengths remain: to a multiple of 8, or at most 1/8 longer."""
+def _rounded(length: int) -> int:
+    """Up, so that few distinct lengths remain: to a multiple of 8, or at most 1/8 longer."""
     step = max(8, 1 << max(length.bit_length() - 4, 0))
     return -(-length // step) * step
