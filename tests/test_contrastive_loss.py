@@ -6,6 +6,7 @@ import math
 import random
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -234,11 +235,37 @@ def test_the_upstream_gradient_scales():
 
 
 def test_a_loss_scale_saves_small_half_gradients():
-    arguments = make(2000, dtype=torch.float16, tau=2.0)
+    arguments = make(2000, dtype=torch.float16, tau=20.0)
     module._TILE_LOGITS = 1 << 20
     _, grads = truth(arguments)
     _, got = differentiate(lambda **a: 2.0**14 * contrastive_loss(**a), arguments)
     assert gap([g.double() / 2.0**14 for g in got], grads) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [4, 7])
+def test_a_message_holds_its_parts(rows):
+    """Whatever their strides, dtypes and sizes; each begins on a line of 16 bytes."""
+    parts = [
+        torch.randn(5, rows).half().T,
+        torch.arange(2 * rows)[::2],
+        torch.randn(rows, 3, 1).double(),
+        torch.randn(rows, 0),
+    ]
+    for padded in (rows, rows + 3):
+        message = module._joint(parts, padded)
+        found = module._disjoint(message, parts, rows, padded)
+        assert all(torch.equal(a, b) for a, b in zip(found, parts, strict=True))
+        assert all((part.data_ptr() - message.data_ptr()) % 16 == 0 for part in found[:3])
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_a_margin_keeps_ties(impl):
+    rows = torch.zeros(6, 4)
+    rows[:, 0] = 1  # every product is 1 exactly
+    for bidirectional in (False, True):
+        options = {"bidirectional": bidirectional, "impl": impl, "temperature": 0.5}
+        assert abs(contrastive_loss(rows, rows, margin=0.0, **options) - math.log(6)) < 1e-6
+        assert abs(contrastive_loss(rows, rows, margin=-0.1, **options)) < 1e-6
 
 
 def test_no_grad_makes_no_gradients(monkeypatch):
@@ -359,6 +386,7 @@ def bad(**changes):
         (bad(temperature="warm"), ValueError, "temperature is 'warm'"),
         (bad(temperature=torch.ones(2)), ValueError, r"temperature is \[2\], expected one element"),
         (bad(temperature=torch.tensor(1)), TypeError, "temperature is torch.int64 on cpu"),
+        (bad(temperature=torch.ones(1, device="meta")), TypeError, "temperature is .* on meta"),
         (bad(margin=math.nan), ValueError, "margin is nan, expected a finite number or None"),
         (bad(margin=math.inf), ValueError, "margin is inf"),
         (bad(group="here"), ValueError, "group is 'here', expected a group, 'local' or None"),
@@ -456,11 +484,12 @@ def on_one_rank(rank, world):
     for rows in SPLITS[world]:
         arguments = local(make(sum(rows), **OPTIONS["everything"]), own_rows(rows, rank))
         saved[f"direct {rows}"] = list(contrastive_loss_and_grad(**arguments))
-        with torch.set_grad_enabled(rank == 0):
-            leaf = arguments["key"].clone().requires_grad_()
-            loss = contrastive_loss(**{**arguments, "key": leaf})
-        if rank == 0:
-            saved[f"only rank 0 with gradients {rows}"] = torch.autograd.grad(loss, leaf)[0]
+        for wants in {0, world - 1}:
+            with torch.set_grad_enabled(rank == wants):
+                leaf = arguments["key"].clone().requires_grad_()
+                loss = contrastive_loss(**{**arguments, "key": leaf})
+            if rank == wants:
+                saved[f"alone with gradients {rows}"] = torch.autograd.grad(loss, leaf)[0]
     if world > 1:
         saved |= run_groups(rank, world) | run_disagreements(rank, world)
     return saved
@@ -470,6 +499,9 @@ def run_groups(rank, world):
     arguments = make(5, seed=rank, bidirectional=True)
     pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
     strangers = dist.new_group([0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        contrastive_loss(**make(2 - rank % 2))  # a rank with one row is not alone
     return {
         "local": contrastive_loss(**arguments, group="local"),
         "pair": contrastive_loss(**arguments, group=pairs[rank // 2]),
@@ -540,8 +572,9 @@ def test_each_rank_returns_its_own_rows(ranks):
 def test_one_rank_may_want_gradients_alone(ranks):
     for rows in SPLITS[len(ranks)]:
         _, (_, d_key, *_) = truth(make(sum(rows), **OPTIONS["everything"]))
-        got = ranks[0][f"only rank 0 with gradients {rows}"]
-        assert gap([got], [len(ranks) * d_key[: rows[0]]]) < 1e-12
+        for rank in {0, len(ranks) - 1}:
+            got = ranks[rank][f"alone with gradients {rows}"]
+            assert gap([got], [len(ranks) * d_key[own_rows(rows, rank)]]) < 1e-12
 
 
 @several
