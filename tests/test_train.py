@@ -35,7 +35,7 @@ from btok.encoder import BTokEncoder
 from btok.model import BTokModel
 from train import checkpoint
 from train.loop import Journal, make_optimizers
-from train.main import main
+from train.main import FITS, main
 from train.recipes import RECIPES, Recipe
 from train.sampler import Steps, step_pairs
 from train.step import Done, train_step
@@ -332,17 +332,21 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [(ValueError("task X, query 3:\n no positive"), 2), (FloatingPointError("loss nan"), 1)],
+    ("error", "code", "line"),
+    [
+        (ValueError("task X, query 3:\n no positive"), 2, "task X, query 3: no positive"),
+        (FloatingPointError("loss nan"), 1, "loss nan"),
+        (torch.OutOfMemoryError("CUDA:\n 3 GiB"), 2, f"{FITS}: CUDA: 3 GiB"),
+    ],
 )
-def test_an_error_of_the_run_is_one_line_too(tmp_path, capsys, monkeypatch, error, code):
+def test_an_error_of_the_run_is_one_line_too(tmp_path, capsys, monkeypatch, error, code, line):
     def fail(*arguments):
         raise error
 
     monkeypatch.setattr("train.main.start", lambda recipe: None)
     monkeypatch.setattr("train.main.run", fail)
     assert main(["--output", str(tmp_path)]) == code
-    assert capsys.readouterr().err == f"error: {' '.join(str(error).split())}\n"
+    assert capsys.readouterr().err == f"error: {line}\n"
     monkeypatch.setenv("BTOK_DEBUG", "1")
     with pytest.raises(type(error)):
         main(["--output", str(tmp_path)])

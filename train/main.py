@@ -57,15 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if store:
                 dist.barrier()  # a rank that leaves early may take the others down
                 dist.destroy_process_group()
-        except torch.OutOfMemoryError as error:
-            print(f"error: {FITS}: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        except (
+            *(ValueError, OSError, ImportError, FloatingPointError),
+            torch.OutOfMemoryError,
+        ) as error:
             if os.environ.get("BTOK_DEBUG"):
                 raise
             if store is None or store.add("failed", 1) == 1:
+                what = " ".join(str(error).split())
+                if isinstance(error, torch.OutOfMemoryError):
+                    what = f"{FITS}: {what}"
                 line = "\n" * (rank() > 0)  # behind the progress bar of rank 0
-                print(f"{line}error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"{line}error: {what}", file=sys.stderr)
             return 1 if isinstance(error, FloatingPointError) else 2
         except SystemExit:  # a signal, where nothing would be lost
             if store:
