@@ -276,6 +276,13 @@ def contrastive(report: Report) -> None:
         command(report, f"{rows} rows", sys.executable, *arguments, result, "-k", str(rows))
 
 
+def inference(report: Report) -> None:
+    arguments = ("-m", "pytest", "bench/bench_inference.py", "--benchmark-only", "-q")
+    for peer in ("padded", "packed"):
+        result = f"--benchmark-json={report.out.resolve()}/inference-{peer}.json"
+        command(report, peer, sys.executable, *arguments, result, "-k", peer)
+
+
 class Stage(NamedTuple):
     seconds: float  # at most
     run: Callable[[Report], None]
@@ -288,6 +295,7 @@ STAGES = {
     "roofs": Stage(60, roofs, dry=True),
     **{mix: Stage(200, partial(attention, mix=mix), dry=True) for mix in mixes(64)},
     "tune": Stage(400, tune),
+    "inference": Stage(400, inference),
     "contrastive": Stage(500, contrastive),  # last: some of its peers are known to hang
 }
 

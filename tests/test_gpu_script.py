@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_layout import allowed_by_loops
 
-from bench import gpu, peers
+from bench import bench_inference, gpu, peers
 from btok.kernels import CondensedLayout, condensed_attention
 from btok_kernels import launch
 
@@ -102,6 +102,16 @@ def test_a_stage_that_hangs_is_ended_with_all_it_started(tmp_path):
         assert time.monotonic() < deadline, "a process the stage had started lives on"
         time.sleep(0.1)
     assert gpu.run_within(20, [sys.executable, "-c", "raise SystemExit(3)"]) == "status 3"
+
+
+def test_the_inference_benchmark_is_run_a_peer_at_a_time(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(gpu, "command", lambda report, case, *arguments: calls.append(arguments))
+    gpu.STAGES["inference"].run(gpu.Report(tmp_path, "inference", dry=True, again=False))
+    results = {argument for arguments in calls for argument in arguments if "json" in argument}
+    assert all("bench/bench_inference.py" in arguments for arguments in calls)
+    assert len(results) == len(calls)
+    assert [name.split()[0] for name in bench_inference.PEERS] == [call[-1] for call in calls]
 
 
 def test_truth_and_kept_pairs_agree_with_the_mask(layout):

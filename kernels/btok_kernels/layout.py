@@ -38,7 +38,7 @@ class Segments(NamedTuple):
     Args:
         rows: int64 [R], the packed row at each position, group after group. A shorter segment
             repeats its last row at the end, where none of its own rows sees it.
-        shapes: (S, L) per group: S segments, the longest of length L.
+        shapes: (S, L) per group: S segments of length L.
         owner: int64 [T], the position that gives each packed row its output; R for the unused tail.
         in_place: one group of segments is all the packed rows, in their order.
     """
@@ -227,20 +227,24 @@ class CondensedLayout:
     def segments(self) -> Segments:
         """[start, border) of every sequence, and [first, end) of those with targets, whose rows
         [first, border) are there for their keys alone. Groups make N sequences a few calls."""
-        groups: dict[int, list[tuple[int, int, int]]] = {}
+        pieces: list[tuple[int, int, int]] = []
         for start, first, border, end in self.bounds.tolist():
             if first == start or border == end:  # plain causal, one piece
                 segments = [(start, start, end)]
             else:
                 segments = [(start, start, border), (first, border, end)]
-            for begin, kept, stop in segments:
-                if stop > kept:
-                    groups.setdefault(_rounded(stop - begin), []).append((begin, kept, stop))
-        shapes = [(len(g), max(stop - begin for begin, _, stop in g)) for g in groups.values()]
+            pieces += [(begin, kept, stop) for begin, kept, stop in segments if stop > kept]
+        lengths = [stop - begin for begin, _, stop in pieces]
+        if len(set(lengths)) > 1:
+            lengths = [_padded(length) for length in lengths]
+        groups: dict[int, list[tuple[int, int, int]]] = {}
+        for length, piece in zip(lengths, pieces, strict=True):
+            groups.setdefault(length, []).append(piece)
+        shapes = [(len(segments), length) for length, segments in groups.items()]
         rows = [np.empty(0, np.int64)]
         owner = np.full(self.num_rows, sum(count * length for count, length in shapes))
         at = 0
-        for (_, length), segments in zip(shapes, groups.values(), strict=True):
+        for length, segments in groups.items():
             for begin, kept, stop in segments:
                 rows.append(np.minimum(np.arange(begin, begin + length), stop - 1))
                 owner[kept:stop] = at + np.arange(kept - begin, stop - begin)
@@ -290,7 +294,7 @@ def _cut(begin: np.ndarray, end: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return np.stack([first, last, np.repeat(seen, count)], 1)
 
 
-def _rounded(length: int) -> int:
-    """Up, so that few distinct lengths remain: to a multiple of 8, or at most 1/8 longer."""
+def _padded(length: int) -> int:
+    """Rounded up so that few distinct lengths remain: to a multiple of 8, or at most 1/8 longer."""
     step = max(8, 1 << max(length.bit_length() - 4, 0))
     return -(-length // step) * step
