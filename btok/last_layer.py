@@ -74,17 +74,17 @@ def _attend(
 ) -> Tensor:
     """Causal attention of each sequence's last rows, `q` [N * R, Hq, D], on its keys [T, Hkv, D].
 
-    A sequence's keys are laid in a power of two of columns, the last key in the last column.
+    A sequence's keys are laid in a power of two of columns, the last key in the last column; from
+    512 on in as many as there are.
     """
     by_size: dict[int, list[int]] = defaultdict(list)
     lengths = (layout.bounds[:, 3] - layout.bounds[:, 0]).tolist()
     for index, length in enumerate(lengths):
-        by_size[(length - 1).bit_length()].append(index)
+        by_size[length if length >= 512 else 1 << (length - 1).bit_length()].append(index)
     per_key = q.shape[1] // k.shape[1]
     q = q.unflatten(0, (-1, num_rows)).unflatten(2, (-1, per_key))  # [N, R, Hkv, G, D]
     outputs, order = [], []
-    for members in by_size.values():
-        size = max(lengths[i] for i in members)
+    for size, members in by_size.items():
         start, end = layout.bounds[members][:, ::3, None].long().unbind(1)  # [S, 1]
         columns = end - size + torch.arange(size)  # [S, L]
         seen = columns[:, None] <= end[:, None] + torch.arange(-num_rows, 0)[:, None]  # [S, R, L]

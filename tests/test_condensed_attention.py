@@ -260,3 +260,17 @@ def test_auto_says_once_what_it_took(caplog):
         condensed_attention(Q, Q, Q, LAYOUT)
         condensed_attention(Q, Q, Q, LAYOUT)
     assert [r.message for r in caplog.records] == ["condensed_attention: impl 'auto' takes 'sdpa'"]
+
+
+def test_a_sequences_bits_do_not_depend_on_what_is_packed_with_it():
+    """So that an index brought up to date holds the vectors of one made anew."""
+    g = torch.Generator().manual_seed(0)
+    lengths = [5, 70, 71, 530, 600]
+    q, k, v = (torch.randn(sum(lengths), 2, 16, generator=g) for _ in range(3))
+    layout = CondensedLayout.from_lengths([n - 4 for n in lengths], [0] * 5, 4)
+    together = condensed_attention(q, k, v, layout, impl="sdpa").split(lengths)
+    for n, *parts, out in zip(
+        lengths, *(t.split(lengths) for t in (q, k, v)), together, strict=True
+    ):
+        alone = CondensedLayout.from_lengths([n - 4], [0], 4)
+        assert torch.equal(condensed_attention(*parts, alone, impl="sdpa"), out), n

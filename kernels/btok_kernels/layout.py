@@ -227,19 +227,15 @@ class CondensedLayout:
     def segments(self) -> Segments:
         """[start, border) of every sequence, and [first, end) of those with targets, whose rows
         [first, border) are there for their keys alone. Groups make N sequences a few calls."""
-        pieces: list[tuple[int, int, int]] = []
+        groups: dict[int, list[tuple[int, int, int]]] = {}
         for start, first, border, end in self.bounds.tolist():
             if first == start or border == end:  # plain causal, one piece
                 segments = [(start, start, end)]
             else:
                 segments = [(start, start, border), (first, border, end)]
-            pieces += [(begin, kept, stop) for begin, kept, stop in segments if stop > kept]
-        lengths = [stop - begin for begin, _, stop in pieces]
-        if len(set(lengths)) > 1:
-            lengths = [_padded(length) for length in lengths]
-        groups: dict[int, list[tuple[int, int, int]]] = {}
-        for length, piece in zip(lengths, pieces, strict=True):
-            groups.setdefault(length, []).append(piece)
+            for begin, kept, stop in segments:
+                if stop > kept:
+                    groups.setdefault(_padded(stop - begin), []).append((begin, kept, stop))
         shapes = [(len(segments), length) for length, segments in groups.items()]
         rows = [np.empty(0, np.int64)]
         owner = np.full(self.num_rows, sum(count * length for count, length in shapes))
@@ -295,6 +291,10 @@ def _cut(begin: np.ndarray, end: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 
 def _padded(length: int) -> int:
-    """Rounded up so that few distinct lengths remain: to a multiple of 8, or at most 1/8 longer."""
+    """Rounded up so that few distinct lengths remain: to a multiple of 8, or at most 1/8 longer;
+    from 512 on as it is, which is worth a call. By its own length alone: the sums do not depend on
+    what else is packed."""
+    if length >= 512:
+        return length
     step = max(8, 1 << max(length.bit_length() - 4, 0))
     return -(-length // step) * step
