@@ -30,10 +30,10 @@ def test_multiply_adds_are_those_torch_counts(three):
     def squares(lengths, pooled=None):
         return bench.multiply_adds(SHAPE, lengths, pooled, causal=False)
 
-    first = INPUTS[:1]
-    assert counted(three.packed, three.btok, first) == squares([29 + bench.K], pooled=bench.K)
-    assert counted(three.packed, three.last, first) == squares([29], pooled=1)
-    assert counted(three.padded, first) == squares([29])
+    with_btoks, alone = [[3] * (32 - bench.K)], [[3] * 32]  # 32 rows are not padded
+    assert counted(three.packed, three.btok, with_btoks) == squares([32], pooled=bench.K)
+    assert counted(three.packed, three.last, alone) == squares([32], pooled=1)
+    assert counted(three.padded, alone) == squares([32])
     assert counted(three.padded, INPUTS) == squares([60] * 5)
 
 
