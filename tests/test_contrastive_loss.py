@@ -484,6 +484,7 @@ def on_one_rank(rank, world):
     for rows in SPLITS[world]:
         arguments = local(make(sum(rows), **OPTIONS["everything"]), own_rows(rows, rank))
         saved[f"direct {rows}"] = list(contrastive_loss_and_grad(**arguments))
+        saved[f"dense {rows}"] = contrastive_loss(**arguments, impl="reference")
         for wants in {0, world - 1}:
             with torch.set_grad_enabled(rank == wants):
                 leaf = arguments["key"].clone().requires_grad_()
@@ -564,6 +565,7 @@ def test_each_rank_returns_its_own_rows(ranks):
             loss, *grads, _ = saved[f"direct {rows}"]
             own = own_rows(rows, rank)
             assert abs(loss - losses[own].sum() * len(ranks) / sum(rows)) < 1e-12
+            assert abs(saved[f"dense {rows}"] - loss) < 1e-12
             assert gap(grads, [len(ranks) * g[own] for g in whole[:3]]) < 1e-12
         d_tau = sum(saved[f"direct {rows}"][4] for saved in ranks) / len(ranks)
         assert gap([d_tau], whole[3:]) < 1e-12

@@ -189,6 +189,14 @@ def test_one_dimension(name, dtype, way):
     check(arguments)
 
 
+def test_a_margin_keeps_ties(way):
+    rows = torch.zeros(6, 4)
+    rows[:, 0] = 1  # every product is 1 exactly
+    for bidirectional in (False, True):
+        options = {"temperature": 0.5, "bidirectional": bidirectional, "margin": 0.0}
+        assert abs(triton(query=rows, key=rows, **options) - math.log(6)) < 1e-6
+
+
 def test_small_half_gradients_do_not_underflow(way):
     """With many candidates alike, d logits are below the normal fp16 numbers."""
     arguments = make(40, dtype=torch.float16, tau=0.06)
@@ -448,6 +456,12 @@ def run_rank(rank, world, folder):
                     dist.all_reduce(grad)
                 saved[f"{name}, {rows}"] = [loss, [grad / world for grad in grads]]
             saved[f"gradcache {rows}"] = by_gradcache(rows, own)
+        if world == 4:
+            pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+            take(patch, "recompute")
+            patch.setattr(module, "_overlaps", lambda _: True)
+            batch = make(5, dtype=torch.float32, seed=rank)
+            saved["pair"] = contrastive_loss(**batch, group=pairs[rank // 2], impl="triton")
         torch.save(saved, f"{folder}/{rank}.pt")
 
 
@@ -483,3 +497,15 @@ def test_gradcache_equals_one_pass(ranks):
         for saved in ranks:
             chunked, at_once = saved[f"gradcache {rows}"]
             assert at_once.norm() == 0 or gap([chunked], [at_once]) < 5e-6
+
+
+def test_shards_arrive_in_a_group_of_some_ranks(ranks):
+    if len(ranks) < 4:
+        pytest.skip("two ranks have no smaller group of two")
+    batches = [make(5, dtype=torch.float32, seed=rank) for rank in range(4)]
+    for rank, saved in enumerate(ranks):
+        pair = batches[rank - rank % 2], batches[rank - rank % 2 + 1]
+        both = {name: torch.cat([batch[name] for batch in pair]) for name in ("query", "key")}
+        own = slice(0, 5) if rank % 2 == 0 else slice(5, 10)
+        want = _reference(**in_double({**batches[rank], **both}))[own].mean()
+        assert abs(saved["pair"] - want) < 1e-5
