@@ -209,7 +209,7 @@ def make_optimizers(model: BTokModel, recipe: Recipe) -> dict[str, torch.optim.O
         if p.requires_grad:
             names["muon" if inside and recipe.muon_rate else "adamw"].append(p)
     decay = {"weight_decay": recipe.weight_decay}
-    adamw = torch.optim.AdamW(names["adamw"], betas=(0.9, 0.98), **decay)
+    adamw = torch.optim.AdamW(names["adamw"], betas=(0.9, recipe.beta2), **decay)
     if not names["muon"]:
         return {"adamw": adamw}
     muon = torch.optim.Muon(names["muon"], adjust_lr_fn="match_rms_adamw", **decay)
