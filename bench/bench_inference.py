@@ -9,7 +9,8 @@ packed last token  BTokModel with K = 0: packed rows, the last layer for the las
 From lists of token ids to unit vectors: packing and padding are timed, tokenizing is not. A case is
 so many inputs of so many tokens, or a set of mixed lengths, log-uniform. On a GPU it is the
 language model of Qwen2-VL-2B in bf16. On a CPU it is a twelfth as wide, in fp32, with all 28
-layers, since with fewer the last one's shortcut would save more; LONGEST=8192 adds longer inputs.
+layers, since with fewer the last one's shortcut would save more; LONGEST=8192 adds longer inputs,
+WIDTH=256 makes it a sixth as wide, where less of the time goes into Python.
 
 Every case first checks the results. Then btok and its peer take turns, btok second in every other
 pair: at least `--benchmark-min-rounds` pairs and `--benchmark-max-time` seconds. `ratio` is btok's
@@ -64,7 +65,8 @@ if torch.cuda.is_available():
     CASES = [f"{n}x{length}" for length in LENGTHS for n in {1, min(BATCH, 15360 // length)}]
     MIXED = (64, 64, 8192)  # inputs, the shortest, the longest
 else:
-    DEVICE, DTYPE, SHAPE = "cpu", torch.float32, Shape(128, 4, 1, 744, 2000)
+    width = int(os.environ.get("WIDTH", 128))  # a multiple of 64
+    DEVICE, DTYPE, SHAPE = "cpu", torch.float32, Shape(width, 4, 1, width * 93 // 16, 2000)
     CASES = [f"1x{n}" for n in LENGTHS if n <= int(os.environ.get("LONGEST", 2048))]
     MIXED = (32, 64, 512)
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btok_kernels.launch import INSTALLED, choose, no_triton
+from btok_kernels.launch import INSTALLED, always, choose, no_triton
 from btok_kernels.layout import CondensedLayout
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)  # of the Triton kernels
@@ -123,10 +123,10 @@ def condensed_attention(
     """
     _check(q, k, v, layout, scale)
     reasons = {
-        "triton": _no_triton(q, k, v),
-        "sdpa": None,
-        "xformers": _no_xformers(q),
-        "reference": None,
+        "triton": lambda: _no_triton(q, k, v),
+        "sdpa": always,
+        "xformers": lambda: _no_xformers(q),
+        "reference": always,
     }
     order = ("triton", "sdpa") if q.is_cuda else ("sdpa",)
     chosen = choose("condensed_attention", impl, reasons, order)

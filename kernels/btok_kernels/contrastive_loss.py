@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
-from btok_kernels.launch import choose, no_triton
+from btok_kernels.launch import always, choose, no_triton
 
 _TILE_LOGITS = 1 << 20  # logits of one tile, which has at least one row; 16 times that on a GPU
 
@@ -486,7 +486,11 @@ def _check(call: _Call) -> dict[str, Any]:
         raise ValueError(f"{name}: margin is {margin!r}, expected a finite number or None")
     if isinstance(call.group, str) and call.group != "local":
         raise ValueError(f"{name}: group is {call.group!r}, expected a group, 'local' or None")
-    reasons = {"triton": no_triton(query.device, query.dtype), "chunked": None, "reference": None}
+    reasons = {
+        "triton": lambda: no_triton(query.device, query.dtype),
+        "chunked": always,
+        "reference": always,
+    }
     order = ("triton", "chunked") if query.device.type == "cuda" else ("chunked",)
     return {
         "dtype": query.dtype,

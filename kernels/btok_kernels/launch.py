@@ -22,13 +22,16 @@ _announced: set[tuple[str, str]] = set()
 INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("triton", "xformers")}
 
 
-def choose(op: str, impl: str, reasons: dict[str, str | None], order: tuple[str, ...]) -> str:
+def choose(
+    op: str, impl: str, reasons: dict[str, Callable[[], str | None]], order: tuple[str, ...]
+) -> str:
     """Resolve `impl` for the op named `op`.
 
     Args:
         op: the public function's name, for messages.
         impl: what the caller asked for, "auto" included.
-        reasons: the implementations there are; why one cannot run here, or None where it can.
+        reasons: the implementations there are; each says why it cannot run here, or None where it
+            can, when it is its turn.
         order: what "auto" tries; the last always runs.
 
     Raises:
@@ -36,16 +39,20 @@ def choose(op: str, impl: str, reasons: dict[str, str | None], order: tuple[str,
         ValueError: an unknown implementation.
     """
     if impl == "auto":
-        impl = next(name for name in order if reasons[name] is None)
+        impl = next(name for name in order if reasons[name]() is None)
         if not torch.compiler.is_compiling() and (op, impl) not in _announced:
             _announced.add((op, impl))
             logger.info("%s: impl 'auto' takes '%s'", op, impl)
         return impl
     if impl not in reasons:
         raise ValueError(f"{op}: impl is {impl!r}, expected one of {('auto', *reasons)}")
-    if reasons[impl] is not None:
-        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reasons[impl]}")
+    if reason := reasons[impl]():
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reason}")
     return impl
+
+
+def always() -> None:
+    """No reason why an implementation cannot run."""
 
 
 def interpreted() -> bool:
