@@ -1,22 +1,19 @@
 """Embedding with bottleneck tokens beside last-token pooling on the same random weights.
 
-btok               BTokModel with K = 4: packed rows, the last layer for the K rows alone
+btok               BTokModel with K bottleneck tokens: packed rows, the last layer for the K rows
+                   alone
 padded last token  as VLM2Vec embeds: transformers' forward with torch's attention on the inputs in
                    the order given, padded in batches of 16 as its evaluation scripts have it, the
                    last layer in full; without the logits, which it makes and nothing needs
 packed last token  BTokModel with K = 0: packed rows, the last layer for the last row alone
+full last layer    btok with the last layer for all rows
 
 From lists of token ids to unit vectors: packing and padding are timed, tokenizing is not. A case is
 so many inputs of so many tokens, or a set of mixed lengths, log-uniform. On a GPU it is the
 language model of Qwen2-VL-2B in bf16. On a CPU it is a twelfth as wide, in fp32, with all 28
 layers, since with fewer the last one's shortcut would save more; LONGEST=8192 adds longer inputs,
-WIDTH=256 makes it a sixth as wide, where less of the time goes into Python.
-
-Every case first checks the results. Then btok and its peer take turns, btok second in every other
-pair: at least `--benchmark-min-rounds` pairs and `--benchmark-max-time` seconds. `ratio` is btok's
-time over the peer's, the median over pairs with both quartiles; `cpu_ratio` that of processor time,
-which other programs on the machine disturb less (on a GPU, the host's); `predicted` that of
-multiply-adds.
+WIDTH=256 makes it a sixth as wide, where less of the time goes into Python. `predicted` is the
+ratio of multiply-adds.
 """
 
 from __future__ import annotations
@@ -25,11 +22,8 @@ import copy
 import math
 import os
 import random
-import statistics
-import time
 from collections.abc import Sequence
 from functools import cache, partial
-from itertools import chain, cycle
 from typing import NamedTuple
 
 import pytest
@@ -38,13 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from bench.harness import DEVICE
 from btok.model import BTokModel
 
 BATCH = 16  # inputs that are padded together
 BUDGET = 16384  # packed rows at most, BTokEncoder's default
 K = 4
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # rounding moves a bf16 vector by 0.05
-PEERS = ("padded last token", "packed last token")
 
 
 class Shape(NamedTuple):
@@ -58,23 +52,27 @@ class Shape(NamedTuple):
     layers: int = 28
 
 
+PEERS = ("padded last token", "packed last token")
 LENGTHS = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
-if torch.cuda.is_available():
-    DEVICE, DTYPE, SHAPE = "cuda", torch.bfloat16, Shape()
+if DEVICE == "cuda":
+    DTYPE, SHAPE, MIXED = torch.bfloat16, Shape(), (64, 64, 8192)  # inputs, shortest, longest
     # alone, most of an input's time goes into launching: so a batch, too, that one packed row holds
-    CASES = [f"{n}x{length}" for length in LENGTHS for n in {1, min(BATCH, 15360 // length)}]
-    MIXED = (64, 64, 8192)  # inputs, the shortest, the longest
+    SIZES = [f"{n}x{length}" for length in LENGTHS for n in {1, min(BATCH, 15360 // length)}]
 else:
     width = int(os.environ.get("WIDTH", 128))  # a multiple of 64
-    DEVICE, DTYPE, SHAPE = "cpu", torch.float32, Shape(width, 4, 1, width * 93 // 16, 2000)
-    CASES = [f"1x{n}" for n in LENGTHS if n <= int(os.environ.get("LONGEST", 2048))]
+    DTYPE, SHAPE = torch.float32, Shape(width, 4, 1, width * 93 // 16, 2000)
     MIXED = (32, 64, 512)
+    longest = int(os.environ.get("LONGEST", 1024))
+    SIZES = [f"1x{n}" for n in LENGTHS if n <= longest] + ["16x64"]
+CASES = [(size, K, peer) for size in [*SIZES, "mixed"] for peer in PEERS]
+CASES += [("1x512", k, "packed last token") for k in (1, 2, 8, 16)]
+CASES += [(size, K, "full last layer") for size in ("1x64", "1x512", "16x64")]
 
 
 class Contestants:
-    """One backbone's random weights behind all three; inputs are lists of token ids."""
+    """One backbone's random weights behind all four; inputs are lists of token ids."""
 
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype, num_btoks: int = K) -> None:
         from transformers import AutoModelForImageTextToText, Qwen2VLConfig
 
         rope = {"rope_type": "default", "rope_theta": 1e6}
@@ -97,9 +95,13 @@ class Contestants:
         with torch.device(device):
             backbone = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
         self.stock = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
-        btoks = range(shape.vocabulary - K, shape.vocabulary)
-        self.btok = BTokModel.from_backbone(backbone, btok_token_ids=btoks).eval()
-        self.last = BTokModel.from_backbone(backbone, btok_token_ids=(), pooling="last").eval()
+
+        def ours(num_btoks: int, **options: str) -> BTokModel:
+            btoks = range(shape.vocabulary - num_btoks, shape.vocabulary)
+            return BTokModel.from_backbone(backbone, btok_token_ids=btoks, **options).eval()
+
+        self.btok, self.full = ours(num_btoks), ours(num_btoks, last_layer="full")
+        self.last = ours(0, pooling="last")
 
     @torch.no_grad()
     def padded(self, inputs: Sequence[list[int]], rows: int = 1) -> Tensor:
@@ -137,8 +139,8 @@ class Contestants:
         """Fail unless our embeddings are the stock model's; for btok, of each [x ; B] alone."""
         tolerance = TOLERANCES[self.stock.dtype]
         btoks = list(self.btok.btok_token_ids)
-        alone = torch.cat([self.padded([tokens + btoks], rows=K) for tokens in inputs])
-        for name, want in (("btok", alone), ("last", self.padded(inputs))):
+        alone = torch.cat([self.padded([tokens + btoks], rows=len(btoks)) for tokens in inputs])
+        for name, want in (("btok", alone), ("full", alone), ("last", self.padded(inputs))):
             error = float((self.packed(getattr(self, name), inputs) - want).norm(dim=-1).max())
             assert error <= tolerance, f"wrong result of {name}, off by {error:.1e}: not timed"
 
@@ -162,9 +164,12 @@ def multiply_adds(
     return sum((shape.layers - 1) * layer(n, n) + layer(n, pooled or n) for n in lengths)
 
 
-def predicted(shape: Shape, peer: str, lengths: Sequence[int]) -> float:
+def predicted(shape: Shape, peer: str, lengths: Sequence[int], num_btoks: int = K) -> float:
     """The ratio of btok's multiply-adds to the peer's."""
-    ours = multiply_adds(shape, [n + K for n in lengths], pooled=K)
+    longer = [n + num_btoks for n in lengths]
+    ours = multiply_adds(shape, longer, pooled=num_btoks)
+    if peer == "full last layer":
+        return ours / multiply_adds(shape, longer)
     if peer == "packed last token":
         return ours / multiply_adds(shape, lengths, pooled=1)
     batches = [lengths[at : at + BATCH] for at in range(0, len(lengths), BATCH)]
@@ -173,72 +178,44 @@ def predicted(shape: Shape, peer: str, lengths: Sequence[int]) -> float:
 
 
 @cache
-def prepared(case: str) -> tuple[Contestants, list[list[int]]]:
+def prepared(size: str, num_btoks: int = K) -> tuple[Contestants, list[list[int]]]:
     """The contestants and random inputs that they embed rightly."""
-    three, rng = contestants(SHAPE, DEVICE, DTYPE), random.Random(0)
-    if case == "mixed":
+    four, rng = contestants(SHAPE, DEVICE, DTYPE, num_btoks), random.Random(0)
+    if size == "mixed":
         count, *bounds = MIXED
         lengths = [round(math.exp(rng.uniform(*map(math.log, bounds)))) for _ in range(count)]
     else:
-        count, length = map(int, case.split("x"))
+        count, length = map(int, size.split("x"))
         lengths = [length] * count
     inputs = [[rng.randrange(SHAPE.vocabulary // 2) for _ in range(n)] for n in lengths]
-    three.check(inputs)
-    return three, inputs
+    four.check(inputs)
+    return four, inputs
 
 
 contestants = cache(Contestants)
 
 
-@pytest.fixture(scope="module")
-def table(request):
-    """Lines to be shown after the last case."""
-    lines = ["", f"{'':18}{'tokens':>9}  pairs  ratio (quartiles)     cpu_ratio  predicted"]
-    yield lines
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n".join(lines))
-
-
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("case", [*CASES, "mixed"])
-def bench_inference(benchmark, request, table, case, peer):
-    three, inputs = prepared(case)
-    calls = {
-        "btok": partial(three.packed, three.btok),
-        "packed last token": partial(three.packed, three.last),
-        "padded last token": three.padded,
+@pytest.mark.parametrize(("size", "num_btoks", "peer"), CASES)
+def bench_inference(contest, size, num_btoks, peer):
+    four, inputs = prepared(size, num_btoks)
+    peers = {
+        "padded last token": four.padded,
+        "packed last token": partial(four.packed, four.last),
+        "full last layer": partial(four.packed, four.full),
     }
-    times: dict[str, list[tuple[float, float]]] = {"btok": [], peer: []}
-
-    def turn(name: str) -> None:
-        wall, cpu = time.perf_counter(), time.process_time()
-        calls[name](inputs)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-
-    turn(peer), turn("btok")
-    once = sum(wall for ((wall, _),) in times.values())
-    least, most = (request.config.getoption(f"benchmark_{n}") for n in ("min_rounds", "max_time"))
-    pairs = max(least, int(float(most) / once))
-    times |= {"btok": [], peer: []}
-    turns = chain([1], cycle([0, 2]))  # peer btok, btok peer, peer btok, ...
-
-    def before() -> None:
-        for _ in range(next(turns)):
-            turn(peer)
-
-    benchmark.pedantic(turn, ("btok",), setup=before, rounds=pairs)
-    if len(times[peer]) < pairs:
-        turn(peer)
-    both = list(zip(times["btok"], times[peer], strict=True))
-    wall, cpu = (statistics.quantiles([a[i] / b[i] for a, b in both], n=4) for i in range(2))
     lengths = [len(tokens) for tokens in inputs]
-    expected = predicted(SHAPE, peer, lengths)
-    benchmark.group = f"{case}, {peer}"
-    benchmark.extra_info |= {"peer": peer, "lengths": lengths, "pairs": pairs, **SHAPE._asdict()}
-    benchmark.extra_info |= {"ratio": wall[1], "quartiles": wall[::2], "cpu_ratio": cpu[1]}
-    benchmark.extra_info |= {"predicted": expected, "threads": torch.get_num_threads()}
-    benchmark.extra_info["device"] = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
-    spread = f"{wall[1]:.3f} ({wall[0]:.3f} - {wall[2]:.3f})"
-    table.append(f"{peer:18}{case:>9}{pairs:7}  {spread:22}{cpu[1]:9.3f}{expected:11.3f}")
+    moved = sum(p.nbytes for p in four.stock.model.language_model.parameters())
+    contest(
+        "inference",
+        f"{size}, K = {num_btoks}",
+        peer,
+        partial(four.packed, four.btok, inputs),
+        partial(peers[peer], inputs),
+        dtype=DTYPE,
+        flops=2 * multiply_adds(SHAPE, [n + num_btoks for n in lengths], pooled=num_btoks),
+        bytes=moved,
+        predicted=predicted(SHAPE, peer, lengths, num_btoks),
+        size=size,
+        num_btoks=num_btoks,
+        lengths=lengths,
+    )

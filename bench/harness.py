@@ -1,0 +1,172 @@
+"""A contest: two contestants take turns, and what their figures need is written down beside them.
+
+Times are wall-clock seconds around a call that ends in a synchronized device. The two alternate,
+the second first in every other pair, so that a machine that slows down slows both: `ratio` is ours
+over the peer's, the median over pairs, with both quartiles. `memory` is the peak beyond what was
+there before a call, its results included: the allocator's on a GPU, the resident set's on a CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from itertools import chain, cycle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Call = Callable[[], Any]
+
+
+class Roof(NamedTuple):
+    """What the machine does at best: operations, and bytes read and written, a second."""
+
+    flops: float
+    bytes: float
+
+
+@cache
+def roof(dtype: torch.dtype) -> Roof:
+    """Of a square matrix product and of a copy, each the best of ten."""
+    n, length = (8192, 1 << 30) if DEVICE == "cuda" else (1536, 1 << 27)
+    a, b = (torch.randn(n, n, dtype=dtype, device=DEVICE) for _ in range(2))
+    source = torch.zeros(length, dtype=torch.int8, device=DEVICE)
+    target = torch.zeros_like(source)
+    product = min(seconds(lambda: a @ b)[0] for _ in range(10))
+    copy = min(seconds(lambda: target.copy_(source))[0] for _ in range(10))
+    return Roof(2 * n**3 / product, 2 * length / copy)
+
+
+def seconds(call: Call) -> tuple[float, float]:
+    """Of the wall clock and of the processor, this process's threads together."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak(call: Call) -> int | None:
+    """Bytes at the most, beyond those before the call; None where there is no way to tell."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that taking it shows
+        Path("/proc/self/clear_refs").write_text("5")  # the largest so far becomes that of now
+    except (AttributeError, OSError):
+        call()
+        return None
+    before = _resident("VmRSS")
+    call()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(field: str) -> int:
+    """Of /proc, in bytes; getrusage has the parent's in it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+class Contest:
+    """The `contest` fixture: one case of ours beside one peer.
+
+    Args:
+        benchmark: pytest-benchmark's fixture; it times ours.
+        config: pytest's, for `--benchmark-min-rounds` and `--benchmark-max-time`.
+        lines: the table, a line per contest.
+    """
+
+    def __init__(self, benchmark: Any, config: Any, lines: list[str]) -> None:
+        self.benchmark, self.lines = benchmark, lines
+        names = ("min_rounds", "max_time")
+        self.least, self.most = (float(config.getoption(f"benchmark_{n}")) for n in names)
+
+    def __call__(
+        self,
+        bench: str,
+        case: str,
+        peer: str,
+        ours: Call,
+        theirs: Call,
+        *,
+        dtype: torch.dtype,
+        flops: float,
+        bytes: float,
+        predicted: float | None = None,
+        **facts: Any,
+    ) -> None:
+        """Time both, whose results have been checked.
+
+        Args:
+            flops: operations that our result needs.
+            bytes: that it needs to read and write, once each.
+            predicted: the ratio by arithmetic.
+            facts: what else to write down.
+        """
+        memory = [peak(theirs), peak(ours)]
+        times: list[list[tuple[float, float]]] = [[], []]
+        calls = (theirs, ours)
+
+        def turn(who: int) -> None:
+            times[who].append(seconds(calls[who]))
+
+        turn(0), turn(1)
+        pairs = max(int(self.least), int(self.most / sum(wall for ((wall, _),) in times)))
+        times[0].clear(), times[1].clear()
+        turns = chain([1], cycle([0, 2]))  # peer ours, ours peer, peer ours, ...
+
+        def before() -> None:
+            for _ in range(next(turns)):
+                turn(0)
+
+        self.benchmark.pedantic(turn, (1,), setup=before, rounds=pairs)
+        if len(times[0]) < pairs:
+            turn(0)
+        walls = [[wall for wall, _ in each] for each in times]
+        ratios = [[o[i] / t[i] for t, o in zip(*times, strict=True)] for i in range(2)]
+        low, ratio, high = statistics.quantiles(ratios[0], n=4)
+        cpu_ratio = statistics.median(ratios[1])
+        best = roof(dtype)
+        second = statistics.median(walls[1])
+        self.benchmark.group = f"{bench}: {case}, {peer}"
+        self.benchmark.extra_info |= {
+            "bench": bench,
+            "case": case,
+            "peer": peer,
+            "pairs": pairs,
+            "ratio": ratio,
+            "quartiles": [low, high],
+            "cpu_ratio": cpu_ratio,
+            "predicted": predicted,
+            "seconds": statistics.quantiles(walls[1], n=4),
+            "peer_seconds": statistics.quantiles(walls[0], n=4),
+            "memory": memory[1],
+            "peer_memory": memory[0],
+            "flops": flops,
+            "bytes": bytes,
+            "share_of_flops": flops / second / best.flops,
+            "share_of_bytes": bytes / second / best.bytes,
+            "dtype": str(dtype).removeprefix("torch."),
+            **facts,
+        }
+        spread = f"{ratio:.3f} ({low:.3f} - {high:.3f})"
+        expected = "" if predicted is None else f"{predicted:.3f}"
+        mega = "  ".join("       -" if m is None else f"{m / 2**20:8.1f}" for m in memory[::-1])
+        self.lines.append(
+            f"{bench:16.16}  {case:32.32}  {peer:22.22}{pairs:6}  {spread:22}  {expected:9}"
+            f"  {1e3 * second:10.2f}  {mega}"
+        )
