@@ -13,7 +13,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,14 +117,20 @@ class Contest:
             predicted: the ratio by arithmetic.
             facts: what else to write down.
         """
-        memory = [peak(theirs), peak(ours)]
         times: list[list[tuple[float, float]]] = [[], []]
         calls = (theirs, ours)
 
         def turn(who: int) -> None:
             times[who].append(seconds(calls[who]))
 
-        turn(0), turn(1)
+        # the first calls also warm up; the smaller peak is the one without what stays
+        first, second = [
+            [peak(call) for call in some] for some in (calls, (partial(turn, 0), partial(turn, 1)))
+        ]
+        memory = [
+            None if a is None or b is None else min(a, b)
+            for a, b in zip(first, second, strict=True)
+        ]
         pairs = max(int(self.least), int(self.most / sum(wall for ((wall, _),) in times)))
         times[0].clear(), times[1].clear()
         turns = chain([1], cycle([0, 2]))  # peer ours, ours peer, peer ours, ...

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,39 @@ def load(backbone: Any, name_or_path: str | Path, token_ids: Sequence[int]) -> N
             f"has shape {shapes.get(name)}, expected {expected.get(name)}"
         )
     _peft().set_peft_model_state_dict(backbone, state)
+
+
+@contextmanager
+def norms_once(backbone: Any) -> Iterator[None]:
+    """Within, the norms |W + alpha / rank B A| of DoRA are those of now, made once for all passes.
+
+    They are constants of a step, and peft makes them in every forward, by way of an identity matrix
+    as large as the layer's input. The weights must not change within.
+    """
+    layers: list[Any] = []
+    if hasattr(backbone, "peft_config"):
+        from peft.tuners.lora import LoraLayer
+
+        layers = [m for m in backbone.modules() if isinstance(m, LoraLayer)]
+    changed = []
+    with torch.no_grad():
+        for layer in layers:
+            for name, dora in layer.lora_magnitude_vector.items():
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                weight = layer.get_base_layer().weight.to(a.dtype)
+                norm = dora.get_weight_norm(weight, b @ a, layer.scaling[name])
+                dora.get_weight_norm = partial(_given, norm)
+                dora.get_lora_weight = partial(_given, norm)  # nothing else takes it
+                changed.append(dora)
+    try:
+        yield
+    finally:
+        for dora in changed:
+            del dora.get_weight_norm, dora.get_lora_weight
+
+
+def _given(value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return value
 
 
 def merge(backbone: Any) -> None:

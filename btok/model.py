@@ -70,6 +70,7 @@ class BTokModel(nn.Module):
         ntp_reduction: "sample_mean" (mean over samples of each one's token mean) or "token_mean".
         last_layer: "pooled" (in evaluation mode without gradients, a batch without targets goes
             through the last layer with its pooled rows alone; not with "mean") or "full".
+        attention: `impl` of `btok.kernels.condensed_attention`.
 
     Raises:
         ValueError: an unsupported architecture, or settings that do not go together.
@@ -85,6 +86,7 @@ class BTokModel(nn.Module):
         vision_positions: str = "mrope",
         ntp_reduction: NtpReduction = "sample_mean",
         last_layer: str = "pooled",
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         _one_of("backbone", backbone.config.model_type, tuple(ARCHITECTURES))
@@ -103,6 +105,7 @@ class BTokModel(nn.Module):
         self.vision_positions = vision_positions
         self.ntp_reduction = ntp_reduction
         self.last_layer = last_layer
+        self.attention = attention
 
     @classmethod
     def from_backbone(cls, backbone: Any, **settings: Any) -> BTokModel:
@@ -223,6 +226,15 @@ class BTokModel(nn.Module):
         }
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
 
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Make each layer's activations again in the backward instead of keeping them, or not."""
+        new, old = (f"{name}_checkpointing_" for name in ("activation", "gradient"))
+        name = new if hasattr(self.backbone, f"{new}enable") else old
+        if on:
+            getattr(self.backbone, f"{name}enable")({"use_reentrant": False})
+        else:
+            getattr(self.backbone, f"{name}disable")()
+
     def pack(self, sources: Sequence[Mapping[str, Any]]) -> PackedBatch:
         """Samples to embed, each as a processor returns it, as one batch without targets."""
         return pack(
@@ -259,6 +271,7 @@ class BTokModel(nn.Module):
             position_ids=self._position_ids(batch),
             use_cache=False,
             layout=batch.layout,
+            condensed_impl=self.attention,
             **deepstack,
         )
         return output.last_hidden_state[0]
@@ -416,6 +429,7 @@ def _condensed_for_transformers(
     *,
     scaling: float,
     layout: Any = None,
+    condensed_impl: str = "auto",
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -426,7 +440,8 @@ def _condensed_for_transformers(
             "run the backbone through BTokModel"
         )
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    return condensed_attention(q, k, v, layout, scale=scaling)[None], None
+    out = condensed_attention(q, k, v, layout, scale=scaling, impl=condensed_impl)
+    return out[None], None
 
 
 def _place(embeds: Tensor, at: Tensor, features: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ same losses and gradients, which are those of the reference's two passes."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -83,7 +84,7 @@ def model_with(dropout=0.0, checkpoint=False, train_all=False):
                 if "lora_B" in name:
                     p.normal_(std=0.1)
     if checkpoint:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        model.checkpoint_activations()
     return model.train(), processor
 
 
@@ -122,6 +123,61 @@ def test_a_model_trained_as_a_whole():
     for gradcache, checkpoint in ((True, False), (False, True), (True, True)):
         options = {"chunk_tokens": 120, "gradcache": gradcache, "reuse_vision": True}
         compare(run(train_all=True, checkpoint=checkpoint, **options), want, options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_norms_of_dora_are_made_once_a_step(monkeypatch, dropout):
+    """And every result is that of norms made anew in each forward, as peft has it."""
+    options = {"dropout": dropout, "chunk_tokens": 120, "gradcache": True, "checkpoint": True}
+    model, calls = model_with()[0], []
+    kind = next(type(m) for m in model.modules() if hasattr(m, "get_weight_norm"))
+    layers = sum(isinstance(m, kind) for m in model.modules())
+    norm = kind.get_weight_norm
+    monkeypatch.setattr(kind, "get_weight_norm", lambda *a, **k: calls.append(0) or norm(*a, **k))
+    model_with()
+    making = len(calls)  # peft makes one where it begins
+    calls.clear()
+    got = run(**options)
+    assert len(calls) == making + layers
+    monkeypatch.setattr(adapters, "norms_once", lambda backbone: contextlib.nullcontext())
+    calls.clear()
+    compare(got, run(**options), "norms")
+    assert len(calls) > making + 4 * layers
+    with adapters.norms_once(model.backbone):
+        pass
+    assert not any("get_weight_norm" in vars(m) for m in model.modules())
+
+
+def test_bfloat16_with_adapters():
+    """Close to the same rounded weights in fp32; no product of the adapters is in fp32."""
+    results, products = [], []
+    linear = F.linear
+
+    def watched(x, weight, bias=None):
+        out = linear(x, weight, bias)
+        products.append(out.dtype)
+        return out
+
+    for dtype in ("float32", "bfloat16"):
+        model, processor = model_with()
+        with torch.no_grad():
+            for p in model.parameters():
+                if not p.requires_grad:
+                    p.data = p.bfloat16().to(getattr(torch, dtype))
+        recipe = dataclasses.replace(BASE, dtype=dtype, gradcache=True, chunk_tokens=120)
+        samples = pair_samples(PAIRS, processor)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "linear", watched)
+            products.clear()
+            losses, _ = train_step(model, processor, recipe, PAIRS, samples, 0)
+        assert set(products) == {getattr(torch, dtype)}
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        assert grads.dtype == torch.float32
+        results.append((grads, losses))
+    (want, exact), (got, rounded) = results
+    assert F.cosine_similarity(got, want, dim=0) > 0.98
+    assert rounded.ntp.item() == pytest.approx(exact.ntp.item(), rel=2e-2)
+    assert rounded.contrastive.item() == pytest.approx(exact.contrastive.item(), rel=0.1)
 
 
 def test_dropout_is_drawn_alike_in_both_passes():

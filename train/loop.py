@@ -120,9 +120,7 @@ def train(
 ) -> bool:
     """Run the steps that are left; False where a signal ended them early, after a checkpoint."""
     if recipe.checkpoint_activations:
-        backbone = model.backbone
-        new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-        getattr(backbone, new if hasattr(backbone, new) else old)({"use_reentrant": False})
+        model.checkpoint_activations()
     optimizers = make_optimizers(model, recipe)
     torch.manual_seed(recipe.seed * world() + rank())  # of what is drawn at random on each rank
     saved = checkpoint.load(resume, optimizers) if resume else {}

@@ -30,6 +30,7 @@ from btok.data import pocket
 from btok.data.mixture import load_mixture
 from btok.encoder import BTokEncoder
 from btok.evaluation import pictures, runner
+from btok.kernels import CondensedLayout, condensed_attention
 from btok.model import BTokModel
 from btok.processing import Processor
 from train import checkpoint
@@ -169,11 +170,27 @@ def start(recipe: Recipe) -> Run:
         model = BTokModel.from_pretrained(resume, **kept)
     else:
         model, processor = build(recipe)
+    model.attention = recipe.attention
+    model.to(device())
+    try_attention(model, recipe)
     steps = Steps(recipe, processor, sources, rank(), world())
     if rank() == 0 and resume is None:
         recipe.output.mkdir(parents=True, exist_ok=True)
         runner.save_json(settings, config)
-    return Run(recipe, resume, model.to(device()), processor, steps)
+    return Run(recipe, resume, model, processor, steps)
+
+
+def try_attention(model: BTokModel, recipe: Recipe) -> None:
+    """Refuse an implementation that cannot run here, before any work."""
+    config = model.backbone.config.get_text_config()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    q = torch.zeros(2, 1, dim, dtype=getattr(torch, recipe.dtype), device=model.backbone.device)
+    layout = CondensedLayout.from_lengths([1], [1], 0).to(q.device)
+    try:
+        condensed_attention(q, q, q, layout, impl=recipe.attention)
+    except RuntimeError as error:
+        raise ValueError(f"attention is {recipe.attention!r}: {error}") from error
 
 
 def device() -> torch.device:

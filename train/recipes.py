@@ -56,6 +56,8 @@ class Recipe:
     """Side to generate, in place of each data set's own."""
     target_positions: Literal["reference", "continue"] = "reference"
     """Where a target's positions start: at len([x ; B]), or after its highest position."""
+    attention: Literal["auto", "triton", "sdpa", "xformers", "reference"] = "auto"
+    """Implementation of the condensed attention."""
     temperature: float = 0.02
     """Of InfoNCE."""
     negatives: Literal["batch", "group"] = "group"

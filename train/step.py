@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from btok import adapters
 from btok.data.records import Pair
 from btok.model import BTokModel, BTokOutput
 from btok.objective import Losses, positive_ids
@@ -39,21 +40,23 @@ def train_step(
     step -= recipe.caption_steps
     if captioning:
         samples = [sample for sample in samples if sample[1] is not None]
+    ids = positive_ids(pairs, rank())
+    groups = recipe.groups_per_batch // world()
+
+    def objective(embeddings: Tensor, ntp: Tensor | None) -> Losses:
+        output = BTokOutput(embeddings, ntp)
+        return recipe.objective(output, ids, step=step, num_groups=groups)
+
     if recipe.reuse_vision and is_frozen(model):
-        samples = seen_once(model, samples, recipe.vision_memory)
-    chunks = Chunks(model, processor, samples, recipe, captioning)
-    if captioning:
-        losses = chunks.caption()
-    else:
-        ids = positive_ids(pairs, rank())
-        groups = recipe.groups_per_batch // world()
-
-        def objective(embeddings: Tensor, ntp: Tensor | None) -> Losses:
-            output = BTokOutput(embeddings, ntp)
-            return recipe.objective(output, ids, step=step, num_groups=groups)
-
-        weight = recipe.objective.weight(step)
-        losses = (chunks.by_gradcache if recipe.gradcache else chunks.at_once)(objective, weight)
+        samples = seen_once(model, samples, recipe.vision_memory, recipe.chunk_tokens)
+    with adapters.norms_once(model.backbone):
+        chunks = Chunks(model, processor, samples, recipe, captioning)
+        if captioning:
+            losses = chunks.caption()
+        elif recipe.gradcache:
+            losses = chunks.by_gradcache(objective, recipe.objective.weight(step))
+        else:
+            losses = chunks.at_once(objective)
     average_gradients(model)
     rows = mean_over_ranks(torch.tensor(float(chunks.rows))) * world()
     return Done(Losses(*mean_over_ranks(torch.stack(losses).detach())), int(rows))
@@ -83,6 +86,7 @@ class Chunks:
         captioning: bool,
     ) -> None:
         self.model, self.samples = model, samples
+        self.half = recipe.dtype == "bfloat16"
         of_target = {"prefix_ids": processor.prefix_ids, "suffix_ids": processor.suffix_ids}
         self.options: dict[str, Any] = {
             **of_target,
@@ -109,7 +113,9 @@ class Chunks:
         if not generate:
             samples = [(source, None) for source, _ in samples]
         batch = pack(samples, **self.options).to(self.model.backbone.device)
-        output = self.model(batch)
+        # adapters are fp32, their products need not be
+        with torch.autocast(self.model.backbone.device.type, torch.bfloat16, enabled=self.half):
+            output = self.model(batch)
         if output.ntp_loss is None:
             return output.embeddings, None
         return output.embeddings, output.ntp_loss * (self.model.ntp_count(batch) / self.count)
@@ -132,7 +138,7 @@ class Chunks:
         assert total is not None
         return Losses(total, torch.zeros_like(total), total)
 
-    def at_once(self, objective: Objective, weight: float) -> Losses:
+    def at_once(self, objective: Objective) -> Losses:
         """One backward through all chunks."""
         parts, ntps = zip(*(self.run(indices) for indices in self.indices), strict=True)
         losses = objective(self.in_order(parts), _sum(ntps))
@@ -182,14 +188,15 @@ def is_frozen(model: BTokModel) -> bool:
 
 
 def seen_once(
-    model: BTokModel, samples: Sequence[Sample], memory: int, patches: int = 1 << 15
+    model: BTokModel, samples: Sequence[Sample], memory: int, tokens: int | None = None
 ) -> list[Sample]:
     """The samples with vision features, each side's made once, wherever it stands.
 
     Args:
         memory: bytes of features that stay on the device; later ones wait on the host.
-        patches: that the tower looks at in one pass; a larger side is alone.
+        tokens: of which the tower makes as many in one pass, at most; a larger side is alone.
     """
+    patches = (tokens or 1 << 13) * model.backbone.config.vision_config.spatial_merge_size**2
     sides = {id(side): side for sample in samples for side in sample if side is not None}
     sizes = {
         name: sum(len(side[key]) for key, _ in VISION_KEYS if side.get(key) is not None)

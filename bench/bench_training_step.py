@@ -1,0 +1,375 @@
+"""One training step, from processed pairs to gradients, beside the same step in two padded passes.
+
+ours               `train_step` with GradCache: packed passes [x ; B ; T], logits at label rows, the
+                   frozen vision tower once per image
+two padded passes  as the authors' code does it, with transformers' own forward and torch's
+                   attention: GradCache over padded chunks of one side of the pairs; with gradients
+                   [x ; B] with a KV cache, then T on the bottleneck tokens' keys and values, logits
+                   of all T rows; the vision tower each time
+label rows         that, with logits at label rows alone
+vision once        that, and the vision tower once per image: what remains is packing
+
+and ours with one lever the other way. All give the same losses and the same gradients, which is
+checked first. Adapters (DoRA) and the K rows train, without dropout. The pairs are as the paper's
+mixture has them: an image and a question find a text and generate it, a text finds a page, which
+generates the text, a few have no image. On a GPU it is Qwen2-VL-2B with random weights in bf16; on
+a CPU, in fp32, a twelfth as wide with a quarter of the layers, its vision tower and its vocabulary
+likewise. `flops` are those of our step's matrix products, as torch counts them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.harness import DEVICE
+from btok import adapters
+from btok.data.records import Pair, Side
+from btok.model import BTokModel
+from btok.objective import Losses, pair_samples, positive_ids
+from btok.packing import Sample, count_labels, pack
+from train.recipes import Recipe
+from train.step import train_step
+
+K = 4
+
+
+class Shape(NamedTuple):
+    """A Qwen2-VL and a batch for it; 2B's by default."""
+
+    hidden: int = 1536
+    heads: int = 12
+    key_heads: int = 2
+    mlp: int = 8960
+    layers: int = 28
+    vocabulary: int = 151936
+    vision: int = 1280
+    vision_heads: int = 16
+    depth: int = 32
+    pairs: int = 64
+    side: tuple[int, int] = (8, 32)  # of an image, in tokens
+    text: tuple[int, int] = (4, 120)  # tokens
+    chunk: int = 8  # samples that are padded together, and that a packed pass has on average
+
+
+SMALL = Shape(128, 4, 1, 744, 7, 12672, 112, 4, 8, pairs=12, side=(4, 16), text=(4, 60), chunk=4)
+SHAPE, DTYPE = (Shape(), torch.bfloat16) if DEVICE == "cuda" else (SMALL, torch.float32)
+# relative differences of the losses and of the gradients that rounding may make
+BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.1)}
+
+LEVERS: dict[str, dict[str, Any]] = {
+    "without reused vision": {"reuse_vision": False},
+    "without packing": {"chunk_tokens": 1},  # a sample a pass
+    "without GradCache": {"gradcache": False, "chunk_tokens": None},
+    "with checkpointing": {"checkpoint_activations": True},
+}
+PADDED: dict[str, dict[str, bool]] = {
+    "two padded passes": {},
+    "label rows": {"label_rows": True},
+    "vision once": {"label_rows": True, "vision_once": True},
+}
+
+
+class Contestants:
+    """One model's weights behind all, and a batch of pairs.
+
+    Args:
+        shape: the model's and the batch's.
+        device, dtype: of the frozen weights; adapters are fp32.
+    """
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForImageTextToText, Qwen2VLConfig
+
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
+        rope["mrope_section"] = [n * shape.hidden // shape.heads // 16 for n in (2, 3, 3)]
+        language = {
+            "vocab_size": shape.vocabulary,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.mlp,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.key_heads,
+            "rope_parameters": rope,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "initializer_range": shape.hidden**-0.5,
+        }
+        vision = {
+            "depth": shape.depth,
+            "embed_dim": shape.vision,
+            "num_heads": shape.vision_heads,
+            "hidden_size": shape.hidden,
+            "initializer_range": shape.vision**-0.5,
+        }
+        self.image = shape.vocabulary - K - 1  # the placeholder's id
+        config = Qwen2VLConfig(
+            text_config=language,
+            vision_config=vision,
+            image_token_id=self.image,
+            video_token_id=self.image - 1,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(0)
+        with torch.device(device):
+            backbone = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        self.btoks = range(shape.vocabulary - K, shape.vocabulary)
+        adapters.attach(backbone, adapters.Lora(dropout=0.0), self.btoks, "random")
+        for name, p in backbone.named_parameters():
+            if "lora_B" in name:  # begins at zero, and A's gradients with it
+                torch.nn.init.normal_(p, std=0.02)
+        self.stock = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()}).train()
+        self.stock.set_attn_implementation("sdpa")
+        self.btok = BTokModel.from_backbone(backbone, btok_token_ids=self.btoks).train()
+        self.trained = [p for p in backbone.parameters() if p.requires_grad]
+        self.processor = SimpleNamespace(prefix_ids=(2, 3), suffix_ids=(1,))
+        self.pairs, sides = make_pairs(shape, self.image)
+        self.samples = pair_samples(self.pairs, lambda side: sides[str(side.text)])
+        self.chunk = shape.chunk
+        rows = sum(len(source["input_ids"]) + K for source, _ in self.samples)
+        self.recipe = Recipe(
+            caption_steps=0,
+            ntp_weight=5.0,
+            negatives="batch",
+            groups_per_batch=1,
+            gradcache=True,
+            chunk_tokens=rows * shape.chunk // len(self.samples),
+        )
+        of_target = {"prefix_ids": (2, 3), "suffix_ids": (1,), "backbone_config": backbone.config}
+        self.packing: dict[str, Any] = {**of_target, "btok_token_ids": self.btoks}
+        targets = [target for _, target in self.samples if target is not None]
+        self.targets = count_labels(targets, **of_target)[0]
+
+    def zero(self) -> None:
+        for p in self.trained:
+            p.grad = None
+
+    def ours(self, **changed: Any) -> Losses:
+        """`train_step`; gradients are left in the parameters."""
+        self.zero()
+        recipe = dataclasses.replace(self.recipe, **changed)
+        self.btok.checkpoint_activations(recipe.checkpoint_activations)
+        processor: Any = self.processor
+        done = train_step(self.btok, processor, recipe, self.pairs, self.samples, 0)
+        return done.losses
+
+    def padded(self, label_rows: bool = False, vision_once: bool = False) -> Losses:
+        """GradCache over padded chunks, in two passes each."""
+        self.zero()
+        count = len(self.samples)
+        chunks = [self.samples[at : at + self.chunk] for at in range(0, count, self.chunk)]
+        seen: dict[int, Tensor] = {}
+        if vision_once:
+            sides = {id(side): side for sample in self.samples for side in sample if side}
+            seen = {n: self.see([side]) for n, side in sides.items() if "pixel_values" in side}
+        with torch.no_grad():
+            parts = [self.encode([source for source, _ in chunk], seen)[0] for chunk in chunks]
+        embeddings = torch.cat(parts).requires_grad_()
+        ids = positive_ids(self.pairs).to(embeddings.device)
+        query, positive = embeddings.split(len(ids))
+        logits = query @ positive.T / self.recipe.temperature
+        same = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+        own = torch.arange(len(ids), device=ids.device)
+        contrastive = F.cross_entropy(logits.masked_fill(same, -torch.inf), own)
+        contrastive.backward()
+        assert embeddings.grad is not None
+        total = torch.zeros((), device=embeddings.device)
+        for chunk, grad in zip(chunks, embeddings.grad.split(self.chunk), strict=True):
+            part, kept = self.encode([source for source, _ in chunk], seen, keep=True)
+            loss = (part * grad).sum()
+            if any(target is not None for _, target in chunk):
+                ntp = self.generate(chunk, kept, seen, label_rows) / self.targets
+                loss = loss + self.recipe.ntp_weight * ntp
+                total = total + ntp.detach()
+            loss.backward()
+        weighted = contrastive.detach() + self.recipe.ntp_weight * total
+        return Losses(weighted, contrastive.detach(), total)
+
+    def see(self, sides: Sequence[dict[str, Any]]) -> Tensor:
+        """Vision features of the sides' images, [tokens, D]."""
+        pixels, grids = (
+            torch.cat([side[k] for side in sides]) for k in ("pixel_values", "image_grid_thw")
+        )
+        with torch.no_grad():
+            found = self.stock.model.get_image_features(
+                pixels.to(self.stock.device, self.stock.dtype), grids.to(self.stock.device)
+            )
+        return torch.cat(tuple(found.pooler_output))
+
+    def forward(
+        self,
+        sides: Sequence[Any],
+        tokens: Sequence[Tensor],
+        places: Sequence[Tensor],
+        seen: dict[int, Tensor],
+        left: bool,
+        past: Any = None,
+        before: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """The stock language model on padded rows, with the vision features of `sides` in place.
+
+        Args:
+            tokens, places: ids [L] and positions [3, L] of each.
+            left: pad before the tokens, else behind them.
+            past, before: a KV cache and its mask [n, K].
+        """
+        device, width = self.stock.device, max(map(len, tokens))
+
+        def stack(parts: Sequence[Tensor]) -> Tensor:
+            pads = [
+                (width - part.shape[-1], 0) if left else (0, width - part.shape[-1])
+                for part in parts
+            ]
+            return torch.stack([F.pad(*each) for each in zip(parts, pads, strict=True)]).to(device)
+
+        ids = stack(tokens)
+        mask = stack([torch.ones_like(part) for part in tokens])
+        embeds = self.stock.get_input_embeddings()(ids)
+        having = [side for side in sides if "pixel_values" in side]
+        if having:
+            features = torch.cat([seen[id(side)] for side in having]) if seen else self.see(having)
+            embeds = embeds.masked_scatter(
+                (ids == self.image)[..., None], features.to(embeds.dtype)
+            )
+        return self.stock.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask if before is None else torch.cat([before, mask], dim=1),
+            position_ids=stack(places).transpose(0, 1),
+            past_key_values=past,
+            **options,
+        )
+
+    def encode(
+        self, sources: Sequence[dict[str, Any]], seen: dict[int, Tensor], keep: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Unit vectors [n, D] and, to `keep` them, the bottleneck tokens' keys and values."""
+        from transformers import DynamicCache
+
+        alone = [pack([(source, None)], **self.packing) for source in sources]
+        tokens, places = [b.input_ids for b in alone], [b.position_ids for b in alone]
+        output = self.forward(sources, tokens, places, seen, left=True, use_cache=keep)
+        pooled = output.last_hidden_state[:, -K:].float().mean(1)
+        if not keep:
+            return F.normalize(pooled, dim=-1), None
+        kept = DynamicCache()
+        for index, layer in enumerate(output.past_key_values.layers):
+            kept.update(layer.keys[:, :, -K:], layer.values[:, :, -K:], index)
+        return F.normalize(pooled, dim=-1), kept
+
+    def generate(
+        self, chunk: Sequence[Sample], kept: Any, seen: dict[int, Tensor], label_rows: bool
+    ) -> Tensor:
+        """The sum over samples of their mean loss per label."""
+        some = [i for i, (_, target) in enumerate(chunk) if target is not None]
+        kept.batch_select_indices(torch.tensor(some, device=self.stock.device))
+        whole = [pack([chunk[i]], **self.packing) for i in some]
+        borders = [int(batch.layout.bounds[0, 2]) for batch in whole]
+        both = list(zip(whole, borders, strict=True))
+        tokens, places = (
+            [b.input_ids[n:] for b, n in both],
+            [b.position_ids[:, n:] for b, n in both],
+        )
+        before = torch.ones(len(some), K, dtype=torch.long, device=self.stock.device)
+        targets = [chunk[i][1] for i in some]
+        output = self.forward(targets, tokens, places, seen, left=False, past=kept, before=before)
+        states = output.last_hidden_state  # [n, L, D]
+        rows = [b.label_rows - n for b, n in both]
+        if label_rows:
+            picked = torch.cat([states[i, at.to(states.device)] for i, at in enumerate(rows)])
+            found = self.stock.lm_head(picked).float().split([len(at) for at in rows])
+        else:
+            logits = self.stock.lm_head(states).float()
+            found = [logits[i, at.to(states.device)] for i, at in enumerate(rows)]
+        labels = [batch.labels.to(states.device) for batch in whole]
+        return torch.stack(list(map(F.cross_entropy, found, labels))).sum()
+
+    def check(self, name: str, run: Callable[[], Losses], want: tuple[list[float], Tensor]) -> None:
+        """Fail unless losses and gradients are those of the baseline."""
+        losses, gradient = self.result(run)
+        bounds = BOUNDS[self.stock.dtype]
+        error = max(abs(x - y) / abs(y) for x, y in zip(losses, want[0], strict=True))
+        assert error <= bounds[0], f"wrong losses of {name}, off by {error:.1e}: not timed"
+        error = float((gradient - want[1]).norm() / want[1].norm())
+        assert error <= bounds[1], f"wrong gradients of {name}, off by {error:.1e}: not timed"
+
+    def result(self, run: Callable[[], Losses]) -> tuple[list[float], Tensor]:
+        """Losses, and all gradients in one vector."""
+        losses = [float(loss) for loss in run()]
+        return losses, torch.cat([p.grad.float().flatten() for p in self.trained])
+
+
+def make_pairs(shape: Shape, image: int) -> tuple[list[Pair], dict[str, dict[str, Any]]]:
+    """Pairs, and their sides as a processor would give them, by the side's text."""
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    sides: dict[str, dict[str, Any]] = {}
+
+    def side(name: str, has_image: bool, most: int) -> Side:
+        ids = rng.choices(range(4, shape.vocabulary // 2), k=rng.randint(shape.text[0], most))
+        processed: dict[str, Any] = {"input_ids": ids}
+        if has_image:
+            height, width = (2 * rng.randint(*shape.side) for _ in range(2))  # patches
+            pixels = torch.randn(height * width, 3 * 2 * 14 * 14, generator=generator)
+            processed["pixel_values"] = pixels
+            processed["image_grid_thw"] = torch.tensor([[1, height, width]])
+            processed["input_ids"] = [image] * (height * width // 4) + ids
+        sides[name] = processed
+        return Side(text=name)
+
+    pairs = []
+    for i in range(shape.pairs):
+        kind = ("question", "page")[i % 2] if i % 6 < 5 else "text"
+        query = side(f"query {i}", kind == "question", shape.text[1] // 2)
+        positive = side(f"positive {i}", kind == "page", shape.text[1])
+        ntp_side = {"question": "positive", "page": "query"}.get(kind, ("positive", "none")[i % 2])
+        pairs.append(Pair(query, positive, [], "some", ntp_side, positive_id=str(i)))
+    return pairs, sides
+
+
+@cache
+def prepared() -> tuple[Contestants, tuple[list[float], Tensor], int]:
+    """The contestants, the baseline's result, and our step's operations."""
+    contestants = Contestants(SHAPE, DEVICE, DTYPE)
+    with FlopCounterMode(display=False) as counter:
+        contestants.ours()
+    want = contestants.result(contestants.padded)
+    contestants.check("ours", contestants.ours, want)
+    return contestants, want, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("peer", [*PADDED, *LEVERS])
+def bench_training_step(contest, peer):
+    contestants, want, flops = prepared()
+    if peer in PADDED:
+        theirs: Callable[[], Losses] = partial(contestants.padded, **PADDED[peer])
+    else:
+        theirs = partial(contestants.ours, **LEVERS[peer])
+    contestants.check(peer, theirs, want)
+    frozen = sum(p.nbytes for p in contestants.stock.parameters())
+    tokens = sum(
+        len(side["input_ids"]) for sample in contestants.samples for side in sample if side
+    )
+    contest(
+        "training step",
+        f"{SHAPE.pairs} pairs",
+        peer,
+        contestants.ours,
+        theirs,
+        dtype=DTYPE,
+        flops=flops,
+        bytes=frozen,
+        pairs_in_batch=SHAPE.pairs,
+        tokens=tokens,
+        chunk_tokens=contestants.recipe.chunk_tokens,
+    )
