@@ -29,6 +29,7 @@ from helpers import (
     worst_gradient,
 )
 from test_model import packed, samples_of, two_pass
+from torch.utils.flop_counter import FlopCounterMode
 
 from btok import adapters
 from btok import model as model_module
@@ -37,7 +38,7 @@ from btok.model import BTokModel
 from btok.objective import pair_samples
 from btok.packing import by_budget, count_labels, pack
 from train.recipes import Recipe
-from train.step import train_step
+from train.step import count_patches, model_flops, train_step
 
 BASE = Recipe(
     caption_steps=0, negatives="batch", ntp_weight=0.7, groups_per_batch=4, reuse_vision=False
@@ -95,8 +96,8 @@ def run(pairs=PAIRS, *, dropout=0.0, checkpoint=False, train_all=False, reductio
     generate = recipe.caption_steps > 0 or recipe.ntp_weight > 0
     samples = pair_samples(pairs, processor, generate=generate)
     torch.manual_seed(7)
-    losses, tokens = train_step(model, processor, recipe, pairs, samples, 0)
-    assert tokens > 100
+    losses, tokens, flops = train_step(model, processor, recipe, pairs, samples, 0)
+    assert tokens > 100 and flops > 0
     return gradients(model), [float(loss) for loss in losses]
 
 
@@ -169,7 +170,7 @@ def test_bfloat16_with_adapters():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(F, "linear", watched)
             products.clear()
-            losses, _ = train_step(model, processor, recipe, PAIRS, samples, 0)
+            losses = train_step(model, processor, recipe, PAIRS, samples, 0).losses
         assert set(products) == {getattr(torch, dtype)}
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
         assert grads.dtype == torch.float32
@@ -254,7 +255,7 @@ def test_the_step_of_the_reference(family):
     model = BTokModel.from_backbone(backbone, btok_token_ids=BTOKS[:4]).train()
     recipe = dataclasses.replace(BASE, chunk_tokens=40, gradcache=True)
     samples = pair_samples(pairs, Given(sides))
-    losses, _ = train_step(model, Given(sides), recipe, pairs, samples, 0)
+    losses = train_step(model, Given(sides), recipe, pairs, samples, 0).losses
 
     z, ntp, _ = two_pass(stock, samples, 4, "reference", True)
     query, positive = z.chunk(2)
@@ -303,6 +304,32 @@ def test_the_logits_of_many_labels_are_made_in_parts(monkeypatch):
     )
     compare(run(train_all=True), want, "parts")
     assert max(shapes) <= 9 and len(shapes) > 10
+
+
+@pytest.mark.parametrize("train_all", [True, False])
+def test_operations_of_a_step(train_all):
+    """Beside what torch counts of a layer's products, attention's own aside."""
+    model, processor = model_with(train_all=train_all)
+    for name, p in model.named_parameters():
+        if "magnitude" in name:
+            p.requires_grad_(False)
+    layers = model.backbone.model.language_model.layers
+    tokens, counts = 40, []
+    for layer in layers:
+        for linear in (m for m in layer.modules() if isinstance(m, torch.nn.Linear)):
+            x = torch.randn(tokens, linear.in_features, requires_grad=True)
+            with FlopCounterMode(display=False) as counter:
+                linear(x).sum().backward()
+            counts.append(counter.get_total_flops())
+    assert model_flops(model, tokens, 0) == sum(counts)
+    tower = model.backbone.model.visual
+    weights = sum(p.numel() for p in tower.parameters() if p.ndim > 1)
+    both = model_flops(model, tokens, 10) - model_flops(model, tokens, 0)
+    assert both == 10 * weights * (6 if train_all else 2)
+    samples = pair_samples(PAIRS, processor)
+    keys = ("pixel_values", "pixel_values_videos")
+    sides = {id(s): s for sample in samples for s in sample if s}.values()
+    assert count_patches(samples) == sum(len(s[k]) for s in sides for k in keys if k in s)
 
 
 def test_turns_within_a_budget():

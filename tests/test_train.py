@@ -34,11 +34,11 @@ from safetensors.torch import load_file
 from btok.encoder import BTokEncoder
 from btok.model import BTokModel
 from train import checkpoint
-from train.loop import Journal, make_optimizers
+from train.loop import Journal, make_optimizers, peak_flops
 from train.main import FITS, main
 from train.recipes import RECIPES, Recipe
 from train.sampler import Steps, step_pairs
-from train.step import Done, train_step
+from train.step import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)
@@ -49,7 +49,7 @@ def step_gradients(dtype, step, negatives, reduction, rank, world):
     model.ntp_reduction = reduction  # ranks have equal numbers of targets, not of labels
     recipe = dataclasses.replace(RECIPE, negatives=negatives)
     drawn = Steps(recipe, processor, (), rank, world)[step]
-    losses, _ = train_step(model, processor, recipe, drawn.pairs, drawn.samples, step)
+    losses = train_step(model, processor, recipe, drawn.pairs, drawn.samples, step).losses
     return gradients(model), losses
 
 
@@ -195,6 +195,20 @@ def test_the_journal_drops_rows_to_be_done_again_and_shows_rates(tmp_path, capsy
     assert "contrastive=1.500, ntp=2.250, pairs/s=2, tokens/s=20]" in bar and "4/4 [" in bar
 
 
+def test_the_journal_shows_the_share_of_the_devices_peak(tmp_path, capsys, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, output=tmp_path, dtype="bfloat16")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    with Journal(recipe, 0) as journal:
+        journal.began -= 10
+        journal.write({"step": 0, "phase": "train"}, 10, 100, 10 * 312e12 * 0.25)
+        journal.bar.refresh()
+    assert "MFU=25.0%]" in capsys.readouterr().err
+    assert peak_flops(dataclasses.replace(recipe, dtype="float32")) == 0
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    assert peak_flops(recipe) == 0
+
+
 def test_the_journal_writes_to_tensorboard(tmp_path, monkeypatch):
     scalars = {}
 
@@ -224,9 +238,9 @@ def test_the_journal_writes_to_tensorboard(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, monkeypatch):
     def diverge(model, processor, recipe, pairs, samples, step):
-        losses, tokens = train_step(model, processor, recipe, pairs, samples, step)
-        total = losses.total * float("nan" if step == 3 else 1)
-        return Done(losses._replace(total=total), tokens)
+        done = train_step(model, processor, recipe, pairs, samples, step)
+        total = done.losses.total * float("nan" if step == 3 else 1)
+        return done._replace(losses=done.losses._replace(total=total))
 
     monkeypatch.setattr("train.loop.train_step", diverge)
     model, output = tiny_checkpoint(tmp_path / "model"), tmp_path / "run"

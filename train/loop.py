@@ -48,6 +48,18 @@ class Stop:
             raise SystemExit(0)
 
 
+# dense operations a second by the makers' data sheets, in half precision
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}
+
+
+def peak_flops(recipe: Recipe) -> float:
+    """Of this rank's device in the recipe's precision; 0 where it is not known."""
+    if not torch.cuda.is_available() or recipe.dtype == "float32":
+        return 0.0
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
+
+
 class Journal:
     """`log.jsonl` and a progress bar, on rank 0; rows of steps to be done again are dropped.
 
@@ -60,7 +72,8 @@ class Journal:
 
     def __init__(self, recipe: Recipe, first: int, tensorboard: bool = False) -> None:
         self.path = recipe.output / "log.jsonl"
-        self.began, self.pairs, self.tokens = time.perf_counter(), 0, 0
+        self.began, self.pairs, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
+        self.peak = peak_flops(recipe) * world()
         steps = {"total": recipe.total_steps, "initial": first}
         self.bar = tqdm(**steps, unit="step", disable=rank() != 0, mininterval=1.0)
         self.board = None
@@ -78,8 +91,8 @@ class Journal:
                 raise ImportError(hint) from error
             self.board = SummaryWriter(str(recipe.output / "tensorboard"), purge_step=first)
 
-    def write(self, row: dict[str, Any], pairs: int, tokens: int = 0) -> None:
-        """Add a step's row; `pairs` and `tokens` are what all ranks worked on, 0 for unknown."""
+    def write(self, row: dict[str, Any], pairs: int, tokens: int = 0, flops: float = 0.0) -> None:
+        """Add a step's row; the rest is what all ranks worked on, 0 for unknown."""
         if rank() != 0:
             return
         seconds = time.perf_counter() - self.began
@@ -90,9 +103,13 @@ class Journal:
             raise OSError(checkpoint.unwritable(self.path, error)) from error
         self.pairs += pairs
         self.tokens += tokens
+        self.flops += flops
         rates = {"pairs/s": self.pairs / seconds, "tokens/s": self.tokens / seconds}
         shown = {key: f"{row[key]:.3f}" for key in ("contrastive", "ntp") if key in row}
         shown |= {key: str(round(rate)) for key, rate in rates.items() if rate}
+        if self.peak:
+            rates["MFU"] = self.flops / seconds / self.peak
+            shown["MFU"] = f"{rates['MFU']:.1%}"
         self.bar.set_description(row["phase"], refresh=False)
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
@@ -135,7 +152,7 @@ def train(
                     group["lr"] = rate * (recipe.muon_rate if name == "muon" else 1.0)
             skipped = report(drawn.skipped, skipped, recipe.max_skipped)
             pairs, samples = drawn.pairs, drawn.samples
-            losses, tokens = train_step(model, processor, recipe, pairs, samples, step)
+            losses, tokens, flops = train_step(model, processor, recipe, pairs, samples, step)
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm))
             if not math.isfinite(norm + float(losses.total)):
                 path = write_batch(recipe, step, pairs)
@@ -153,7 +170,7 @@ def train(
                 row |= {"phase": "train", "contrastive": float(losses.contrastive)}
             row |= {"ntp": float(losses.ntp), "learning_rate": rate, "gradient_norm": norm}
             row |= {"skipped": skipped} if skipped else {}
-            journal.write(row, recipe.groups_per_batch * recipe.group_size, tokens)
+            journal.write(row, recipe.groups_per_batch * recipe.group_size, tokens, flops)
 
             done = step + 1
             stopping = float(mean_over_ranks(torch.tensor(float(stop.asked)))) > 0

@@ -47,6 +47,7 @@ def train_step(
         output = BTokOutput(embeddings, ntp)
         return recipe.objective(output, ids, step=step, num_groups=groups)
 
+    patches = count_patches(samples)
     if recipe.reuse_vision and is_frozen(model):
         samples = seen_once(model, samples, recipe.vision_memory, recipe.chunk_tokens)
     with adapters.norms_once(model.backbone):
@@ -58,15 +59,47 @@ def train_step(
         else:
             losses = chunks.at_once(objective)
     average_gradients(model)
-    rows = mean_over_ranks(torch.tensor(float(chunks.rows))) * world()
-    return Done(Losses(*mean_over_ranks(torch.stack(losses).detach())), int(rows))
+    counts = torch.tensor([chunks.rows, model_flops(model, chunks.rows, patches)])
+    tokens, flops = (mean_over_ranks(counts.double()) * world()).tolist()
+    losses = Losses(*mean_over_ranks(torch.stack(losses).detach()))
+    return Done(losses, round(tokens), flops)
 
 
 class Done(NamedTuple):
-    """The losses of a step, means over ranks, and the tokens that all ranks packed for it."""
+    """The losses of a step, means over ranks; the tokens that all ranks packed for it, and the
+    operations that these and their images need of the model.
+    """
 
     losses: Losses
     tokens: int
+    flops: float
+
+
+def count_patches(samples: Sequence[Sample]) -> int:
+    """Of all images and videos, each counted once, wherever it stands."""
+    sides = {id(side): side for sample in samples for side in sample if side is not None}
+    grids = [side[key] for side in sides.values() for _, key in VISION_KEYS if key in side]
+    return sum(int(torch.as_tensor(grid).prod(-1).sum()) for grid in grids if grid is not None)
+
+
+def model_flops(model: BTokModel, tokens: int, patches: int) -> float:
+    """Operations of a step, by the common count: 2 per token and weight of the layers forward, 2
+    for the gradient that goes on, 2 for the weight's own where it trains. Whatever is computed
+    twice (GradCache, checkpointing), attention's square and the logits are left out.
+    """
+    inner = model.backbone.model
+    tower = getattr(inner, "visual", None)
+    parts = [(getattr(inner, "language_model", inner).layers, tokens)]
+    parts += [(tower, patches)] if tower is not None else []
+    total = 0.0
+    for part, count in parts:
+        weights = [(p.numel(), p.requires_grad) for p in part.parameters() if p.ndim > 1]
+        trained = sum(n for n, trains in weights if trains)
+        each = 2 * sum(n for n, _ in weights) + 2 * trained
+        if trained:
+            each += 2 * sum(n for n, _ in weights)
+        total += count * each
+    return total
 
 
 class Chunks:
