@@ -2,12 +2,14 @@
 PYTHON ?= python3
 OUTPUT ?= runs/demo
 SEED ?= 0
-BUDGET ?= 1500
+BUDGET ?= 3600
+BENCH_OUT ?= runs/bench
+PROFILE_OUT ?= runs/profile
 GPU_OUT ?= runs/gpu
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full lint bench aot gpu
+.PHONY: setup demo test test-full lint bench profile aot gpu
 
 setup: .venv/ready
 
@@ -42,7 +44,12 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only
+	@mkdir -p $(BENCH_OUT)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json $(BENCH_OUT)/bench.json
+	$(BIN)/python bench/report.py page $(BENCH_OUT)/bench.json
+
+profile: setup
+	$(BIN)/python bench/breakdown.py --out $(PROFILE_OUT)
 
 aot: setup
 	$(BIN)/python bench/aot.py --out bench/results/aot.md --check

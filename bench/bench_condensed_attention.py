@@ -1,58 +1,97 @@
-"""condensed_attention by pytest-benchmark, forward and forward + backward.
+"""condensed_attention, forward and forward + backward, beside other ways to the same attention.
 
-On a CPU: the sdpa path beside torch with a dense mask, in fp32 on a packed row of about 4,000
-tokens (sources of 150-600, 4 bottleneck tokens, targets of 5-200; 12 query and 2 key heads of 64).
-On a CUDA device: the Triton kernels in bf16 on every length mix, heads of 128; `gpu.py` has the
-peers. Every case first checks its result against the reference.
+On a CPU: the sdpa path in fp32, 12 query and 2 key heads of 64, on packed rows of about 4,000 and
+1,000 tokens (4 bottleneck tokens a sequence), and on one plain causal sequence of 2,000, where
+"per segment" is a single call of torch's fused attention. On a CUDA device: the Triton kernels in
+bf16, heads of 128, on every length mix beside every peer that runs there. Both results are first
+checked against the reference. Operations are 4 D per pair of row and key that the mask keeps and
+query head forward, 10 D more backward; `predicted` is the share of pairs that the mask keeps.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
+from torch import Tensor
 
-from bench.peers import PEERS, filled, kept_pairs, mixes, truth
+from bench.harness import DEVICE
+from bench.peers import PEERS, Attention, filled, kept_pairs, mixes, truth
+from btok_kernels.layout import CondensedLayout
 
 HEADS, KEY_HEADS = 12, 2
-if torch.cuda.is_available():
-    DEVICE, DTYPE, DIM, TOLERANCE = "cuda", torch.bfloat16, 128, 1e-2
-    CASES = [(mix, "triton") for mix in mixes(64)]
+if DEVICE == "cuda":
+    OURS, DTYPE, DIM, TOLERANCE = "triton", torch.bfloat16, 128, 1e-2
+    LAYOUTS = mixes()
+    CASES = [(mix, peer) for peer in PEERS if peer != OURS for mix in LAYOUTS]
 else:
-    DEVICE, DTYPE, DIM, TOLERANCE = "cpu", torch.float32, 64, 1e-5
-    CASES = [("packed row", "sdpa"), ("packed row", "dense mask")]
+    OURS, DTYPE, DIM, TOLERANCE = "sdpa", torch.float32, 64, 1e-5
+    LAYOUTS = {
+        "packed 4k": filled(4000, (150, 600), (5, 200)),
+        "packed 1k": filled(1000, (40, 150), (5, 50)),
+        "plain causal 2k": CondensedLayout.from_lengths([2000], [0], 0),
+    }
+    CASES = [("packed 4k", "dense mask"), ("packed 1k", "dense mask")]
+    CASES += [("packed 4k", "per segment"), ("plain causal 2k", "per segment")]
+DIRECTIONS = ("forward", "forward + backward")
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize(("mix", "name"), CASES)
-def bench_condensed_attention(benchmark, mix, name, direction):
-    layout = filled(4000, (150, 600), (5, 200)) if mix == "packed row" else mixes()[mix]
-    layout = layout.to(DEVICE)
+@cache
+def prepared(mix: str) -> tuple[CondensedLayout, list[Tensor], list[Tensor]]:
+    """The layout; q, k, v and the gradient of the output; what they should give."""
+    layout = LAYOUTS[mix].to(DEVICE)
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (
+    inputs = [
         torch.randn(layout.num_rows, heads, DIM, generator=generator).to(DEVICE, DTYPE)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)
+    ]
+    for tensor in inputs[:3]:
+        tensor.requires_grad_()
+    return layout, inputs, truth(layout, *inputs)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("mix", "peer"), CASES)
+def bench_condensed_attention(contest, mix, peer, direction):
+    layout, (q, k, v, grad), expected = prepared(mix)
+    backward = direction == "forward + backward"
+
+    def step(attend: Attention) -> list[Tensor]:
+        with torch.set_grad_enabled(backward):
+            out = attend(q, k, v)
+        return [out, *torch.autograd.grad(out, (q, k, v), grad)] if backward else [out]
+
+    def check(name: str, results: list[Tensor]) -> None:
+        for got, want in zip(results, expected, strict=False):
+            error = float((got.detach().float() - want).norm() / want.norm())
+            assert error <= TOLERANCE, f"wrong result of {name}, off by {error:.1e}: not timed"
+
+    ours = PEERS[OURS](layout)
+    check(OURS, step(ours))
+    if DEVICE == "cuda":
+        torch.compiler.reset()  # beyond some shapes it would run what it has not compiled
+    try:
+        theirs = PEERS[peer](layout)
+        results = step(theirs)
+    except Exception as error:
+        pytest.skip(f"{peer} cannot run: {type(error).__name__}: {error}"[:200])
+    check(peer, results)
+    del results
+    pairs = kept_pairs(layout)
+    moved = [q, k, v, q] + ([q, q, k, v] if backward else [])  # out is as large as q
+    contest(
+        "condensed attention",
+        f"{mix}, {direction}",
+        peer,
+        lambda: step(ours),
+        lambda: step(theirs),
+        dtype=DTYPE,
+        flops=(14 if backward else 4) * DIM * HEADS * pairs,
+        bytes=sum(tensor.nbytes for tensor in moved),
+        predicted=pairs / layout.num_rows**2 if peer == "dense mask" else None,
+        rows=layout.num_rows,
+        sequences=len(layout),
+        direction=direction,
+        impl=OURS,
     )
-    backward = direction == "forward+backward"
-    for tensor in (q, k, v):
-        tensor.requires_grad_(backward)
-    attend = PEERS[name](layout)
-
-    def step():
-        out = attend(q, k, v)
-        results = (out, *torch.autograd.grad(out, (q, k, v), grad)) if backward else (out,)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        return results
-
-    for got, expected in zip(step(), truth(layout, q, k, v, grad), strict=False):
-        error = (got.detach().float() - expected).norm() / expected.norm()
-        assert error < TOLERANCE, "wrong result: not timed"
-    benchmark.group = f"{mix}, {direction}"
-    benchmark.extra_info |= {
-        "tokens": layout.num_rows,
-        "sequences": len(layout),
-        "impl": name,
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "flops": (14 if backward else 4) * DIM * HEADS * kept_pairs(layout),
-    }
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1, iterations=1)

@@ -22,11 +22,10 @@ PEERS = {
     "liger_kernel": "contrastive loss",
     "cut_cross_entropy": "contrastive loss",
     "inf_cl": "contrastive loss",
-    "sentence_transformers": "corpus encoding",
 }
 PACKAGES = ("btok", "torch", "triton", "transformers", "numpy", "xformers", "liger-kernel")
 HEADER = (
-    f"{'':16}  {'case':32}  {'peer':22} pairs  {'ratio (quartiles)':22}  predicted"
+    f"{'':19}  {'case':33}  {'peer':22} pairs  {'ratio (quartiles)':22}  predicted"
     f"  {'ours, ms':>10}  {'MiB':>8}  {'peer':>8}"
 )
 

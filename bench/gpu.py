@@ -9,7 +9,8 @@ root and `kernels` on PYTHONPATH.
 
 Times are in milliseconds, by CUDA events with a cold L2 cache: the median, and both quartiles as
 the spread. Useful operations are 4 D per pair of row and key that the mask keeps and query head
-forward, 10 D backward; executed ones count the whole blocks that our kernels multiply.
+forward, 10 D backward; executed ones count the whole blocks that our kernels multiply. The stages
+that run other benchmarks have `bench.harness`'s figures: `ratio` is ours over the peer's.
 """
 
 from __future__ import annotations
@@ -269,18 +270,50 @@ def run_once(layout: CondensedLayout) -> None:
     torch.cuda.synchronize()
 
 
+def contests(report: Report, script: str, case: str, *selected: str) -> None:
+    """A pytest benchmark, or what is selected of it: a row per contest that it has timed."""
+    name = f"{report.path.stem}-{case.replace(' ', '-')}.json"
+    result = report.path.with_name(name).resolve()
+    if not report.row(case):
+        result.unlink(missing_ok=True)  # another commit's
+    arguments = ("-m", "pytest", f"bench/{script}", "--benchmark-only", "-q")
+    command(report, case, sys.executable, *arguments, f"--benchmark-json={result}", *selected)
+    if not result.exists():  # all were skipped, or it did not come to its end
+        return
+    for contest in json.loads(result.read_text())["cases"]:
+        figures = {
+            "dtype": contest["dtype"],
+            "pairs": contest["pairs"],
+            "ratio": contest["ratio"],
+            "ratio_spread": contest["quartiles"],
+            "predicted": contest["predicted"],
+            "ms": 1e3 * contest["seconds"][1],
+            "peer_ms": 1e3 * contest["peer_seconds"][1],
+            "mib": contest["memory"] / 2**20,
+            "peer_mib": contest["peer_memory"] / 2**20,
+            "flops_share": contest["share_of_flops"],
+            "bytes_share": contest["share_of_bytes"],
+        }
+        report.measure(f"{contest['case']}, {contest['peer']}", figures.copy)
+
+
 def contrastive(report: Report) -> None:
-    arguments = ("-m", "pytest", "bench/bench_contrastive_loss.py", "--benchmark-only", "-q")
     for rows in (1 << n for n in range(12, 19)):
-        result = f"--benchmark-json={report.out.resolve()}/contrastive-{rows}.json"
-        command(report, f"{rows} rows", sys.executable, *arguments, result, "-k", str(rows))
+        contests(report, "bench_contrastive_loss.py", f"{rows} rows", "-k", str(rows))
 
 
 def inference(report: Report) -> None:
-    arguments = ("-m", "pytest", "bench/bench_inference.py", "--benchmark-only", "-q")
-    for peer in ("padded", "packed"):
-        result = f"--benchmark-json={report.out.resolve()}/inference-{peer}.json"
-        command(report, peer, sys.executable, *arguments, result, "-k", peer)
+    for peer in ("padded", "packed", "full"):
+        contests(report, "bench_inference.py", peer, "-k", peer)
+
+
+def encoding(report: Report) -> None:
+    for peer in ("padded", "one"):
+        contests(report, "bench_encoding.py", peer, "-k", peer)
+
+
+def training_step(report: Report) -> None:
+    contests(report, "bench_training_step.py", "all")
 
 
 class Stage(NamedTuple):
@@ -296,6 +329,8 @@ STAGES = {
     **{mix: Stage(200, partial(attention, mix=mix), dry=True) for mix in mixes(64)},
     "tune": Stage(400, tune),
     "inference": Stage(400, inference),
+    "encoding": Stage(180, encoding),
+    "training step": Stage(420, training_step),
     "contrastive": Stage(500, contrastive),  # last: some of its peers are known to hang
 }
 

@@ -2,23 +2,23 @@
 
 Times are wall-clock seconds around a call that ends in a synchronized device. The two alternate,
 the second first in every other pair, so that a machine that slows down slows both: `ratio` is ours
-over the peer's, the median over pairs, with both quartiles. `memory` is the peak beyond what was
-there before a call, its results included: the allocator's on a GPU, the resident set's on a CPU.
+over the peer's, the median over pairs, with both quartiles. `memory` is the peak of what torch's
+allocator holds beyond what it held before a call, results included. (The resident set would have in
+it what the C library keeps, which differs from call to call by more than some contestants take.)
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import statistics
 import time
 from collections.abc import Callable
-from functools import cache, partial
-from itertools import chain, cycle
-from pathlib import Path
+from functools import cache
+from itertools import accumulate, chain, cycle
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Call = Callable[[], Any]
@@ -56,29 +56,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak(call: Call) -> int | None:
-    """Bytes at the most, beyond those before the call; None where there is no way to tell."""
+def peak(call: Call) -> int:
+    """Bytes that torch's allocator held at the most, beyond those before the call."""
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that taking it shows
-        Path("/proc/self/clear_refs").write_text("5")  # the largest so far becomes that of now
-    except (AttributeError, OSError):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-        return None
-    before = _resident("VmRSS")
-    call()
-    return max(0, _resident("VmHWM") - before)
-
-
-def _resident(field: str) -> int:
-    """Of /proc, in bytes; getrusage has the parent's in it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(accumulate((change for _, change in sorted(changes)), initial=0))
 
 
 class Contest:
@@ -123,14 +113,8 @@ class Contest:
         def turn(who: int) -> None:
             times[who].append(seconds(calls[who]))
 
-        # the first calls also warm up; the smaller peak is the one without what stays
-        first, second = [
-            [peak(call) for call in some] for some in (calls, (partial(turn, 0), partial(turn, 1)))
-        ]
-        memory = [
-            None if a is None or b is None else min(a, b)
-            for a, b in zip(first, second, strict=True)
-        ]
+        memory = [peak(call) for call in calls]  # and warms up
+        turn(0), turn(1)
         pairs = max(int(self.least), int(self.most / sum(wall for ((wall, _),) in times)))
         times[0].clear(), times[1].clear()
         turns = chain([1], cycle([0, 2]))  # peer ours, ours peer, peer ours, ...
@@ -171,8 +155,8 @@ class Contest:
         }
         spread = f"{ratio:.3f} ({low:.3f} - {high:.3f})"
         expected = "" if predicted is None else f"{predicted:.3f}"
-        mega = "  ".join("       -" if m is None else f"{m / 2**20:8.1f}" for m in memory[::-1])
+        mega = "  ".join(f"{m / 2**20:8.1f}" for m in memory[::-1])
         self.lines.append(
-            f"{bench:16.16}  {case:32.32}  {peer:22.22}{pairs:6}  {spread:22}  {expected:9}"
+            f"{bench:19.19}  {case:33.33}  {peer:22.22}{pairs:6}  {spread:22}  {expected:9}"
             f"  {1e3 * second:10.2f}  {mega}"
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_layout import allowed_by_loops
 
-from bench import bench_inference, gpu, peers
+from bench import bench_encoding, bench_inference, gpu, peers
 from btok.kernels import CondensedLayout, condensed_attention
 from btok_kernels import launch
 
@@ -104,14 +104,71 @@ def test_a_stage_that_hangs_is_ended_with_all_it_started(tmp_path):
     assert gpu.run_within(20, [sys.executable, "-c", "raise SystemExit(3)"]) == "status 3"
 
 
-def test_the_inference_benchmark_is_run_a_peer_at_a_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "selected"),
+    [
+        ("inference", bench_inference.CASES),
+        ("encoding", [(peer,) for peer in bench_encoding.PEERS]),
+    ],
+)
+def test_such_a_benchmark_is_run_a_peer_at_a_time(tmp_path, monkeypatch, stage, selected):
     calls = []
     monkeypatch.setattr(gpu, "command", lambda report, case, *arguments: calls.append(arguments))
-    gpu.STAGES["inference"].run(gpu.Report(tmp_path, "inference", dry=True, again=False))
+    gpu.STAGES[stage].run(gpu.Report(tmp_path, stage, dry=True, again=False))
     results = {argument for arguments in calls for argument in arguments if "json" in argument}
-    assert all("bench/bench_inference.py" in arguments for arguments in calls)
+    assert all(f"bench/bench_{stage}.py" in arguments for arguments in calls)
     assert len(results) == len(calls)
-    assert [name.split()[0] for name in bench_inference.PEERS] == [call[-1] for call in calls]
+    peers = dict.fromkeys(peer.split()[0] for *_, peer in selected)
+    assert list(peers) == [call[-1] for call in calls]
+
+
+def contest_of(case, peer, ratio):
+    """A case of a results file."""
+    return {
+        "case": case,
+        "peer": peer,
+        "pairs": 5,
+        "dtype": "bfloat16",
+        "ratio": ratio,
+        "quartiles": [ratio, ratio],
+        "predicted": None,
+        "seconds": [0.001, 0.002, 0.003],
+        "peer_seconds": [0.01, 0.02, 0.03],
+        "memory": 1 << 20,
+        "peer_memory": 1 << 22,
+        "share_of_flops": 0.5,
+        "share_of_bytes": 0.1,
+    }
+
+
+def test_a_row_per_contest_that_a_benchmark_has_timed(tmp_path, monkeypatch):
+    calls = []
+
+    def run(arguments, **_):
+        result = Path(next(a for a in arguments if "json" in a).partition("=")[2])
+        assert not result.exists()
+        calls.append(arguments)
+        if len(calls) == 1:  # the second run is cut off
+            cases = [contest_of("64 pairs", peer, r) for peer, r in (("a", 0.5), ("b", 1.25))]
+            result.write_text(json.dumps({"format_version": 1, "cases": cases}))
+        return subprocess.CompletedProcess(arguments, len(calls) - 1)
+
+    monkeypatch.setattr(gpu, "machine", lambda dry: {})
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    report = gpu.Report(tmp_path, "training step", dry=True, again=False)
+    gpu.STAGES["training step"].run(report)
+    assert (ROOT / next(a for a in calls[0] if a.endswith(".py"))).exists()
+    assert [row["case"] for row in report.content["rows"]] == ["all", "64 pairs, a", "64 pairs, b"]
+    assert report.row("all")["status"] == 0
+    row = report.row("64 pairs, b")
+    assert (row["ratio"], row["ms"], row["peer_ms"], row["mib"]) == (1.25, 2.0, 20.0, 1.0)
+    gpu.STAGES["training step"].run(gpu.Report(tmp_path, "training step", dry=True, again=False))
+    assert len(calls) == 1
+    assert "64 pairs, a" in gpu.summary(tmp_path, {})
+    again = gpu.Report(tmp_path, "training step", dry=True, again=True)
+    gpu.STAGES["training step"].run(again)
+    assert [row["case"] for row in again.content["rows"]] == ["all"]
+    assert again.row("all")["status"] == 1
 
 
 def test_truth_and_kept_pairs_agree_with_the_mask(layout):

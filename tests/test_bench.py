@@ -1,0 +1,317 @@
+"""The benchmarks' harness: turns, ratios, memory, files; and that no wrong result is timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import bench_condensed_attention as attention
+from bench import bench_contrastive_loss as contrastive
+from bench import bench_encoding as encoding
+from bench import harness, peers
+from bench.bench_inference import Shape, multiply_adds
+from btok.encoder import BTokEncoder
+from btok.inputs import as_side
+from btok.kernels import CondensedLayout
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = Shape(hidden=64, heads=4, key_heads=2, mlp=96, vocabulary=300, layers=3)
+TOWER = encoding.Tower(embed=32, heads=2, layers=2)
+CORPUS = encoding.Corpus(20, (3, 20), (4, 8))
+
+
+class Benchmark:
+    """In the place of pytest-benchmark's fixture, which times once under xdist."""
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, target, args, setup, rounds):
+        for _ in range(rounds):
+            setup()
+            target(*args)
+
+
+def held(ours, theirs, **options):
+    """What a contest writes down, and its line."""
+    lines = []
+    settings = {"benchmark_min_rounds": 5, "benchmark_max_time": 0.01}
+    benchmark = Benchmark()
+    contest = harness.Contest(benchmark, SimpleNamespace(getoption=settings.get), lines)
+    options = {"dtype": torch.float32, "flops": 1e6, "bytes": 1e3} | options
+    contest("a bench", "a case", "a peer", ours, theirs, **options)
+    return benchmark.extra_info, *lines
+
+
+class Recorder:
+    """In the place of a contest: what it was given, and that both calls run."""
+
+    def __call__(self, bench, case, peer, ours, theirs, **facts):
+        self.names, self.facts = (bench, case, peer), facts
+        self.results = [ours(), theirs()]
+
+
+def never(*names, **facts):
+    """In its place where nothing may be timed."""
+    raise RuntimeError(f"{names} was timed")
+
+
+def test_the_ratio_is_ours_over_the_peers():
+    found, line = held(lambda: time.sleep(0.01), lambda: time.sleep(0.03), predicted=1 / 3, rows=7)
+    low, high = found["quartiles"]
+    assert 0.1 < found["ratio"] < 0.6
+    assert low <= found["ratio"] <= high
+    assert 0.01 <= found["seconds"][1] < found["peer_seconds"][1]
+    assert found["share_of_flops"] > 0 and found["share_of_bytes"] > 0
+    shares = found["share_of_flops"] * harness.roof(torch.float32).flops
+    assert shares == pytest.approx(1e6 / found["seconds"][1])
+    facts = ("bench", "case", "peer", "pairs", "dtype", "predicted", "rows")
+    assert [found[f] for f in facts] == ["a bench", "a case", "a peer", 5, "float32", 1 / 3, 7]
+    assert all(text in line for text in ("a bench", "a case", "a peer", f"{found['ratio']:.3f}"))
+
+
+def test_both_take_turns_and_begin_every_other_pair():
+    calls = []
+    held(lambda: calls.append("o"), lambda: calls.append("p"), predicted=None)
+    calls = calls[2:]  # those whose memory was measured
+    pairs = ["".join(calls[at : at + 2]) for at in range(0, len(calls), 2)]
+    assert pairs[0] == "po"  # the warm-up
+    assert len(pairs) >= 6
+    assert pairs[1:] == (["po", "op"] * len(pairs))[: len(pairs) - 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process's memory is read from /proc")
+def test_memory_is_the_peak_of_a_call_with_its_results():
+    def take(mega):
+        return torch.ones(mega << 20, dtype=torch.uint8, device=harness.DEVICE)
+
+    def two_then_one():
+        take(96)
+        return take(64)
+
+    found, _ = held(lambda: take(64), two_then_one)
+    assert abs(found["memory"] / 2**20 - 64) < 6.4
+    assert abs(found["peer_memory"] / 2**20 - 96) < 9.6
+    assert harness.peak(lambda: None) < 1 << 20
+
+
+def test_roofs():
+    best = harness.roof(torch.float32)
+    assert best.flops > 1e8 and best.bytes > 1e8
+
+
+def test_the_file_has_machine_versions_roofs_and_contests_but_no_host(tmp_path):
+    bench = """
+        import torch
+        def test_some(contest):
+            contest("a bench", "a case", "a peer", lambda: sum(range(10**5)), lambda: None,
+                    dtype=torch.float32, flops=1, bytes=2, rows=3)
+    """
+    (tmp_path / "test_some.py").write_text(textwrap.dedent(bench))
+    env = {name: value for name, value in os.environ.items() if "PYTEST" not in name}  # xdist's
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "--benchmark-only"]
+    run = subprocess.run(
+        [*command, "--benchmark-json=found.json", "--benchmark-max-time=0.01", "test_some.py"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "a case" in run.stdout and "peers that are not installed" in run.stdout
+    text = (tmp_path / "found.json").read_text()
+    content = json.loads(text)
+    assert platform.node() not in text
+    about = ["format_version", "when", "commit", "dirty", "machine", "versions", "roofs", "missing"]
+    assert list(content) == [*about, "cases"]
+    assert set(content["machine"]) == {"device", "cpu", "cores", "threads"}
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["roofs"]["float32"]["flops"] > 1e8
+    (case,) = content["cases"]
+    assert (case["bench"], case["rows"], case["bytes"]) == ("a bench", 3, 2)
+    assert case["ratio"] > 1
+
+
+@pytest.fixture
+def layout(monkeypatch):
+    tiny = CondensedLayout.from_lengths([9, 0, 30], [5, 3, 0], 2)
+    monkeypatch.setitem(attention.LAYOUTS, "tiny", tiny)
+    monkeypatch.setattr(attention, "prepared", attention.prepared.__wrapped__)
+    return tiny
+
+
+@pytest.mark.parametrize("direction", attention.DIRECTIONS)
+@pytest.mark.parametrize("peer", ["dense mask", "per segment"])
+def test_attention_is_given_to_the_contest(layout, peer, direction):
+    contest = Recorder()
+    attention.bench_condensed_attention(contest, "tiny", peer, direction)
+    assert contest.names == ("condensed attention", f"tiny, {direction}", peer)
+    ours, theirs = contest.results
+    assert len(ours) == len(theirs) == (1 if direction == "forward" else 4)
+    products, rows = (2, 2) if direction == "forward" else (7, 4)  # products, tensors as large as q
+    facts, dim = contest.facts, attention.DIM
+    pairs = sum(int(row) - int(first) + 1 for row, first in enumerate(layout.row_first))
+    assert facts["flops"] == products * 2 * dim * attention.HEADS * pairs
+    elements = rows * layout.num_rows * dim * (attention.HEADS + attention.KEY_HEADS)
+    assert facts["bytes"] == elements * attention.DTYPE.itemsize
+    assert (facts["rows"], facts["sequences"]) == (layout.num_rows, 3)
+
+
+@pytest.mark.parametrize("what", ["output", "gradient"])
+@pytest.mark.parametrize("whose", ["ours", "the peer's"])
+def test_wrong_attention_is_not_timed(layout, monkeypatch, whose, what):
+    right = peers.condensed_attention
+
+    def wrong(q, k, v, layout, impl):
+        out = right(q, k, v, layout, impl=impl)
+        if impl == "reference":
+            return out
+        change = out if what == "output" else out - out.detach()
+        return out + 2 * attention.TOLERANCE * change
+
+    direction = "forward + backward" if what == "gradient" else "forward"
+    name, peer = attention.OURS, "dense mask"
+    if whose == "ours":
+        monkeypatch.setattr(peers, "condensed_attention", wrong)
+    else:
+        name = peer
+        made = lambda layout: lambda q, k, v: wrong(q, k, v, layout, "sdpa")  # noqa: E731
+        monkeypatch.setitem(attention.PEERS, peer, made)
+    with pytest.raises(AssertionError, match=f"wrong result of {name}, .*: not timed"):
+        attention.bench_condensed_attention(never, "tiny", peer, direction)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it may run there")
+def test_a_peer_that_cannot_run_is_skipped(layout):
+    with pytest.raises(pytest.skip.Exception, match="xformers cannot run: RuntimeError"):
+        attention.bench_condensed_attention(never, "tiny", "xformers", "forward")
+
+
+@pytest.mark.parametrize("direction", contrastive.DIRECTIONS)
+@pytest.mark.parametrize("peer", ["eager", "chunked torch", "linear_cross_entropy"])
+def test_the_contrastive_loss_is_given_to_the_contest(peer, direction):
+    if peer not in contrastive.PEERS:
+        pytest.skip("this torch has none")
+    contest = Recorder()
+    contrastive.bench_contrastive_loss(contest, peer, 70, direction)
+    assert contest.names == ("contrastive loss", f"70 rows, {direction}", peer)
+    facts = contest.facts
+    assert facts["flops"] == 6 * 70 * 70 * contrastive.DIM
+    assert facts["bytes"] == 4 * 70 * contrastive.DIM * contrastive.DTYPE.itemsize
+    for ours, theirs in zip(*contest.results, strict=True):
+        assert torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("direction", contrastive.DIRECTIONS)
+@pytest.mark.parametrize("whose", ["ours", "the peer's"])
+def test_a_wrong_contrastive_loss_is_not_timed(monkeypatch, whose, direction):
+    right, eager = contrastive.contrastive_loss, contrastive.eager
+    factor = 1 + 2 * contrastive.TOLERANCE
+
+    def wrong(query, key, **options):
+        return right(factor * query, key, **options)
+
+    name = contrastive.OURS if whose == "ours" else "eager"
+    if whose == "ours":
+        monkeypatch.setattr(contrastive, "contrastive_loss", wrong)
+    else:
+        monkeypatch.setitem(contrastive.PEERS, name, lambda query, *x: eager(factor * query, *x))
+    with pytest.raises(AssertionError, match=f"wrong result of {name}, .*: not timed"):
+        contrastive.bench_contrastive_loss(never, "eager", 70, direction)
+
+
+def test_a_third_partys_kernel_that_hangs_or_crashes_is_skipped(monkeypatch):
+    contrastive.try_out("eager", 70, True)
+    with monkeypatch.context() as patched:
+        patched.setattr(contrastive, "first_run", divmod)  # given three arguments, the child fails
+        with pytest.raises(pytest.skip.Exception, match="eager failed at 70 rows: exit code 1"):
+            contrastive.try_out("eager", 70, True)
+    monkeypatch.setattr(contrastive, "PATIENCE", 0.1)
+    with pytest.raises(pytest.skip.Exception, match=r"eager did not finish in 0.1 s"):
+        contrastive.try_out("eager", 70, True)
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    return encoding.Encoders(SHAPE, TOWER, "cpu", torch.float32)
+
+
+@pytest.fixture
+def small(encoders, monkeypatch):
+    for name, value in (("SHAPE", SHAPE), ("TOWER", TOWER), ("CORPUS", CORPUS)):
+        monkeypatch.setattr(encoding, name, value)
+    monkeypatch.setattr(encoding, "Encoders", lambda *_: encoders)
+    monkeypatch.setattr(encoding, "prepared", encoding.prepared.__wrapped__)
+
+
+@pytest.mark.parametrize("peer", encoding.PEERS)
+def test_encoding_is_given_to_the_contest(small, peer):
+    contest = Recorder()
+    encoding.bench_encoding(contest, peer)
+    assert contest.names == ("corpus encoding", "20 inputs", peer)
+    facts = contest.facts
+    assert (facts["inputs"], facts["images"]) == (20, 5)
+    assert facts["tokens"] > 20 * 3
+    assert facts["predicted"] == 1 if peer == "one by one" else facts["predicted"] < 1
+    ours, theirs = contest.results
+    assert ours.shape == theirs.shape == (20, 64)
+    assert (np.abs(ours - theirs).max() < 1e-4) == (peer == "one by one")
+
+
+@pytest.mark.parametrize("whose", ["ours", *encoding.PEERS])
+def test_wrong_vectors_are_not_timed(small, encoders, monkeypatch, whose):
+    encode, padded, one_by_one = BTokEncoder.encode, encoders.padded, encoders.one_by_one
+    if whose == "ours":
+        monkeypatch.setattr(BTokEncoder, "encode", lambda *a, **o: encode(*a, **o) + 1e-3)
+    elif whose == "one by one":
+        monkeypatch.setattr(encoders, "one_by_one", lambda inputs: one_by_one(inputs[::-1]))
+    else:  # but those of one input, which is what ours are checked against
+        monkeypatch.setattr(encoders, "padded", lambda inputs, *btoks: padded(inputs[::-1], *btoks))
+    peer = whose if whose in encoding.PEERS else "padded batches"
+    with pytest.raises(AssertionError, match=f"wrong result of {whose}, .*: not timed"):
+        encoding.bench_encoding(never, peer)
+
+
+def test_multiply_adds_of_pictures_are_those_torch_counts(encoders):
+    unit = TOWER.patch * TOWER.merge
+    inputs = encoding.user_inputs(CORPUS, unit)
+    pictures = [value for value in inputs if not isinstance(value, str)]
+    assert len(pictures) == 5 and sum(isinstance(value, np.ndarray) for value in pictures) == 2
+
+    def counted(call, *arguments):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call(*arguments)
+        return counter.get_total_flops() // 2
+
+    samples = [encoders.processor(as_side(picture)) for picture in pictures]
+    pixels, grids = (
+        torch.cat([sample[key] for sample in samples]) for key in ("pixel_values", "image_grid_thw")
+    )
+    patches = [len(sample["pixel_values"]) for sample in samples]
+    expected = encoding.vision_multiply_adds(TOWER, SHAPE.hidden, patches)
+    assert counted(encoders.stock.model.get_image_features, pixels, grids) == expected
+    language = multiply_adds(SHAPE, [len(samples[0]["input_ids"])], causal=False)
+    seen = encoding.vision_multiply_adds(TOWER, SHAPE.hidden, patches[:1])
+    assert counted(encoders.padded, pictures[:1]) == language + seen
+
+
+def test_bf16_vectors_stay_within_what_they_are_allowed():
+    encoders = encoding.Encoders(SHAPE, TOWER, "cpu", torch.bfloat16)
+    inputs = encoding.user_inputs(CORPUS, TOWER.patch * TOWER.merge)
+    alone = np.concatenate([encoders.padded([value], encoders.btoks) for value in inputs])
+    for peer in encoding.PEERS:
+        encoders.check(peer, inputs, alone)
