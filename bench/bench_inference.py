@@ -61,7 +61,7 @@ if DEVICE == "cuda":
 else:
     width = int(os.environ.get("WIDTH", 128))  # a multiple of 64
     DTYPE, SHAPE = torch.float32, Shape(width, 4, 1, width * 93 // 16, 2000)
-    MIXED = (32, 64, 512)
+    MIXED = (16, 64, 512)
     longest = int(os.environ.get("LONGEST", 1024))
     SIZES = [f"1x{n}" for n in LENGTHS if n <= longest] + ["16x64"]
 CASES = [(size, K, peer) for size in [*SIZES, "mixed"] for peer in PEERS]

@@ -63,7 +63,7 @@ class Shape(NamedTuple):
     chunk: int = 8  # samples that are padded together, and that a packed pass has on average
 
 
-SMALL = Shape(128, 4, 1, 744, 7, 12672, 112, 4, 8, pairs=12, side=(4, 16), text=(4, 60), chunk=4)
+SMALL = Shape(128, 4, 1, 744, 7, 12672, 112, 4, 8, pairs=8, side=(4, 16), text=(4, 60), chunk=4)
 SHAPE, DTYPE = (Shape(), torch.bfloat16) if DEVICE == "cuda" else (SMALL, torch.float32)
 # relative differences of the losses and of the gradients that rounding may make
 BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.1)}

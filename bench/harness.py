@@ -9,6 +9,7 @@ it what the C library keeps, which differs from call to call by more than some c
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
@@ -21,7 +22,18 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 Call = Callable[[], Any]
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed. It gives large blocks back and gets them again a page
+    at a time, by a threshold that follows the sizes it saw last: a contest would be about that.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 class Roof(NamedTuple):
@@ -82,6 +94,7 @@ class Contest:
 
     def __init__(self, benchmark: Any, config: Any, lines: list[str]) -> None:
         self.benchmark, self.lines = benchmark, lines
+        keep_freed_memory()
         names = ("min_rounds", "max_time")
         self.least, self.most = (float(config.getoption(f"benchmark_{n}")) for n in names)
 
