@@ -9,12 +9,14 @@ two padded passes  as the authors' code does it, with transformers' own forward 
 label rows         that, with logits at label rows alone
 vision once        that, and the vision tower once per image: what remains is packing
 
-and ours with one lever the other way. All give the same losses and the same gradients, which is
-checked first. Adapters (DoRA) and the K rows train, without dropout. The pairs are as the paper's
-mixture has them: an image and a question find a text and generate it, a text finds a page, which
-generates the text, a few have no image. On a GPU it is Qwen2-VL-2B with random weights in bf16; on
-a CPU, in fp32, a twelfth as wide with a quarter of the layers, its vision tower and its vocabulary
-likewise. `flops` are those of our step's matrix products, as torch counts them.
+and ours with one lever the other way. A packed pass has half as many samples again as a padded
+chunk, so that what padding took goes into both speed and memory. All give the same losses and the
+same gradients, which is checked first. Adapters (DoRA) and the K rows train, without dropout. The
+pairs are as the paper's mixture has them: an image and a question find a text and generate it, a
+text finds a page, which generates the text, a few have no image. On a GPU it is Qwen2-VL-2B with
+random weights in bf16; on a CPU, in fp32, a twelfth as wide with a quarter of the layers, its
+vision tower and its vocabulary likewise. `flops` are those of our step's matrix products, as torch
+counts them.
 """
 
 from __future__ import annotations
@@ -60,10 +62,13 @@ class Shape(NamedTuple):
     pairs: int = 64
     side: tuple[int, int] = (8, 32)  # of an image, in tokens
     text: tuple[int, int] = (4, 120)  # tokens
-    chunk: int = 8  # samples that are padded together, and that a packed pass has on average
+    chunk: int = 8  # samples that are padded together
+    packed: int = 12  # that a packed pass has on average
 
 
-SMALL = Shape(128, 4, 1, 744, 7, 12672, 112, 4, 8, pairs=8, side=(4, 16), text=(4, 60), chunk=4)
+SMALL = Shape(
+    128, 4, 1, 744, 7, 12672, 112, 4, 8, pairs=8, side=(4, 16), text=(4, 60), chunk=4, packed=6
+)
 SHAPE, DTYPE = (Shape(), torch.bfloat16) if DEVICE == "cuda" else (SMALL, torch.float32)
 # relative differences of the losses and of the gradients that rounding may make
 BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.1)}
@@ -144,7 +149,7 @@ class Contestants:
             negatives="batch",
             groups_per_batch=1,
             gradcache=True,
-            chunk_tokens=rows * shape.chunk // len(self.samples),
+            chunk_tokens=rows * shape.packed // len(self.samples),
         )
         of_target = {"prefix_ids": (2, 3), "suffix_ids": (1,), "backbone_config": backbone.config}
         self.packing: dict[str, Any] = {**of_target, "btok_token_ids": self.btoks}

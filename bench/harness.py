@@ -22,18 +22,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Call = Callable[[], Any]
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed. It gives large blocks back and gets them again a page
-    at a time, by a threshold that follows the sizes it saw last: a contest would be about that.
+def settle_allocator() -> None:
+    """Have glibc treat memory as it does after some large blocks. Which blocks it gives back, to
+    get them again a page at a time, otherwise follows the sizes that it saw last: a contest of
+    blocks of some MiB would be about that.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 class Roof(NamedTuple):
@@ -94,7 +95,7 @@ class Contest:
 
     def __init__(self, benchmark: Any, config: Any, lines: list[str]) -> None:
         self.benchmark, self.lines = benchmark, lines
-        keep_freed_memory()
+        settle_allocator()
         names = ("min_rounds", "max_time")
         self.least, self.most = (float(config.getoption(f"benchmark_{n}")) for n in names)
 
