@@ -8,7 +8,8 @@ padded last token  as VLM2Vec embeds: transformers' forward with torch's attenti
 packed last token  BTokModel with K = 0: packed rows, the last layer for the last row alone
 full last layer    btok with the last layer for all rows
 
-From lists of token ids to unit vectors: packing and padding are timed, tokenizing is not. A case is
+Gradients are off as BTokEncoder (inference mode) and VLM2Vec's scripts (no_grad) have it. From
+lists of token ids to unit vectors: packing and padding are timed, tokenizing is not. A case is
 so many inputs of so many tokens, or a set of mixed lengths, log-uniform. On a GPU it is the
 language model of Qwen2-VL-2B in bf16. On a CPU it is a twelfth as wide, in fp32, with all 28
 layers, since with fewer the last one's shortcut would save more; LONGEST=8192 adds longer inputs,
@@ -119,7 +120,7 @@ class Contestants:
             pooled.append(states[torch.arange(len(ids))[:, None], last].float().mean(1))
         return F.normalize(torch.cat(pooled), dim=-1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def packed(self, model: BTokModel, inputs: Sequence[list[int]]) -> Tensor:
         """A model of ours, on rows that are filled as BTokEncoder fills them, [N, D]."""
         rows: list[list[int]] = []

@@ -130,7 +130,7 @@ class BTokEncoder:
             for indices, packed, broken in ahead:
                 vectors = np.empty((0, 0), np.float32)
                 if packed is not None:
-                    with torch.no_grad(), _evaluating(self.model):
+                    with torch.inference_mode(), _evaluating(self.model):
                         output = self.model(packed.to(self.model.backbone.device))
                     vectors = output.embeddings.float().cpu().numpy()
                 if not (finite := np.isfinite(vectors).all(1)).all():
