@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -360,3 +361,13 @@ def test_a_file_that_is_no_results_file_is_refused_in_a_line(
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1
     assert not list(tmp_path.glob("*.md"))
+
+
+def test_the_committed_page_and_the_readmes_figures_come_from_the_committed_results(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    results = root / "bench" / "results"
+    report.write_page(results / "cpu.json", tmp_path)
+    text = (tmp_path / "cpu.md").read_text()
+    assert text == (results / "cpu.md").read_text()
+    shown = re.findall(r"\d\.\d{3} \(\d\.\d{3} - \d\.\d{3}\)", (root / "README.md").read_text())
+    assert len(shown) >= 6 and all(ratio in text for ratio in shown)
