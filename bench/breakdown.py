@@ -74,9 +74,16 @@ def parts_of(backbone: Any) -> Iterator[None]:
         yield
 
 
-def breakdown(events: Any) -> dict[str, list[float]]:
-    """Milliseconds by part, [forward, backward], of a profile's events."""
+def milliseconds(event: Any) -> float:
+    """An operation's own, those within it aside."""
     clock = "self_device_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    return getattr(event, clock) / 1e3
+
+
+def breakdown(
+    events: Any, spent_in: Callable[[Any], float] = milliseconds
+) -> dict[str, list[float]]:
+    """What a profile's events spent, by part: [forward, backward]."""
     part_of: dict[int, str] = {}  # the sequence number of a forward operation -> its part
     found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     late = []
@@ -84,13 +91,13 @@ def breakdown(events: Any) -> dict[str, list[float]]:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue
         part, node, at = None, None, event
-        while at is not None and part is None and node is None:
-            if at.name.startswith(LABEL):
+        while at is not None and node is None:
+            if part is None and at.name.startswith(LABEL):
                 part = at.name.removeprefix(LABEL)
             elif at.name.startswith("autograd::engine::evaluate_function"):
                 node = at.sequence_nr
             at = at.cpu_parent
-        spent = getattr(event, clock) / 1e3
+        spent = spent_in(event)
         if node is not None:
             late.append((node, part, spent))
             continue

@@ -69,9 +69,9 @@ def test_old_devices_are_told(monkeypatch, capability, reason):
 
 def test_auto_takes_the_first_that_can_run():
     order = ("triton", "sdpa")
-    reasons = {"triton": None, "sdpa": None, "reference": None}
+    reasons = dict.fromkeys(("triton", "sdpa", "reference"), launch.always)
     assert launch.choose("op", "auto", reasons, order) == "triton"
-    reasons["triton"] = "no kernel for torch.float64"
+    reasons["triton"] = lambda: "no kernel for torch.float64"
     assert launch.choose("op", "auto", reasons, order) == "sdpa"
     assert launch.choose("op", "reference", reasons, order) == "reference"
     with pytest.raises(RuntimeError, match="op: impl='triton' cannot run: no kernel for torch"):
