@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from bench import bench_inference
 from bench.bench_inference import BATCH, SHAPE, K, Shape, multiply_adds
 from bench.harness import DEVICE
+from bench.models import byte_tokenizer, random_qwen2_vl
 from btok.encoder import BTokEncoder
 from btok.inputs import as_side
 from btok.model import BTokModel
@@ -69,23 +70,7 @@ class Encoders:
     """Random weights behind ours with K bottleneck tokens, with none, and stock transformers."""
 
     def __init__(self, shape: Shape, tower: Tower, device: str, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForImageTextToText, Qwen2VLConfig
-
         self.processor = Processor(byte_tokenizer(), patch_size=tower.patch)
-        rope = {"rope_type": "default", "rope_theta": 1e6}
-        rope["mrope_section"] = [n * shape.hidden // shape.heads // 16 for n in (2, 3, 3)]
-        language = {
-            "vocab_size": shape.vocabulary,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.mlp,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.key_heads,
-            "rope_parameters": rope,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "initializer_range": shape.hidden**-0.5,  # so that attention is far from uniform
-        }
         vision = {
             "depth": tower.layers,
             "embed_dim": tower.embed,
@@ -93,20 +78,15 @@ class Encoders:
             "mlp_ratio": tower.mlp_ratio,
             "patch_size": tower.patch,
             "spatial_merge_size": tower.merge,
-            "hidden_size": shape.hidden,
             "initializer_range": tower.embed**-0.5,
         }
-        config = Qwen2VLConfig(
-            text_config=language,
-            vision_config=vision,
-            image_token_id=self.processor.image_pad,
-            video_token_id=self.processor.video_pad,
-            vision_start_token_id=self.processor.vision_start,
-            vision_end_token_id=self.processor.vision_end,
-        )
-        torch.manual_seed(0)
-        with torch.device(device):
-            backbone = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        ids = {
+            "image_token_id": self.processor.image_pad,
+            "video_token_id": self.processor.video_pad,
+            "vision_start_token_id": self.processor.vision_start,
+            "vision_end_token_id": self.processor.vision_end,
+        }
+        backbone = random_qwen2_vl(shape, vision, device, dtype, **ids).eval()
         self.stock = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
         self.btoks = list(range(shape.vocabulary - K, shape.vocabulary))
         model = BTokModel.from_backbone(backbone, btok_token_ids=self.btoks).eval()
@@ -157,22 +137,6 @@ class Encoders:
             error = float(np.linalg.norm(got - want, axis=1).max())
             right = error <= TOLERANCES[self.stock.dtype]
             assert right, f"wrong result of {name}, off by {error:.1e}: not timed"
-
-
-def byte_tokenizer() -> Any:
-    """One token per byte, plus Qwen2-VL's special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ("endoftext", "im_start", "im_end")
-    names += ("vision_start", "vision_end", "image_pad", "video_pad")
-    special = [f"<|{name}|>" for name in names]
-    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0])
 
 
 def user_inputs(corpus: Corpus, unit: int) -> list[Any]:

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from bench.harness import DEVICE
+from bench.models import random_qwen2_vl
 from btok.model import BTokModel
 
 BATCH = 16  # inputs that are padded together
@@ -74,27 +75,8 @@ class Contestants:
     """One backbone's random weights behind all four; inputs are lists of token ids."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype, num_btoks: int = K) -> None:
-        from transformers import AutoModelForImageTextToText, Qwen2VLConfig
-
-        rope = {"rope_type": "default", "rope_theta": 1e6}
-        rope["mrope_section"] = [n * shape.hidden // shape.heads // 16 for n in (2, 3, 3)]
-        language = {
-            "vocab_size": shape.vocabulary,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.mlp,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.key_heads,
-            "rope_parameters": rope,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "initializer_range": shape.hidden**-0.5,  # so that attention is far from uniform
-        }
-        unused = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": shape.hidden}
-        config = Qwen2VLConfig(text_config=language, vision_config=unused)
-        torch.manual_seed(0)
-        with torch.device(device):
-            backbone = AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        unused = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+        backbone = random_qwen2_vl(shape, unused, device, dtype).eval()
         self.stock = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
 
         def ours(num_btoks: int, **options: str) -> BTokModel:

@@ -36,10 +36,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import DEVICE
+from bench.models import random_qwen2_vl
 from btok import adapters
 from btok.data.records import Pair, Side
 from btok.model import BTokModel
-from btok.objective import Losses, pair_samples, positive_ids
+from btok.objective import Losses, pair_samples
 from btok.packing import Sample, count_labels, pack
 from train.recipes import Recipe
 from train.step import train_step
@@ -95,40 +96,15 @@ class Contestants:
     """
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForImageTextToText, Qwen2VLConfig
-
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
-        rope["mrope_section"] = [n * shape.hidden // shape.heads // 16 for n in (2, 3, 3)]
-        language = {
-            "vocab_size": shape.vocabulary,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.mlp,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.key_heads,
-            "rope_parameters": rope,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "initializer_range": shape.hidden**-0.5,
-        }
         vision = {
             "depth": shape.depth,
             "embed_dim": shape.vision,
             "num_heads": shape.vision_heads,
-            "hidden_size": shape.hidden,
             "initializer_range": shape.vision**-0.5,
         }
         self.image = shape.vocabulary - K - 1  # the placeholder's id
-        config = Qwen2VLConfig(
-            text_config=language,
-            vision_config=vision,
-            image_token_id=self.image,
-            video_token_id=self.image - 1,
-            tie_word_embeddings=True,
-        )
-        torch.manual_seed(0)
-        with torch.device(device):
-            backbone = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        ids = {"image_token_id": self.image, "video_token_id": self.image - 1}
+        backbone = random_qwen2_vl(shape, vision, device, dtype, **ids, tie_word_embeddings=True)
         self.btoks = range(shape.vocabulary - K, shape.vocabulary)
         adapters.attach(backbone, adapters.Lora(dropout=0.0), self.btoks, "random")
         for name, p in backbone.named_parameters():
@@ -181,12 +157,9 @@ class Contestants:
         with torch.no_grad():
             parts = [self.encode([source for source, _ in chunk], seen)[0] for chunk in chunks]
         embeddings = torch.cat(parts).requires_grad_()
-        ids = positive_ids(self.pairs).to(embeddings.device)
-        query, positive = embeddings.split(len(ids))
-        logits = query @ positive.T / self.recipe.temperature
-        same = (ids[:, None] == ids) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
-        own = torch.arange(len(ids), device=ids.device)
-        contrastive = F.cross_entropy(logits.masked_fill(same, -torch.inf), own)
+        query, positive = embeddings.chunk(2)
+        own = torch.arange(len(query), device=query.device)
+        contrastive = F.cross_entropy(query @ positive.T / self.recipe.temperature, own)
         contrastive.backward()
         assert embeddings.grad is not None
         total = torch.zeros((), device=embeddings.device)

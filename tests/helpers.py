@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench.models import byte_tokenizer as tiny_tokenizer
 from btok.model import ARCHITECTURES, BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_embeddings, add_to_tokenizer
@@ -125,24 +126,6 @@ def worst_gradient(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         for n, g in expected.items()
     ]
     return max(errors)
-
-
-def tiny_tokenizer() -> Any:
-    """One token per byte, plus Qwen2-VL's special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = (
-        *("endoftext", "im_start", "im_end"),
-        *("vision_start", "vision_end", "image_pad", "video_pad"),
-    )
-    special = [f"<|{name}|>" for name in names]
-    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0])
 
 
 def tiny_qwen2_vl(dtype: torch.dtype = torch.float32) -> tuple[BTokModel, Processor]:
