@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +27,7 @@ from btok.last_layer import pooled_rows_only
 from btok.packing import TARGET_POSITIONS, VISION_KEYS, PackedBatch, Pixels, pack
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
 from btok_kernels.condensed_attention import condensed_attention
+from btok_kernels.launch import always, choose, no_triton
 
 Pooling = Literal["btok", "last", "mean"]
 NtpReduction = Literal["sample_mean", "token_mean"]
@@ -385,10 +389,26 @@ class BTokModel(nn.Module):
         return (losses / counts[batch.label_samples]).sum() / batch.num_targets
 
 
-def _label_losses(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    """[R], -log softmax(head(hidden))[label]; above so many logits they are made a few rows at a
-    time, and again in the backward.
+def _label_losses(head: Any, hidden: Tensor, labels: Tensor, impl: str = "auto") -> Tensor:
+    """[R], -log softmax(head(hidden))[label], in at least fp32 from logits in hidden's dtype.
+
+    "liger" (CUDA, the extra of that name; or the CPU under TRITON_INTERPRET=1) and "chunked" both
+    make the logits a few rows at a time, and again in the backward: "chunked" above so many. "auto"
+    takes liger where it can run on CUDA.
     """
+    reasons = {"liger": lambda: _no_liger(head, hidden), "chunked": always}
+    order = ("liger", "chunked") if hidden.is_cuda else ("chunked",)
+    if choose("the generative loss", impl, reasons, order) == "liger":
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return liger_fused_linear_cross_entropy(
+            hidden,
+            head.weight,
+            labels,
+            bias=head.bias,
+            reduction="none",
+            accum_dtype=torch.float32,  # of the weight's gradient over its chunks
+        )
 
     def losses(hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(_wide(head(hidden)), labels, reduction="none")
@@ -398,6 +418,25 @@ def _label_losses(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
         return losses(hidden, labels)
     pairs = zip(hidden.split(rows), labels.split(rows), strict=True)
     return torch.cat([checkpoint(losses, *pair, use_reentrant=False) for pair in pairs])
+
+
+def _no_liger(head: Any, hidden: Tensor) -> str | None:
+    if reason := _no_liger_here():
+        return reason
+    if type(head) is not nn.Linear:
+        return f"the head is a {type(head).__name__}, it takes a plain nn.Linear"
+    return no_triton(hidden.device, hidden.dtype)
+
+
+@cache
+def _no_liger_here() -> str | None:
+    try:
+        found = version("liger-kernel")
+    except PackageNotFoundError:
+        return "liger-kernel is not installed; the extra is btok[liger]"
+    if Version(found) < Version("0.8.2"):
+        return f"liger-kernel {found} has wrong gradients of single losses; 0.8.2 has not"
+    return None
 
 
 def use_condensed_attention(backbone: Any) -> None:
