@@ -1,7 +1,8 @@
 """Injected faults: a run on many ranks goes on from a whole checkpoint and ends on the same bits.
 
 Each case starts the trainer under torchrun, hurts it once at a random time, and gives the same
-command again. Dropout is on, so the random state of every rank counts.
+command again. Dropout is on, so the random state of every rank counts. An error that would come
+again is not tried again.
 """
 
 from __future__ import annotations
@@ -37,21 +38,25 @@ import train.loop
 import train.main
 
 train_step, build, fault = train.loop.train_step, train.main.build, sys.argv.pop(1)
+is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
 
 def stop(recipe):
-    if rank == 1 and fault == "stop":
+    if is_last and fault == "stop":
         os.kill(os.getpid(), signal.SIGTERM)
     return build(recipe)
 
 def hurt(model, *others):
     time.sleep(0.1)  # so that it is not over before it is hurt
+    Path(__file__).with_name(f"{rank}.worked").write_text(str(generation))
     embeddings = model.backbone.get_input_embeddings()
     if not embeddings._forward_hooks:
         drop = torch.nn.Dropout(0.1)
         embeddings.register_forward_hook(lambda module, inputs, output: drop(output))
-    if (others[-1], rank) == (7, 1):  # the step
+    if others[-1] == 7 and is_last:  # the step
         if fault == "raise":
             raise ValueError("pair 5 of a set has no positive")
+        if fault == "pass" and not generation:
+            raise OSError("the folder of a set is away")
         if fault == "nan":
             embeddings.weight.data.fill_(float("nan"))
     return train_step(model, *others)
@@ -251,6 +256,32 @@ def test_a_rank_that_is_stopped_before_the_first_step_ends_all(tmp_path, model):
     assert trainer.rows() == [] and newest(trainer.run) == 0
 
 
+@pytest.mark.parametrize(
+    ("fault", "world"),
+    [
+        ("raise", 2),
+        pytest.param("raise", 1, marks=pytest.mark.full),
+        pytest.param("nan", 2, marks=pytest.mark.full),
+    ],
+)
+def test_an_error_that_would_come_again_is_not_tried_again(tmp_path, model, fault, world):
+    code, said = Trainer(tmp_path, model, world, fault=fault, restarts=2).end()
+    assert code == 1 and f"exitcode: {2 if fault == 'raise' else 1}" in said, said
+    first, *others = errors(said)
+    assert others == [first.replace("error: ", "error: not tried again: ")] * 2
+    worked = [(tmp_path / f"{rank}.worked").read_text() for rank in range(world)]
+    assert worked == ["0"] * world and "going on from" not in said
+
+
+@pytest.mark.full
+def test_an_error_of_the_system_is_tried_again(tmp_path, model, whole):
+    trainer = Trainer(tmp_path, model, 2, fault="pass", restarts=3)
+    code, said = trainer.end()
+    assert code == 0 and "checkpoint-6" in said, said
+    assert errors(said) == ["error: the folder of a set is away"]
+    assert trainer.rows() == whole(2).rows()
+
+
 @pytest.mark.full
 def test_a_rank_that_fails_alone_ends_all_with_its_line(tmp_path, model):
     code, said = Trainer(tmp_path, model, 2, fault="raise").end()
@@ -270,9 +301,9 @@ def test_a_loss_that_is_not_finite_ends_all_and_names_the_batch(tmp_path, model)
     assert json.loads(path.read_text()) == {
         "step": 7,
         "pairs": [
-            {"rank": rank, "dataset": pair.dataset, "positive_id": pair.positive_id}
+            {"rank": rank, "dataset": p.dataset, "row": None, "positive_id": p.positive_id}
             for rank in (0, 1)
-            for pair in step_pairs(recipe, 7, rank, 2)
+            for p in step_pairs(recipe, 7, rank, 2)
         ],
     }
     assert newest(trainer.run) == 6

@@ -121,6 +121,7 @@ def test_the_schedule_decides_what_is_generated(sources, processor):
 def test_the_pocket_groups_are_as_they_were(processor):
     steps = Steps(RECIPE, processor)
     pairs = step_pairs(RECIPE, 3)
+    assert steps[3].rows == [None] * len(pairs)
     assert read(steps[3]) == [(p.dataset, p.query.text, p.positive_id) for p in pairs]
     expected = pair_samples(pairs, processor)
     assert all(equal(x, y) for x, y in zip(steps[3].samples, expected, strict=True))
@@ -207,6 +208,8 @@ def test_a_broken_picture_is_replaced_the_same_way_everywhere(sources, processor
     named = Counter()
     for step, before, *parts in zip(alone, whole, *ranks, strict=True):
         assert merged(parts) == read(step)
+        for part in (step, *parts):
+            assert [p.positive_id for p in part.pairs] == [f"\0row {row}" for row in part.rows]
         assert sorted(step.skipped) == sorted(s for part in parts for s in part.skipped)
         ids = {("pictures", f"\0row {row}") for row in spoilt}
         for old, new in zip(before, read(step), strict=True):

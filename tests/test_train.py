@@ -37,7 +37,7 @@ from train import checkpoint
 from train.loop import Journal, make_optimizers, peak_flops
 from train.main import FITS, main
 from train.recipes import RECIPES, Recipe
-from train.sampler import Steps, step_pairs
+from train.sampler import Steps, step_groups, step_pairs
 from train.step import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,7 +236,8 @@ def test_the_journal_writes_to_tensorboard(tmp_path, monkeypatch):
         Journal(recipe, 0, tensorboard=True)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("own", [False, True])
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, monkeypatch, own):
     def diverge(model, processor, recipe, pairs, samples, step):
         done = train_step(model, processor, recipe, pairs, samples, step)
         total = done.losses.total * float("nan" if step == 3 else 1)
@@ -244,17 +245,26 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, m
 
     monkeypatch.setattr("train.loop.train_step", diverge)
     model, output = tiny_checkpoint(tmp_path / "model"), tmp_path / "run"
-    words = "--caption-steps 2 --steps 4 --reading-steps 6 --group-size 2 --groups-per-batch 1"
-    words += " --eval-queries 0 --checkpoint-every 2"
+    words = "--reading-steps 6 --group-size 2 --groups-per-batch 1 --eval-queries 0"
+    words += " --checkpoint-every 2 --steps 4 --caption-steps " + ("0" if own else "2")
+    if own:
+        rows = [{"query": "q", "positive": "p", "positive_id": f"id {i}"} for i in range(9)]
+        (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        words += f" --data {tmp_path / 'pairs.jsonl'}"
     assert main(["--model", str(model), "--output", str(output), *words.split()]) == 1
     said = capsys.readouterr().err
     assert "\nerror: step 3: loss nan, gradient norm" in said
     assert f"{output}/nonfinite.json names its batch" in said
     recipe = Recipe(reading_steps=6, group_size=2, groups_per_batch=1)
-    names = [(p.dataset, p.positive_id) for p in step_pairs(recipe, 3)]
+    names = [(p.dataset, None, p.positive_id) for p in step_pairs(recipe, 3)]
+    if own:
+        (group,) = step_groups([9], [1.0], 0, 3, 1, 2)
+        names = [("pairs", row, f"id {row}") for row in group.rows.tolist()]
     assert json.loads((output / "nonfinite.json").read_text()) == {
         "step": 3,
-        "pairs": [{"rank": 0, "dataset": name, "positive_id": id} for name, id in names],
+        "pairs": [
+            {"rank": 0, "dataset": name, "row": row, "positive_id": id} for name, row, id in names
+        ],
     }
     assert [p.name for p in output.glob("*checkpoint*")] == ["checkpoint-2"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

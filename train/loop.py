@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from btok.data.records import Pair, Side
+from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.evaluation import runner
 from btok.model import BTokModel
 from btok.processing import Processor
 from train import checkpoint
 from train.recipes import Recipe
-from train.sampler import Skipped, Steps, load_steps
+from train.sampler import Skipped, Step, Steps, load_steps
 from train.step import mean_over_ranks, rank, train_step, world
 
 
@@ -155,7 +155,7 @@ def train(
             losses, tokens, flops = train_step(model, processor, recipe, pairs, samples, step)
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm))
             if not math.isfinite(norm + float(losses.total)):
-                path = write_batch(recipe, step, pairs)
+                path = write_batch(recipe, step, drawn)
                 raise FloatingPointError(
                     f"step {step}: loss {float(losses.total)}, gradient norm {norm}; {path} names "
                     "its batch, the newest checkpoint is from before it; try a lower "
@@ -199,14 +199,15 @@ def report(found: Sequence[Skipped], before: int, most: int) -> int:
     return total
 
 
-def write_batch(recipe: Recipe, step: int, pairs: Sequence[Pair]) -> Path:
+def write_batch(recipe: Recipe, step: int, drawn: Step) -> Path:
     """Which pairs all ranks had in a step, as `nonfinite.json`; every rank calls it."""
-    found = [[(p.dataset, p.positive_id) for p in pairs]] * world()
+    both = zip(drawn.pairs, drawn.rows, strict=True)
+    found = [[(pair.dataset, row, pair.positive_id) for pair, row in both]] * world()
     if world() > 1:
         dist.all_gather_object(found, found[0])
     path = recipe.output / "nonfinite.json"
     if rank() == 0:
-        names = ("rank", "dataset", "positive_id")
+        names = ("rank", "dataset", "row", "positive_id")
         rows = [
             dict(zip(names, (i, *ids), strict=True)) for i, own in enumerate(found) for ids in own
         ]

@@ -49,28 +49,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Both are told in a line; BTOK_DEBUG=1 shows where it was noticed. The other processes end with
     the one that fails or is stopped; `torchrun` itself then returns 1 for any that did not give 0.
+    What it starts again after such an error ends at once; an OSError or lack of memory may pass.
     """
-    store = join()
+    store = connect()
+    if store and store.underlying_store.check(["mistake"]):  # before a restart
+        code, what = json.loads(store.underlying_store.get("mistake"))
+        if store.add("failed", 1) == 1:
+            print(f"error: not tried again: {what}", file=sys.stderr)
+        return code
+    if store:
+        join(store)
     with Stop() as stop:
         try:
             recipe = parse(list(sys.argv[1:] if argv is None else argv))
             run(start(recipe), stop)
-            if store:
+            if world() > 1:
                 dist.barrier()  # a rank that leaves early may take the others down
                 dist.destroy_process_group()
         except (
             *(ValueError, OSError, ImportError, FloatingPointError),
             torch.OutOfMemoryError,
         ) as error:
+            code = 1 if isinstance(error, FloatingPointError) else 2
+            what = " ".join(str(error).split())
+            if isinstance(error, torch.OutOfMemoryError):
+                what = f"{FITS}: {what}"
+            if store and not isinstance(error, (OSError, torch.OutOfMemoryError)):
+                store.underlying_store.set("mistake", json.dumps([code, what]))
             if os.environ.get("BTOK_DEBUG"):
                 raise
             if store is None or store.add("failed", 1) == 1:
-                what = " ".join(str(error).split())
-                if isinstance(error, torch.OutOfMemoryError):
-                    what = f"{FITS}: {what}"
                 line = "\n" * (rank() > 0)  # behind the progress bar of rank 0
                 print(f"{line}error: {what}", file=sys.stderr)
-            return 1 if isinstance(error, FloatingPointError) else 2
+            return code
         except SystemExit:  # a signal, where nothing would be lost
             if store:
                 store.add("stopped", 1)
@@ -84,20 +95,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def join() -> dist.Store | None:
-    """Join the other processes, if there are any; returns what all of them can read."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+def connect() -> dist.PrefixStore | None:
+    """What all processes can read, if there are others or torchrun may start this one again; its
+    `underlying_store` outlives that.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and not dist.is_torchelastic_launched():
         return None
-    store, number, count = next(dist.rendezvous("env://"))
+    store, _, _ = next(dist.rendezvous("env://"))
     # torchrun --max-restarts: addresses of processes that are gone stay in the store
     generation = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"generation-{generation}", store)
+    return dist.PrefixStore(f"generation-{generation}", store)
+
+
+def join(store: dist.Store) -> None:
+    """Join the other processes, if there are any."""
+    number, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    if count == 1:
+        return
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
-    return store
 
 
 def parse(argv: list[str]) -> Recipe:

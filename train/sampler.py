@@ -99,10 +99,12 @@ class Skipped(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A rank's part of a step: its pairs (without pictures, videos and negatives), their samples
-    as `pair_samples` gives them, and what was skipped."""
+    """A rank's part of a step: its pairs (without pictures, videos and negatives), their rows in
+    their data sets (None on the pocket benchmark), their samples as `pair_samples` gives them, and
+    what was skipped."""
 
     pairs: list[Pair]
+    rows: list[int | None]
     samples: list[Sample]
     skipped: list[Skipped]
 
@@ -158,15 +160,15 @@ class Steps(Dataset[Step]):
             "generate": captioning or recipe.objective.weight(step - recipe.caption_steps) > 0,
         }
 
-        def samples(pair: Pair) -> tuple[Pair, list[Sample]]:
+        def samples(pair: Pair, row: int | None = None) -> tuple[Pair, int | None, list[Sample]]:
             found = pair_samples([pair], lambda s: self.processor(with_frames(s)), **options)
             query, positive = Side(pair.query.text), Side(pair.positive.text)
-            return replace(pair, query=query, positive=positive, negatives=()), found
+            return replace(pair, query=query, positive=positive, negatives=()), row, found
 
-        def read(number: int, place: int) -> tuple[Pair, list[Sample]]:
+        def read(number: int, place: int) -> tuple[Pair, int | None, list[Sample]]:
             for which, row in self._tries(groups, number, place):
                 try:
-                    return samples(self.sources[which][row])
+                    return samples(self.sources[which][row], row)
                 except (ImportError, MemoryError):
                     raise
                 except Exception as error:  # plug-ins of PIL raise nearly anything
@@ -196,9 +198,10 @@ class Steps(Dataset[Step]):
             found = [read(number, place) for number, place in mine]
         else:
             found = [samples(pair) for pair in step_pairs(recipe, step, self.rank, self.world)]
-        pairs, parts = zip(*found, strict=True)
+        pairs, rows, parts = zip(*found, strict=True)
         # all queries, then all positives, then every one's first hard negative, ...
-        return Step(list(pairs), list(chain.from_iterable(zip(*parts, strict=True))), skipped)
+        ordered = list(chain.from_iterable(zip(*parts, strict=True)))
+        return Step(list(pairs), list(rows), ordered, skipped)
 
     def _tries(self, groups: Sequence[Group], number: int, place: int) -> Iterator[tuple[int, int]]:
         """A row of a group, by data set and index, and those to be tried in its place."""
