@@ -14,6 +14,7 @@ import copy
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,9 +36,10 @@ def pooled_rows_only(language_model: Any, layout: CondensedLayout, num_rows: int
     Returns:
         A decoder to be called the same way; its last hidden state is [1, N * R, D].
     """
-    view = copy.copy(language_model)
-    layers = [*language_model.layers[:-1], _PooledRows(language_model.layers[-1], layout, num_rows)]
-    view._modules = {**language_model._modules, "layers": nn.ModuleList(layers)}
+    view, layers = copy.copy(language_model), copy.copy(language_model.layers)
+    *_, (name, last) = layers._modules.items()
+    layers._modules = {**layers._modules, name: _PooledRows(last, layout, num_rows)}
+    view._modules = {**view._modules, "layers": layers}
     return view
 
 
@@ -77,32 +79,30 @@ def _attend(
     A sequence's keys are laid in a power of two of columns, the last key in the last column; from
     512 on in as many as there are.
     """
+    start, end = layout.bounds.numpy().astype(np.int64)[:, [0, 3]].T[..., None]  # [N, 1]
     by_size: dict[int, list[int]] = defaultdict(list)
-    lengths = (layout.bounds[:, 3] - layout.bounds[:, 0]).tolist()
-    for index, length in enumerate(lengths):
+    for index, length in enumerate((end - start)[:, 0].tolist()):
         by_size[length if length >= 512 else 1 << (length - 1).bit_length()].append(index)
     per_key = q.shape[1] // k.shape[1]
     q = q.unflatten(0, (-1, num_rows)).unflatten(2, (-1, per_key))  # [N, R, Hkv, G, D]
-    outputs, order = [], []
+    outputs = []
     for size, members in by_size.items():
-        start, end = layout.bounds[members][:, ::3, None].long().unbind(1)  # [S, 1]
-        columns = end - size + torch.arange(size)  # [S, L]
-        seen = columns[:, None] <= end[:, None] + torch.arange(-num_rows, 0)[:, None]  # [S, R, L]
-        mask = (seen & (columns >= start)[:, None])[:, None].to(q.device)
-        keys = columns.clamp(min=start).to(q.device)  # none of another sequence's
-        queries = q[members].permute(0, 2, 1, 3, 4).flatten(2, 3)  # [S, Hkv, R * G, D]
+        columns = end[members] - size + np.arange(size)  # [S, L]
+        seen = columns[:, None] - end[members, None] <= np.arange(-num_rows, 0)[:, None]
+        seen &= (columns >= start[members])[:, None]  # [S, R, L]
+        mask = torch.from_numpy(seen[:, None].repeat(per_key, 2)).to(q.device)
+        keys = torch.from_numpy(columns.clip(start[members])).to(q.device)  # none of another's
         out = F.scaled_dot_product_attention(
-            queries,
+            q[members].permute(0, 2, 1, 3, 4).flatten(2, 3),  # [S, Hkv, R * G, D]
             k[keys].transpose(1, 2),  # [S, Hkv, L, D]
             v[keys].transpose(1, 2),
-            attn_mask=mask.repeat_interleave(per_key, 2),  # [S, 1, R * G, L]
+            attn_mask=mask,  # [S, 1, R * G, L]
             scale=scale,
         )
         out = out.unflatten(2, (num_rows, per_key)).permute(0, 2, 1, 3, 4)
         outputs.append(out.flatten(2, 3))  # [S, R, Hq, D]
-        order += members
-    back = torch.tensor(order, device=q.device).argsort()
-    return torch.cat(outputs)[back].flatten(0, 1)  # [N * R, Hq, D]
+    back = np.argsort([index for members in by_size.values() for index in members])
+    return torch.cat(outputs)[torch.from_numpy(back).to(q.device)].flatten(0, 1)  # [N * R, Hq, D]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from btok import adapters
 from btok.files import read_json
+from btok.gated_mlp import use_gated_mlps
 from btok.last_layer import pooled_rows_only
 from btok.packing import TARGET_POSITIONS, VISION_KEYS, PackedBatch, Pixels, pack
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
@@ -64,7 +65,7 @@ class BTokModel(nn.Module):
 
     Args:
         backbone: a model of one of the classes in `ARCHITECTURES`; its language model's attention
-            is replaced.
+            is replaced, and gated MLPs by ones that take less memory.
         btok_token_ids: the K bottleneck tokens' ids; empty for a baseline without them.
         pooling: "btok" (mean over the bottleneck rows), "last" (the last row of [x ; B]: VLM2Vec's
             where K = 0) or "mean" (over all rows of [x ; B]).
@@ -102,6 +103,7 @@ class BTokModel(nn.Module):
         if pooling == "btok" and not len(btok_token_ids):
             raise ValueError("BTokModel: with K = 0 use pooling='last' or 'mean', not 'btok'")
         use_condensed_attention(backbone)
+        use_gated_mlps(backbone)
         self.backbone = backbone
         self.btok_token_ids = tuple(map(int, btok_token_ids))
         self.pooling = pooling
