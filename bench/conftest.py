@@ -15,7 +15,7 @@ import torch
 
 from bench.harness import DEVICE, Contest, roof
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # module -> what its benchmark would compare with; `pip install .[bench]` brings those that install
 PEERS = {
     "xformers": "condensed attention",
@@ -25,7 +25,7 @@ PEERS = {
 }
 PACKAGES = ("btok", "torch", "triton", "transformers", "numpy", "xformers", "liger-kernel")
 HEADER = (
-    f"{'':19}  {'case':33}  {'peer':22} pairs  {'ratio (quartiles)':22}  predicted"
+    f"{'':19}  {'case':33}  {'peer':22} pairs  {'ratio (quartiles)':22}  {'95 %':13}  predicted"
     f"  {'ours, ms':>10}  {'MiB':>8}  {'peer':>8}"
 )
 

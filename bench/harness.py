@@ -2,7 +2,8 @@
 
 Times are wall-clock seconds around a call that ends in a synchronized device. The two alternate,
 the second first in every other pair, so that a machine that slows down slows both: `ratio` is ours
-over the peer's, the median over pairs, with both quartiles. `memory` is the peak of what torch's
+over the peer's, the median over pairs, with both quartiles, which tell how much a pair says, and
+the median's 95 % `interval`, which narrows with the pairs. `memory` is the peak of what torch's
 allocator holds beyond what it held before a call, results included. (The resident set would have in
 it what the C library keeps, which differs from call to call by more than some contestants take.)
 """
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import accumulate, chain, cycle
+from itertools import accumulate, chain, cycle, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +64,19 @@ def seconds(call: Call) -> tuple[float, float]:
     call()
     synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def median_interval(sample: Sequence[float]) -> tuple[float, float]:
+    """Where the median of what a sample is drawn from lies, with 95 % confidence.
+
+    Two order statistics, whatever the distribution; of fewer than six values the smallest and the
+    largest, which are less sure.
+    """
+    ordered, n = sorted(sample), len(sample)
+    # as many values lie below the median as a fair coin falls on heads in n tosses
+    heads = accumulate(math.comb(n, k) / 2**n for k in range(n))
+    rank = max(sum(1 for _ in takewhile(lambda p: p <= 0.025, heads)) - 1, 0)
+    return ordered[rank], ordered[-1 - rank]
 
 
 def synchronize() -> None:
@@ -143,6 +158,7 @@ class Contest:
         walls = [[wall for wall, _ in each] for each in times]
         ratios = [[o[i] / t[i] for t, o in zip(*times, strict=True)] for i in range(2)]
         low, ratio, high = statistics.quantiles(ratios[0], n=4)
+        interval = median_interval(ratios[0])
         cpu_ratio = statistics.median(ratios[1])
         best = roof(dtype)
         second = statistics.median(walls[1])
@@ -154,6 +170,7 @@ class Contest:
             "pairs": pairs,
             "ratio": ratio,
             "quartiles": [low, high],
+            "interval": interval,
             "cpu_ratio": cpu_ratio,
             "predicted": predicted,
             "seconds": statistics.quantiles(walls[1], n=4),
@@ -168,9 +185,10 @@ class Contest:
             **facts,
         }
         spread = f"{ratio:.3f} ({low:.3f} - {high:.3f})"
+        sure = "{:.3f} - {:.3f}".format(*interval)
         expected = "" if predicted is None else f"{predicted:.3f}"
         mega = "  ".join(f"{m / 2**20:8.1f}" for m in memory[::-1])
         self.lines.append(
-            f"{bench:19.19}  {case:33.33}  {peer:22.22}{pairs:6}  {spread:22}  {expected:9}"
-            f"  {1e3 * second:10.2f}  {mega}"
+            f"{bench:19.19}  {case:33.33}  {peer:22.22}{pairs:6}  {spread:22}  {sure:13}"
+            f"  {expected:9}  {1e3 * second:10.2f}  {mega}"
         )

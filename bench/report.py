@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from bench.plots import BENCHES, BLUE, GREEN, ORANGE, PALE, PLOTS, Case, Results, groups
 
-FORMAT_VERSION = 1  # of bench/conftest.py
+FORMAT_VERSION = 2  # of bench/conftest.py
 NUMBER = float | int
 FILE_KEYS = {
     "when": str,
@@ -43,7 +43,7 @@ MACHINE_KEYS = {"device": str, "cpu": str | None, "cores": int | None, "threads"
 CASE_KEYS = {
     **dict.fromkeys(("bench", "case", "peer", "dtype"), str),
     **dict.fromkeys(("ratio", "flops", "bytes", "share_of_flops", "share_of_bytes"), NUMBER),
-    **dict.fromkeys(("quartiles", "seconds", "peer_seconds"), list),
+    **dict.fromkeys(("quartiles", "interval", "seconds", "peer_seconds"), list),
     **dict.fromkeys(("memory", "peer_memory"), int | None),
     "predicted": NUMBER | None,
     "pairs": int,
@@ -139,7 +139,8 @@ def load(path: Path) -> Results:
         _require(where, case, CASE_KEYS)
         if case["bench"] == "inference":
             _require(where, case, {"lengths": list, "num_btoks": int})
-        for key, count in {"quartiles": 2, "seconds": 3, "peer_seconds": 3}.items():
+        counts = {"quartiles": 2, "interval": 2, "seconds": 3, "peer_seconds": 3}
+        for key, count in counts.items():
             positive = (isinstance(x, NUMBER) and 0 < x < math.inf for x in case[key])
             if len(case[key]) != count or not all(positive):
                 raise ResultsError(f"{where}: {key} is not {count} positive numbers")
@@ -180,8 +181,9 @@ def mebibytes(memory: int | None) -> str:
 
 def results_table(cases: list[Case]) -> str:
     """One bench's contests in Markdown: times in ms, memory in MiB."""
-    header = ["case", "peer", "ratio (quartiles)", "speed-up", "predicted", "ours, ms", "peer, ms"]
-    rows = [[*header, "ours, MiB", "peer, MiB", "share of the roof", "pairs"]]
+    header = ["case", "peer", "ratio (quartiles)", "median's 95 %", "speed-up", "predicted"]
+    header += ["ours, ms", "peer, ms", "ours, MiB", "peer, MiB", "share of the roof", "pairs"]
+    rows = [header]
     for case in cases:
         share, of = max((case[f"share_of_{of}"], of) for of in ("flops", "bytes"))
         rows.append(
@@ -189,6 +191,7 @@ def results_table(cases: list[Case]) -> str:
                 case["case"],
                 case["peer"],
                 spread(case),
+                "{:.3f} - {:.3f}".format(*case["interval"]),
                 f"{1 / case['ratio']:.2f}",
                 "" if case["predicted"] is None else f"{case['predicted']:.3f}",
                 f"{1e3 * case['seconds'][1]:.3f}",
@@ -226,18 +229,19 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
         f"# Benchmarks on {machine['device']}",
         "\n".join(f"- {fact}" for fact in facts),
         "Ratio: our time over the peer's, the median over pairs of calls in turns; below 1 ours is"
-        " faster. Predicted: the ratio by arithmetic. Times are medians. Memory: the peak beyond"
-        " what was there before a call. Share of the roof: how close ours comes to the machine's"
-        " best, in operations or bytes a second, whichever is closer.",
+        " faster. The quartiles are the pairs', the 95 % interval is the median's own. Predicted:"
+        " the ratio by arithmetic. Times are medians. Memory: the peak beyond what was there before"
+        " a call. Share of the roof: how close ours comes to the machine's best, in operations or"
+        " bytes a second, whichever is closer.",
         table(["roof", "GFLOP/s", "GB/s"], *roofs),
         *(f"![{plot}]({quote(f'{stem}-{plot}.png')})" for plot in plots),
     ]
     for (bench,), cases in groups(results["cases"], "bench").items():
-        faster = sum(case["quartiles"][1] < 1 for case in cases)
-        slower = sum(case["quartiles"][0] > 1 for case in cases)
+        faster = sum(case["interval"][1] < 1 for case in cases)
+        slower = sum(case["interval"][0] > 1 for case in cases)
         parts += [
             f"## {bench}",
-            f"Both quartiles below 1 in {faster} of {len(cases)}, above 1 in {slower}.",
+            f"The median's interval is below 1 in {faster} of {len(cases)}, above 1 in {slower}.",
             results_table(cases),
         ]
     missing = (f"- {name}: {bench}" for name, bench in results["missing"].items())

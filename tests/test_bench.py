@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import bench_condensed_attention as attention
 from bench import bench_contrastive_loss as contrastive
 from bench import bench_encoding as encoding
+from bench import bench_training_step as training
 from bench import harness, peers
 from bench.bench_inference import Shape, multiply_adds
 from btok.encoder import BTokEncoder
@@ -31,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Shape(hidden=64, heads=4, key_heads=2, mlp=96, vocabulary=300, layers=3)
 TOWER = encoding.Tower(embed=32, heads=2, layers=2)
 CORPUS = encoding.Corpus(20, (3, 20), (4, 8))
+BATCH = {"pairs": 6, "side": (2, 4), "text": (4, 12), "chunk": 4, "packed": 6}
+STEP = training.Shape(64, 4, 2, 96, 2, 300, vision=32, vision_heads=2, depth=2, **BATCH)
 
 
 class Benchmark:
@@ -69,11 +73,21 @@ def never(*names, **facts):
     raise RuntimeError(f"{names} was timed")
 
 
+@pytest.mark.parametrize(
+    ("count", "ranks"), [(1, (1, 1)), (6, (1, 6)), (10, (2, 9)), (20, (6, 15)), (100, (40, 61))]
+)
+def test_the_medians_interval_is_the_sign_tests(count, ranks):
+    """Ranks as tables of the sign test have them (at 5 %, two-sided: 1 of 10, 5 of 20)."""
+    sample = random.Random(0).sample(range(1, count + 1), count)
+    assert harness.median_interval(sample) == ranks
+
+
 def test_the_ratio_is_ours_over_the_peers():
     found, line = held(lambda: time.sleep(0.01), lambda: time.sleep(0.03), predicted=1 / 3, rows=7)
     low, high = found["quartiles"]
     assert 0.1 < found["ratio"] < 0.6
     assert low <= found["ratio"] <= high
+    assert found["interval"][0] <= found["ratio"] <= found["interval"][1]
     assert 0.01 <= found["seconds"][1] < found["peer_seconds"][1]
     assert found["share_of_flops"] > 0 and found["share_of_bytes"] > 0
     shares = found["share_of_flops"] * harness.roof(torch.float32).flops
@@ -315,3 +329,50 @@ def test_bf16_vectors_stay_within_what_they_are_allowed():
     alone = np.concatenate([encoders.padded([value], encoders.btoks) for value in inputs])
     for peer in encoding.PEERS:
         encoders.check(peer, inputs, alone)
+
+
+@pytest.fixture(scope="module")
+def contestants():
+    return training.Contestants(STEP, "cpu", torch.float32)
+
+
+@pytest.fixture
+def small_step(contestants, monkeypatch):
+    monkeypatch.setattr(training, "SHAPE", STEP)
+    monkeypatch.setattr(training, "Contestants", lambda *_: contestants)
+    monkeypatch.setattr(training, "prepared", training.prepared.__wrapped__)
+
+
+@pytest.mark.parametrize("peer", [*training.PADDED, *training.LEVERS])
+def test_the_training_step_is_given_to_the_contest(small_step, peer):
+    contest = Recorder()
+    training.bench_training_step(contest, peer)
+    assert contest.names == ("training step", "6 pairs", peer)
+    assert contest.facts["pairs_in_batch"] == 6 and contest.facts["flops"] > 0
+    ours, theirs = (list(map(float, losses)) for losses in contest.results)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("what", ["ntp", "gradients"])
+@pytest.mark.parametrize("whose", ["ours", *training.PADDED, *training.LEVERS])
+def test_a_wrong_training_step_is_not_timed(small_step, contestants, monkeypatch, whose, what):
+    changed = {**training.PADDED, **training.LEVERS}.get(whose, {})
+    method = "padded" if whose in training.PADDED else "ours"
+    right = getattr(contestants, method)
+
+    def wrong(**options):
+        losses = right(**options)
+        if options != changed:
+            return losses
+        if what == "ntp":
+            return losses._replace(ntp=losses.ntp * (1 + 2e-5))
+        for p in contestants.trained:
+            p.grad *= 1 + 2e-4
+        return losses
+
+    monkeypatch.setattr(contestants, method, wrong)
+    name = "ours" if whose == "two padded passes" else whose  # the baseline of all
+    noun = "losses" if what == "ntp" else what
+    peer = "label rows" if whose == "ours" else whose
+    with pytest.raises(AssertionError, match=f"wrong {noun} of {name}, .*: not timed"):
+        training.bench_training_step(never, peer)

@@ -23,7 +23,7 @@ ROOF = {"flops": 9.6e10, "bytes": 2.2e10}
 
 
 def fake_case(bench, case, peer, ratio, *, second=0.01, flops=2e8, moved=1e6, **facts):
-    """A contest whose quartiles lie 3 % around its medians."""
+    """A contest whose quartiles lie 3 % around its medians, and the median's interval 2 %."""
 
     def quartiles(x):
         return [0.97 * x, x, 1.03 * x]
@@ -35,6 +35,7 @@ def fake_case(bench, case, peer, ratio, *, second=0.01, flops=2e8, moved=1e6, **
         "pairs": 9,
         "ratio": ratio,
         "quartiles": quartiles(ratio)[::2],
+        "interval": [0.98 * ratio, 1.02 * ratio],
         "cpu_ratio": ratio,
         "predicted": None,
         "seconds": quartiles(second),
@@ -112,7 +113,7 @@ def fake_cases():
 
 def fake_results(cases):
     return {
-        "format_version": 1,
+        "format_version": 2,
         "when": "2026-03-04T05:06:07.890000+00:00",
         "commit": "0123abc",
         "dirty": False,
@@ -207,11 +208,11 @@ def test_a_losing_case_is_a_row_like_any_other(tmp_path):
     content = fake_results([lost, won]) | {"dirty": True, "commit": None, "missing": {}}
     assert report.main(["page", str(write(tmp_path / "a b.json", content))]) == 0
     text = (tmp_path / "a b.md").read_text()
-    assert "Both quartiles below 1 in 1 of 2, above 1 in 1." in text
-    row = "| 1x64, K = 4 | padded | 1.250 (1.212 - 1.288) | 0.80 | 1.500 | 10.000 | 8.000 | 3.00 |"
-    assert f"{row}  | 50.0 % of bytes/s | 9 |" in text
-    row = r"| 1x128 \| K = 4 | padded | 0.800 (0.776 - 0.824) | 1.25 |  | 10.000 | 12.500 | 3.00 |"
-    assert f"{row} 6.00 | 50.0 % of flops/s | 9 |" in text
+    assert "The median's interval is below 1 in 1 of 2, above 1 in 1." in text
+    row = "| 1x64, K = 4 | padded | 1.250 (1.212 - 1.288) | 1.225 - 1.275 | 0.80 | 1.500 | 10.000 |"
+    assert f"{row} 8.000 | 3.00 |  | 50.0 % of bytes/s | 9 |" in text
+    row = r"| 1x128 \| K = 4 | padded | 0.800 (0.776 - 0.824) | 0.784 - 0.816 | 1.25 |  | 10.000 |"
+    assert f"{row} 12.500 | 3.00 | 6.00 | 50.0 % of flops/s | 9 |" in text
     assert "- commit: unknown with uncommitted changes" in text
     assert text.endswith("## Peers that are not installed\n\nNone.\n")
     # plots without data are left out
@@ -317,7 +318,7 @@ def test_cases_in_one_file_alone_are_listed(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version is 2, not 1"),
+        ({"format_version": 1}, "format_version is 1, not 2"),
         ({"machine": MACHINE | {"device": "a GPU"}}, "not comparable: device was cpu, is a GPU"),
         ({"machine": MACHINE | {"threads": 2}}, "not comparable: threads was 1, is 2"),
         ({"cases": []}, "no cases"),
@@ -344,7 +345,7 @@ def test_files_that_cannot_be_compared_are_refused_in_a_line(tmp_path, capsys, c
     ("content", "message"),
     [
         (None, "No such file or directory"),
-        (b'{"format_version": 1, "cases": [', "not JSON"),
+        (b'{"format_version": 2, "cases": [', "not JSON"),
         (b"\xff\x00", "not JSON"),
         (b"[]", "not an object"),
         (b"{}", "no format_version"),
