@@ -242,13 +242,14 @@ def memory_bars(axes: Axes, found: dict[str, dict[str, float]]) -> None:
 
 
 def overhead_plot(results: Results) -> Figure | None:
-    """Inference of one input: the ratio over its length, and over K, with quartiles."""
+    """Inference of one input: the ratio over its length, and over K, with its 95 % interval."""
     single = [c for c in results["cases"] if c["bench"] == "inference" and len(c["lengths"]) == 1]
     last = [c for c in single if c["lengths"] == [512] and c["peer"] == "packed last token"]
     panels = {
         "input tokens, K = 4": [(c["lengths"][0], c) for c in single if c["num_btoks"] == 4],
-        "bottleneck tokens K, 512 input tokens": [(c["num_btoks"], c) for c in last],
     }
+    if len(last) > 1:
+        panels["bottleneck tokens K, 512 input tokens"] = [(c["num_btoks"], c) for c in last]
     panels = {name: points for name, points in panels.items() if points}
     if not panels:
         return None
@@ -260,7 +261,7 @@ def overhead_plot(results: Results) -> Figure | None:
         for peer, colour in colours.items():
             x = [size for size, case in points if case["peer"] == peer]
             line = [case for _, case in points if case["peer"] == peer]
-            bounds = np.array([case["quartiles"] for case in line]).reshape(-1, 2)
+            bounds = np.array([case["interval"] for case in line]).reshape(-1, 2)
             axes.fill_between(x, *bounds.T, color=colour, alpha=0.2, lw=0)
             axes.plot(x, [case["ratio"] for case in line], "o-", ms=4, color=colour)
             predicted = [case["predicted"] or math.nan for case in line]
@@ -270,7 +271,7 @@ def overhead_plot(results: Results) -> Figure | None:
         axes.axhline(1, color="black", lw=0.8)
         axes.set_xlabel(name)
     shown = [case for points in panels.values() for _, case in points]
-    ratio_axis(row[0], "y", (x for c in shown for x in (*c["quartiles"], c["predicted"] or 1)))
+    ratio_axis(row[0], "y", (x for c in shown for x in (*c["interval"], c["predicted"] or 1)))
     row[0].set_ylabel("our time over the peer's")
     keys = [Line2D([], [], marker="o", ms=4, color=c, label=peer) for peer, c in colours.items()]
     keys.append(Line2D([], [], ls="--", lw=1, color="black", label="predicted"))
