@@ -114,7 +114,8 @@ def test_files_of_one_content_are_each_found(checkpoint, folder, capsys, encoded
         return paths
 
     assert set(found("9 files, 0 of them new")[:3]) == {"a.png", "sub/1.png", "sub/z.png"}
-    index = {name: (folder / ".btok" / name).read_bytes() for name in ("vectors.npy", "meta.json")}
+    meta = (folder / ".btok/meta.json").read_bytes()
+    vectors = np.load(folder / ".btok/vectors.npy")
     encoded.clear()
     (folder / "a.png").rename(folder / "sub/b.png")  # after the second of them
     os.rename(folder / "note.txt", folder / "other.TXT")
@@ -131,8 +132,10 @@ def test_files_of_one_content_are_each_found(checkpoint, folder, capsys, encoded
     (folder / "other.TXT").rename(folder / "note.txt")
     image = folder / "a.png"
     assert len(found("9 files, 1 of them new or changed, 0 gone")) == 9
-    for name, content in index.items():
-        assert (folder / ".btok" / name).read_bytes() == content
+    assert (folder / ".btok/meta.json").read_bytes() == meta
+    errors = abs(np.load(folder / ".btok/vectors.npy") - vectors).max(1)
+    # a product's last bits may depend on its rows, which differ for what was encoded alone
+    assert (errors > 0).sum() <= 1 and errors.max() <= 1e-6
 
 
 def test_instructions_of_files_and_of_the_query(checkpoint, folder, capsys):
