@@ -67,4 +67,6 @@ def test_a_model_has_them_once_and_others_are_left_as_they_are():
     first, second, *_ = (layer.mlp for layer in backbone.model.language_model.layers)
     assert isinstance(first, GatedMLP) and not isinstance(second, GatedMLP)
     BTokModel.from_backbone(model.backbone, btok_token_ids=BTOKS)
-    assert isinstance(first.gate_proj, nn.Linear)
+    again = backbone.model.language_model.layers[0].mlp
+    assert isinstance(again, GatedMLP) and again.gate_proj is first.gate_proj
+    assert isinstance(again.gate_proj, nn.Linear)
