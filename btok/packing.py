@@ -230,10 +230,17 @@ def _vision(samples: Sequence[Sample]) -> dict[str, Any]:
         grid = torch.cat([torch.as_tensor(side[grid_key]) for side in having])
         if isinstance(having[0][pixels_key], tuple):  # features
             levels = zip(*(side[pixels_key] for side in having), strict=True)
-            out |= {pixels_key: tuple(map(torch.cat, levels)), grid_key: grid}
+            out |= {pixels_key: tuple(map(_join, levels)), grid_key: grid}
             continue
         pixels = torch.cat([torch.as_tensor(side[pixels_key]) for side in having])
         if len(pixels) != (asked := int(grid.prod(dim=1).sum())):
             raise ValueError(f"pack: {pixels_key} has {len(pixels)} patches, {grid_key} {asked}")
         out |= {pixels_key: pixels, grid_key: grid}
     return out
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Features one behind the other, on the accelerator if any is there, else on the host."""
+    # the host's come to the device and not the other way: the model reads them there
+    device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
+    return torch.cat([part.to(device, non_blocking=True) for part in parts])

@@ -89,6 +89,16 @@ def test_moving_a_batch_moves_every_tensor():
     assert batch.layout.device.type == "meta"
 
 
+@pytest.mark.parametrize("order", [("cpu", "meta"), ("meta", "cpu"), ("cpu", "cpu")])
+def test_features_of_two_devices_are_joined_on_the_accelerator(order):
+    """Features beyond the budget of `vision_memory` wait on the host; `meta` refuses to meet it."""
+    sides = [vision([(1, 2, 2)], seed) for seed in range(2)]
+    for side, device in zip(sides, order, strict=True):
+        side["pixel_values"] = (torch.zeros(1, 64, device=device), torch.ones(1, 8, device=device))
+    levels = pack([(side, None) for side in sides], **OPTIONS).pixel_values
+    assert [(*x.shape, x.device.type) for x in levels] == [(2, 64, max(order)), (2, 8, max(order))]
+
+
 @pytest.mark.parametrize(
     ("samples", "options", "message"),
     [

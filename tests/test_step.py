@@ -360,3 +360,20 @@ def test_labels_are_counted_as_packed():
     target["backbone_config"] = tiny_backbone(family="qwen2").config
     batch = pack([(text(3, 3), t) for t in targets[:4]], btok_token_ids=BTOKS[:4], **target)
     assert counts == (batch.num_targets, len(batch.labels)) == (4, 1 + 2 + 3 + 4)
+
+
+def test_the_contrastive_loss_meets_its_ids_on_the_models_device(monkeypatch):
+    """The device `meta` refuses tensors of the host, as CUDA does; what it embeds stands in."""
+    model, processor = model_with()
+    model.backbone.to("meta")
+    samples = pair_samples(PAIRS, processor)
+
+    def embed(chunks, objective):
+        return objective(torch.empty(len(samples), 64, device="meta"), None)
+
+    monkeypatch.setattr("train.step.Chunks.at_once", embed)
+    # autocast knows no meta device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    recipe = dataclasses.replace(BASE, gradcache=False)
+    losses = train_step(model, processor, recipe, PAIRS, samples, 0).losses
+    assert losses.contrastive.device.type == "meta"

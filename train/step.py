@@ -40,7 +40,7 @@ def train_step(
     step -= recipe.caption_steps
     if captioning:
         samples = [sample for sample in samples if sample[1] is not None]
-    ids = positive_ids(pairs, rank())
+    ids = positive_ids(pairs, rank()).to(model.backbone.device)  # where the embeddings are
     groups = recipe.groups_per_batch // world()
 
     def objective(embeddings: Tensor, ntp: Tensor | None) -> Losses:
