@@ -1,0 +1,93 @@
+"""A device for the library's own host code: Triton compiles for it, and `Machine` executes.
+
+    with device(90):
+        condensed_attention_triton._forward(q, k, v, tiles, scale)  # tensors on the CPU
+
+Nothing of the host code is changed but the architecture that it asks for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime import driver
+
+from bench.aot import Target
+from btok_kernels import launch
+from tests.compiled.machine import Machine
+from tests.compiled.memory import Global
+from tests.compiled.ptx import Program, parse
+
+LANES_BYTES = 192 << 20  # of the registers of the thread blocks that are executed side by side
+
+program_of = cache(parse)
+
+
+class Device:
+    """What was executed, and what else a launch may touch."""
+
+    def __init__(self) -> None:
+        self.also: list[Tensor] = []  # tensors that kernels reach without being given them
+        self.rewrite: dict[str, Any] = {}  # kernel's name -> a change of its PTX: planted faults
+        self.launched: Counter[str] = Counter()
+        self.executed: Counter[tuple[str, str]] = Counter()  # (kernel, opcode): blocks
+
+    def launch(
+        self, kernel: CompiledKernel, grid: Sequence[int], arguments: Sequence[Any]
+    ) -> None:
+        """Execute a compiled kernel over a grid."""
+        types = list(kernel.src.signature.values())
+        given = [x for x, t in zip(arguments, types, strict=True) if t != "constexpr"]
+        text = kernel.asm["ptx"]
+        if kernel.name in self.rewrite:
+            text = self.rewrite[kernel.name](text)
+        program = program_of(text)
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        memory = Global([*tensors, *self.also])
+        values = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
+        values += [0] * (len(program.params) - len(values))  # Triton's scratch memory: none
+        blocks = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid[::-1])[::-1], 1)
+        size = sum(bits // 8 * count for bits, count in program.registers.values())
+        many = max(1, LANES_BYTES // (size * program.threads + 6 * kernel.metadata.shared))
+        for at in range(0, len(blocks), many):
+            part = blocks[at : at + many]
+            machine = Machine(program, values, part, kernel.metadata.shared, memory)
+            machine.run()
+            for opcode, count in machine.executed.items():
+                self.executed[kernel.name, opcode] += count
+        self.launched[kernel.name] += 1
+
+
+@contextmanager
+def device(arch: int) -> Iterator[Device]:
+    """Triton's launches within are compiled for compute capability `arch` and executed here."""
+    here = Device()
+
+    def load(kernel: CompiledKernel) -> None:
+        def run(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+            here.launch(kernel, (x, y, z), arguments)
+
+        kernel._run, kernel.module, kernel.function = run, here, here
+
+    active = driver._active if hasattr(driver, "_active") else None
+    driver.set_active(Target(arch))
+    try:
+        with (
+            mock.patch.object(CompiledKernel, "_init_handles", load),
+            mock.patch.object(launch, "architecture", lambda device: arch),
+        ):
+            yield here
+    finally:
+        driver._active = active
+
+
+__all__ = ["Device", "device", "torch"]
