@@ -102,8 +102,8 @@ class Config(NamedTuple):
 # fp32 is multiplied without tensor cores, on all architectures alike.
 _ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
     ("forward", 90): {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3)},
-    ("dkdv", 90): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2)},
-    ("dq", 90): {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)},
+    ("dkdv", 90): {64: Config(64, 64, 4, 3), 128: Config(64, 128, 8, 3)},
+    ("dq", 90): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3)},
     ("forward", 80): {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)},
     ("dkdv", 80): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2)},
     ("dq", 80): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2)},
