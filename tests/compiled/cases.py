@@ -137,10 +137,13 @@ def attention(
 def _share(got: Tensor, exact: Tensor, low: Tensor, dtype: torch.dtype) -> float:
     if not got.numel():
         return 0.0
-    step = torch.finfo(dtype).eps * exact.abs().amax()
-    budget = 2 * (low.double() - exact).abs().amax() + step + 1e-5
-    share = ((got.double() - exact).abs().amax() / budget).item()
-    return float("inf") if share != share else share
+    eps = torch.finfo(dtype).eps
+    error, error_of_low = got.double() - exact, low.double() - exact
+    budget = 2 * error_of_low.abs().amax() + eps * exact.abs().amax() + 1e-5
+    # a wrong rounding is within that, but on the whole too small or too large
+    bias, bias_of_low = ((e * exact).sum() / exact.square().sum() for e in (error, error_of_low))
+    share = max(error.abs().amax() / budget, bias.abs() / (2 * bias_of_low.abs() + eps / 16 + 1e-6))
+    return float("inf") if share.isnan() else share.item()
 
 
 GRADIENT_BOUNDS = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
