@@ -23,7 +23,15 @@ def test_every_kernel_has_a_configuration_whose_blocks_fit_the_tiles():
         assert TILE % config.block_m == 0 and TILE % config.block_n == 0
 
 
-def test_the_search_keeps_the_fastest_that_runs(monkeypatch, capsys):
+@pytest.fixture
+def timed(monkeypatch):
+    """Stands in for Triton's timer: a call's time is what it returns, in milliseconds."""
+    testing = types.SimpleNamespace(do_bench=lambda call, return_mode: call())
+    monkeypatch.setitem(sys.modules, "triton.testing", testing)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(testing=testing))
+
+
+def test_the_search_keeps_the_fastest_that_runs(monkeypatch, capsys, timed):
     default = launch.Config(64, 64, 4, 2)
     ran = []
 
@@ -31,15 +39,8 @@ def test_the_search_keeps_the_fastest_that_runs(monkeypatch, capsys):
         ran.append(config)
         if config.block_m == 128:
             raise RuntimeError("out of shared memory")
-
-    def do_bench(call, return_mode):
-        call()
-        config = ran[-1]
         return 1.0 + abs(config.block_n - 32) + config.warps + config.stages
 
-    testing = types.SimpleNamespace(do_bench=do_bench)
-    monkeypatch.setitem(sys.modules, "triton.testing", testing)
-    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(testing=testing))
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
     monkeypatch.setattr(launch, "found", {})
     monkeypatch.setattr(launch, "attention_config", lambda *_: default)
@@ -56,6 +57,25 @@ def test_the_search_keeps_the_fastest_that_runs(monkeypatch, capsys):
     count = len(ran)
     launch.attention("forward", q, run)
     assert len(ran) == count + 1, "searched once"
+
+
+def test_a_default_that_does_not_run_is_searched_around(timed, capsys):
+    def run(config):
+        if config == "default":
+            raise RuntimeError("out of shared memory")
+        return float(config)
+
+    assert launch.search("op", "default", ["3", "2"], run) == "2"
+    assert "failed  default" in capsys.readouterr().out
+
+
+def test_a_search_in_which_nothing_runs_says_so(timed):
+    def run(config):
+        raise ValueError(f"{config} does not run")
+
+    with pytest.raises(RuntimeError, match="op: no configuration runs on this device") as error:
+        launch.search("op", 1, [2, 3], run)
+    assert str(error.value.__cause__) == "3 does not run"
 
 
 @pytest.mark.parametrize(

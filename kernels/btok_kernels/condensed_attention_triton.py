@@ -67,9 +67,28 @@ def _row_block(
     position = row - key + packed // G  # [BLOCK_M] of a row among the keys: it sees [0, position]
     low = row - key + begin // G
     keys = tl.minimum(last_key - key, row - key + (begin + BLOCK_M - 1) // G + 1)
-    whole = tl.minimum((low + 1) // BLOCK_N * BLOCK_N, keys)  # keys that all rows of the block see
+    # in blocks that all rows see; the first row's own key is never among them, so that there is
+    # always a block left to mask
+    whole = low // BLOCK_N * BLOCK_N
     rows = (last_row - row) * G
-    return head, row.to(tl.int64), begin, rows, key.to(tl.int64), packed, position, whole, keys
+    # offsets of heads, rows and keys may pass 2^31 elements
+    head, row, key = head.to(tl.int64), row.to(tl.int64), key.to(tl.int64)
+    return head, row, begin, rows, key, packed, position, whole, keys
+
+
+@triton.jit
+def _packed_ptrs(
+    base, begin, offs_d, stride_t, stride_h, G: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_D] of the packed rows from `begin` on; `base` is of packed row 0.
+
+    The host sees to it that offsets within a block fit 32 bits; those of the block may not.
+    """
+    begin = tl.cast(begin, tl.uint32)  # divided in fewer instructions
+    packed = begin % G + tl.arange(0, BLOCK_M).to(tl.uint32)
+    token, head = (packed // G).to(tl.int32), (packed % G).to(tl.int32)
+    base += (begin // G).to(tl.int64) * stride_t
+    return base + ((token * stride_t + head * stride_h)[:, None] + offs_d[None, :])
 
 
 @triton.jit
@@ -83,9 +102,13 @@ def _attend(
     k = _load(k_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
     s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        s = tl.where(offs_n[None, :] <= position[:, None], s, -INF)
-    new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
-    p = tl.exp2(s * scale_log2 - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+        # scaled before the mask: a scale of 0 times -inf would be NaN
+        s = tl.where(offs_n[None, :] <= position[:, None], s * scale_log2, -INF)
+        new_max = tl.maximum(row_max, tl.max(s, 1))  # [BLOCK_M]
+        p = tl.exp2(s - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+    else:
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
+        p = tl.exp2(s * scale_log2 - new_max[:, None])  # [BLOCK_M, BLOCK_N]
     shrink = tl.exp2(row_max - new_max)  # [BLOCK_M]
     v = _load(v_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -99,6 +122,7 @@ def _forward_kernel(
     stride_kt, stride_kh,
     stride_vt, stride_vh,
     stride_ot, stride_oh,
+    stride_lh,
     KV_HEADS, scale_log2,
     TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -111,9 +135,15 @@ def _forward_kernel(
     if begin >= rows:  # behind the end of a short tile, or of the tiles
         return
     mask_m = packed < rows
-    token, query_head = (packed // G)[:, None], (packed % G)[:, None]
+    out_base = OUT + row * stride_ot + head * G * stride_oh
+    lse_base = LSE + head * stride_lh + row * G
+    if keys <= 0:  # rows of no sequence
+        out_ptrs = _packed_ptrs(out_base, begin, offs_d, stride_ot, stride_oh, G, BLOCK_M)
+        _store(out_ptrs, tl.zeros([BLOCK_M, BLOCK_D], OUT.dtype.element_ty), mask_m, offs_d, D)
+        tl.store(lse_base + packed, tl.full([BLOCK_M], -INF, tl.float32), mask=mask_m)
+        return
     q_base = Q + row * stride_qt + head * G * stride_qh
-    q_ptrs = q_base + token * stride_qt + query_head * stride_qh + offs_d[None, :]
+    q_ptrs = _packed_ptrs(q_base, begin, offs_d, stride_qt, stride_qh, G, BLOCK_M)
     q = _load(q_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
     k_base = K + head * stride_kh
     v_base = V + head * stride_vh
@@ -123,46 +153,62 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], -INF, tl.float32)  # of the scores in base 2
-    for n in tl.range(0, whole, BLOCK_N):
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q,
-            k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
-            n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
-        )  # fmt: skip
+    # A loop that may run no time hands its accumulators on untouched; ptxas then waits for every
+    # product by itself. The masked one always runs, and the other stands behind a condition.
+    tl.assume(keys > whole)
     for n in tl.range(whole, keys, BLOCK_N):
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q,
             k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
             n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
         )  # fmt: skip
+    if whole > 0:
+        for n in tl.range(0, whole, BLOCK_N):
+            acc, row_sum, row_max = _attend(
+                acc, row_sum, row_max, q,
+                k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
+                n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
+            )  # fmt: skip
 
-    # rows of no sequence see no key: 0 and -inf
-    out = acc / tl.where(row_sum == 0, 1.0, row_sum)[:, None]
-    o_base = OUT + row * stride_ot + head * G * stride_oh
-    o_ptrs = o_base + token * stride_ot + query_head * stride_oh + offs_d[None, :]
-    _store(o_ptrs, out.to(OUT.dtype.element_ty), mask_m, offs_d, D)
-    lse_base = LSE + row * KV_HEADS * G + head * G
-    lse = (row_max + tl.log2(row_sum)) / LOG2E
-    tl.store(lse_base + packed // G * KV_HEADS * G + packed % G, lse, mask=mask_m)
+    out_ptrs = _packed_ptrs(out_base, begin, offs_d, stride_ot, stride_oh, G, BLOCK_M)
+    _store(out_ptrs, (acc / row_sum[:, None]).to(OUT.dtype.element_ty), mask_m, offs_d, D)
+    tl.store(lse_base + packed, row_max + tl.log2(row_sum), mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def _delta_kernel(
     OUT, DO, DELTA,
     stride_ot, stride_oh,
     stride_dot, stride_doh,
-    ROWS, HEADS,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    stride_lh,
+    ROWS,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # a row and a head
-    row, head = (offs_m // HEADS).to(tl.int64)[:, None], (offs_m % HEADS)[:, None]
-    mask_m = offs_m < ROWS
-    o_ptrs = OUT + row * stride_ot + head * stride_oh + offs_d[None, :]
-    do_ptrs = DO + row * stride_dot + head * stride_doh + offs_d[None, :]
+    begin = tl.program_id(0) * BLOCK_M
+    packed = begin + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1).to(tl.int64)
+    mask_m = packed < ROWS
+    o_base = OUT + head * G * stride_oh
+    do_base = DO + head * G * stride_doh
+    o_ptrs = _packed_ptrs(o_base, begin, offs_d, stride_ot, stride_oh, G, BLOCK_M)
+    do_ptrs = _packed_ptrs(do_base, begin, offs_d, stride_dot, stride_doh, G, BLOCK_M)
     o = _load(o_ptrs, mask_m, offs_d, D).to(tl.float32)  # [BLOCK_M, BLOCK_D]
     do = _load(do_ptrs, mask_m, offs_d, D).to(tl.float32)
-    tl.store(DELTA + offs_m, tl.sum(o * do, 1), mask=mask_m)
+    tl.store(DELTA + head * stride_lh + packed, tl.sum(o * do, 1), mask=mask_m)
+
+
+@triton.jit
+def _statistics_of(BASE, m, rows, other, BLOCK_M: tl.constexpr):
+    """[BLOCK_M] fp32 from row m on; `other` behind the last row.
+
+    A tensor of fewer elements than threads is copied by every thread that needs it, which takes an
+    address register for each; so every element is loaded by neighbouring threads, once by each.
+    """
+    COPIES: tl.constexpr = 256 // BLOCK_M
+    offs = m + tl.arange(0, 256) // COPIES
+    copies = tl.load(BASE + offs, mask=offs < rows, other=other)
+    return tl.max(tl.reshape(copies, [BLOCK_M, COPIES]), 1)
 
 
 @triton.jit
@@ -170,41 +216,68 @@ def _gather_rows(
     dk, dv, k, v, Q, DO, LSE, DELTA,
     stride_qt, stride_qh,
     stride_dot, stride_doh,
-    m, rows, heads, scale_log2, offs_d,
+    m, rows, scale_log2, offs_d,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """One block of packed rows of dK and dV."""
+    """One block of packed rows of dK, of dV, or of both."""
     packed = m + tl.arange(0, BLOCK_M)
-    token, head = packed // G, packed % G
     mask_m = packed < rows
-    statistics = token * heads + head
-    lse = tl.load(LSE + statistics, mask=mask_m, other=INF)  # [BLOCK_M]; p = 0 behind the last row
-    delta = tl.load(DELTA + statistics, mask=mask_m, other=0.0)  # [BLOCK_M]
+    lse = _statistics_of(LSE, m, rows, INF, BLOCK_M)  # [BLOCK_M]; p = 0 behind the last row
+    delta = _statistics_of(DELTA, m, rows, 0.0, BLOCK_M)  # [BLOCK_M]
     if MASKED:
         # NaN in a row of Q or dO must not reach the keys it does not see, through 0 * NaN: such a
         # row is read as 0, and its NaN comes in by p, where p is not masked
         sound = (tl.abs(delta) < INF) & (lse == lse)
         mask_m = mask_m & sound
         lse = tl.where(sound, lse, float("nan"))
-    q_ptrs = Q + (token * stride_qt + head * stride_qh)[:, None] + offs_d[None, :]
-    do_ptrs = DO + (token * stride_dot + head * stride_doh)[:, None] + offs_d[None, :]
+        delta = tl.where(sound, delta, 0.0)
+    q_ptrs = _packed_ptrs(Q, m, offs_d, stride_qt, stride_qh, G, BLOCK_M)
     q = _load(q_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
+    do_ptrs = _packed_ptrs(DO, m, offs_d, stride_dot, stride_doh, G, BLOCK_M)
     do = _load(do_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
     st = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-    pt = tl.exp2(st * scale_log2 - (lse * LOG2E)[None, :])
-    dpt = tl.dot(v, do.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-    dst = pt * (dpt - delta[None, :])
+    if DK:
+        dpt = tl.dot(v, do.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+    pt = tl.exp2(st * scale_log2 - lse[None, :])
     if MASKED:
-        sees = tl.arange(0, BLOCK_N)[:, None] <= token[None, :]
-        pt = tl.where(sees, pt, 0.0)
-        dst = tl.where(sees, dst, 0.0)
-    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
-    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+        pt = tl.where(tl.arange(0, BLOCK_N)[:, None] <= (packed // G)[None, :], pt, 0.0)
+    if DV:
+        dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+    if DK:
+        dst = pt * (dpt - delta[None, :])
+        dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
     return dk, dv
 
 
 @triton.jit
+def _gather_all_rows(
+    dk, dv, k, v, Q, DO, LSE, DELTA,
+    stride_qt, stride_qh,
+    stride_dot, stride_doh,
+    masked, rows, scale_log2, offs_d,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED_STAGES: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """The blocks of packed rows in order, of which those up to `masked` do not see all keys."""
+    tl.assume(masked > 0)  # as in the forward
+    for m in tl.range(0, masked, BLOCK_M, num_stages=MASKED_STAGES):
+        dk, dv = _gather_rows(
+            dk, dv, k, v, Q, DO, LSE, DELTA,
+            stride_qt, stride_qh, stride_dot, stride_doh,
+            m, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, True, DK, DV,
+        )  # fmt: skip
+    if rows > masked:
+        for m in tl.range(masked, rows, BLOCK_M):
+            dk, dv = _gather_rows(
+                dk, dv, k, v, Q, DO, LSE, DELTA,
+                stride_qt, stride_qh, stride_dot, stride_doh,
+                m, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, False, DK, DV,
+            )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["CAPACITY"])
 def _dkdv_kernel(
     Q, K, V, DO, LSE, DELTA, DK, DV, TILES,
     stride_qt, stride_qh,
@@ -212,54 +285,70 @@ def _dkdv_kernel(
     stride_vt, stride_vh,
     stride_dot, stride_doh,
     stride_gt, stride_gh,
+    stride_lh,
     KV_HEADS, CAPACITY, scale, scale_log2,
     TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = TILE // BLOCK_N
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     item = tl.program_id(0)
     tile = TILES + 4 * (CAPACITY + item // (BLOCKS * KV_HEADS))
-    head = item // BLOCKS % KV_HEADS
+    head = (item // BLOCKS % KV_HEADS).to(tl.int64)
     key = tl.load(tile) + item % BLOCKS * BLOCK_N  # the block's first, and its rows' first
     keys = tl.load(tile + 1) - key
     if keys <= 0:  # as in the forward
         return
-    rows = tl.maximum(tl.load(tile + 3) - key, 0) * G
-    # packed rows up to here do not see all keys of the block
-    masked = tl.cdiv((tl.minimum(keys, BLOCK_N) - 1) * G, BLOCK_M) * BLOCK_M
-    masked = tl.minimum(masked, rows)
+    rows = (tl.load(tile + 3) - key) * G
     mask_n = offs_n < keys
     first = key.to(tl.int64)
+    grad_base = first * stride_gt + head * stride_gh
+    if rows <= 0:  # keys that no row sees
+        grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
+        nothing = tl.zeros([BLOCK_N, BLOCK_D], DK.dtype.element_ty)
+        _store(DK + grad_ptrs, nothing, mask_n, offs_d, D)
+        _store(DV + grad_ptrs, nothing, mask_n, offs_d, D)
+        return
+    # packed rows up to here do not see all keys of the block; at least one block is masked
+    unseen = tl.maximum((tl.minimum(keys, BLOCK_N) - 1) * G, 1)
+    masked = tl.minimum(tl.cdiv(unseen, BLOCK_M) * BLOCK_M, rows)
     k_base = K + first * stride_kt + head * stride_kh
     v_base = V + first * stride_vt + head * stride_vh
     k = _load(k_base + offs_n[:, None] * stride_kt + offs_d[None, :], mask_n, offs_d, D)
     v = _load(v_base + offs_n[:, None] * stride_vt + offs_d[None, :], mask_n, offs_d, D)
     q_base = Q + first * stride_qt + head * G * stride_qh
     do_base = DO + first * stride_dot + head * G * stride_doh
-    lse_base = LSE + first * KV_HEADS * G + head * G
-    delta_base = DELTA + first * KV_HEADS * G + head * G
+    lse_base = LSE + head * stride_lh + first * G
+    delta_base = DELTA + head * stride_lh + first * G
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for m in tl.range(0, masked, BLOCK_M):
-        dk, dv = _gather_rows(
+    if BLOCK_D <= 128:
+        dk, dv = _gather_all_rows(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base,
             stride_qt, stride_qh, stride_dot, stride_doh,
-            m, rows, KV_HEADS * G, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, True,
+            masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, True, True,
         )  # fmt: skip
-    for m in tl.range(masked, rows, BLOCK_M):
-        dk, dv = _gather_rows(
+    else:
+        # two accumulators of 256 columns do not fit the registers: the scores are made twice
+        dk, dv = _gather_all_rows(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base,
             stride_qt, stride_qh, stride_dot, stride_doh,
-            m, rows, KV_HEADS * G, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, False,
+            masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, False, True,
         )  # fmt: skip
-
-    grad_base = first * stride_gt + head * stride_gh
+        grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
+        _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
+        dk, dv = _gather_all_rows(
+            dk, dv, k, v, q_base, do_base, lse_base, delta_base,
+            stride_qt, stride_qh, stride_dot, stride_doh,
+            masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, True, False,
+        )  # fmt: skip
     grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
+    if BLOCK_D <= 128:
+        _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
     _store(DK + grad_ptrs, (dk * scale).to(DK.dtype.element_ty), mask_n, offs_d, D)
-    _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
 
 
 @triton.jit
@@ -273,7 +362,7 @@ def _gather_keys(
     k = _load(k_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
     v = _load(v_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
     s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    p = tl.exp2(s * scale_log2 - (lse * LOG2E)[:, None])
+    p = tl.exp2(s * scale_log2 - lse[:, None])
     dp = tl.dot(do, v.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     ds = p * (dp - delta[:, None])
     if MASKED:
@@ -290,6 +379,7 @@ def _dq_kernel(
     stride_vt, stride_vh,
     stride_dot, stride_doh,
     stride_gt, stride_gh,
+    stride_lh,
     KV_HEADS, scale, scale_log2,
     TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -302,14 +392,18 @@ def _dq_kernel(
     if begin >= rows:  # behind the end of a short tile, or of the tiles
         return
     mask_m = packed < rows
-    token, query_head = (packed // G)[:, None], (packed % G)[:, None]
+    grad_base = DQ + row * stride_gt + head * G * stride_gh
+    if keys <= 0:  # rows of no sequence
+        grad_ptrs = _packed_ptrs(grad_base, begin, offs_d, stride_gt, stride_gh, G, BLOCK_M)
+        _store(grad_ptrs, tl.zeros([BLOCK_M, BLOCK_D], DQ.dtype.element_ty), mask_m, offs_d, D)
+        return
     q_base = Q + row * stride_qt + head * G * stride_qh
-    q_ptrs = q_base + token * stride_qt + query_head * stride_qh + offs_d[None, :]
+    q_ptrs = _packed_ptrs(q_base, begin, offs_d, stride_qt, stride_qh, G, BLOCK_M)
     q = _load(q_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
     do_base = DO + row * stride_dot + head * G * stride_doh
-    do_ptrs = do_base + token * stride_dot + query_head * stride_doh + offs_d[None, :]
+    do_ptrs = _packed_ptrs(do_base, begin, offs_d, stride_dot, stride_doh, G, BLOCK_M)
     do = _load(do_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
-    statistics = row * KV_HEADS * G + head * G + packed // G * KV_HEADS * G + packed % G
+    statistics = head * stride_lh + row * G + packed
     lse = tl.load(LSE + statistics, mask=mask_m, other=INF)  # [BLOCK_M]
     delta = tl.load(DELTA + statistics, mask=mask_m, other=0.0)  # [BLOCK_M]
     k_base = K + head * stride_kh
@@ -318,21 +412,22 @@ def _dq_kernel(
     v_ptrs = v_base + offs_n * stride_vt + offs_d[None, :]
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for n in tl.range(0, whole, BLOCK_N):
-        dq = _gather_keys(
-            dq, q, do, lse, delta,
-            k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
-            n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
-        )  # fmt: skip
+    tl.assume(keys > whole)  # as in the forward
     for n in tl.range(whole, keys, BLOCK_N):
         dq = _gather_keys(
             dq, q, do, lse, delta,
             k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
             n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
         )  # fmt: skip
+    if whole > 0:
+        for n in tl.range(0, whole, BLOCK_N):
+            dq = _gather_keys(
+                dq, q, do, lse, delta,
+                k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
+                n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
+            )  # fmt: skip
 
-    grad_base = DQ + row * stride_gt + head * G * stride_gh
-    grad_ptrs = grad_base + token * stride_gt + query_head * stride_gh + offs_d[None, :]
+    grad_ptrs = _packed_ptrs(grad_base, begin, offs_d, stride_gt, stride_gh, G, BLOCK_M)
     _store(grad_ptrs, (dq * scale).to(DQ.dtype.element_ty), mask_m, offs_d, D)
 
 
@@ -355,19 +450,27 @@ def _shape(q: Tensor, k: Tensor, config: launch.Config) -> dict[str, int]:
     }
 
 
+def _statistics(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+    """[Hkv, T, G]: a figure of each row and head."""
+    return k.shape[1], q.shape[0], q.shape[1] // k.shape[1]
+
+
 def _row_blocks(q: Tensor, tiles: Tensor, config: launch.Config) -> tuple[int]:
     return (tiles.shape[1] * (TILE * q.shape[1] // config.block_m),)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """O [T, Hq, D] in q's dtype, and the natural log-sum-exp of each row's scores, fp32 [T, Hq]."""
+    """O [T, Hq, D] in q's dtype, and the base-2 log-sum-exp of each row's scores, fp32 [Hkv, T, G].
+
+    In that order the packed rows of a key head lie one behind the other.
+    """
     out = empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    lse = empty(_statistics(q, k), dtype=torch.float32, device=q.device)
 
     def forward(config: launch.Config) -> None:
         _forward_kernel[_row_blocks(q, tiles, config)](
             Q=q, K=k, V=v, OUT=out, LSE=lse, TILES=tiles,
-            **_strides(q=q, k=k, v=v, o=out), **_shape(q, k, config),
+            **_strides(q=q, k=k, v=v, o=out), stride_lh=lse.stride(0), **_shape(q, k, config),
             scale_log2=scale * LOG2E.value,
         )  # fmt: skip
 
@@ -386,22 +489,25 @@ def _backward(
         d_out = d_out.contiguous()
     inputs: dict[str, Any] = {"Q": q, "K": k, "V": v, "DO": d_out, "LSE": lse, "DELTA": delta}
     inputs |= {"TILES": tiles, "scale": scale, "scale_log2": scale * LOG2E.value}
-    inputs |= _strides(q=q, k=k, v=v, do=d_out)
+    inputs |= _strides(q=q, k=k, v=v, do=d_out) | {"stride_lh": lse.stride(0)}
 
     def dkdv(config: launch.Config) -> None:
         capacity = tiles.shape[1]
         _dkdv_kernel[(capacity * (TILE // config.block_n) * k.shape[1],)](
-            **inputs, **_strides(g=dk), **_shape(q, k, config), DK=dk, DV=dv, CAPACITY=capacity
-        )
+            **inputs, **_strides(g=dk), **_shape(q, k, config), DK=dk, DV=dv, CAPACITY=capacity,
+            # its loads of rows wait for those of their statistics, so half the stages are theirs
+            MASKED_STAGES=2 * config.stages - 1,
+        )  # fmt: skip
 
     def dq_(config: launch.Config) -> None:
         grid = _row_blocks(q, tiles, config)
         _dq_kernel[grid](**inputs, **_strides(g=dq), **_shape(q, k, config), DQ=dq)
 
     with launch.on(q.device):
-        _delta_kernel[(triton.cdiv(lse.numel(), 32),)](
-            OUT=out, DO=d_out, DELTA=delta, **_strides(o=out, do=d_out),
-            ROWS=lse.numel(), HEADS=q.shape[1], D=q.shape[2],
+        rows = q.shape[0] * lse.shape[2]
+        _delta_kernel[(triton.cdiv(rows, 32), k.shape[1])](
+            OUT=out, DO=d_out, DELTA=delta, **_strides(o=out, do=d_out), stride_lh=lse.stride(0),
+            ROWS=rows, G=lse.shape[2], D=q.shape[2],
             BLOCK_D=max(16, triton.next_power_of_2(q.shape[2])), BLOCK_M=32, num_warps=4,
         )  # fmt: skip
     launch.attention("dkdv", q, dkdv)
@@ -416,7 +522,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[T
 
 @_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(_statistics(q, k), dtype=torch.float32)
 
 
 @torch.library.custom_op("btok::condensed_attention_backward", mutates_args=())

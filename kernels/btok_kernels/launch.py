@@ -10,15 +10,16 @@ import importlib.util
 import itertools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("btok_kernels")
 _announced: set[tuple[str, str]] = set()
+C = TypeVar("C")  # a configuration
 INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("triton", "xformers")}
 
 
@@ -101,8 +102,8 @@ class Config(NamedTuple):
 # fp32 is multiplied without tensor cores, on all architectures alike.
 _ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
     ("forward", 90): {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3)},
-    ("dkdv", 90): {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2)},
-    ("dq", 90): {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)},
+    ("dkdv", 90): {64: Config(64, 64, 4, 3), 128: Config(64, 128, 8, 3)},
+    ("dq", 90): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3)},
     ("forward", 80): {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)},
     ("dkdv", 80): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2)},
     ("dq", 80): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2)},
@@ -127,7 +128,7 @@ def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int) 
     return next(config for dim, config in table.items() if head_dim <= dim)
 
 
-def attention(kernel: str, q: Tensor, run: Callable[[Config], None]) -> None:
+def attention(kernel: str, q: Tensor, run: Callable[[Config], object]) -> None:
     """Launch a kernel of the attention over q [T, Hq, D] with its configuration.
 
     With BTOK_AUTOTUNE=1 the first call for an architecture, head dim and dtype times every
@@ -136,34 +137,56 @@ def attention(kernel: str, q: Tensor, run: Callable[[Config], None]) -> None:
     arch = architecture(q.device)
     config = attention_config(kernel, q.shape[2], q.dtype, arch)
     with on(q.device):
-        if os.environ.get("BTOK_AUTOTUNE") == "1" and arch:
+        if autotuned() and arch:
             key = (kernel, arch, q.shape[2], q.dtype)
             if key not in found:
-                found[key] = _search(f"attention {key}", config, q.dtype, run)
+                blocks = (16, 32, 64) if q.dtype == torch.float32 else (32, 64, 128)
+                grid = itertools.product(blocks, blocks, (4, 8), (1, 2, 3))
+                candidates = list(itertools.starmap(Config, grid))
+                found[key] = search(f"attention {key}", config, candidates, run)
             config = found[key]
         run(config)
 
 
-def _search(
-    title: str, default: Config, dtype: torch.dtype, run: Callable[[Config], None]
-) -> Config:
+def autotuned() -> bool:
+    """Whether the first launch of each kind searches its configuration."""
+    return os.environ.get("BTOK_AUTOTUNE") == "1"
+
+
+def search(title: str, default: C, candidates: Iterable[C], run: Callable[[C], object]) -> C:
+    """The configuration with which `run` is fastest on this device; prints the ten fastest.
+
+    Args:
+        title: what is launched, for the printed table.
+        default: the configuration that would be taken without a search; it is timed first.
+        candidates: what else to time. One that raises (it needs too much shared memory, or the
+            compiler gave up) is left out, and the default may be such a one.
+        run: launches with a configuration; its results must not depend on it.
+
+    Raises:
+        RuntimeError: no configuration runs; the last one's error is its cause.
+    """
     from triton.testing import do_bench
 
-    blocks = (16, 32, 64) if dtype == torch.float32 else (32, 64, 128)
-    times = {}
-    for config in [
-        default,
-        *itertools.starmap(Config, itertools.product(blocks, blocks, (4, 8), (1, 2, 3))),
-    ]:
+    times: list[tuple[float, C]] = []
+    failed: Exception | None = None
+    for config in [default, *(other for other in candidates if other != default)]:
         try:
-            times[config] = do_bench(functools.partial(run, config), return_mode="median")
-        except Exception as error:  # too much shared memory, or the compiler gave up
+            time = do_bench(functools.partial(run, config), return_mode="median")
+            times.append((time, config))
+        except Exception as error:
             logger.debug("%s: %s: %s", title, config, error)
-    fastest = sorted(times, key=times.__getitem__)
+            failed = error
+    if not times:
+        raise RuntimeError(f"{title}: no configuration runs on this device") from failed
+    times.sort(key=lambda timed: timed[0])
     print(f"{title}: milliseconds of the ten fastest of {len(times)}, and of the default")
-    for config in dict.fromkeys([*fastest[:10], default]):
-        print(f"  {times[config]:9.4f}  {config}", flush=True)
-    return fastest[0]
+    for place, (time, config) in enumerate(times):
+        if place < 10 or config == default:
+            print(f"  {time:9.4f}  {config}", flush=True)
+    if default not in [config for _, config in times]:
+        print(f"     failed  {default}", flush=True)
+    return times[0][1]
 
 
 # contrastive_loss. The figures below are arithmetic, not yet measured on a GPU.
