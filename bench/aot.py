@@ -138,13 +138,13 @@ def contrastive(job: Job) -> None:
     from btok_kernels.contrastive_loss_triton import fused
 
     query, key = (torch.randn(256, job.dim).to(getattr(torch, job.dtype)) for _ in range(2))
-    call = op._Call(query, key)
+    call = op.Call(query, key)
     if job.variant == "all":
         ids, negatives = torch.arange(256), key[:, None].repeat(1, 2, 1)
-        call = op._Call(query, key, 0.02, negatives, ids, ids, bidirectional=True, margin=0.1)
+        call = op.Call(query, key, 0.02, negatives, ids, ids, bidirectional=True, margin=0.1)
     for chunk in (128, 0):
         with mock.patch.object(launch, "contrastive_chunk", lambda *_, chunk=chunk: chunk):
-            fused(call, op._Ranks(None, [256], slice(0, 256), 1 / 256), with_grad=True)
+            fused(call, op.Ranks(None, [256], slice(0, 256), 1 / 256), with_grad=True)
 
 
 OPS = {"attention": attention, "contrastive": contrastive}

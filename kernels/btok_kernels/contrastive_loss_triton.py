@@ -35,7 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from btok_kernels import launch
-from btok_kernels.contrastive_loss import _Call, _Ranks, join
+from btok_kernels.contrastive_loss import Call
+from btok_kernels.ranks import Ranks, join
 
 # What differs from batch to batch is not looked at for what it divides by, as each answer would
 # compile a kernel again. D, strides and the pointers to matrices are: that makes wide loads.
@@ -345,8 +346,8 @@ def _d_candidates_kernel(
 class _Problem(NamedTuple):
     """What the kernels of one call work on, after the gather."""
 
-    call: _Call
-    ranks: _Ranks
+    call: Call
+    ranks: Ranks
     query: Tensor  # [N, D]
     keys: list[Tensor]  # [m, D] of each rank, M rows in all
     negatives: list[Tensor]  # [m h, D] of each rank
@@ -543,7 +544,7 @@ def _positives(query: Tensor, key: Tensor) -> Tensor:
     return torch.cat([(q.float() * k.float()).sum(1) for q, k in pairs])
 
 
-def fused(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
+def fused(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
     """The loss and, if wanted, its gradients, all in fp32, as the other paths give them."""
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key))
     own_positives = _positives(query, key)
