@@ -180,25 +180,29 @@ def recorded_launches(arch: int, target: type[Target] = Target) -> Iterator[dict
         yield active.launches
 
 
+_reports: dict[
+    str, str
+] = {}  # of ptxas, by the sha256 of what it made; all jobs of a process share kernels
+
+
 @contextmanager
-def ptxas_reports() -> Iterator[dict[str, str]]:
-    """What ptxas says of the kernels compiled inside, by their binaries' sha256; no cache serves.
+def kept_reports() -> Iterator[None]:
+    """What ptxas says of the kernels compiled inside goes to `_reports`; no cache on disk serves.
 
     Of Triton's own call, as its options differ from version to version.
     """
-    reports: dict[str, str] = {}
     run = subprocess.run
 
     def keep(command, *args, **options):
         result = run(command, *args, **options)
         if "-o" in command and hasattr(options.get("stderr"), "name"):
             binary = Path(command[command.index("-o") + 1]).read_bytes()
-            reports[hashlib.sha256(binary).hexdigest()] = Path(options["stderr"].name).read_text()
+            _reports[hashlib.sha256(binary).hexdigest()] = Path(options["stderr"].name).read_text()
         return result
 
     with mock.patch.object(subprocess, "run", keep), knobs.compilation.scope():
         knobs.compilation.always_compile = True
-        yield reports
+        yield
 
 
 def attention(job: Job) -> None:
@@ -236,17 +240,17 @@ OPS = {"attention": attention, "contrastive": contrastive}
 
 def compile_job(job: Job) -> list[Row]:
     """The rows of one job's launches."""
-    with ptxas_reports() as reports, recorded_launches(job.arch) as launches:
+    with kept_reports(), recorded_launches(job.arch) as launches:
         OPS[job.op](job)
-    return [describe(job, launched, reports) for launched in launches.values()]
+    return [describe(job, launched) for launched in launches.values()]
 
 
-def describe(job: Job, launched: Launch, reports: dict[str, str]) -> Row:
+def describe(job: Job, launched: Launch) -> Row:
     """What is to be said of one launch."""
     kernel, constants = launched.kernel, launched.constants
     name = launched.name.strip("_").removesuffix("_kernel")
     sizes = {key[6:]: size for key, size in constants.items() if key[:6] == "BLOCK_"}
-    report = sass.report(reports[hashlib.sha256(kernel.asm["cubin"]).hexdigest()])
+    report = sass.report(_reports[hashlib.sha256(kernel.asm["cubin"]).hexdigest()])
     program = sass.parse(disassembled(kernel.asm["cubin"])) if job.arch in sass.DEVICES else []
     return Row(
         name,
