@@ -1,15 +1,17 @@
-"""What every shipped Triton launch compiles to for sm_80 and sm_90; needs no GPU.
+"""What every shipped Triton launch compiles to, and how fast a model takes that to be; no GPU.
 
 The library's own host code runs on CPU tensors under a driver that only names its target, and each
 launch is compiled and recorded instead of started. So what is listed is what ships.
 
-    python bench/aot.py --out bench/results/aot.md     a Markdown table of everything
+    python bench/aot.py --out bench/results/aot.md     a page of everything
     python bench/aot.py --check --archs 90             exits 1 and says what is wrong, if anything
+    python bench/aot.py --only attention --archs 90 --head-dims 128 --dtypes bfloat16 --groups 6
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import os
 import re
@@ -21,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,13 +32,30 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that spawned workers find sass
+import sass
 
 from btok_kernels import launch
+from btok_kernels.condensed_attention import HEAD_DIMS
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have
-NO_PRODUCT = ("delta", "rows", "columns")  # kernels without a matrix product
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB of a block
+DEFAULT_ARCHS = (80, 90)
+SPILL_LIMIT = 64  # bytes of stores and loads
+RATIO_LIMIT = 1.05  # executed over useful products
+
+# Products an iteration of the main loop makes, and the sizes of one.
+WORK = {
+    "forward": (2, "M", "N", "D"),
+    "dkdv": (4, "M", "N", "D"),
+    "dq": (3, "M", "N", "D"),
+    "sums": (1, "N", "M", "D"),
+    "d_logits": (1, "N", "M", "D"),
+    "d_query": (1, "N", "K", "D"),
+    "d_candidates": (1, "M", "K", "D"),
+}
 
 
 class Job(NamedTuple):
@@ -48,8 +68,31 @@ class Job(NamedTuple):
     variant: str
 
 
+class Launch(NamedTuple):
+    """A recorded launch: the kernel's name, its constants by name, what it compiled to."""
+
+    name: str
+    constants: dict[str, Any]
+    kernel: Any
+
+
+class LoopRow(NamedTuple):
+    """A main loop: counts of one warp's iteration, as in `sass.Loop`, and what follows of them."""
+
+    instructions: int
+    products: int
+    drained: int
+    exponentials: int
+    barriers: int
+    waits: tuple[str, ...]
+    copies: int
+    waits_for_all: bool
+    ratio: float  # executed over useful products
+    tflops: float | None  # modelled; of useful FLOPs without a head dim's padding
+
+
 class Row(NamedTuple):
-    """What one launch compiled to; bytes, and counts of SASS instructions."""
+    """What one launch compiled to; shared, stack and spills in bytes."""
 
     kernel: str
     arch: int
@@ -63,17 +106,47 @@ class Row(NamedTuple):
     registers: int
     stack: int
     spills: int
+    serialized: tuple[str, ...]  # codes of ptxas's warnings
     hgmma: int
     hmma: int
-    stl: int
-    ldl: int
+    hazards: tuple[str, ...]
+    loops: tuple[LoopRow, ...]
+
+
+class Launcher:
+    """What Triton takes for the entry to a compiled kernel: records the launch, starts nothing."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.source, self.metadata = source, metadata
+
+    def __call__(self, *grid_stream_function_metadata_hooks_and_arguments: Any) -> None:
+        function = self.source.fn
+        compiled = function.device_caches[driver.active.get_current_device()][0].values()
+        kernel = next(kernel for kernel in compiled if kernel.hash == self.metadata.hash)
+        constants = {
+            function.arg_names[path[0]]: value for path, value in self.source.constants.items()
+        }
+        driver.active.launches[kernel.hash] = Launch(function.__name__, constants, kernel)
 
 
 class Target(DriverBase):
-    """A driver that names a device of compute capability `arch` and can do nothing else."""
+    """A driver that names a device of compute capability `arch`, loads and starts nothing.
+
+    Launches go to `launcher_cls`, which Triton makes of a kernel's source and metadata and calls
+    with the grid, the stream, the loaded function, packed and launch metadata, two hooks and the
+    kernel's arguments.
+    """
+
+    launcher_cls: Any = Launcher
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
+        self.launches: dict[str, Launch] = {}
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, binary, shared, device: (None, None, 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": sys.maxsize},
+        )
 
     @classmethod
     def is_active(cls) -> bool:
@@ -99,22 +172,37 @@ class Target(DriverBase):
 
 
 @contextmanager
-def recorded_launches(arch: int) -> Iterator[dict[str, tuple[str, dict[str, Any], Any]]]:
-    """Compile the launches inside for `arch`: kernel's name, arguments and result, by its hash."""
-    launches: dict[str, tuple[str, dict[str, Any], Any]] = {}
-    run = JITFunction.run
+def recorded_launches(arch: int, target: type[Target] = Target) -> Iterator[dict[str, Launch]]:
+    """Launches inside compile for `arch` and go to `target`'s launcher; those recorded, by hash."""
+    active = target(arch)
+    driver.set_active(active)
+    with mock.patch.object(launch, "architecture", lambda device: arch):
+        yield active.launches
 
-    def compile_only(function, *args, warmup, **options):
-        kernel = run(function, *args, warmup=True, **options)
-        launches[kernel.hash] = (function.__name__, options, kernel)
-        return kernel
 
-    driver.set_active(Target(arch))
-    with (
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(launch, "architecture", lambda device: arch),
-    ):
-        yield launches
+_reports: dict[
+    str, str
+] = {}  # of ptxas, by the sha256 of what it made; all jobs of a process share kernels
+
+
+@contextmanager
+def kept_reports() -> Iterator[None]:
+    """What ptxas says of the kernels compiled inside goes to `_reports`; no cache on disk serves.
+
+    Of Triton's own call, as its options differ from version to version.
+    """
+    run = subprocess.run
+
+    def keep(command, *args, **options):
+        result = run(command, *args, **options)
+        if "-o" in command and hasattr(options.get("stderr"), "name"):
+            binary = Path(command[command.index("-o") + 1]).read_bytes()
+            _reports[hashlib.sha256(binary).hexdigest()] = Path(options["stderr"].name).read_text()
+        return result
+
+    with mock.patch.object(subprocess, "run", keep), knobs.compilation.scope():
+        knobs.compilation.always_compile = True
+        yield
 
 
 def attention(job: Job) -> None:
@@ -138,13 +226,13 @@ def contrastive(job: Job) -> None:
     from btok_kernels.contrastive_loss_triton import fused
 
     query, key = (torch.randn(256, job.dim).to(getattr(torch, job.dtype)) for _ in range(2))
-    call = op._Call(query, key)
+    call = op.Call(query, key)
     if job.variant == "all":
         ids, negatives = torch.arange(256), key[:, None].repeat(1, 2, 1)
-        call = op._Call(query, key, 0.02, negatives, ids, ids, bidirectional=True, margin=0.1)
+        call = op.Call(query, key, 0.02, negatives, ids, ids, bidirectional=True, margin=0.1)
     for chunk in (128, 0):
         with mock.patch.object(launch, "contrastive_chunk", lambda *_, chunk=chunk: chunk):
-            fused(call, op._Ranks(None, [256], slice(0, 256), 1 / 256), with_grad=True)
+            fused(call, op.Ranks(None, [256], slice(0, 256), 1 / 256), with_grad=True)
 
 
 OPS = {"attention": attention, "contrastive": contrastive}
@@ -152,127 +240,278 @@ OPS = {"attention": attention, "contrastive": contrastive}
 
 def compile_job(job: Job) -> list[Row]:
     """The rows of one job's launches."""
-    with recorded_launches(job.arch) as launches:
+    with kept_reports(), recorded_launches(job.arch) as launches:
         OPS[job.op](job)
-    rows = []
-    for name, options, kernel in launches.values():
-        rows.append(
-            Row(
-                name.strip("_").removesuffix("_kernel"),
-                job.arch,
-                job.dim,
-                job.dtype,
-                job.variant,
-                " ".join(f"{key[6:]}{options[key]}" for key in options if key[:6] == "BLOCK_"),
-                kernel.metadata.num_warps,
-                kernel.metadata.num_stages,
-                kernel.metadata.shared,
-                **resources(kernel, job.arch),
-            )
+    return [describe(job, launched) for launched in launches.values()]
+
+
+def describe(job: Job, launched: Launch) -> Row:
+    """What is to be said of one launch."""
+    kernel, constants = launched.kernel, launched.constants
+    name = launched.name.strip("_").removesuffix("_kernel")
+    sizes = {key[6:]: size for key, size in constants.items() if key[:6] == "BLOCK_"}
+    report = sass.report(_reports[hashlib.sha256(kernel.asm["cubin"]).hexdigest()])
+    program = sass.parse(disassembled(kernel.asm["cubin"])) if job.arch in sass.DEVICES else []
+    return Row(
+        name,
+        *job[1:],
+        " ".join(f"{key}{size}" for key, size in sizes.items()),
+        kernel.metadata.num_warps,
+        kernel.metadata.num_stages,
+        kernel.metadata.shared,
+        *report,
+        *(sum(line.starts(opcode) for line in program) for opcode in ("HGMMA", "HMMA")),
+        tuple(sass.hazards(program)) if program else (),
+        tuple(loop_rows(name, job, kernel.metadata, report, program, sizes)),
+    )
+
+
+def loop_rows(
+    name: str, job: Job, metadata: Any, report: sass.Report, program: list, sizes: dict[str, int]
+) -> Iterator[LoopRow]:
+    """The main loops of a kernel that multiplies."""
+    if name not in WORK or not program:
+        return
+    products, *axes = WORK[name]
+    useful = 2 * products * sizes[axes[0]] * sizes[axes[1]] * sizes[axes[2]]
+    padded = sizes["D"]
+    if job.op == "attention" and job.dim > padded:  # the head dim in pieces
+        pieces = -(-job.dim // padded)
+        useful, padded = useful * pieces, padded * pieces
+    share = job.dim / padded if job.op == "attention" else 1.0
+    blocks = sass.blocks_per_sm(job.arch, report.registers, metadata.shared, metadata.num_warps)
+    for loop in sass.main_loops(program):
+        executed = loop.flops * metadata.num_warps / 4
+        tflops = None
+        if blocks and job.dtype != "float32":
+            tflops = share * sass.rate(program, loop, job.arch, metadata.num_warps, blocks, useful)
+        yield LoopRow(
+            loop.instructions,
+            loop.products,
+            loop.drained,
+            loop.exponentials,
+            loop.barriers,
+            loop.waits,
+            loop.copies,
+            loop.waits_for_all,
+            executed / useful,
+            tflops,
         )
-    return rows
 
 
-def resources(kernel: Any, arch: int) -> dict[str, int]:
-    """Registers, stack and spills by ptxas's report; instructions by the disassembly."""
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(kernel.asm["ptx"])
-        cubin.write_bytes(kernel.asm["cubin"])
-        name = "sm_90a" if arch == 90 else f"sm_{arch}"  # as Triton compiles for them
-        report = subprocess.run(
-            [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", ptx, "-o", os.devnull],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stderr
-        sass = subprocess.check_output([knobs.nvidia.nvdisasm.path, "-c", cubin], text=True)
+def disassembled(binary: bytes) -> str:
+    """The SASS of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.check_output([knobs.nvidia.nvdisasm.path, "-c", file.name], text=True)
 
-    def figures(pattern: str) -> list[int]:
-        return [int(figure) for figure in re.findall(pattern, report)]
 
-    return {
-        "registers": max(figures(r"Used (\d+) registers")),
-        "stack": sum(figures(r"(\d+) bytes stack frame")),
-        "spills": sum(figures(r"(\d+) bytes spill (?:stores|loads)")),
-        **{
-            opcode: len(re.findall(rf"\b{opcode.upper()}\b", sass))
-            for opcode in ("hgmma", "hmma", "stl", "ldl")
-        },
-    }
+def faults(row: Row) -> Iterator[str]:
+    """What is wrong with one launch."""
+    if row.spills > SPILL_LIMIT:
+        yield f"spills {row.spills} bytes ({row.registers} registers)"
+    if row.shared > SHARED_LIMIT[row.arch] << 10:
+        yield f"{row.shared} bytes of shared memory, limit {SHARED_LIMIT[row.arch] << 10}"
+    if row.serialized:
+        yield f"ptxas serialises its products: {', '.join(row.serialized)}"
+    yield from row.hazards
+    if row.kernel not in WORK or row.arch not in sass.DEVICES:
+        return
+    if row.dtype != "float32":
+        # a warpgroup multiplies 64 rows at a time
+        smallest = min(map(int, re.findall(r"[MN](\d+)", row.blocks)))
+        tall = smallest >= 64 and row.warps >= 4
+        if row.arch == 90 and tall and not row.hgmma:
+            yield "no HGMMA"
+        elif not row.hgmma and not row.hmma:
+            yield "no tensor-core instruction"
+    if not row.loops:
+        yield "no loop with products was found"
+    for number, loop in enumerate(row.loops, 1):
+        where = f"main loop {number} of {len(row.loops)}"
+        if loop.drained > WORK[row.kernel][0]:
+            yield f"{where}: {loop.drained} of {loop.products} products are waited for one by one"
+        if loop.ratio > RATIO_LIMIT:
+            yield f"{where}: executed / useful products {loop.ratio:.2f}"
+        if loop.waits_for_all and row.stages > 1:
+            yield f"{where}: waits for all copies before its first product, {row.stages} stages"
 
 
 def problems(rows: list[Row]) -> list[str]:
-    """What must not ship: spills, too much shared memory, half precision without tensor cores."""
-    said = []
+    """What must not ship, each line with its launch."""
+    return [
+        f"{row.kernel} sm_{row.arch} D {row.dim} {row.dtype} {row.variant} {row.blocks}: {fault}"
+        for row in rows
+        for fault in faults(row)
+    ]
+
+
+class Run(NamedTuple):
+    """The rows of one Triton, and the versions that made them."""
+
+    triton: str
+    ptxas: dict[int, str]  # by architecture
+    rows: list[Row]
+
+
+HEAD = (
+    "kernel", "arch", "dim", "dtype", "variant", "blocks", "warps", "stages", "shared",
+    "registers", "spills", "serialised", "hazards", "instructions", "products", "exponentials",
+    "barriers", "waits", "copies", "executed / useful", "D / BLOCK_D", "model",
+)  # fmt: skip
+
+
+def waits(waited: tuple[str, ...]) -> str:
+    """In a few words: "copies 2, 12 x products 0"."""
+    runs = [(name, len(list(same))) for name, same in itertools.groupby(waited)]
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in runs)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A line of the table; what is told of several main loops is apart by slashes."""
+
+    def each(form: Any) -> str:
+        texts = [form(loop) for loop in row.loops]
+        return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+
+    padded = re.search(r"D(\d+)", row.blocks)
+    share = row.dim / (-(-row.dim // int(padded[1])) * int(padded[1])) if padded else 1.0
+    return (
+        *map(str, row[:9]),
+        str(row.registers),
+        str(row.spills),
+        ", ".join(row.serialized) or "no",
+        str(len(row.hazards)),
+        each(lambda loop: str(loop.instructions)),
+        each(lambda loop: str(loop.products)),
+        each(lambda loop: str(loop.exponentials)),
+        each(lambda loop: str(loop.barriers)),
+        each(lambda loop: waits(loop.waits)),
+        each(lambda loop: f"{loop.copies}{' after the wait for all' * loop.waits_for_all}"),
+        each(lambda loop: f"{loop.ratio:.2f}"),
+        f"{share:.2f}" if row.kernel in ("forward", "dkdv", "dq") else "",
+        each(lambda loop: f"{loop.tflops:.0f}" if loop.tflops else ""),
+    )
+
+
+def merged(rows: list[Row]) -> list[tuple[str, ...]]:
+    """Lines of the table, sorted; those that differ in the variant or dtype alone are one."""
+    lines = [cells(row) for row in sorted(rows, key=lambda row: row[:6])]
+    for column in (HEAD.index("variant"), HEAD.index("dtype")):
+        same: dict[tuple[str, ...], list[str]] = {}
+        for line in lines:
+            same.setdefault((*line[:column], "", *line[column + 1 :]), []).append(line[column])
+        lines = [
+            (*line[:column], ", ".join(dict.fromkeys(found)), *line[column + 1 :])
+            for line, found in same.items()
+        ]
+    return lines
+
+
+def markdown(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'--|' * len(head)}"] + [
+        f"| {' | '.join(line)} |" for line in lines
+    ]
+
+
+def unmasked(row: Row) -> LoopRow:
+    """The main loop that most blocks take: without a mask it has fewer instructions."""
+    return min(row.loops, key=lambda loop: loop.instructions)
+
+
+def attention_rates(rows: list[Row]) -> dict[tuple[int, int, str, str], dict[str, float]]:
+    """Modelled TFLOP/s of forward and backward by architecture, head dim, dtype and variant.
+
+    The backward's are its 10 D FLOPs a pair of row and key over the time of dK, dV (8 D executed)
+    and dQ (6 D executed).
+    """
+    found: dict[tuple[int, int, str, str], dict[str, float]] = {}
     for row in rows:
-        found = []
-        if row.spills:
-            found.append(f"spills {row.spills} bytes ({row.registers} registers)")
-        if row.shared > SHARED_LIMIT[row.arch]:
-            found.append(f"{row.shared} bytes of shared memory, limit {SHARED_LIMIT[row.arch]}")
-        if row.dtype != "float32" and row.kernel not in NO_PRODUCT:
-            # a warp group multiplies 64 rows at a time
-            smallest = min(map(int, re.findall(r"[MN](\d+)", row.blocks)))
-            tall = smallest >= 64 and row.warps >= 4
-            if row.arch == 90 and tall and not row.hgmma:
-                found.append("no HGMMA")
-            elif not row.hgmma and not row.hmma:
-                found.append("no tensor-core instruction")
-        where = f"{row.kernel} sm_{row.arch} D {row.dim} {row.dtype} {row.variant} {row.blocks}"
-        said += [f"{where}: {what}" for what in found]
-    return said
+        if row.kernel in ("forward", "dkdv", "dq") and row.loops and unmasked(row).tflops:
+            found.setdefault(row[1:5], {})[row.kernel] = unmasked(row).tflops
+    for rates in found.values():
+        if {"dkdv", "dq"} <= rates.keys():
+            rates["backward"] = 10 / (8 / rates["dkdv"] + 6 / rates["dq"])
+    return found
 
 
-def merged(rows: list[Row]) -> list[Row]:
-    """Sorted, and those that differ in the variant alone as one."""
-    variants: dict[Row, list[str]] = {}
-    for row in sorted(rows):
-        variants.setdefault(row._replace(variant=""), []).append(row.variant)
-    return sorted(row._replace(variant=", ".join(same)) for row, same in variants.items())
+def summary(runs: list[Run]) -> list[str]:
+    """The attention's modelled rates, a line per architecture and head dim."""
+    kinds = ("forward", "backward", "dkdv", "dq")
+    of = [attention_rates(run.rows) for run in runs]
+    keys = sorted({key for rates in of for key in rates})
+    head = tuple(f"{kind}, {run.triton}" for run in runs for kind in kinds)
+    lines = []
+    for key in keys:
+        if key[2] == "bfloat16" and (key[1] in (64, 128, 256) or len(keys) < 9):
+            lines.append((*map(str, key), *(
+                f"{rates[key][kind]:.0f}" if kind in rates.get(key, {}) else ""
+                for rates in of for kind in kinds
+            )))  # fmt: skip
+    return markdown(("arch", "dim", "dtype", "variant", *head), lines) if lines else []
 
 
-def table(rows: list[Row]) -> str:
-    """A Markdown table under a head of versions and a one-line summary."""
-    version = subprocess.check_output([knobs.nvidia.ptxas.path, "--version"], text=True)
-    ptxas = re.search(r"V([\d.]+)", version)
-    said = problems(rows)
+MODEL = " ".join(str(sass.rate.__doc__).partition("A model")[2].split())
+
+
+def table(runs: list[Run]) -> str:
+    """A Markdown page: summary, what must not ship, and all launches of each Triton."""
     lines = [
         "# Triton kernels, compiled ahead of time",
         "",
-        f"Triton {triton.__version__}, ptxas {ptxas[1] if ptxas else '?'}, by `make aot`. Variant: "
-        "query heads per key head of the attention; options given to the loss, none or all. "
-        "Shared, stack, spills: bytes. The last four: instructions in the SASS.",
+        "By `make aot`, without a GPU; nothing here is measured. Variant: query heads per key head "
+        "of the attention; options given to the loss, none or all. Shared, spills: bytes. From "
+        "`instructions` on: one iteration of a main loop (one that multiplies), per warp; first "
+        "loop / second loop. `copies 2`: waits until two groups of copies are in flight.",
         "",
-        f"{len(rows)} kernels, the worst with {max(row.registers for row in rows)} registers and "
-        f"{max(row.spills for row in rows)} bytes of spills; {len(said)} problems.",
+        f"**Modelled TFLOP/s.** A model{MODEL}",
         "",
-        *(f"- {line}" for line in said),
-        *[""] * bool(said),
-        f"| {' | '.join(Row._fields)} |",
-        f"|{'--|' * len(Row._fields)}",
-        *(f"| {' | '.join(str(cell) for cell in row)} |" for row in merged(rows)),
+        *summary(runs),
     ]
+    for run in runs:
+        said = problems(run.rows)
+        ptxas = ", ".join(f"sm_{arch} by ptxas {name}" for arch, name in run.ptxas.items())
+        lines += [
+            "",
+            f"## Triton {run.triton}",
+            "",
+            f"{ptxas}. {len(run.rows)} kernels, the worst with "
+            f"{max(row.registers for row in run.rows)} registers and "
+            f"{max(row.spills for row in run.rows)} bytes of spills; {len(said)} problems.",
+            "",
+            *(f"- {line}" for line in said),
+            *[""] * bool(said),
+            *markdown(HEAD, merged(run.rows)),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def finish(rows: list[Row], out: Path | None, check: bool) -> None:
-    """Write or print the table; with `check`, exit 1 on anything that must not ship."""
+def finish(runs: list[Run], out: Path | None, check: bool) -> None:
+    """Write or print the page; with `check`, exit 1 on anything that must not ship."""
     if out:
-        out.write_text(table(rows))
+        out.write_text(table(runs))
     else:
-        print(table(rows))
-    if check and (said := problems(rows)):
+        print(table(runs))
+    said = [f"triton {run.triton}: {line}" for run in runs for line in problems(run.rows)]
+    if check and said:
         sys.exit("aot: must not ship:\n" + "\n".join(said))
+
+
+def ptxas_version(arch: int) -> str:
+    """Of the ptxas that Triton takes for an architecture."""
+    text = subprocess.check_output([get_ptxas(arch).path, "--version"], text=True)
+    found = re.search(r"V([\d.]+)", text)
+    return found[1] if found else "?"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="write a Markdown table here")
+    parser.add_argument("--out", type=Path, help="write a Markdown page here")
     parser.add_argument("--check", action="store_true", help="exit 1 if anything must not ship")
     parser.add_argument("--only", choices=OPS, help="one op")
-    parser.add_argument("--archs", type=int, nargs="+", default=sorted(SHARED_LIMIT))
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[16, 32, 64, 80, 96, 128])
+    parser.add_argument("--archs", type=int, nargs="+", default=DEFAULT_ARCHS)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 6])
     args = parser.parse_args()
@@ -290,7 +529,8 @@ def main() -> None:
     ]
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as pool:
         rows = [row for found in pool.map(compile_job, jobs) for row in found]
-    finish(rows, args.out, args.check)
+    versions = {arch: ptxas_version(arch) for arch in args.archs}
+    finish([Run(triton.__version__, versions, rows)], args.out, args.check)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import gloo
+from test_ranks import Collectives
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from btok_kernels import contrastive_loss as module
@@ -242,22 +243,6 @@ def test_a_loss_scale_saves_small_half_gradients():
     assert gap([g.double() / 2.0**14 for g in got], grads) < 1e-3
 
 
-@pytest.mark.parametrize("rows", [4, 7])
-def test_a_message_holds_its_parts(rows):
-    """Whatever their strides, dtypes and sizes; each begins on a line of 16 bytes."""
-    parts = [
-        torch.randn(5, rows).half().T,
-        torch.arange(2 * rows)[::2],
-        torch.randn(rows, 3, 1).double(),
-        torch.randn(rows, 0),
-    ]
-    for padded in (rows, rows + 3):
-        message = module._joint(parts, padded)
-        found = module._disjoint(message, parts, rows, padded)
-        assert all(torch.equal(a, b) for a, b in zip(found, parts, strict=True))
-        assert all((part.data_ptr() - message.data_ptr()) % 16 == 0 for part in found[:3])
-
-
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 def test_a_margin_keeps_ties(impl):
     rows = torch.zeros(6, 4)
@@ -300,6 +285,15 @@ def test_autocast_does_not_round(impl):
     with torch.autocast("cpu", torch.bfloat16):
         loss, got = differentiate(lambda **a: contrastive_loss(**a, impl=impl), arguments)
     assert loss == plain and gap(got, grads) == 0
+
+
+@pytest.mark.parametrize("function", [contrastive_loss, contrastive_loss_and_grad])
+def test_a_warning_names_the_callers_line(function):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        function(**make(1))
+    said = [str(w.message) for w in caught if w.filename == __file__]
+    assert said == ["contrastive_loss: one row and no negatives: the loss is 0"]
 
 
 def test_a_low_temperature_does_not_overflow():
@@ -405,6 +399,10 @@ def test_bad_arguments(arguments, error, message):
 # Ranks: all cases of one world size run in one spawn; the tests below look at what it saved.
 
 SPLITS = {1: [[6]], 2: [[4, 4], [5, 2], [0, 6]], 4: [[2, 2, 2, 2], [3, 0, 5, 1]]}
+CHANGING = {  # rows of one call after the other
+    2: [[4, 4], [4, 3], [4, 3], [0, 7], [1, 0], [4, 4]],
+    4: [[2, 2, 2, 2], [2, 2, 2, 1], [0, 0, 0, 3], [5, 0, 1, 2], [2, 2, 2, 2]],
+}
 RANK_CASES = {
     f"{name}, {dtype}, {impl}{', shared tower' * shared}": (OPTIONS[name], dtype, impl, shared)
     for dtype, impl, shared, names in (
@@ -427,6 +425,10 @@ DISAGREEMENTS = {  # what the last rank calls with -> what every rank says
     "bidirectional": (bad(bidirectional=True), "bidirectional is True on rank"),
     "margin": (bad(margin=None), "margin is None on rank"),
     "impl": (bad(impl="reference"), "impl is reference on rank"),
+    "device": (
+        {k: x.to("meta") if isinstance(x, torch.Tensor) else x for k, x in bad().items()},
+        "device is meta on rank",
+    ),
     "a bad key": (bad(key=torch.ones(3, 8).double()), r"key is \[3, 8\], expected \[4, 8\]"),
     "a missing impl": (bad(impl="triton"), "impl='triton' cannot run: "),
 }
@@ -493,6 +495,7 @@ def on_one_rank(rank, world):
                 saved[f"alone with gradients {rows}"] = torch.autograd.grad(loss, leaf)[0]
     if world > 1:
         saved |= run_groups(rank, world) | run_disagreements(rank, world)
+        saved |= run_again(rank, world)
     return saved
 
 
@@ -515,6 +518,31 @@ def run_disagreements(rank, world):
     for name, (arguments, _) in DISAGREEMENTS.items():
         said[name] = refusal(arguments if rank == world - 1 else bad())
     return said
+
+
+def run_again(rank, world):
+    """A mistake of the first or the last rank after good calls, and a good call after each; then
+    calls in which ranks' rows change. And the collectives of good calls, which take no objects.
+    """
+    said = {}
+    with Collectives() as collectives:
+        first = contrastive_loss_and_grad(**bad())
+    good = [collectives.ran]
+    for culprit in (0, world - 1):
+        for name, (arguments, _) in DISAGREEMENTS.items():
+            said[f"{name} of rank {culprit}"] = refusal(arguments if rank == culprit else bad())
+            with Collectives() as collectives:
+                again = contrastive_loss_and_grad(**bad())
+            good.append(collectives.ran)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), name
+    said["no rows again"] = refusal(make(0))
+    losses = []
+    for rows in CHANGING[world]:
+        arguments = local(make(sum(rows), **OPTIONS["everything"]), own_rows(rows, rank))
+        with Collectives() as collectives:
+            losses.append(contrastive_loss(**arguments))
+        good.append(collectives.ran)
+    return {"again": said, "good": good, "changing": losses}
 
 
 def refusal(arguments):
@@ -603,11 +631,48 @@ def test_disagreements_raise_on_all_ranks(ranks, name):
 
 
 @several
+@pytest.mark.parametrize("name", DISAGREEMENTS)
+def test_mistakes_after_good_calls_raise_on_all_ranks(ranks, name):
+    """Good calls go on after them, to the same bits (`run_again`)."""
+    for culprit in (0, len(ranks) - 1):
+        for rank, saved in enumerate(ranks):
+            said = saved["again"][f"{name} of rank {culprit}"]
+            kind = "RuntimeError" if name == "a missing impl" and rank == culprit else "ValueError"
+            text = DISAGREEMENTS[name][1]
+            if culprit == 0 and text.endswith("on rank"):  # differences are from rank 0's
+                text = rf"{text.split()[0]} is .* on rank 1 and .* on rank 0"
+            assert re.match(f"{kind}: contrastive_loss: {text}", said), said
+            assert rank == culprit or "on rank" in said
+
+
+@several
 def test_no_rows_on_any_rank(ranks):
     for saved in ranks:
-        assert saved["no rows"].startswith(
-            "ValueError: contrastive_loss: query has 0 rows on every"
-        )
+        for said in (saved["no rows"], saved["again"]["no rows again"]):
+            assert said.startswith("ValueError: contrastive_loss: query has 0 rows on every")
+
+
+@several
+def test_rows_may_change_with_every_call(ranks):
+    for i, rows in enumerate(CHANGING[len(ranks)]):
+        losses = _reference(**make(sum(rows), **OPTIONS["everything"]))
+        for rank, saved in enumerate(ranks):
+            want = losses[own_rows(rows, rank)].sum() * len(ranks) / sum(rows)
+            assert abs(saved["changing"][i] - want) < 1e-12, rows
+
+
+@several
+def test_a_good_call_gathers_no_objects(ranks):
+    """One gather to agree, one of candidates, and the reduce-scatter of their gradients; where
+    bidirectional one for the columns' positives, one for their sums.
+    """
+    agreed, gathered = "allgather_base", "allgather_base"
+    for saved in ranks:
+        one_way, both_ways = (saved["good"][i] for i in (0, -1))
+        assert one_way == [agreed, gathered, "reduce_scatter"]
+        assert both_ways == [agreed, gathered, "allgather_base", "allgather_base"]
+        mistakes = 2 * len(DISAGREEMENTS)
+        assert saved["good"] == [one_way] * (1 + mistakes) + [both_ways] * len(saved["changing"])
 
 
 @pytest.mark.full

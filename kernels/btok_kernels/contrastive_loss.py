@@ -9,7 +9,8 @@ materialised, nor a graph through them: memory is a few tiles of them plus O((N 
 
     1. agree with the other ranks on shapes and options, so that a mistake raises on all of them
     2. gather keys, negatives and ids in one collective, padded to the largest rank on the way; on
-       CUDA each rank's are a broadcast of their own, worked on while the next is under way
+       CUDA this rank's are worked on meanwhile, and where they are large each rank's are a
+       broadcast of their own, worked on while the next is under way
     3. bidirectional: sweep the row tiles for each column's log-sum-exp, combine these over ranks
     4. sweep the row tiles for the loss and d logits, which go at once into d query (complete),
        d candidates (this rank's part) and d tau
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,9 +31,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.utils.rnn import pad_sequence
 
 from btok_kernels.launch import always, choose, no_triton
+from btok_kernels.ranks import Ranks, agree, join
 
 _TILE_LOGITS = 1 << 20  # logits of one tile, which has at least one row; 16 times that on a GPU
 
@@ -69,7 +69,7 @@ def _reference(
     return rows if columns is None else (rows + columns) / 2
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments of one call on this rank, as `contrastive_loss` documents them."""
 
     query: Tensor
@@ -90,6 +90,14 @@ class _Call(NamedTuple):
         return self.query, self.key, self.negatives, self.temperature
 
 
+class _Plan(NamedTuple):
+    """What all ranks do, as they agreed."""
+
+    ranks: Ranks
+    with_grad: bool
+    impl: str  # that runs
+
+
 class LossAndGrad(NamedTuple):
     """A loss and its gradients, in the inputs' shapes and dtypes; None for what is no tensor."""
 
@@ -100,117 +108,10 @@ class LossAndGrad(NamedTuple):
     d_temperature: Tensor | None
 
 
-def join(shards: list[Tensor]) -> Tensor:
-    """One tensor of them; no copy of a single one."""
-    return shards[0] if len(shards) == 1 else torch.cat(shards)
-
-
-def _overlaps(device: torch.device) -> bool:
-    """Whether kernels run while collectives do."""
-    return device.type == "cuda"
-
-
-def _sizes(parts: Sequence[Tensor], rows: int) -> list[int]:
-    """Bytes that so many rows of each part take in a message, in 16s as the kernels like them."""
-    return [-(-rows * part.shape[1:].numel() * part.itemsize // 16) * 16 for part in parts]
-
-
-def _joint(parts: Sequence[Tensor], rows: int) -> Tensor:
-    """One message, uint8, of all parts, padded to so many rows of each."""
-    sizes = _sizes(parts, rows)
-    message = torch.zeros(sum(sizes), dtype=torch.uint8, device=parts[0].device)
-    for part, section in zip(parts, message.split(sizes), strict=True):
-        section[: part.nbytes] = part.contiguous().flatten().view(torch.uint8)
-    return message
-
-
-def _disjoint(message: Tensor, parts: Sequence[Tensor], rows: int, padded: int) -> list[Tensor]:
-    """The parts, like `parts` but of `rows` rows, that lie in a message."""
-    found = []
-    for part, section in zip(parts, message.split(_sizes(parts, padded)), strict=True):
-        data = section[: rows * part.shape[1:].numel() * part.itemsize]
-        found.append(data.view(part.dtype).view(rows, *part.shape[1:]))
-    return found
-
-
-def _by_part(shards: list[list[Tensor]]) -> list[list[Tensor]]:
-    """A list per rank becomes one per part."""
-    return [list(part) for part in zip(*shards, strict=True)]
-
-
-class _Ranks(NamedTuple):
-    """How the M rows lie on the ranks: rank 0's first, then rank 1's, and so on."""
-
-    group: dist.ProcessGroup | None
-    rows: list[int]
-    own: slice  # this rank's
-    weight: float  # of a row: the mean over ranks of their weighted sums is the mean over rows
-
-    def exchange(self, part: Tensor) -> list[Tensor]:
-        """The parts of all ranks, which have equal shapes."""
-        if len(self.rows) == 1:
-            return [part]
-        parts = [torch.empty_like(part) for _ in self.rows]
-        dist.all_gather(parts, part, group=self.group)
-        return parts
-
-    def shards(self, *parts: Tensor) -> list[list[Tensor]]:
-        """Each part's [N, ...] of every rank, where the one collective for all parts left them."""
-        if len(self.rows) == 1:
-            return [[part] for part in parts]
-        received = self.exchange(_joint(parts, max(self.rows)))  # gloo refuses uneven shapes
-        pairs = zip(received, self.rows, strict=True)
-        return _by_part([_disjoint(data, parts, rows, max(self.rows)) for data, rows in pairs])
-
-    def arriving(self, *parts: Tensor) -> tuple[list[list[Tensor]], Iterator[int]]:
-        """The shards, maybe not there yet, and the ranks as theirs are, this one first.
-
-        Where the device works on while data come, each rank's shards are a broadcast of their own,
-        on the streams of the process group; the iterator makes the current stream wait for one.
-        """
-        if len(self.rows) == 1 or not _overlaps(parts[0].device):
-            return self.shards(*parts), iter(range(len(self.rows)))
-        me = dist.get_rank(self.group)
-        sizes = [sum(_sizes(parts, rows)) for rows in self.rows]
-        received = [torch.empty(n, dtype=torch.uint8, device=parts[0].device) for n in sizes]
-        received[me] = _joint(parts, self.rows[me])
-        sent = [
-            dist.broadcast(message, group=self.group, group_src=rank, async_op=True)
-            for rank, message in enumerate(received)
-        ]
-
-        def arrivals() -> Iterator[int]:
-            yield me
-            for rank, work in enumerate(sent):
-                work.wait()
-                if rank != me:
-                    yield rank
-
-        pairs = zip(received, self.rows, strict=True)
-        return _by_part([_disjoint(data, parts, rows, rows) for data, rows in pairs]), arrivals()
-
-    def gather(self, part: Tensor) -> Tensor:
-        """[N, ...] on each rank -> [M, ...] on all."""
-        return join(self.shards(part)[0])
-
-    def logsumexp(self, part: Tensor) -> Tensor:
-        """Over all ranks, elementwise."""
-        return torch.stack(self.exchange(part)).logsumexp(0)
-
-    def reduce_scatter(self, part: Tensor) -> Tensor:
-        """[M, ...] on each rank -> their sum's own rows, [N, ...]."""
-        if len(self.rows) == 1:
-            return part
-        shards = list(pad_sequence(part.split(self.rows), batch_first=True))  # as in gather
-        total = torch.empty_like(shards[0])
-        dist.reduce_scatter(total, shards, group=self.group)
-        return total[: self.own.stop - self.own.start]
-
-
 class _Batch:
     """This rank's N rows, by tiles of c, against the E = 1 + h candidates of each of all M rows."""
 
-    def __init__(self, call: _Call, ranks: _Ranks) -> None:
+    def __init__(self, call: Call, ranks: Ranks) -> None:
         self.call, self.ranks = call, ranks
         dtype = torch.promote_types(call.query.dtype, torch.float32)
         key = call.key[:, None]  # [N, 1, D]
@@ -245,7 +146,7 @@ class _Batch:
         return logits
 
 
-def _dense(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
+def _dense(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
     """`_reference` of the whole batch on every rank alike, so that gradients need no exchange."""
     batch = _Batch(call, ranks)
     inputs = (ranks.gather(batch.query), batch.candidates, batch.tau)
@@ -263,7 +164,7 @@ def _dense(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
     return [loss.detach(), d_query[ranks.own], d_own[:, 0], d_own[:, 1:], d_tau]
 
 
-def _chunked(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
+def _chunked(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
     """Three products a tile with gradients, one more where bidirectional."""
     batch = _Batch(call, ranks)
     query, candidates = batch.query, batch.candidates.flatten(0, 1)  # [N, D], [M E, D]
@@ -309,9 +210,9 @@ def _chunked(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _run(call: _Call, with_grad: bool) -> tuple[Tensor, list[Tensor | None]]:
+def _run(call: Call, plan: _Plan) -> tuple[Tensor, list[Tensor | None]]:
     """The loss and the gradients of `call.inputs`, in at least fp32; none where not wanted."""
-    ranks, with_grad, impl = _meet(call, with_grad)
+    ranks, with_grad, impl = plan
     path = _dense if impl == "reference" else _chunked
     if impl == "triton":
         from btok_kernels.contrastive_loss_triton import fused as path  # at the first call only
@@ -323,8 +224,8 @@ def _run(call: _Call, with_grad: bool) -> tuple[Tensor, list[Tensor | None]]:
 
 class _ContrastiveLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, with_grad: bool, *inputs: Tensor | float | None) -> Tensor:
-        loss, gradients = _run(call, with_grad)
+    def forward(ctx: Any, call: Call, plan: _Plan, *inputs: Tensor | float | None) -> Tensor:
+        loss, gradients = _run(call, plan)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -383,10 +284,10 @@ def contrastive_loss(
         RuntimeError: an `impl` that cannot run here.
     """
     options = (query_ids, key_ids, bidirectional, margin, group, deterministic, impl)
-    call = _Call(query, key, temperature, negatives, *options)
+    call = Call(query, key, temperature, negatives, *options)
     tensors = [x for x in call.inputs if isinstance(x, Tensor)]
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return _ContrastiveLoss.apply(call, with_grad, *call.inputs)
+    return _ContrastiveLoss.apply(call, _meet(call, with_grad), *call.inputs)
 
 
 def contrastive_loss_and_grad(query: Tensor, key: Tensor, **options: Any) -> LossAndGrad:
@@ -400,55 +301,27 @@ def contrastive_loss_and_grad(query: Tensor, key: Tensor, **options: Any) -> Los
 
     Raises: as `contrastive_loss`.
     """
-    call = _Call(query, key, **options)
-    loss, gradients = _run(call, with_grad=True)
+    call = Call(query, key, **options)
+    loss, gradients = _run(call, _meet(call, with_grad=True))
     pairs = zip(call.inputs, gradients, strict=True)
     cast: Any = (d if d is None else d.to(x.dtype) for x, d in pairs)
     return LossAndGrad(loss, *cast)
 
 
-def _meet(call: _Call, with_grad: bool) -> tuple[_Ranks, bool, str]:
-    """Check the arguments and that all ranks' agree; all make gradients if one needs them.
+def _meet(call: Call, with_grad: bool) -> _Plan:
+    """Check the arguments and that all ranks' agree; all make gradients if one needs them."""
 
-    The last of the three is the implementation that runs.
-    """
-    group = None if isinstance(call.group, str) else call.group
-    alone = call.group == "local" or not (dist.is_available() and dist.is_initialized())
-    rank, world = (0, 1) if alone else (dist.get_rank(group), dist.get_world_size(group))
-    if rank < 0:
-        raise ValueError("contrastive_loss: group does not contain this rank")
-    refusal: Exception | None = None
-    card: dict[str, Any] = {"grad": with_grad}
-    try:
-        card |= {"agreed": _check(call), "rows": len(call.query)}
-    except (TypeError, ValueError, RuntimeError) as error:
-        refusal = error
-        card["refusal"] = str(error)  # the other ranks must not wait for this one
-    cards = [card] * world
-    if world > 1:
-        dist.all_gather_object(cards, card, group=group)
-    for other, theirs in enumerate(cards):
-        if "refusal" in theirs:
-            raise refusal or ValueError(f"{theirs['refusal']} (on rank {other})")
-    for other, theirs in enumerate(cards):
-        for name, had in theirs["agreed"].items():
-            expected = cards[0]["agreed"][name]
-            if had != expected:
-                raise ValueError(
-                    f"contrastive_loss: {name} is {had} on rank {other} and {expected} on rank 0"
-                )
-    rows = [theirs["rows"] for theirs in cards]
-    if sum(rows) == 0:
-        raise ValueError("contrastive_loss: query has 0 rows on every rank, expected at least 1")
-    agreed = cards[0]["agreed"]
-    if sum(rows) == 1 and not agreed["h"]:
-        warnings.warn("contrastive_loss: one row and no negatives: the loss is 0", stacklevel=5)
-    own = slice(sum(rows[:rank]), sum(rows[: rank + 1]))
-    with_grad = any(theirs["grad"] for theirs in cards)
-    return _Ranks(group, rows, own, world / sum(rows)), with_grad, agreed["impl"]
+    def check() -> tuple[int, dict[str, Any]]:
+        return len(call.query), _check(call)
+
+    ranks, agreed, with_grad = agree("contrastive_loss", call.group, check, with_grad)
+    if sum(ranks.rows) == 1 and not agreed["h"]:
+        text = "contrastive_loss: one row and no negatives: the loss is 0"
+        warnings.warn(text, stacklevel=3)  # of whoever called the public function
+    return _Plan(ranks, with_grad, agreed["impl"])
 
 
-def _check(call: _Call) -> dict[str, Any]:
+def _check(call: Call) -> dict[str, Any]:
     """Refuse bad arguments; return what must be equal on all ranks."""
     name, query, tau, margin = "contrastive_loss", call.query, call.temperature, call.margin
     if not isinstance(query, Tensor) or query.ndim != 2 or not query.is_floating_point():
@@ -493,6 +366,7 @@ def _check(call: _Call) -> dict[str, Any]:
     }
     order = ("triton", "chunked") if query.device.type == "cuda" else ("chunked",)
     return {
+        "device": query.device.type,
         "dtype": query.dtype,
         "D": columns,
         "h": None if call.negatives is None else call.negatives.shape[1],

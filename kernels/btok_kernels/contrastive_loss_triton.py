@@ -35,7 +35,15 @@ import triton.language as tl
 from torch import Tensor
 
 from btok_kernels import launch
-from btok_kernels.contrastive_loss import _Call, _Ranks, join
+from btok_kernels.contrastive_loss import Call
+from btok_kernels.ranks import Ranks, join
+
+# What differs from batch to batch is not looked at for what it divides by, as each answer would
+# compile a kernel again. D, strides and the pointers to matrices are: that makes wide loads.
+_kernel = triton.jit(
+    do_not_specialize=("first_row", "N", "M", "columns", "tiles"),
+    do_not_specialize_on_alignment=("QUERY_IDS", "ROW_LSE", "D_SCALE"),
+)
 
 
 @triton.jit
@@ -84,12 +92,19 @@ def _tile(TABLE, tile, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def _place(N, BLOCK_N: tl.constexpr):
+    """This program's row tile and column tile, in one dimension: a grid's second has 65,535."""
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    return tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
+
+
+@triton.jit
 def _scores(
-    Q, K, TABLE, QUERY_IDS, KEY_IDS, stride_q, first_row, N, M, D, HAS_IDS: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    Q, K, TABLE, QUERY_IDS, KEY_IDS, pid_n, pid_m, stride_q, first_row, N, M, D,
+    HAS_IDS: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The scores of this program's tile, its rows and columns, and what is no candidate."""
-    pid_n, pid_m = tl.program_id(0), tl.program_id(1)
+    """The scores of one tile, its rows and columns, and what is no candidate."""
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
@@ -110,19 +125,23 @@ def _scores(
     return s, own, offs_n, mask_n, cols, mask_m
 
 
-@triton.jit
+@_kernel
 def _columns_kernel(
     S, POSITIVES, QUERY_IDS, KEY_IDS, SCALE, COLUMN_LSE,
     stride_s, first_row, N, M, margin,
     HAS_IDS: tl.constexpr, HAS_MARGIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The column log-sum-exps of one tile of products S [N, M], into COLUMN_LSE [row tiles, M]."""
+    """The column log-sum-exps of one tile of products S [N, M], into COLUMN_LSE [row tiles, M].
+
+    S is read beyond M, to the end of its rows of `stride_s`, for the reason in `_rows_kernel`.
+    """
     pid_m, pid_n = tl.program_id(0), tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_n, mask_m = offs_n < N, cols < M
     s_ptrs = S + offs_n.to(tl.int64)[:, None] * stride_s + cols[None, :]
-    s = tl.load(s_ptrs, mask=mask_n[:, None] & mask_m[None, :], other=0.0)  # [BLOCK_N, BLOCK_M]
+    mask = mask_n[:, None] & (cols < stride_s)[None, :]
+    s = tl.load(s_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_M]
     s, own = _mask(
         s, first_row + offs_n, cols, offs_n, mask_n, mask_m, QUERY_IDS, KEY_IDS, M, HAS_IDS
     )
@@ -155,19 +174,23 @@ def _d_logits(
     return d, d_scale
 
 
-@triton.jit
+@_kernel
 def _rows_kernel(
     S, POSITIVES, QUERY_IDS, KEY_IDS, SCALE, COLUMN_LSE, ROW_LSE, D_SCALE, D_LOGITS,
-    stride_s, stride_d, first_row, N, M, columns, margin, gain,
+    stride_s, first_row, N, M, columns, margin, gain,
     HAS_IDS: tl.constexpr, HAS_MARGIN: tl.constexpr, IS_BIDIRECTIONAL: tl.constexpr,
     WITH_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exps of whole rows of products S [N, columns], then d logits, maybe over S itself."""
+    """Log-sum-exps of whole rows of products S [N, columns], then d logits, maybe over S itself.
+
+    Rows of S and D_LOGITS are `stride_s` long, a multiple of 16, and read and written whole: a mask
+    that could end anywhere would make every access one of a single element.
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     mask_n = offs_n < N
     s_ptrs = S + offs_n.to(tl.int64)[:, None] * stride_s
-    d_ptrs = D_LOGITS + offs_n.to(tl.int64)[:, None] * stride_d
+    d_ptrs = D_LOGITS + offs_n.to(tl.int64)[:, None] * stride_s
     scale = tl.load(SCALE)
     row_positives = tl.load(POSITIVES + first_row + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
     top = tl.zeros([BLOCK_N], tl.float32)  # the positive's logit: every row has it
@@ -175,7 +198,7 @@ def _rows_kernel(
     for start in range(0, columns, BLOCK_M):
         cols = start + offs_m
         mask_m = cols < columns
-        mask = mask_n[:, None] & mask_m[None, :]
+        mask = mask_n[:, None] & (cols < stride_s)[None, :]
         s = tl.load(s_ptrs + cols[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_M]
         s, own = _mask(
             s, first_row + offs_n, cols, offs_n, mask_n, mask_m, QUERY_IDS, KEY_IDS, M, HAS_IDS
@@ -192,7 +215,7 @@ def _rows_kernel(
         for start in range(0, columns, BLOCK_M):
             cols = start + offs_m
             mask_m = cols < columns
-            mask = mask_n[:, None] & mask_m[None, :]
+            mask = mask_n[:, None] & (cols < stride_s)[None, :]
             s = tl.load(s_ptrs + cols[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_M]
             s, own = _mask(
                 s, first_row + offs_n, cols, offs_n, mask_n, mask_m, QUERY_IDS, KEY_IDS, M, HAS_IDS
@@ -206,7 +229,7 @@ def _rows_kernel(
         tl.store(D_SCALE + offs_n, d_scale, mask=mask_n)
 
 
-@triton.jit
+@_kernel
 def _sums_kernel(
     Q, K, TABLE, POSITIVES, QUERY_IDS, KEY_IDS, SCALE, ROW_LSE, COLUMN_LSE,
     stride_q, first_row, N, M, D, margin,
@@ -214,24 +237,25 @@ def _sums_kernel(
     ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exps of one tile: of rows into ROW_LSE [tiles, N], of keys into [row tiles, M]."""
+    pid_n, pid_m = _place(N, BLOCK_N)
     s, own, offs_n, mask_n, cols, mask_m = _scores(
-        Q, K, TABLE, QUERY_IDS, KEY_IDS, stride_q, first_row, N, M, D,
+        Q, K, TABLE, QUERY_IDS, KEY_IDS, pid_n, pid_m, stride_q, first_row, N, M, D,
         HAS_IDS, ALIGNED, BLOCK_N, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     scale = tl.load(SCALE)
     row_positives = tl.load(POSITIVES + first_row + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
     _, logits = _logits(s, row_positives[:, None], own, scale, margin, HAS_MARGIN)
     row_lse = _log_sum_exp(logits, 1)
-    tl.store(ROW_LSE + tl.program_id(1).to(tl.int64) * N + offs_n, row_lse, mask=mask_n)
+    tl.store(ROW_LSE + pid_m.to(tl.int64) * N + offs_n, row_lse, mask=mask_n)
     if IS_BIDIRECTIONAL:
         is_key = mask_m & (cols < M)
         positives = tl.load(POSITIVES + cols, mask=is_key, other=0.0)  # [BLOCK_M]
         _, logits = _logits(s, positives[None, :], own, scale, margin, HAS_MARGIN)
         column_lse = _log_sum_exp(logits, 0)
-        tl.store(COLUMN_LSE + tl.program_id(0).to(tl.int64) * M + cols, column_lse, mask=is_key)
+        tl.store(COLUMN_LSE + pid_n.to(tl.int64) * M + cols, column_lse, mask=is_key)
 
 
-@triton.jit
+@_kernel
 def _d_logits_kernel(
     Q, K, TABLE, POSITIVES, QUERY_IDS, KEY_IDS, SCALE, ROW_LSE, COLUMN_LSE, D_LOGITS, D_SCALE,
     stride_q, stride_d, first_row, N, M, D, margin, gain,
@@ -239,13 +263,13 @@ def _d_logits_kernel(
     ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """d logits of one tile of a panel, 0 behind its last column; D_SCALE is [tiles, N]."""
+    pid_n, pid_m = _place(N, BLOCK_N)
     s, own, offs_n, mask_n, cols, _ = _scores(
-        Q, K, TABLE, QUERY_IDS, KEY_IDS, stride_q, first_row, N, M, D,
+        Q, K, TABLE, QUERY_IDS, KEY_IDS, pid_n, pid_m, stride_q, first_row, N, M, D,
         HAS_IDS, ALIGNED, BLOCK_N, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     row_positives = tl.load(POSITIVES + first_row + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
     row_lse = tl.load(ROW_LSE + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
-    pid_m = tl.program_id(1)
     _, _, first_col, _ = _tile(TABLE, pid_m, ALIGNED)
     d, d_scale = _d_logits(
         s, own, cols, row_positives, row_lse, POSITIVES, COLUMN_LSE, first_col, M,
@@ -257,7 +281,7 @@ def _d_logits_kernel(
     tl.store(d_ptrs, (d * gain).to(D_LOGITS.dtype.element_ty), mask=mask_n[:, None])
 
 
-@triton.jit
+@_kernel
 def _d_query_kernel(
     D_LOGITS, K, TABLE, SCALE, D_QUERY,
     stride_d, stride_dq, N, D, tiles, factor,
@@ -271,20 +295,25 @@ def _d_query_kernel(
     mask_n, mask_d = offs_n < N, offs_d < D
     d_ptrs = D_LOGITS + offs_n.to(tl.int64)[:, None] * stride_d + offs_k[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, tiles * BLOCK_M, BLOCK_K):
-        begin, stride_k, _, count = _tile(TABLE, start // BLOCK_M, ALIGNED)
+    width = tiles * BLOCK_M
+    tl.assume(width > 0)  # else ptxas drains every product of the loop before the next
+    begin, stride_k, _, count = _tile(TABLE, 0, ALIGNED)
+    for start in range(0, width, BLOCK_K):
         offs_m = start % BLOCK_M + offs_k
         k_ptrs = K + begin + offs_m.to(tl.int64)[:, None] * stride_k + offs_d[None, :]
         d = tl.load(d_ptrs + start, mask=mask_n[:, None], other=0.0)  # [BLOCK_N, BLOCK_K]
         k = tl.load(k_ptrs, mask=(offs_m < count)[:, None] & mask_d[None, :], other=0.0)
         acc = tl.dot(d, k, acc, input_precision="ieee")  # k: [BLOCK_K, BLOCK_D]
+        # a step ahead: candidates whose address is read in their own step cannot be prefetched
+        following = tl.minimum(start + BLOCK_K, width - BLOCK_K) // BLOCK_M
+        begin, stride_k, _, count = _tile(TABLE, following, ALIGNED)
     out_ptrs = D_QUERY + offs_n.to(tl.int64)[:, None] * stride_dq + offs_d[None, :]
     mask = mask_n[:, None] & mask_d[None, :]
     out = tl.load(out_ptrs, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
     tl.store(out_ptrs, out + acc * (tl.load(SCALE) * factor), mask=mask)
 
 
-@triton.jit
+@_kernel
 def _d_candidates_kernel(
     D_LOGITS, Q, TABLE, SCALE, D_CANDIDATES,
     stride_d, stride_q, stride_dc, N, D, factor,
@@ -299,6 +328,7 @@ def _d_candidates_kernel(
     _, _, first_col, count = _tile(TABLE, pid_m, ALIGNED)
     d_ptrs = D_LOGITS + pid_m * BLOCK_M + offs_m[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    tl.assume(N > 0)  # as in d query
     for start in range(0, N, BLOCK_K):
         offs_n = (start + offs_k).to(tl.int64)
         mask_n = offs_n < N
@@ -316,8 +346,8 @@ def _d_candidates_kernel(
 class _Problem(NamedTuple):
     """What the kernels of one call work on, after the gather."""
 
-    call: _Call
-    ranks: _Ranks
+    call: Call
+    ranks: Ranks
     query: Tensor  # [N, D]
     keys: list[Tensor]  # [m, D] of each rank, M rows in all
     negatives: list[Tensor]  # [m h, D] of each rank
@@ -371,7 +401,8 @@ def _rows(p: _Problem, with_grad: bool, chunk: int) -> list[Tensor]:
     of_keys, of_negatives = slice(0, len(p.positives)), slice(len(p.positives), p.columns)
     shards = [(p.keys, of_keys)] + [(p.negatives, of_negatives)] * bool(p.negatives)
     chunks = _spans(len(query), chunk) or [slice(0, 0)]
-    products = p.positives.new_empty(min(chunk, len(query)), p.columns)
+    padded = triton.cdiv(p.columns, 16) * 16  # so that all rows are aligned, for cuBLAS too
+    products = p.positives.new_empty(min(chunk, len(query)), padded)
     rounded = with_grad and query.dtype != torch.float32
     d_logits = torch.empty_like(products, dtype=query.dtype) if rounded else products
     row_lse = p.positives.new_empty(len(query))
@@ -395,7 +426,7 @@ def _rows(p: _Problem, with_grad: bool, chunk: int) -> list[Tensor]:
             grid = triton.cdiv(s.shape[1], meta["BLOCK_M"]), triton.cdiv(len(s), meta["BLOCK_N"])
             partial = column_lse.new_empty(grid[1], s.shape[1])
             arguments = p.arguments(rows) | {"S": s, "COLUMN_LSE": partial}
-            _columns_kernel[grid](stride_s=s.stride(0), **arguments, **meta)
+            _columns_kernel[grid](stride_s=padded, **arguments, **meta)
             column_lse = torch.logaddexp(column_lse, partial.logsumexp(0))
         column_lse = p.ranks.logsumexp(column_lse)
     d_query, d_candidates = (p.zeros(n) if with_grad else query for n in (len(query), p.columns))
@@ -406,8 +437,8 @@ def _rows(p: _Problem, with_grad: bool, chunk: int) -> list[Tensor]:
             _add_product(s[:, columns], query[rows], matrix.T, beta=0)
         _rows_kernel[(triton.cdiv(len(s), meta["BLOCK_N"]),)](
             S=s, COLUMN_LSE=column_lse, ROW_LSE=row_lse[rows], D_SCALE=d_scale[rows], D_LOGITS=d,
-            stride_s=s.stride(0), stride_d=d.stride(0), columns=p.columns, gain=p.gain,
-            IS_BIDIRECTIONAL=is_bidirectional, WITH_GRAD=with_grad, **p.arguments(rows), **meta,
+            stride_s=padded, columns=p.columns, gain=p.gain, IS_BIDIRECTIONAL=is_bidirectional,
+            WITH_GRAD=with_grad, **p.arguments(rows), **meta,
         )  # fmt: skip
         for matrix, columns in parts if with_grad else []:
             _add_product(d_query[rows], d[:, columns], matrix)
@@ -460,10 +491,10 @@ def _recompute(p: _Problem, with_grad: bool) -> list[Tensor]:
         lines = of_rank[rank]
         for rows in panels if len(lines) else []:
             count = rows.stop - rows.start
-            grid = triton.cdiv(count, meta["BLOCK_N"]), len(lines)
+            row_tiles = triton.cdiv(count, meta["BLOCK_N"])
             row_partial = row_lse.new_empty(len(lines), count)
-            column_partial = row_lse.new_empty(grid[0] * is_bidirectional, len(column_lse))
-            _sums_kernel[grid](
+            column_partial = row_lse.new_empty(row_tiles * is_bidirectional, len(column_lse))
+            _sums_kernel[(row_tiles * len(lines),)](
                 TABLE=lines, ROW_LSE=row_partial, COLUMN_LSE=column_partial,
                 **arguments(rows), **meta,
             )  # fmt: skip
@@ -489,7 +520,7 @@ def _recompute(p: _Problem, with_grad: bool) -> list[Tensor]:
         count, d_query_rows = rows.stop - rows.start, d_query[rows]
         for lines in table.split(tiles):
             d_scale_partial = row_lse.new_empty(len(lines), count)
-            _d_logits_kernel[triton.cdiv(count, meta["BLOCK_N"]), len(lines)](
+            _d_logits_kernel[(triton.cdiv(count, meta["BLOCK_N"]) * len(lines),)](
                 TABLE=lines, ROW_LSE=row_lse[rows], COLUMN_LSE=column_lse, D_SCALE=d_scale_partial,
                 gain=p.gain, **panel, **arguments(rows), **meta,
             )  # fmt: skip
@@ -513,7 +544,7 @@ def _positives(query: Tensor, key: Tensor) -> Tensor:
     return torch.cat([(q.float() * k.float()).sum(1) for q, k in pairs])
 
 
-def fused(call: _Call, ranks: _Ranks, with_grad: bool) -> list[Tensor]:
+def fused(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
     """The loss and, if wanted, its gradients, all in fp32, as the other paths give them."""
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (call.query, call.key))
     own_positives = _positives(query, key)

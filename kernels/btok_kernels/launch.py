@@ -210,22 +210,25 @@ def _blocks(warps: int, stages: int, **blocks: int) -> dict[str, int]:
     return sizes | {"num_warps": warps, "num_stages": stages}
 
 
-# by kernel and bytes of an element, for sm_80 and sm_90 alike: none spills on either. The last four
-# share BLOCK_M, the width of a tile of candidates.
+# By kernel and bytes of an element: tiles whose loops copy two steps ahead, let no two warps make
+# the same products, spill nothing and fit the 99 KiB of shared memory that sm_86, 89 and 120 have.
+# The last four share BLOCK_M, the width of a tile of candidates.
 _CONTRASTIVE: dict[tuple[str, int], dict[str, int]] = {
     ("rows", 2): _blocks(4, 1, N=2, M=512),
     ("rows", 4): _blocks(4, 1, N=2, M=512),
     ("columns", 2): _blocks(8, 1, N=64, M=128),
     ("columns", 4): _blocks(8, 1, N=64, M=128),
     ("sums", 2): _blocks(8, 3, N=128, M=128, D=64),
-    ("sums", 4): _blocks(8, 2, N=64, M=64, D=32),
+    ("sums", 4): _blocks(8, 3, N=64, M=64, D=32),
     ("d_logits", 2): _blocks(8, 3, N=64, M=128, D=64),
-    ("d_logits", 4): _blocks(8, 2, N=64, M=64, D=32),
+    ("d_logits", 4): _blocks(8, 3, N=64, M=64, D=32),
     ("d_query", 2): _blocks(8, 3, N=128, M=128, K=64, D=128),
-    ("d_query", 4): _blocks(8, 2, N=64, M=64, K=32, D=64),
+    ("d_query", 4): _blocks(8, 3, N=64, M=64, K=32, D=64),
     ("d_candidates", 2): _blocks(8, 3, M=128, K=64, D=128),
-    ("d_candidates", 4): _blocks(8, 2, M=64, K=32, D=64),
+    ("d_candidates", 4): _blocks(8, 3, M=64, K=32, D=64),
 }
+# sm_100 and 103 read a tile of scores back from tensor memory, which takes more registers
+_CONTRASTIVE_100 = _CONTRASTIVE | {("sums", 2): _blocks(8, 3, N=64, M=128, D=64)}
 _CONTRASTIVE_INTERPRETED = {  # small, so that short tests have many tiles
     "rows": _blocks(1, 1, N=4, M=16),
     "columns": _blocks(1, 1, N=8, M=16),
@@ -240,4 +243,5 @@ def contrastive_config(kernel: str, dtype: torch.dtype, arch: int) -> dict[str, 
     """Tile, warps and stages of a kernel of contrastive_loss on an architecture as in sm_90."""
     if arch == 0:
         return _CONTRASTIVE_INTERPRETED[kernel]
-    return _CONTRASTIVE[kernel, dtype.itemsize]
+    table = _CONTRASTIVE_100 if arch // 10 == 10 else _CONTRASTIVE
+    return table[kernel, dtype.itemsize]

@@ -3,26 +3,26 @@
     with device(90):
         condensed_attention_triton._forward(q, k, v, tiles, scale)  # tensors on the CPU
 
-Nothing of the host code is changed but the architecture that it asks for.
+Nothing of the host code is changed but what it asks a GPU for: its architecture, and whether
+Triton can run.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 from torch import Tensor
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
 from bench.aot import Target
-from btok_kernels import launch
+from btok_kernels import condensed_attention, contrastive_loss, launch
 from tests.compiled.machine import Machine
 from tests.compiled.memory import Global
 from tests.compiled.ptx import Program, parse
@@ -35,9 +35,9 @@ program_of = cache(parse)
 class Device:
     """What was executed, and what else a launch may touch."""
 
-    def __init__(self) -> None:
+    def __init__(self, rewrite: Mapping[str, Callable[[str], str]]) -> None:
         self.also: list[Tensor] = []  # tensors that kernels reach without being given them
-        self.rewrite: dict[str, Any] = {}  # kernel's name -> a change of its PTX: planted faults
+        self.rewrite = rewrite
         self.launched: Counter[str] = Counter()
         self.executed: Counter[tuple[str, str]] = Counter()  # (kernel, opcode): blocks
 
@@ -68,26 +68,34 @@ class Device:
 
 
 @contextmanager
-def device(arch: int) -> Iterator[Device]:
-    """Triton's launches within are compiled for compute capability `arch` and executed here."""
-    here = Device()
+def device(
+    arch: int, rewrite: Mapping[str, Callable[[str], str]] | None = None
+) -> Iterator[Device]:
+    """Triton's launches within are compiled for compute capability `arch` and executed here.
 
-    def load(kernel: CompiledKernel) -> None:
-        def run(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+    Args:
+        arch: as in sm_90.
+        rewrite: changes of a kernel's PTX by its name: planted faults.
+    """
+    here = Device(rewrite or {})
+
+    def starter(kernel: CompiledKernel) -> Callable[..., None]:
+        def start(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
             here.launch(kernel, (x, y, z), arguments)
 
-        kernel._run, kernel.module, kernel.function = run, here, here
+        return start
 
-    active = driver._active if hasattr(driver, "_active") else None
+    before = driver._active
     driver.set_active(Target(arch))
     try:
         with (
-            mock.patch.object(CompiledKernel, "_init_handles", load),
+            mock.patch.object(CompiledKernel, "_init_handles", lambda kernel: None),
+            mock.patch.object(CompiledKernel, "run", property(starter)),
             mock.patch.object(launch, "architecture", lambda device: arch),
+            mock.patch.object(condensed_attention, "no_triton", lambda device, dtype: None),
+            mock.patch.object(contrastive_loss, "no_triton", lambda device, dtype: None),
         ):
             yield here
     finally:
-        driver._active = active
+        driver._active = before
 
-
-__all__ = ["Device", "device", "torch"]

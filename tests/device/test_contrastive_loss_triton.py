@@ -30,13 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from btok_kernels import contrastive_loss as module
 from btok_kernels import launch
+from btok_kernels import ranks as ranks_module
 from btok_kernels.contrastive_loss import (
-    _Call,
-    _Ranks,
+    Call,
     _reference,
     contrastive_loss,
     contrastive_loss_and_grad,
 )
+from btok_kernels.ranks import Ranks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -234,7 +235,7 @@ def test_offsets_beyond_32_bits(way):
     assert gap([grads[0], grads[1], grads[3]], want_grads) < 1e-3
 
 
-class Split(_Ranks):
+class Split(Ranks):
     """One process whose keys lie in shards, as if they came from ranks of `sizes` rows.
 
     They are NaN until they arrive. After each arrival `seen` notes it among what ran.
@@ -276,7 +277,7 @@ def test_shards_are_read_where_they_lie_as_they_arrive(name, way):
 
     arguments = make(37, dim=20, dtype=torch.float32, **OPTIONS[name])
     want, want_grads = truth(arguments)
-    call = _Call(**{k: x.to(DEVICE) if torch.is_tensor(x) else x for k, x in arguments.items()})
+    call = Call(**{k: x.to(DEVICE) if torch.is_tensor(x) else x for k, x in arguments.items()})
     with torch.no_grad(), guarded() as mode:
         Split.seen = mode.ran
         loss, *grads = fused(call, Split(None, [37], slice(0, 37), 1 / 37), True)
@@ -402,17 +403,25 @@ def test_random_shapes(seed, monkeypatch):
 
 SPLITS = {1: [[6]], 2: [[5, 2], [0, 6]], 4: [[2, 2, 2, 2], [3, 0, 5, 1]]}
 RANK_CASES = {
-    f"{name}, {way}{', shared tower' * shared}{', overlapped' * overlaps}": case
-    for way, shared, overlaps, names in (
-        ("recompute", False, False, OPTIONS),
-        ("rows by 5", False, False, ["plain", "everything"]),
-        ("recompute", True, False, ["everything"]),
-        ("recompute", False, True, ["plain", "negatives", "everything"]),
-        ("rows by 5", False, True, ["negatives", "everything"]),
+    f"{name}, {way}{', shared tower' * shared}, {route}": case
+    for way, shared, route, names in (
+        ("recompute", False, "waited for", OPTIONS),
+        ("rows by 5", False, "waited for", ["plain", "everything"]),
+        ("recompute", True, "waited for", ["everything"]),
+        ("recompute", False, "one gather", ["plain", "everything"]),
+        ("rows by 5", False, "one gather", ["everything"]),
+        ("recompute", False, "broadcasts", ["plain", "negatives", "everything"]),
+        ("rows by 5", False, "broadcasts", ["negatives", "everything"]),
     )
     for name in names
-    for case in [(OPTIONS[name], way, shared, overlaps)]
+    for case in [(OPTIONS[name], way, shared, route)]
 }
+
+
+def send_by(patch, route):
+    """As shards go on CUDA, small or large, or as on the CPU."""
+    patch.setattr(ranks_module, "_overlaps", lambda _: route != "waited for")
+    patch.setattr(ranks_module, "_one_by_one", lambda *_: route == "broadcasts")
 
 
 def towers(loss_of, name, total, own=slice(None), precision=torch.float32):
@@ -446,9 +455,9 @@ def run_rank(rank, world, folder):
     with gloo(folder, rank, world), pytest.MonkeyPatch.context() as patch:
         for rows in SPLITS[world]:
             own = own_rows(rows, rank)
-            for name, (_, way, _, overlaps) in RANK_CASES.items():
+            for name, (_, way, _, route) in RANK_CASES.items():
                 take(patch, way)
-                patch.setattr(module, "_overlaps", lambda _, overlaps=overlaps: overlaps)
+                send_by(patch, route)
                 loss, grads = towers(
                     lambda **a: contrastive_loss(**a, impl="triton"), name, sum(rows), own
                 )
@@ -459,9 +468,11 @@ def run_rank(rank, world, folder):
         if world == 4:
             pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
             take(patch, "recompute")
-            patch.setattr(module, "_overlaps", lambda _: True)
             batch = make(5, dtype=torch.float32, seed=rank)
-            saved["pair"] = contrastive_loss(**batch, group=pairs[rank // 2], impl="triton")
+            for route in ("one gather", "broadcasts"):
+                send_by(patch, route)
+                loss = contrastive_loss(**batch, group=pairs[rank // 2], impl="triton")
+                saved[f"pair, {route}"] = loss
         torch.save(saved, f"{folder}/{rank}.pt")
 
 
@@ -508,4 +519,5 @@ def test_shards_arrive_in_a_group_of_some_ranks(ranks):
         both = {name: torch.cat([batch[name] for batch in pair]) for name in ("query", "key")}
         own = slice(0, 5) if rank % 2 == 0 else slice(5, 10)
         want = _reference(**in_double({**batches[rank], **both}))[own].mean()
-        assert abs(saved["pair"] - want) < 1e-5
+        for route in ("one gather", "broadcasts"):
+            assert abs(saved[f"pair, {route}"] - want) < 1e-5, route
