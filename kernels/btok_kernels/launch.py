@@ -117,6 +117,7 @@ _ATTENTION_INTERPRETED = Config(32, 16, 1, 1)  # small, so that short tests have
 found: dict[tuple[str, int, int, torch.dtype], Config] = {}  # by BTOK_AUTOTUNE=1
 
 
+@functools.cache
 def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int) -> Config:
     """The launch of "forward", "dkdv" or "dq" on an architecture as in sm_90; 0 is none."""
     if arch == 0:
