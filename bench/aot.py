@@ -35,9 +35,7 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that spawned workers find sass
-import sass
-
+from bench import sass
 from btok_kernels import launch
 from btok_kernels.condensed_attention import HEAD_DIMS
 
@@ -174,10 +172,13 @@ class Target(DriverBase):
 @contextmanager
 def recorded_launches(arch: int, target: type[Target] = Target) -> Iterator[dict[str, Launch]]:
     """Launches inside compile for `arch` and go to `target`'s launcher; those recorded, by hash."""
-    active = target(arch)
+    active, before = target(arch), driver._active
     driver.set_active(active)
-    with mock.patch.object(launch, "architecture", lambda device: arch):
-        yield active.launches
+    try:
+        with mock.patch.object(launch, "architecture", lambda device: arch):
+            yield active.launches
+    finally:
+        driver._active = before
 
 
 _reports: dict[
