@@ -5,7 +5,7 @@ product is one tensor-core instruction (HGMMA of a warpgroup, HMMA of a warp; FF
 an asynchronous one to shared memory (LDGSTS). A group of products is what one wait counts: those up
 to the one that carries `gsb0`.
 
-The model is no measurement: +-25 %. `rate` tells its rules.
+The model is no measurement, and optimistic. `rate` tells its rules.
 """
 
 from __future__ import annotations
@@ -485,13 +485,16 @@ def rate(
 ) -> float:
     """Modelled TFLOP/s of a GPU that runs `loop` with `useful` FLOPs an iteration and block.
 
-    A model, +-25 %: an SM's warps walk the loop's instructions in order, in steady state. Each of
+    A model: an SM's warps walk the loop's instructions in order, in steady state. Each of
     the four schedulers issues one instruction a cycle; an instruction waits for the registers it
     reads (4 cycles behind arithmetic, 23 behind MUFU and SHFL, 29 behind shared memory, 32 behind
-    HMMA); MUFU takes 4 lanes a cycle of each scheduler, shared memory moves 128 bytes a cycle of
-    an SM, tensor cores work at the rate of `DEVICES`. HGMMA go on beside their warpgroup until its
-    wait, and are seen 32 cycles after their last FLOP. Warpgroups of a block meet at barriers,
-    blocks are independent. Global memory, caches, launches and masked blocks cost nothing.
+    HMMA); MUFU takes 4 lanes a cycle of each scheduler, loads and stores of shared memory 128 bytes
+    a cycle of an SM, tensor cores work at the rate of `DEVICES`. HGMMA go on beside their warpgroup
+    until its wait, and are seen 32 cycles after their last FLOP. Warpgroups of a block meet at
+    barriers, blocks are independent; as many run as registers, shared memory and threads let.
+    TFLOP/s = SMs x clock x blocks x useful FLOPs of an iteration / its cycles. Waits for copies,
+    operands that HGMMA read from shared memory, caches, launches and masked blocks cost nothing:
+    it is optimistic, good to compare launches and no forecast of a rate.
     Latencies: Luo et al., arXiv 2402.13499 (Hopper), Jia et al., arXiv 1804.06826 (arithmetic).
     """
     device = DEVICES[arch]
