@@ -502,9 +502,12 @@ def test_mma(half):
     of_c = [(0, 0), (0, 1), (8, 0), (8, 1)]
     start = torch.stack([torch.stack([c[g + i, t + j] for g, t in lanes]) for i, j in of_c])
     loads = "".join(f"ld.global.b32 %r{20 + i}, [%d11 + {128 * i}];" for i in range(10))
+    d, opcode = (
+        "{%r26, %r27, %r28, %r29}",
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32",
+    )
     code = f"""add.s64 %d11, %d0, %d10; {loads}
-        mma.sync.aligned.m16n8k16.row.col.f32.{half}.{half}.f32 {{%r26, %r27, %r28, %r29}},
-        {{%r20, %r21, %r22, %r23}}, {{%r24, %r25}}, {{%r26, %r27, %r28, %r29}};"""
+        {opcode} {d}, {{%r20, %r21, %r22, %r23}}, {{%r24, %r25}}, {d};"""
     machine = execute(code, torch.cat([left, right, start.view(torch.int32)]))
     expected = a.float() @ b.float().T + c
     for i, (row, column) in enumerate(of_c):
@@ -805,14 +808,14 @@ def test_global_memory_has_bounds(access, vector, names):
     width = 16 if names[0] == "{" else 4
     numbers = torch.zeros(40, dtype=torch.int32)
     first, second = numbers[:12], numbers[16:28]
-    at = "setp.eq.b32 %p1, %r0, 31; mov.b64 %d11, %d0; @%p1 add.s64 %d11, %d0, {};"
+    at = "setp.eq.b32 %p1, %r0, 31; mov.b64 %d11, %d0; @%p1 add.s64 %d11, %d0, AT;"
     code = f"{at} {access.format(vector, names)};"
     for offset in (0, 48 - width, 64, 112 - width):
-        execute(code.format(offset), numbers, reach=(first, second))
+        execute(code.replace("AT", str(offset)), numbers, reach=(first, second))
     for offset in (-width, 48, 64 - width, 112, 1 << 20):
-        faulty("out of bounds", code.format(offset), numbers, reach=(first, second))
+        faulty("out of bounds", code.replace("AT", str(offset)), numbers, reach=(first, second))
     for offset in range(1, width):
-        faulty("misaligned", code.format(offset), numbers, reach=(first, second))
+        faulty("misaligned", code.replace("AT", str(offset)), numbers, reach=(first, second))
 
 
 def test_a_tensor_ends_at_its_last_element():
@@ -921,8 +924,12 @@ def test_a_copy_that_is_not_waited_for():
     ]:
         with pytest.raises(Fault, match=message):
             copied(*steps, at=at)
-    faulty(message, f"{COPY} {START.format(0)} {WAIT.format(0)} ld.shared.b32 %r21, [%r20];",
-           NUMBERS, shared=512)  # never committed
+    faulty(
+        message,
+        f"{COPY} {START.format(0)} {WAIT.format(0)} ld.shared.b32 %r21, [%r20];",
+        NUMBERS,
+        shared=512,
+    )  # never committed
 
 
 def test_a_copy_is_seen_by_other_warps_after_a_barrier():
@@ -956,7 +963,9 @@ def test_a_copy_of_no_bytes_writes_zeros_and_reads_nothing():
         expected = [4 * lane + i if lane < 8 else 0 for lane in range(32)]
         assert machine.register(f"%r{24 + i}").tolist() == expected
     faulty("out of bounds", code.replace("16, 0, %p1", "16, 16, %p1"), NUMBERS, shared=512)
-    faulty("a copy of 16 bytes from 8", code.replace("16, 0, %p1", "8, 0, %p1"), NUMBERS, shared=512)
+    faulty(
+        "a copy of 16 bytes from 8", code.replace("16, 0, %p1", "8, 0, %p1"), NUMBERS, shared=512
+    )
 
 
 # Faults around products of a warpgroup
@@ -990,7 +999,7 @@ def ones() -> Tensor:
 
 def multiplied(**changes: str) -> Machine:
     memory = ones()
-    return execute(in_steps(**changes), memory, threads=128, shared=2 * len(memory) + 1024)
+    return execute(in_steps(**changes), memory, threads=128, shared=2 * len(memory) + 4096)
 
 
 FROM_REGISTERS = product(16, "f16", "{%r40, %r41, %r42, %r43}", "0")
@@ -1007,7 +1016,9 @@ def test_a_product_adds_to_its_accumulator_where_scale_d_is_set():
     setup = "setp.ge.u32 %p1, %r0, 0; wgmma.fence.sync.aligned;"
     machine = multiplied(order=setup, product=once + again)
     assert result(machine) == {32.0}
-    machine = multiplied(order=setup, product=once + again, wait=DONE + "wgmma.fence.sync.aligned;" + again + DONE)
+    machine = multiplied(
+        order=setup, product=once + again, wait=DONE + "wgmma.fence.sync.aligned;" + again + DONE
+    )
     assert result(machine) == {48.0}
     assert result(multiplied(product=FROM_REGISTERS)) == {16.0}
 
@@ -1066,8 +1077,10 @@ def test_a_wait_that_asks_for_too_little_leaves_an_accumulator_nan():
         ({"order": "wgmma.fence.sync.aligned; mov.b64 %d21, 0x2000000000000;"}, "a base offset"),
         ({"order": "wgmma.fence.sync.aligned; or.b64 %d21, %d21, 16383;"}, "reads byte .* shared"),
         (
-            {"order": "wgmma.fence.sync.aligned; setp.lt.u32 %p1, %r0, 64;",
-             "product": product(16, "f16", "%d20", "0, 0", "%p1")},
+            {
+                "order": "wgmma.fence.sync.aligned; setp.lt.u32 %p1, %r0, 64;",
+                "product": product(16, "f16", "%d20", "0, 0", "%p1"),
+            },
             "lanes of a warpgroup differ in scale-d",
         ),
         (
@@ -1086,7 +1099,7 @@ def test_a_product_whose_operands_or_results_are_used_too_soon(changes, message)
 def test_what_a_product_read_may_be_written_after_its_wait_and_a_barrier():
     multiplied(after="bar.sync 0; xor.b32 %r3, %r2, 512; st.shared.b32 [%r3], %r0;")
     multiplied(product=FROM_REGISTERS, after="mov.b32 %r42, 0;")
-    assert result(multiplied(flight="st.shared.b32 [%r2+3072], %r0;")) == {16.0}  # beside it
+    assert result(multiplied(flight="st.shared.b32 [%r2+4096], %r0;")) == {16.0}  # beside it
 
 
 def test_both_warpgroups_of_a_block_have_their_own_a_and_accumulator():
