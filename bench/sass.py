@@ -477,7 +477,10 @@ def cycles(program: list[Instruction], loop: Loop, arch: int, warps: int, blocks
         if len(group.marks) == rounds and group.at == 0 and group in running:
             running.remove(group)
     half = rounds // 2
-    return max((group.marks[-1] - group.marks[-1 - half]) / half for group in groups)
+    spent = max((group.marks[-1] - group.marks[-1 - half]) / half for group in groups)
+    # the last iterations of the last group run alone
+    tensor = sum(step.cycles for step in steps if step.kind in ("hgmma", "hmma"))
+    return max(spent, tensor * len(groups))
 
 
 def rate(

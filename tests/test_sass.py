@@ -285,9 +285,15 @@ def test_the_model_drains_every_serialised_product():
     assert modelled(SERIALISED, blocks=2) < 2 * modelled(SERIALISED)
 
 
-def test_the_model_knows_no_more_than_the_peak():
-    lines = program(CLEAN)
-    loop = only_loop(CLEAN)
-    rate = sass.rate(lines, loop, 90, 4, 8, loop.flops)
-    assert rate <= 132 * 1.755e9 * 4096 / 1e12
+@pytest.mark.parametrize(
+    ("text", "warps", "blocks"),
+    [
+        (CLEAN, 4, 8),
+        (CLEAN.replace("HGMMA.64x64", "HGMMA.64x256").replace("gsb0, 0x0", "gsb0, 0x1"), 8, 1),
+    ],
+)
+def test_the_model_knows_no_more_than_the_peak(text, warps, blocks):
+    lines, loop = program(text), only_loop(text)
+    rate = sass.rate(lines, loop, 90, warps, blocks, loop.flops * warps // 4)
+    assert rate <= 132 * 1.755e9 * 4096 / 1e12 + 1e-6
     assert rate > 0.9 * 132 * 1.755e9 * 4096 / 1e12
