@@ -6,6 +6,7 @@ and a floor, as on a GPU (`tests/device`).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -106,7 +107,12 @@ def attention(
     exact = _differentiated("reference", *double, **options)
     low = _differentiated("sdpa", q, k, v, d_out, **options)
     factor = dim**-0.5 if scale is None else scale
-    lse, delta = (x for x in made if x.dtype == torch.float32 and x.ndim == 2)
+    (base2, delta) = (
+        x.transpose(0, 1).flatten(1)  # [Hkv, T, G] -> [T, Hq]
+        for x in made
+        if x.shape == (heads[1], layout.num_rows, heads[0] // heads[1])
+    )
+    lse = base2 * math.log(2)
     sees = layout.row_first < layout.num_rows
     results = {
         "out": (got[0], exact[0], low[0]),
@@ -125,7 +131,10 @@ def attention(
         "dv": (got[3], exact[3], low[3]),
     }
     assert (lse[~sees] == -torch.inf).all(), "rows that see nothing"
-    errors = {name: _share(*tensors, dtype) for name, tensors in results.items()}
+    errors = {
+        name: _share(*tensors, torch.float32 if name == "lse" else dtype)
+        for name, tensors in results.items()
+    }
     return {
         "forward": max(errors["out"], errors["lse"]),
         "delta": errors["delta"],
