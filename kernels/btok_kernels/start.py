@@ -93,11 +93,11 @@ def _unobserved(kernel: Any) -> bool:
 
 
 def _started(kernel: JITFunction, device: int) -> Started | None:
-    """Lies in Triton's own cache of the kernel for the device, so that who clears one clears both.
+    """Lies among the keys that Triton keeps, so that who clears the kernel's caches clears it too.
 
     None where Triton compiles for more than a key says, as for the sizes of tensors on ROCm.
     """
-    cache, _, target, *_ = kernel.device_caches[device]
+    _, cache, target, *_ = kernel.device_caches[device]
     if _STARTED not in cache and target.backend == "cuda":
         cache[_STARTED] = {}
     return cache.get(_STARTED)
