@@ -119,7 +119,7 @@ FAMILY = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 80, 1
 # all architectures alike.
 _ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
     ("forward", 80): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
-    ("dkdv", 80): {64: Config(64, 64, 4, 3), 128: Config(32, 64, 4, 3)},
+    ("dkdv", 80): {128: Config(32, 64, 4, 3)},
     ("dq", 80): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
     ("forward", 90): {
         64: Config(128, 64, 4, 3),
