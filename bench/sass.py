@@ -498,7 +498,8 @@ def rate(
     TFLOP/s = SMs x clock x blocks x useful FLOPs of an iteration / its cycles. Waits for copies,
     operands that HGMMA read from shared memory, caches, launches and masked blocks cost nothing:
     it is optimistic, good to compare launches and no forecast of a rate.
-    Latencies: Luo et al., arXiv 2402.13499 (Hopper), Jia et al., arXiv 1804.06826 (arithmetic).
+    Latencies are rounded, of the order in Luo et al., arXiv 2402.13499 (Hopper), and Jia et al.,
+    arXiv 1804.06826 (arithmetic).
     """
     device = DEVICES[arch]
     spent = cycles(program, loop, arch, warps, blocks)
