@@ -499,6 +499,14 @@ def table(runs: list[Run]) -> str:
         "",
         f"**Modelled TFLOP/s.** A model{MODEL}",
         "",
+        "`DEVICES`: "
+        + "; ".join(
+            f"sm_{arch} {device.multiprocessors} SMs at {device.hertz / 1e9} GHz, {device.flops} "
+            f"half-precision FLOPs a cycle and SM (HMMA {device.mma_share} of that)"
+            for arch, device in sass.DEVICES.items()
+        )
+        + ".",
+        "",
         *summary(runs),
         *advice(runs),
     ]

@@ -449,7 +449,8 @@ def cycles(program: list[Instruction], loop: Loop, arch: int, warps: int, blocks
     rounds, members = 12, max(1, warps // 4)
     steps = [_step(program[at], DEVICES[arch]) for at in loop.body]
     groups = [_Group(number // members, steps, float(number)) for number in range(blocks * members)]
-    running, met = list(groups), {block: [] for block in range(blocks)}
+    running = list(groups)
+    met: dict[int, list[_Group]] = {block: [] for block in range(blocks)}
     free = dict.fromkeys(("issue", "hgmma", "hmma", "special", "shared"), 0.0)
     earliest = {group: group.earliest() for group in groups}
 
