@@ -84,7 +84,10 @@ def executed(
         rows = torch.where(begin < last_key, (last_row - begin).clamp(min=0) * groups, 0)
         return visited(-(-rows // config.block_m), config)
 
-    backward = 8 * dim * by_keys("dkdv") + 6 * dim * by_rows("dq")  # 4 and 3 matrix products
+    # 4 and 3 matrix products; above 128 columns dK and dV are made one after the other, the scores
+    # for each of them
+    of_keys = 8 if dim <= 128 else 10
+    backward = of_keys * dim * by_keys("dkdv") + 6 * dim * by_rows("dq")
     return 4 * dim * by_rows("forward"), backward
 
 
