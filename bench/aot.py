@@ -44,7 +44,7 @@ from btok_kernels import launch
 from btok_kernels.condensed_attention import HEAD_DIMS
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB of a block
-DEFAULT_ARCHS = (80, 90)
+DEFAULT_ARCHS = (80, 90, 100, 120)  # of the last two no machine code is read
 SPILL_LIMIT = 64  # bytes of stores and loads
 RATIO_LIMIT = 1.05  # executed over useful products
 
@@ -499,6 +499,14 @@ def table(runs: list[Run]) -> str:
         "",
         f"**Modelled TFLOP/s.** A model{MODEL}",
         "",
+        "`DEVICES`: "
+        + "; ".join(
+            f"sm_{arch} {device.multiprocessors} SMs at {device.hertz / 1e9} GHz, {device.flops} "
+            f"half-precision FLOPs a cycle and SM (HMMA {device.mma_share} of that)"
+            for arch, device in sass.DEVICES.items()
+        )
+        + ".",
+        "",
         *summary(runs),
         *advice(runs),
     ]
@@ -572,13 +580,19 @@ def other_run(folder: Path, arguments: list[str]) -> Run:
 
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """What the arguments ask for.
+    """What the arguments ask for, less what makes the same code again.
 
-    By default every dtype with 6 query heads per key head, and bfloat16 with one, too.
+    Bfloat16 with 1 and 6 query heads per key head, by default, other dtypes with 6; fp32, which no
+    tensor core multiplies, for the first architecture; only bfloat16 where no machine code is read.
     """
     for arch, dtype in itertools.product(args.archs, args.dtypes):
+        read = arch in sass.DEVICES
+        same = dtype == "float32" or (dtype != "bfloat16" and not read)
+        if same and arch != args.archs[0]:
+            continue
         if args.only != "contrastive":
-            groups = args.groups or ([1, 6] if dtype == "bfloat16" and not args.rows else [6])
+            both = dtype == "bfloat16" and read and not args.rows
+            groups = args.groups or ([1, 6] if both else [6])
             for dim, heads in itertools.product(args.head_dims, groups):
                 yield Job("attention", arch, dim, dtype, f"G{heads}")
         if args.only != "attention":
@@ -610,7 +624,8 @@ def main() -> None:
         return
     runs = [run]
     if args.also:
-        forwarded = ["--archs", *map(str, args.archs), "--head-dims", *map(str, args.head_dims)]
+        archs = [str(arch) for arch in args.archs if arch in sass.DEVICES] or map(str, args.archs)
+        forwarded = ["--archs", *archs, "--head-dims", *map(str, args.head_dims)]
         forwarded += ["--only", args.only] if args.only else []
         runs.append(other_run(args.also, forwarded))
     finish(runs, args.out, args.check)

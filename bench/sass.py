@@ -449,7 +449,8 @@ def cycles(program: list[Instruction], loop: Loop, arch: int, warps: int, blocks
     rounds, members = 12, max(1, warps // 4)
     steps = [_step(program[at], DEVICES[arch]) for at in loop.body]
     groups = [_Group(number // members, steps, float(number)) for number in range(blocks * members)]
-    running, met = list(groups), {block: [] for block in range(blocks)}
+    running = list(groups)
+    met: dict[int, list[_Group]] = {block: [] for block in range(blocks)}
     free = dict.fromkeys(("issue", "hgmma", "hmma", "special", "shared"), 0.0)
     earliest = {group: group.earliest() for group in groups}
 
@@ -498,7 +499,8 @@ def rate(
     TFLOP/s = SMs x clock x blocks x useful FLOPs of an iteration / its cycles. Waits for copies,
     operands that HGMMA read from shared memory, caches, launches and masked blocks cost nothing:
     it is optimistic, good to compare launches and no forecast of a rate.
-    Latencies: Luo et al., arXiv 2402.13499 (Hopper), Jia et al., arXiv 1804.06826 (arithmetic).
+    Latencies are rounded, of the order in Luo et al., arXiv 2402.13499 (Hopper), and Jia et al.,
+    arXiv 1804.06826 (arithmetic).
     """
     device = DEVICES[arch]
     spent = cycles(program, loop, arch, warps, blocks)

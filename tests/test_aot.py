@@ -5,6 +5,7 @@ A few of them here; `make aot`, which CI runs, compiles all.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -193,6 +194,30 @@ def test_rows_of_another_triton_come_back_as_they_were(tmp_path):
     page = aot.table([before, before._replace(triton="3.9.0")])
     assert "1 hazards found" in page
     assert "## Triton 3.9.0" in page
+
+
+def test_code_that_would_be_the_same_is_not_compiled_again():
+    from bench import aot
+
+    arguments = {"only": None, "head_dims": [64], "groups": None, "rows": None}
+    arguments |= {"archs": [80, 90, 100], "dtypes": ["bfloat16", "float16", "float32"]}
+    jobs = list(aot.jobs(argparse.Namespace(**arguments)))
+    attention = [(job.arch, job.dtype, job.variant) for job in jobs if job.op == "attention"]
+    assert attention == [
+        (80, "bfloat16", "G1"),
+        (80, "bfloat16", "G6"),
+        (80, "float16", "G6"),
+        (80, "float32", "G6"),
+        (90, "bfloat16", "G1"),
+        (90, "bfloat16", "G6"),
+        (90, "float16", "G6"),
+        (100, "bfloat16", "G6"),
+    ]
+    loss = [(job.arch, job.dtype) for job in jobs if job.op == "contrastive"]
+    assert len(loss) == 2 * 6 and (90, "float32") not in loss
+    arguments |= {"only": "attention", "groups": [1], "archs": [90], "dtypes": ["float32"]}
+    (job,) = aot.jobs(argparse.Namespace(**arguments))
+    assert job == aot.Job("attention", 90, 64, "float32", "G1")
 
 
 def test_host_code_that_starts_a_compiled_kernel_is_recorded(tmp_path):

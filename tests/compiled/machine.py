@@ -7,12 +7,16 @@ other means: shared memory notes who touched what since the last barrier (`memor
 asynchronous copy or product (`asynchronous.py`) takes effect at its wait and no earlier, while its
 operands are watched. Registers and shared memory start as garbage.
 
-Not modelled: the machine code that ptxas makes of the PTX, races in global memory, time.
+Not modelled: the machine code that ptxas makes of the PTX; races in global memory, and an address
+that leaves one tensor for another right behind it; the order in which tensor cores sum, and their
+rounding; which of two zeros min and max take; copies and products that some warps of a block wait
+for and others do not (an error); time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +25,7 @@ from tests.compiled.instructions import OPCODES, REGISTERS_ONLY, Run
 from tests.compiled.memory import GARBAGE, ONES, UNSIGNED, Fault, Global, Shared
 from tests.compiled.ptx import Instruction, Program, dtype_of
 
-Operand = np.ndarray | np.generic
+Operand = Any  # an array [lanes] or a constant; numpy gives both the same methods
 JUMPS = ("bra", "ret", "exit")
 
 
