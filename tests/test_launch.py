@@ -35,10 +35,9 @@ def test_every_kernel_has_a_configuration_whose_blocks_fit_the_tiles():
 @pytest.fixture(autouse=True)
 def unknown_devices():
     """What is kept of a device's architecture is of this test alone."""
-    architecture = launch.architecture  # as a test may put another in its place
-    architecture.cache_clear()
+    launch._capability.cache_clear()
     yield
-    architecture.cache_clear()
+    launch._capability.cache_clear()
 
 
 @pytest.fixture

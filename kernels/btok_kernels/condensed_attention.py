@@ -146,8 +146,9 @@ def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"q has head dim {q.shape[2]}, its kernels take {HEAD_DIMS}"
     if q.shape[0] * q.shape[1] >= 1 << 31:
         return f"q has {q.shape[0]} rows of {q.shape[1]} heads, 2^31 or more in all; pack fewer"
+    groups = q.shape[1] // k.shape[1]
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not fits_32_bits(tensor, q.shape[1] // k.shape[1]):
+        if not fits_32_bits(tensor, groups):
             return (
                 f"{name} has strides {list(tensor.stride())}; {TILE} rows and the heads of a group "
                 "must lie within 2^31 elements"
@@ -162,7 +163,8 @@ def fits_32_bits(tensor: Tensor, groups: int) -> bool:
 
     Offsets of blocks, sequences and key heads are int64.
     """
-    return TILE * tensor.stride(0) + groups * tensor.stride(1) + tensor.shape[2] < 1 << 31
+    stride_t, stride_h, _ = tensor.stride()
+    return TILE * stride_t + groups * stride_h + tensor.shape[2] < 1 << 31
 
 
 def _no_xformers(q: Tensor) -> str | None:
@@ -184,7 +186,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: floa
             )
         if tensor.device != q.device:
             raise TypeError(f"{name}: {label} is on {tensor.device}, q on {q.device}")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        if tensor.stride()[-1] != 1 and tensor.shape[-1] > 1:
             raise ValueError(
                 f"{name}: {label} has stride {tensor.stride(-1)} in its last dimension, expected 1"
             )

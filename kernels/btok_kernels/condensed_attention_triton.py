@@ -619,6 +619,8 @@ def _is_eager(*tensors: Tensor) -> bool:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> Tensor:
     """`condensed_attention` of checked inputs: [T, Hq, D] in q's dtype."""
-    if _is_eager(q, k, v, tiles):
-        return _Eager.apply(q, k, v, tiles, float(scale))
-    return _op(q, k, v, tiles, scale)[0]
+    if not _is_eager(q, k, v, tiles):
+        return _op(q, k, v, tiles, scale)[0]
+    if not torch.is_grad_enabled():
+        return _forward(q, k, v, tiles, float(scale))[0]
+    return _Eager.apply(q, k, v, tiles, float(scale))

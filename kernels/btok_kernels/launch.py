@@ -87,12 +87,18 @@ def no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.cache  # torch takes longer to tell than a launch
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)  # which takes a good part of a launch
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability of a CUDA device as in sm_90; 0 under the interpreter."""
     if device.type != "cuda":
         return 0
-    major, minor = torch.cuda.get_device_capability(device)
+    # torch.compile warns of what is cached, as it looks through it
+    tell = torch.cuda.get_device_capability if torch.compiler.is_compiling() else _capability
+    major, minor = tell(device)
     return 10 * major + minor
 
 
