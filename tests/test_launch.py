@@ -21,7 +21,7 @@ def test_every_kernel_has_a_configuration_whose_blocks_fit_the_tiles():
         ("forward", "dkdv", "dq"), HEAD_DIMS, dtypes, (0, *launch.FAMILY)
     ):
         if launch.no_attention(dim, dtype, arch):
-            assert dim == 256 and launch.FAMILY[arch] == 80
+            assert dim == 256 and launch.FAMILY[arch] != 90
             continue
         config = launch.attention_config(kernel, dim, dtype, arch)
         assert TILE % config.block_m == 0 and TILE % config.block_n == 0

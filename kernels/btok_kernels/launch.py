@@ -119,7 +119,7 @@ FAMILY = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 80, 1
 # all architectures alike.
 _ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
     ("forward", 80): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
-    ("dkdv", 80): {64: Config(64, 64, 4, 3), 128: Config(32, 64, 4, 3)},
+    ("dkdv", 80): {128: Config(32, 64, 4, 3)},
     ("dq", 80): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
     ("forward", 90): {
         64: Config(128, 64, 4, 3),
@@ -132,21 +132,9 @@ _ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
         256: Config(32, 128, 8, 3),
     },
     ("dq", 90): {64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 3)},
-    ("forward", 100): {
-        64: Config(128, 64, 8, 3),
-        128: Config(128, 64, 8, 3),
-        256: Config(128, 32, 8, 3),
-    },
-    ("dkdv", 100): {
-        64: Config(64, 128, 8, 3),
-        128: Config(64, 128, 8, 3),
-        256: Config(32, 128, 8, 3),
-    },
-    ("dq", 100): {
-        64: Config(128, 64, 8, 3),
-        128: Config(128, 64, 8, 3),
-        256: Config(128, 32, 8, 3),
-    },
+    ("forward", 100): {128: Config(128, 64, 8, 3)},
+    ("dkdv", 100): {128: Config(64, 128, 8, 3)},
+    ("dq", 100): {128: Config(128, 64, 8, 3)},
 }
 _ATTENTION_FP32: dict[str, dict[int, Config]] = {
     "forward": {64: Config(32, 16, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
