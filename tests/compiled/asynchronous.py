@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.compiled.machine import Machine
 
 UNCOMMITTED = 1 << 30
-NAN = np.uint32(0x7FFFFFFF)
+NAN = np.uint32(0x7FA00000)  # signalling: arithmetic quiets it, so that any write to it shows
 
 
 @dataclass
