@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.compiled.machine import Machine
 
 Active = np.ndarray | None
-Run = Callable[[Active], None]
+Run = Callable[[Active], object]
 
 BITS = {"b16", "b32", "b64"}
 INTEGERS = {"u16", "u32", "u64", "s16", "s32", "s64"}
@@ -136,8 +136,8 @@ def _function(ins: Instruction) -> Callable:
     function = operation.function
     if modifiers & {"wide", "hi"}:
         function = _long_product(kind, "hi" in modifiers)
-    if kind in INTEGERS or "NaN" in modifiers:  # else the other one, where one is NaN
-        function = {np.fmin: np.minimum, np.fmax: np.maximum}.get(function, function)
+    if kind in INTEGERS or "NaN" in modifiers:  # np.fmin and fmax take the other, where one is NaN
+        function = {"min": np.minimum, "max": np.maximum}.get(ins.words[0], function)
     if "ftz" not in modifiers:
         return function
     if kind.startswith("f16"):
@@ -226,7 +226,7 @@ def permute(machine: Machine, ins: Instruction) -> Run:
 
     def run(active: Active) -> None:
         both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-        found = np.uint32(0)
+        found: Any = np.uint32(0)
         for i in range(4):
             pick = selector.astype(np.uint64) >> np.uint64(4 * i) & np.uint64(15)
             byte = both >> (pick & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
@@ -261,6 +261,10 @@ def _not_nan(x: Any, y: Any) -> Any:
     return (x == x) & (y == y)
 
 
+def _or_nan(compare: Callable) -> Callable:
+    return lambda x, y: compare(x, y) | ~_not_nan(x, y)
+
+
 COMPARISONS: dict[str, Callable] = {
     "eq": operator.eq,
     "ne": lambda x, y: (x < y) | (x > y),  # false where one is NaN
@@ -270,9 +274,7 @@ COMPARISONS: dict[str, Callable] = {
     "ge": operator.ge,
 }
 OF_FLOATS = {"num": _not_nan, "nan": lambda x, y: ~_not_nan(x, y), **COMPARISONS}
-OF_FLOATS |= {  # true as well where one is NaN
-    f"{name}u": lambda x, y, f=f: f(x, y) | ~_not_nan(x, y) for name, f in COMPARISONS.items()
-}
+OF_FLOATS |= {f"{name}u": _or_nan(compare) for name, compare in COMPARISONS.items()}
 OF_INTEGERS = COMPARISONS | {"ne": operator.ne}
 OF_UNSIGNED = OF_INTEGERS | {
     "lo": operator.lt,

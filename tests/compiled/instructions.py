@@ -164,7 +164,7 @@ def copy_async(machine: Machine, ins: Instruction) -> Run:
 def barrier(machine: Machine, ins: Instruction) -> Run:
     """bar.sync, 9.7.13.1: all threads of a block; bar.warp.sync, 9.7.13.2: of a warp."""
     if ins.words == ("bar", "warp", "sync") and int(ins.operands[0], 0) & 0xFFFFFFFF == 0xFFFFFFFF:
-        return lambda active: machine.whole_warps(active, "bar.warp.sync") is None
+        return lambda active: machine.whole_warps(active, "bar.warp.sync")
     if ins.words not in (("bar", "sync"), ("barrier", "sync")) or ins.operands != ("0",):
         raise Fault("a barrier that is not of a whole block or warp")
     return lambda active: machine.shared.barrier(machine.whole_blocks(active, "a barrier"))

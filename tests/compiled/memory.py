@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+UNSIGNED: dict[int, np.dtype] = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
 ONES = {width: int.from_bytes(b"\x01" * width, "little") for width in UNSIGNED}  # in every byte
 GARBAGE = 0xFF  # of every byte that nothing wrote: NaN in every float type
 
@@ -55,7 +55,9 @@ class Global:
         self.base = int(self.begins[0]) // 16 * 16
         size = (int(self.ends[-1]) - self.base) // 16 * 16 + 16
         everything = (ctypes.c_uint8 * size).from_address(self.base)
-        self.bytes = np.frombuffer(everything, np.uint8)  # a view; nothing is touched by making it
+        self.bytes = np.frombuffer(
+            memoryview(everything), np.uint8
+        )  # a view; nothing is touched by making it
 
     @staticmethod
     def _last(tensor: Tensor) -> int:
@@ -176,11 +178,11 @@ class Shared:
             raise Fault("a matrix product reads what a warp wrote, with no barrier between")
         if self.unfenced.reshape(-1).view(np.uint64)[index].any():
             raise Fault("a matrix product reads what no fence.proxy.async made visible to it")
-        np.add.at(self.multiplying.reshape(-1), granules, 1)
+        np.add.at(self.multiplying.reshape(-1), granules.reshape(-1), np.int16(1))
 
     def end_product(self, granules: np.ndarray, warp_bits: int) -> None:
         """It is waited for: its reading counts as these warps'."""
-        np.subtract.at(self.multiplying.reshape(-1), granules, 1)
+        np.subtract.at(self.multiplying.reshape(-1), granules.reshape(-1), np.int16(1))
         index = granules[..., None] * 2 + np.arange(2)
         self.read.reshape(-1).view(np.uint64)[index] |= np.uint64(warp_bits * ONES[8])
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FLOATS = {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8")}
+FLOATS: dict[str, np.dtype] = {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8")}
 
 
 class Instruction(NamedTuple):

@@ -438,9 +438,9 @@ def test_ldmatrix(count, transposed):
     machine = execute(code, rows, shared=512)
     for j, name in enumerate(names):
         matrix = rows.flip(0)[8 * j : 8 * j + 8]
-        matrix = (matrix.T if transposed else matrix).tolist()
+        numbers = (matrix.T if transposed else matrix).tolist()
         for lane in range(32):
-            low, high = matrix[lane // 4][lane % 4 * 2 : lane % 4 * 2 + 2]
+            low, high = numbers[lane // 4][lane % 4 * 2 : lane % 4 * 2 + 2]
             assert machine.register(name)[lane] == high << 16 | low
 
 
@@ -466,9 +466,9 @@ def test_stmatrix(count, transposed):
     execute(code, out, shared=512)
     for j in range(count):
         matrix = out[8 * j : 8 * j + 8]
-        matrix = (matrix.T if transposed else matrix).tolist()
+        numbers = (matrix.T if transposed else matrix).tolist()
         for lane in range(32):
-            pair = matrix[lane // 4][lane % 4 * 2 : lane % 4 * 2 + 2]
+            pair = numbers[lane // 4][lane % 4 * 2 : lane % 4 * 2 + 2]
             assert pair == [1000 * j + lane, 1000 * j + 500 + lane]
     assert (out[8 * count :] == -1).all()
 
