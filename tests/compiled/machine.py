@@ -7,7 +7,10 @@ other means: shared memory notes who touched what since the last barrier (`memor
 asynchronous copy or product (`asynchronous.py`) takes effect at its wait and no earlier, while its
 operands are watched. Registers and shared memory start as garbage.
 
-Not modelled: the machine code that ptxas makes of the PTX, races in global memory, time.
+Not modelled: the machine code that ptxas makes of the PTX; races in global memory, and an address
+that leaves one tensor for another right behind it; the order in which tensor cores sum, and their
+rounding; which of two zeros min and max take; copies and products that some warps of a block wait
+for and others do not (an error); time.
 """
 
 from __future__ import annotations
