@@ -386,7 +386,7 @@ def test_shuffles(mode, clamp, step):
 def test_an_instruction_that_is_not_known_is_named(instruction):
     opcode = instruction.split()[0].replace("::", "__")
     with pytest.raises(Fault, match=rf"kernel, line \d+ \(kernel.py:7\): {re.escape(opcode)} "):
-        execute(f"setp.eq.b32 %p1, %r0, 99; @%p1 bra $END; {instruction};\n$END:", threads=128)
+        execute(f"bra.uni $END;\n{instruction};\n$END:", threads=128)  # is not reached
 
 
 def test_registers_are_declared_and_wide_enough():
