@@ -357,6 +357,7 @@ def test_shuffles(mode, clamp, step):
         "shfl.sync.idx.b32 %r20, %r21, 0, 31, 65535",
         "ld.shared::cluster.b32 %r20, [%r21]",
         "ld.local.b32 %r20, [%r21]",
+        "ld.b32 %r20, [%d20]",  # generic
         "ld.volatile.global.b32 %r20, [%d20]",
         "ld.global.v4.b64 {%d20, %d21, %d22, %d23}, [%d24]",
         "ld.global.v2.b32 {%r20, %r21, %r22}, [%d24]",
