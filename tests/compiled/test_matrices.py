@@ -414,7 +414,13 @@ $FILLED:
 
 
 @pytest.mark.parametrize(
-    "change", [("1, 1", "-1, 1"), ("n8k16", "n16k16"), (".f16.f16", ".e4m3.e4m3"), ("k16", "k8")]
+    "change",
+    [
+        ("1, 1", "-1, 1"),
+        ("n8k16", "n16k16"),
+        (".f16.f16", ".e4m3.e4m3"),
+        ("%d20, %d21, 0, 1, 1, 0,", "{%r1}, %d21, 0, 1, 1,"),
+    ],
 )
 def test_a_product_of_another_kind_is_named(change):
     before, after = change
