@@ -20,6 +20,7 @@ from tests.compiled.small_kernels import (
 )
 
 INT_MIN, NAN, INF = -(2**31), math.nan, math.inf
+FOUR = "{%r1, %r2, %r3, %r4}"
 
 ARITHMETIC = [
     ("add.s32", "s32", (2**31 - 1, 1), INT_MIN),
@@ -377,8 +378,8 @@ def test_shuffles(mode, clamp, step):
         "ldmatrix.sync.aligned.m8n16.x1.shared.b8 {%r20}, [%r21]",
         "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r20}, [%r21]",
         "and.f32 %r20, %r21, %r22",
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f16 {%r1, %r2, %r3, %r4}, {%r1, %r2, %r3, %r4}, {%r5, %r6}, {%r1, %r2, %r3, %r4}",
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r1, %r2, %r3, %r4}, {%r1, %r2, %r3, %r4}, {%r5}, {%r1, %r2, %r3, %r4}",
+        f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f16 {FOUR}, {FOUR}, {{%r5, %r6}}, {FOUR}",
+        f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {FOUR}, {FOUR}, {{%r5}}, {FOUR}",
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1}, {%r2}, {%r3}, {%r4}",
         "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1}, {%r2}, {%r3}, {%r4}",
         "mov.b32 %r20, %clusterid.x",
