@@ -152,6 +152,7 @@ def no_attention(head_dim: int, dtype: torch.dtype, arch: int) -> str | None:
     return f"no launches of head dim {head_dim} in {dtype} are laid out for sm_{arch}"
 
 
+@functools.cache
 def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int) -> Config:
     """The launch of "forward", "dkdv" or "dq" on an architecture as in sm_90; 0 is none."""
     if arch == 0:
