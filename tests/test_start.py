@@ -20,6 +20,7 @@ import triton.language as tl  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
+from bench import host  # noqa: E402
 from bench.aot import Target  # noqa: E402
 from btok_kernels import start as module  # noqa: E402
 from btok_kernels.start import Constants, start  # noqa: E402
@@ -195,3 +196,21 @@ def test_kernels_with_a_hook_of_their_own_launch_themselves(device, monkeypatch)
     monkeypatch.setattr(_scale_kernel, "pre_run_hooks", [lambda *a, **o: seen.append(a)])
     check(device, *FIRST, plain=1)
     assert len(seen) >= 2
+
+
+def test_the_hosts_benchmark_times_the_same_launches_only(monkeypatch, capsys):
+    monkeypatch.setattr(host, "DIM", 16)
+    monkeypatch.setattr("sys.argv", ["host.py", "--pairs", "6"])
+    threads = torch.get_num_threads()
+    host.main()
+    printed = capsys.readouterr().out
+    assert "forward + backward" in printed and " us" in printed
+    forward = host.kernels._forward
+    monkeypatch.setattr(
+        host.kernels,
+        "_forward",
+        lambda q, k, *rest: forward(q, k, k if module.KNOWN else q, *rest[1:]),
+    )
+    with pytest.raises(AssertionError, match="forward: not the same launches"):
+        host.main()
+    torch.set_num_threads(threads)

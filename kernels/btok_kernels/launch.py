@@ -87,6 +87,7 @@ def no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@functools.cache  # torch takes longer to tell than a launch
 def architecture(device: torch.device) -> int:
     """Compute capability of a CUDA device as in sm_90; 0 under the interpreter."""
     if device.type != "cuda":
@@ -97,7 +98,9 @@ def architecture(device: torch.device) -> int:
 
 def on(device: torch.device) -> AbstractContextManager:
     """Launches within go to `device`, as Triton takes the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class Config(NamedTuple):
