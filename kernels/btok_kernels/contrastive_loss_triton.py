@@ -26,7 +26,8 @@ either way, takes the shards one by one, as they arrive.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -359,9 +360,11 @@ class _Problem(NamedTuple):
     gain: float  # of stored d logits, so that small ones do not underflow in fp16
     factor: float  # of the gradients beside 1 / tau, with 1 / gain
 
-    def config(self, kernel: str) -> dict[str, int]:
-        arch = launch.architecture(self.query.device)
-        return launch.contrastive_config(kernel, self.query.dtype, arch)
+    def config(self, kernel: str, trial: Callable[[dict[str, int]], object]) -> dict[str, int]:
+        """How to launch a kernel; a search tries `trial`, which must leave no trace in results."""
+        call = self.call
+        options = call.bidirectional, call.query_ids is not None, call.margin is not None
+        return launch.contrastive(kernel, self.query, options, trial)
 
     def arguments(self, rows: slice) -> dict[str, Any]:
         """What every kernel of the loss takes, for some rows of this rank."""
@@ -379,6 +382,16 @@ class _Problem(NamedTuple):
             "HAS_MARGIN": margin is not None,
         }
 
+    def score_arguments(self, rows: slice) -> dict[str, Any]:
+        """What the kernels that make scores take besides candidates."""
+        return {
+            "Q": self.query[rows],
+            "stride_q": self.query.stride(0),
+            "D": self.query.shape[1],
+            "IS_BIDIRECTIONAL": self.call.bidirectional,
+            **self.arguments(rows),
+        }
+
     def zeros(self, rows: int) -> Tensor:
         return self.positives.new_zeros(rows, self.query.shape[1])
 
@@ -393,6 +406,35 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, out=out)
     else:
         torch.addmm(out, a.float(), b.float(), beta=beta, out=out)
+
+
+def _column_sums(p: _Problem, rows: slice, s: Tensor) -> Tensor:
+    """Log-sum-exps [M] over some rows' products s [N, M] with the keys."""
+
+    def run(meta: dict[str, int]) -> Tensor:
+        grid = triton.cdiv(s.shape[1], meta["BLOCK_M"]), triton.cdiv(len(s), meta["BLOCK_N"])
+        sums = s.new_empty(grid[1], s.shape[1])
+        arguments = p.arguments(rows) | {"S": s, "stride_s": s.stride(0), "COLUMN_LSE": sums}
+        _columns_kernel[grid](**arguments, **meta)
+        return sums
+
+    return run(p.config("columns", run)).logsumexp(0)
+
+
+def _row_gradients(
+    p: _Problem, rows: slice, s: Tensor, d: Tensor, with_grad: bool, sums: dict[str, Tensor]
+) -> None:
+    """Some rows' sums, and d logits into `d`, from all their products s [N, padded columns]."""
+
+    def run(meta: dict[str, int], d: Tensor) -> None:
+        _rows_kernel[(triton.cdiv(len(s), meta["BLOCK_N"]),)](
+            S=s, D_LOGITS=d, stride_s=s.stride(0), columns=p.columns, gain=p.gain,
+            IS_BIDIRECTIONAL=p.call.bidirectional, WITH_GRAD=with_grad, **sums, **p.arguments(rows),
+            **meta,
+        )  # fmt: skip
+
+    # d may be s itself, which a search must read again
+    run(p.config("rows", lambda meta: run(meta, torch.empty_like(d))), d)
 
 
 def _rows(p: _Problem, with_grad: bool, chunk: int) -> list[Tensor]:
@@ -418,28 +460,19 @@ def _rows(p: _Problem, with_grad: bool, chunk: int) -> list[Tensor]:
     # of what comes again, one copy costs less than products shard by shard
     parts = [(join(of_ranks), columns) for of_ranks, columns in shards]
     if is_bidirectional:
-        meta = p.config("columns")
         for rows in chunks:
             s = products[: rows.stop - rows.start, of_keys]
             if rows is not first:
                 _add_product(s, query[rows], parts[0][0].T, beta=0)
-            grid = triton.cdiv(s.shape[1], meta["BLOCK_M"]), triton.cdiv(len(s), meta["BLOCK_N"])
-            partial = column_lse.new_empty(grid[1], s.shape[1])
-            arguments = p.arguments(rows) | {"S": s, "COLUMN_LSE": partial}
-            _columns_kernel[grid](stride_s=padded, **arguments, **meta)
-            column_lse = torch.logaddexp(column_lse, partial.logsumexp(0))
+            column_lse = torch.logaddexp(column_lse, _column_sums(p, rows, s))
         column_lse = p.ranks.logsumexp(column_lse)
     d_query, d_candidates = (p.zeros(n) if with_grad else query for n in (len(query), p.columns))
-    meta = p.config("rows")
     for rows in reversed(chunks):
         s, d = (x[: rows.stop - rows.start] for x in (products, d_logits))
         for matrix, columns in parts[ready:] if rows is chunks[-1] else parts:
             _add_product(s[:, columns], query[rows], matrix.T, beta=0)
-        _rows_kernel[(triton.cdiv(len(s), meta["BLOCK_N"]),)](
-            S=s, COLUMN_LSE=column_lse, ROW_LSE=row_lse[rows], D_SCALE=d_scale[rows], D_LOGITS=d,
-            stride_s=padded, columns=p.columns, gain=p.gain, IS_BIDIRECTIONAL=is_bidirectional,
-            WITH_GRAD=with_grad, **p.arguments(rows), **meta,
-        )  # fmt: skip
+        sums = {"COLUMN_LSE": column_lse, "ROW_LSE": row_lse[rows], "D_SCALE": d_scale[rows]}
+        _row_gradients(p, rows, s, d, with_grad, sums)
         for matrix, columns in parts if with_grad else []:
             _add_product(d_query[rows], d[:, columns], matrix)
             _add_product(d_candidates[columns], d[:, columns].T, query[rows])
@@ -475,67 +508,97 @@ def _table(p: _Problem, width: int) -> tuple[Tensor, Tensor, list[int], int]:
 
 def _recompute(p: _Problem, with_grad: bool) -> list[Tensor]:
     """loss, d scale, d query and d candidates: scores by tiles, d logits by panels."""
-    query, dim, is_bidirectional = p.query, p.query.shape[1], p.call.bidirectional
-    meta = p.config("sums")
-    base, table, counts, aligned = _table(p, meta["BLOCK_M"])
-    panels = _spans(len(query), launch.CONTRASTIVE_PANEL)
-    row_lse = p.positives.new_full((len(query),), -torch.inf)
+    arch = launch.architecture(p.query.device)
+    width = launch.contrastive_config("sums", p.query.dtype, arch)["BLOCK_M"]
+    base, table, counts, aligned = _table(p, width)
+    candidates = {"K": base, "ALIGNED": aligned}
+    row_lse = p.positives.new_full((len(p.query),), -torch.inf)
     column_lse = torch.full_like(p.positives, -torch.inf)
-
-    def arguments(rows: slice) -> dict[str, Any]:
-        tiles = {"K": base, "ALIGNED": aligned, "D": dim, "IS_BIDIRECTIONAL": is_bidirectional}
-        return {"Q": query[rows], "stride_q": query.stride(0), **tiles, **p.arguments(rows)}
-
     of_rank = table.split(counts)
     for rank, keys in p.landing:
         lines = of_rank[rank]
-        for rows in panels if len(lines) else []:
-            count = rows.stop - rows.start
-            row_tiles = triton.cdiv(count, meta["BLOCK_N"])
-            row_partial = row_lse.new_empty(len(lines), count)
-            column_partial = row_lse.new_empty(row_tiles * is_bidirectional, len(column_lse))
-            _sums_kernel[(row_tiles * len(lines),)](
-                TABLE=lines, ROW_LSE=row_partial, COLUMN_LSE=column_partial,
-                **arguments(rows), **meta,
-            )  # fmt: skip
-            row_lse[rows] = torch.logaddexp(row_lse[rows], row_partial.logsumexp(0))
-            if is_bidirectional:
-                sums = column_partial[:, keys].logsumexp(0)
+        for rows in _spans(len(p.query), launch.CONTRASTIVE_PANEL) if len(lines) else []:
+            of_rows, of_columns = _tile_sums(p, rows, lines, candidates)
+            row_lse[rows] = torch.logaddexp(row_lse[rows], of_rows.logsumexp(0))
+            if p.call.bidirectional:
+                sums = of_columns[:, keys].logsumexp(0)
                 column_lse[keys] = torch.logaddexp(column_lse[keys], sums)
-    if is_bidirectional:
+    loss = row_lse.sum()
+    if p.call.bidirectional:
         column_lse = p.ranks.logsumexp(column_lse)
-    loss = row_lse.sum() + (column_lse[p.ranks.own].sum() if is_bidirectional else 0)
+        loss += column_lse[p.ranks.own].sum()
     if not with_grad:
         return [loss]
+    return [loss, *_panels(p, table, candidates, row_lse, column_lse)]
 
+
+def _tile_sums(
+    p: _Problem, rows: slice, lines: Tensor, candidates: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of tiles: of rows [lines, N]; bidirectional: of columns [row tiles, M]."""
+    count = rows.stop - rows.start
+
+    def run(meta: dict[str, int]) -> tuple[Tensor, Tensor]:
+        row_tiles = triton.cdiv(count, meta["BLOCK_N"])
+        of_rows = p.positives.new_empty(len(lines), count)
+        of_columns = p.positives.new_empty(row_tiles * p.call.bidirectional, len(p.positives))
+        _sums_kernel[(row_tiles * len(lines),)](
+            TABLE=lines, ROW_LSE=of_rows, COLUMN_LSE=of_columns, **candidates,
+            **p.score_arguments(rows), **meta,
+        )  # fmt: skip
+        return of_rows, of_columns
+
+    return run(p.config("sums", run))
+
+
+def _panels(
+    p: _Problem, table: Tensor, candidates: dict[str, Any], row_lse: Tensor, column_lse: Tensor
+) -> list[Tensor]:
+    """d scale, d query and d candidates, some thousand rows and columns of d logits at a time."""
+    query, dim = p.query, p.query.shape[1]
     d_query, d_candidates = p.zeros(len(query)), p.zeros(p.columns)
-    d_scale = torch.zeros_like(loss)
-    meta, of_query, of_candidates = (p.config(x) for x in ("d_logits", "d_query", "d_candidates"))
-    tiles = min(len(table), max(1, launch.CONTRASTIVE_PANEL // meta["BLOCK_M"]))
-    height = min(len(query), launch.CONTRASTIVE_PANEL)
-    d_logits = query.new_empty(height, tiles * meta["BLOCK_M"])
+    d_scale = p.positives.new_zeros(())
+    arch = launch.architecture(query.device)
+    width = launch.contrastive_config("sums", query.dtype, arch)["BLOCK_M"]
+    tiles = min(len(table), max(1, launch.CONTRASTIVE_PANEL // width))
+    d_logits = query.new_empty(min(len(query), launch.CONTRASTIVE_PANEL), tiles * width)
     panel = {"D_LOGITS": d_logits, "stride_d": d_logits.stride(0)}
-    product = {"SCALE": p.scale, "D": dim, "factor": p.factor, "ALIGNED": aligned, **panel}
-    for rows in panels:
-        count, d_query_rows = rows.stop - rows.start, d_query[rows]
+    product = {"SCALE": p.scale, "D": dim, "ALIGNED": candidates["ALIGNED"], **panel}
+
+    def make_d_logits(rows: slice, lines: Tensor, meta: dict[str, int]) -> Tensor:
+        count = rows.stop - rows.start
+        shares = row_lse.new_empty(len(lines), count)
+        _d_logits_kernel[(triton.cdiv(count, meta["BLOCK_N"]) * len(lines),)](
+            TABLE=lines, ROW_LSE=row_lse[rows], COLUMN_LSE=column_lse, D_SCALE=shares, gain=p.gain,
+            **panel, **candidates, **p.score_arguments(rows), **meta,
+        )  # fmt: skip
+        return shares.sum()
+
+    def add_d_query(rows: slice, lines: Tensor, meta: dict[str, int], factor: float = 0.0) -> None:
+        count, wide = rows.stop - rows.start, triton.cdiv(dim, meta["BLOCK_D"])
+        _d_query_kernel[triton.cdiv(count, meta["BLOCK_N"]), wide](
+            TABLE=lines, K=candidates["K"], D_QUERY=d_query[rows], stride_dq=dim, N=count,
+            tiles=len(lines), factor=factor, **product, **meta,
+        )  # fmt: skip
+
+    def add_d_candidates(
+        rows: slice, lines: Tensor, meta: dict[str, int], factor: float = 0.0
+    ) -> None:
+        _d_candidates_kernel[len(lines), triton.cdiv(dim, meta["BLOCK_D"])](
+            TABLE=lines, Q=query[rows], D_CANDIDATES=d_candidates, stride_q=query.stride(0),
+            stride_dc=dim, N=rows.stop - rows.start, factor=factor, **product, **meta,
+        )  # fmt: skip
+
+    for rows in _spans(len(query), launch.CONTRASTIVE_PANEL):
         for lines in table.split(tiles):
-            d_scale_partial = row_lse.new_empty(len(lines), count)
-            _d_logits_kernel[(triton.cdiv(count, meta["BLOCK_N"]) * len(lines),)](
-                TABLE=lines, ROW_LSE=row_lse[rows], COLUMN_LSE=column_lse, D_SCALE=d_scale_partial,
-                gain=p.gain, **panel, **arguments(rows), **meta,
-            )  # fmt: skip
-            d_scale += d_scale_partial.sum()
-            wide = triton.cdiv(dim, of_query["BLOCK_D"])
-            _d_query_kernel[triton.cdiv(count, of_query["BLOCK_N"]), wide](
-                TABLE=lines, K=base, D_QUERY=d_query_rows, stride_dq=dim, N=count,
-                tiles=len(lines), **product, **of_query,
-            )  # fmt: skip
-            wide = triton.cdiv(dim, of_candidates["BLOCK_D"])
-            _d_candidates_kernel[len(lines), wide](
-                TABLE=lines, Q=query[rows], D_CANDIDATES=d_candidates, stride_q=query.stride(0),
-                stride_dc=dim, N=count, **product, **of_candidates,
-            )  # fmt: skip
-    return [loss, d_scale, d_query, d_candidates]
+            run = partial(make_d_logits, rows, lines)
+            d_scale += run(p.config("d_logits", run))
+            # a search adds 0 times what there is to add
+            add = partial(add_d_query, rows, lines)
+            add(p.config("d_query", add), factor=p.factor)
+            add = partial(add_d_candidates, rows, lines)
+            add(p.config("d_candidates", add), factor=p.factor)
+    return [d_scale, d_query, d_candidates]
 
 
 def _positives(query: Tensor, key: Tensor) -> Tensor:

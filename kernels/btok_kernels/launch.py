@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -245,3 +245,55 @@ def contrastive_config(kernel: str, dtype: torch.dtype, arch: int) -> dict[str, 
         return _CONTRASTIVE_INTERPRETED[kernel]
     table = _CONTRASTIVE_100 if arch // 10 == 10 else _CONTRASTIVE
     return table[kernel, dtype.itemsize]
+
+
+found_contrastive: dict[tuple[Any, ...], dict[str, int]] = {}  # by BTOK_AUTOTUNE=1
+
+
+def contrastive(
+    kernel: str,
+    query: Tensor,
+    options: tuple[bool, ...],
+    trial: Callable[[dict[str, int]], object],
+) -> dict[str, int]:
+    """Tile, warps and stages of a kernel of contrastive_loss over query [N, D].
+
+    With BTOK_AUTOTUNE=1 the first call for an architecture, D, dtype and options times the
+    neighbours of the table's configuration by `trial`, and the fastest is kept.
+
+    Raises:
+        RuntimeError: a search in which nothing runs.
+    """
+    arch = architecture(query.device)
+    config = contrastive_config(kernel, query.dtype, arch)
+    if not (arch and autotuned()):
+        return config
+    key = (kernel, arch, query.shape[1], query.dtype, *options)
+    if key not in found_contrastive:
+        title = f"contrastive_loss {key}"
+        found_contrastive[key] = search(
+            title, config, _contrastive_candidates(kernel, config), trial
+        )
+    return found_contrastive[key]
+
+
+def _contrastive_candidates(kernel: str, config: dict[str, int]) -> list[dict[str, int]]:
+    """Configurations beside one: blocks of half and double the size, 4 and 8 warps, a stage more.
+
+    BLOCK_M stays where kernels share it: the table of candidates' tiles that all of them read is
+    made before the first runs.
+    """
+    shared = kernel not in ("rows", "columns")
+    choices = {
+        name: [size] if shared and name == "BLOCK_M" else [size // 2, size, 2 * size]
+        for name, size in config.items()
+        if name.startswith("BLOCK_")
+    }
+    stages = config["num_stages"]
+    choices["num_warps"] = [4, 8]
+    choices["num_stages"] = [stages, stages + 1] if shared else [stages]
+    found = [
+        dict(zip(choices, sizes, strict=True)) for sizes in itertools.product(*choices.values())
+    ]
+    # a step of d query must not straddle two tiles
+    return [x for x in found if kernel != "d_query" or x["BLOCK_M"] % x["BLOCK_K"] == 0]
