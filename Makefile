@@ -2,7 +2,7 @@
 PYTHON ?= python3
 OUTPUT ?= runs/demo
 SEED ?= 0
-BUDGET ?= 3600
+BUDGET ?= 570
 BENCH_OUT ?= runs/bench
 PROFILE_OUT ?= runs/profile
 GPU_OUT ?= runs/gpu
@@ -54,6 +54,6 @@ profile: setup
 aot: setup
 	$(BIN)/python bench/aot.py --out bench/results/aot.md --check
 
-# with the PYTHON of a CUDA machine: torch, triton, transformers, numpy, and pytest for the tests
+# with the PYTHON of a CUDA machine (see bench/gpu.py); again, with the same GPU_OUT, it goes on
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py --out $(GPU_OUT) --budget $(BUDGET)
