@@ -6,6 +6,9 @@ launch is compiled and recorded instead of started. So what is listed is what sh
     python bench/aot.py --out bench/results/aot.md     a page of everything
     python bench/aot.py --check --archs 90             exits 1 and says what is wrong, if anything
     python bench/aot.py --only attention --archs 90 --head-dims 128 --dtypes bfloat16 --groups 6
+
+Another Triton, of `pip install --no-deps --target FOLDER triton==...`, is looked at beside this one
+with `--also FOLDER`, or alone with FOLDER first on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -35,14 +39,12 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that spawned workers find sass
-import sass
-
+from bench import sass
 from btok_kernels import launch
 from btok_kernels.condensed_attention import HEAD_DIMS
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB of a block
-DEFAULT_ARCHS = (80, 90)
+DEFAULT_ARCHS = (80, 90, 100, 120)  # of the last two no machine code is read
 SPILL_LIMIT = 64  # bytes of stores and loads
 RATIO_LIMIT = 1.05  # executed over useful products
 
@@ -174,10 +176,13 @@ class Target(DriverBase):
 @contextmanager
 def recorded_launches(arch: int, target: type[Target] = Target) -> Iterator[dict[str, Launch]]:
     """Launches inside compile for `arch` and go to `target`'s launcher; those recorded, by hash."""
-    active = target(arch)
+    active, before = target(arch), driver._active
     driver.set_active(active)
-    with mock.patch.object(launch, "architecture", lambda device: arch):
-        yield active.launches
+    try:
+        with mock.patch.object(launch, "architecture", lambda device: arch):
+            yield active.launches
+    finally:
+        driver._active = before
 
 
 _reports: dict[
@@ -452,6 +457,33 @@ def summary(runs: list[Run]) -> list[str]:
     return markdown(("arch", "dim", "dtype", "variant", *head), lines) if lines else []
 
 
+def advice(runs: list[Run]) -> list[str]:
+    """Which Triton to take on Hopper, where there are two to choose from."""
+    if len(runs) < 2 or 90 not in runs[0].ptxas:
+        return []
+    said = []
+    for run in runs:
+        rows = [row for row in run.rows if row.arch == 90]
+        said.append(
+            f"Triton {run.triton} takes ptxas {run.ptxas[90]} for sm_90: "
+            f"{sum(bool(row.serialized) for row in rows)} of {len(rows)} kernels with serialised "
+            f"products, {sum(len(row.hazards) for row in rows)} hazards found in the machine code, "
+            f"at most {max(row.spills for row in rows)} bytes of spills."
+        )
+    return [
+        "",
+        "## Which Triton on Hopper",
+        "",
+        *(f"- {line}" for line in said),
+        "",
+        "ptxas 12.8 and 12.9 are known to give away a register that a product in flight still "
+        "reads (triton-lang/triton pull requests 11781 and 11854), silently and depending on the "
+        "kernel. So on Hopper prefer a Triton whose ptxas is 13.3 or newer, or set "
+        "TRITON_PTXAS_PATH to one; with an older one, kernels changed by hand or by "
+        "BTOK_AUTOTUNE=1 are not covered by the check above, those listed here are.",
+    ]
+
+
 MODEL = " ".join(str(sass.rate.__doc__).partition("A model")[2].split())
 
 
@@ -467,7 +499,16 @@ def table(runs: list[Run]) -> str:
         "",
         f"**Modelled TFLOP/s.** A model{MODEL}",
         "",
+        "`DEVICES`: "
+        + "; ".join(
+            f"sm_{arch} {device.multiprocessors} SMs at {device.hertz / 1e9} GHz, {device.flops} "
+            f"half-precision FLOPs a cycle and SM (HMMA {device.mma_share} of that)"
+            for arch, device in sass.DEVICES.items()
+        )
+        + ".",
+        "",
         *summary(runs),
+        *advice(runs),
     ]
     for run in runs:
         said = problems(run.rows)
@@ -505,32 +546,89 @@ def ptxas_version(arch: int) -> str:
     return found[1] if found else "?"
 
 
+def read_run(path: Path) -> Run:
+    """What `--rows` wrote."""
+    version, ptxas, rows = json.loads(path.read_text())
+    return Run(
+        version,
+        {int(arch): name for arch, name in ptxas.items()},
+        [
+            Row(
+                *fields,
+                tuple(serialized),
+                hgmma,
+                hmma,
+                tuple(hazards),
+                tuple(LoopRow(*loop[:5], tuple(loop[5]), *loop[6:]) for loop in loops),
+            )
+            for *fields, serialized, hgmma, hmma, hazards, loops in rows
+        ],
+    )
+
+
+def other_run(folder: Path, arguments: list[str]) -> Run:
+    """The same with the Triton in `folder`; in bfloat16, as the others' code differs little."""
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = Path(scratch, "rows.json")
+        found = [str(folder.resolve()), os.environ.get("PYTHONPATH", "")]
+        subprocess.run(
+            [sys.executable, __file__, *arguments, "--dtypes", "bfloat16", "--rows", str(rows)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))},
+            check=True,
+        )
+        return read_run(rows)
+
+
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """What the arguments ask for, less what makes the same code again.
+
+    Bfloat16 with 1 and 6 query heads per key head, by default, other dtypes with 6; fp32, which no
+    tensor core multiplies, for the first architecture; only bfloat16 where no machine code is read.
+    """
+    for arch, dtype in itertools.product(args.archs, args.dtypes):
+        read = arch in sass.DEVICES
+        same = dtype == "float32" or (dtype != "bfloat16" and not read)
+        if same and arch != args.archs[0]:
+            continue
+        if args.only != "contrastive":
+            both = dtype == "bfloat16" and read and not args.rows
+            groups = args.groups or ([1, 6] if both else [6])
+            for dim, heads in itertools.product(args.head_dims, groups):
+                yield Job("attention", arch, dim, dtype, f"G{heads}")
+        if args.only != "attention":
+            for variant in ("none", "all"):
+                yield Job("contrastive", arch, 1536, dtype, variant)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="write a Markdown page here")
+    parser.add_argument("--rows", type=Path, help="write the rows alone here, as JSON")
+    parser.add_argument("--also", type=Path, help="the folder of another Triton, to look at too")
     parser.add_argument("--check", action="store_true", help="exit 1 if anything must not ship")
     parser.add_argument("--only", choices=OPS, help="one op")
     parser.add_argument("--archs", type=int, nargs="+", default=DEFAULT_ARCHS)
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
-    parser.add_argument("--groups", type=int, nargs="+", default=[1, 6])
+    parser.add_argument("--groups", type=int, nargs="+", help="query heads per key head")
     args = parser.parse_args()
     if launch.interpreted():
         sys.exit("aot: unset TRITON_INTERPRET; the interpreter compiles nothing")
-    shapes = {
-        "attention": (args.head_dims, args.dtypes, [f"G{groups}" for groups in args.groups]),
-        "contrastive": ([1536], args.dtypes, ["none", "all"]),
-    }
-    jobs = [
-        Job(op, arch, *shape)
-        for op in ([args.only] if args.only else OPS)
-        for arch in args.archs
-        for shape in itertools.product(*shapes[op])
-    ]
+    if unknown := set(args.archs) - SHARED_LIMIT.keys():
+        sys.exit(f"aot: --archs has {sorted(unknown)}, known are {sorted(SHARED_LIMIT)}")
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as pool:
-        rows = [row for found in pool.map(compile_job, jobs) for row in found]
-    versions = {arch: ptxas_version(arch) for arch in args.archs}
-    finish([Run(triton.__version__, versions, rows)], args.out, args.check)
+        rows = [row for found in pool.map(compile_job, jobs(args)) for row in found]
+    run = Run(triton.__version__, {arch: ptxas_version(arch) for arch in args.archs}, rows)
+    if args.rows:
+        args.rows.write_text(json.dumps(run))
+        return
+    runs = [run]
+    if args.also:
+        archs = [str(arch) for arch in args.archs if arch in sass.DEVICES] or map(str, args.archs)
+        forwarded = ["--archs", *archs, "--head-dims", *map(str, args.head_dims)]
+        forwarded += ["--only", args.only] if args.only else []
+        runs.append(other_run(args.also, forwarded))
+    finish(runs, args.out, args.check)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ product is one tensor-core instruction (HGMMA of a warpgroup, HMMA of a warp; FF
 an asynchronous one to shared memory (LDGSTS). A group of products is what one wait counts: those up
 to the one that carries `gsb0`.
 
-The model is no measurement: +-25 %. `rate` tells its rules.
+The model is no measurement, and optimistic. `rate` tells its rules.
 """
 
 from __future__ import annotations
@@ -365,30 +365,6 @@ def blocks_per_sm(arch: int, registers: int, shared: int, warps: int) -> int:
     return min(65536 // (a_warp * warps), DEVICES[arch].shared // (shared + 1024), 64 // warps, 32)
 
 
-class _Unit:
-    """A pipe that takes one thing at a time."""
-
-    def __init__(self) -> None:
-        self.free = 0.0
-
-    def take(self, at: float, cycles: float) -> float:
-        """When it begins: not before `at`, nor before the pipe is free."""
-        begin = max(at, self.free)
-        self.free = begin + cycles
-        return begin
-
-
-class _Group:
-    """Four warps in step, one on each scheduler: a warpgroup."""
-
-    def __init__(self, block: int, steps: list) -> None:
-        self.block, self.steps = block, steps
-        self.clock, self.at, self.rounds = 0.0, 0, 0
-        self.ready: dict[int, float] = {}
-        self.open, self.pending = 0.0, []
-        self.marks: list[float] = []
-
-
 class _Step(NamedTuple):
     """What the model knows of an instruction."""
 
@@ -425,56 +401,87 @@ def _step(instruction: Instruction, device: Device) -> _Step:
     )  # fmt: skip
 
 
+class _Group:
+    """Four warps in step, one on each scheduler: a warpgroup."""
+
+    def __init__(self, block: int, steps: list[_Step], clock: float) -> None:
+        self.block, self.steps, self.clock = block, steps, clock
+        self.at = 0
+        self.ready: dict[int, float] = {}  # when a register can be read
+        self.seen = 0.0  # when the youngest product is
+        self.pending: list[float] = []  # when each group of products is
+        self.marks: list[float] = []  # ends of iterations
+
+    @property
+    def step(self) -> _Step:
+        return self.steps[self.at]
+
+    def earliest(self) -> float:
+        """When its next instruction can be issued, for all that it knows itself."""
+        step = self.step
+        begin = max([self.clock, *(self.ready.get(register, 0.0) for register in step.reads)])
+        if step.kind == "wait" and len(self.pending) > step.left:
+            begin = max(begin, self.pending[len(self.pending) - step.left - 1])
+        return begin
+
+    def issue(self, begin: float, free: dict[str, float]) -> None:
+        """Its next instruction, at `begin`; `free` tells when each pipe is."""
+        step = self.step
+        free["issue"] = self.clock = begin + 1
+        if step.kind == "hgmma":
+            free["hgmma"] = max(begin, free["hgmma"]) + step.cycles
+            self.seen = free["hgmma"] + step.latency
+            if step.commits:
+                self.pending.append(self.seen)
+        else:
+            if step.kind in free and step.kind != "issue":
+                free[step.kind] = begin + step.cycles
+            if step.kind == "wait":
+                del self.pending[: len(self.pending) - step.left]
+            self.ready.update(dict.fromkeys(step.writes, begin + step.latency))
+        self.at = (self.at + 1) % len(self.steps)
+        if self.at == 0:
+            self.marks.append(self.clock)
+
+
 def cycles(program: list[Instruction], loop: Loop, arch: int, warps: int, blocks: int) -> float:
     """Modelled cycles of an SM for one iteration of `loop` by each of its `blocks`; see `rate`."""
-    device = DEVICES[arch]
-    steps = [_step(program[at], device) for at in loop.body]
-    groups = [_Group(block, steps) for block in range(blocks) for _ in range(max(1, warps // 4))]
-    units = {name: _Unit() for name in ("issue", "hgmma", "hmma", "special", "shared")}
-    rounds = 12
-    for number, group in enumerate(groups):
-        group.clock = float(number)
-    waiting: dict[int, list[_Group]] = {}
+    rounds, members = 12, max(1, warps // 4)
+    steps = [_step(program[at], DEVICES[arch]) for at in loop.body]
+    groups = [_Group(number // members, steps, float(number)) for number in range(blocks * members)]
     running = list(groups)
+    met: dict[int, list[_Group]] = {block: [] for block in range(blocks)}
+    free = dict.fromkeys(("issue", "hgmma", "hmma", "special", "shared"), 0.0)
+    earliest = {group: group.earliest() for group in groups}
+
+    def stalled(kind: str) -> float:
+        return free[kind] if kind in ("hmma", "special", "shared") else 0.0
+
     while running:
-        group = min(running, key=lambda group: group.clock)
-        step = group.steps[group.at]
-        begin = max([group.clock, *(group.ready.get(register, 0.0) for register in step.reads)])
-        if step.kind == "wait":
-            done = len(group.pending) - step.left
-            if done > 0:
-                begin = max(begin, group.pending[done - 1])
-                del group.pending[:done]
-        if step.kind in ("special", "hmma", "shared"):  # the warp stalls at a pipe that is taken
-            begin = max(begin, units[step.kind].free)
-        begin = units["issue"].take(begin, 1.0)
-        group.clock = begin + 1
-        if step.kind == "hgmma":
-            group.open = units["hgmma"].take(begin, step.cycles) + step.cycles + step.latency
-            if step.commits:
-                group.pending.append(group.open)
-        else:
-            if step.kind in units and step.kind != "issue":
-                units[step.kind].take(begin, step.cycles)
-            for register in step.writes:
-                group.ready[register] = begin + step.latency
-        group.at += 1
-        if group.at == len(group.steps):
-            group.at, group.rounds = 0, group.rounds + 1
-            group.marks.append(group.clock)
-        if step.kind == "barrier":
-            met = waiting.setdefault(group.block, [])
-            met.append(group)
+        # a warp stalls at a pipe that is taken; products of a warpgroup queue up
+        begins = [max(earliest[one], free["issue"], stalled(one.step.kind)) for one in running]
+        begin = min(begins)
+        group = running[begins.index(begin)]
+        kind = group.step.kind
+        group.issue(begin, free)
+        earliest[group] = group.earliest()
+        if kind == "barrier":
+            met[group.block].append(group)
             running.remove(group)
-            if len(met) == max(1, warps // 4):
-                latest = max(member.clock for member in met)
-                for member in met:
-                    member.clock = latest
-                running += waiting.pop(group.block)
-        if group.rounds == rounds and group in running:
+            if len(met[group.block]) == members:
+                clock = max(member.clock for member in met[group.block])
+                for member in met[group.block]:
+                    member.clock = clock
+                    earliest[member] = member.earliest()
+                running += met[group.block]
+                met[group.block] = []
+        if len(group.marks) == rounds and group.at == 0 and group in running:
             running.remove(group)
     half = rounds // 2
-    return max((group.marks[-1] - group.marks[-1 - half]) / half for group in groups)
+    spent = max((group.marks[-1] - group.marks[-1 - half]) / half for group in groups)
+    # the last iterations of the last group run alone
+    tensor = sum(step.cycles for step in steps if step.kind in ("hgmma", "hmma"))
+    return max(spent, tensor * len(groups))
 
 
 def rate(
@@ -482,14 +489,18 @@ def rate(
 ) -> float:
     """Modelled TFLOP/s of a GPU that runs `loop` with `useful` FLOPs an iteration and block.
 
-    A model, +-25 %: an SM's warps walk the loop's instructions in order, in steady state. Each of
+    A model: an SM's warps walk the loop's instructions in order, in steady state. Each of
     the four schedulers issues one instruction a cycle; an instruction waits for the registers it
     reads (4 cycles behind arithmetic, 23 behind MUFU and SHFL, 29 behind shared memory, 32 behind
-    HMMA); MUFU takes 4 lanes a cycle of each scheduler, shared memory moves 128 bytes a cycle of
-    an SM, tensor cores work at the rate of `DEVICES`. HGMMA go on beside their warpgroup until its
-    wait, and are seen 32 cycles after their last FLOP. Warpgroups of a block meet at barriers,
-    blocks are independent. Global memory, caches, launches and masked blocks cost nothing.
-    Latencies: Luo et al., arXiv 2402.13499 (Hopper), Jia et al., arXiv 1804.06826 (arithmetic).
+    HMMA); MUFU takes 4 lanes a cycle of each scheduler, loads and stores of shared memory 128 bytes
+    a cycle of an SM, tensor cores work at the rate of `DEVICES`. HGMMA go on beside their warpgroup
+    until its wait, and are seen 32 cycles after their last FLOP. Warpgroups of a block meet at
+    barriers, blocks are independent; as many run as registers, shared memory and threads let.
+    TFLOP/s = SMs x clock x blocks x useful FLOPs of an iteration / its cycles. Waits for copies,
+    operands that HGMMA read from shared memory, caches, launches and masked blocks cost nothing:
+    it is optimistic, good to compare launches and no forecast of a rate.
+    Latencies are rounded, of the order in Luo et al., arXiv 2402.13499 (Hopper), and Jia et al.,
+    arXiv 1804.06826 (arithmetic).
     """
     device = DEVICES[arch]
     spent = cycles(program, loop, arch, warps, blocks)

@@ -164,8 +164,6 @@ def test_implementations_that_cannot_run_are_refused(monkeypatch):
     wide = torch.zeros(5, 4, 16)
     with pytest.raises(RuntimeError, match="the tensors are on cpu; it needs CUDA, or TRITON_INT"):
         condensed_attention(wide, wide, wide, LAYOUT, impl="triton")
-    far = torch.empty_strided((5, 1, 16), (1 << 29, 16, 1), device="meta")
-    assert module._no_triton(far, far, far) == "5 rows of q, k or v span 2^31 elements; pack fewer"
     monkeypatch.setitem(launch.INSTALLED, "triton", False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         condensed_attention(wide, wide, wide, LAYOUT, impl="triton")
@@ -177,6 +175,36 @@ def test_implementations_that_cannot_run_are_refused(monkeypatch):
         condensed_attention(Q, Q, Q, LAYOUT, impl="xformers")
     with pytest.raises(ValueError, match="impl is 'flash', expected one of"):
         condensed_attention(Q, Q, Q, LAYOUT, impl="flash")
+
+
+def test_what_32_bits_cannot_count_is_refused():
+    def meta(rows, heads, *strides):
+        return torch.empty_strided((rows, heads, 16), (*strides, 1), device="meta")
+
+    near = meta(5, 2, 32, 16)
+    reason = "q has 268435456 rows of 8 heads, 2^31 or more in all; pack fewer"
+    many = meta(1 << 28, 8, 128, 16)
+    assert module._no_triton(many, many, many) == reason
+    far_rows, far_heads = meta(5, 2, 1 << 24, 16), meta(5, 2, 32, 1 << 31)
+    for far, strides in ((far_rows, "[16777216, 16, 1]"), (far_heads, "[32, 2147483648, 1]")):
+        for name, place in (("q", 0), ("k", 1), ("v", 2)):
+            tensors = [near, near, near]
+            tensors[place] = far
+            reason = module._no_triton(*tensors)
+            assert reason and reason.startswith(f"{name} has strides {strides}; 128 rows and"), far
+    # offsets of rows and key heads are int64: neither a long pack nor far heads are refused for it
+    for fine in (meta(1 << 26, 2, 64, 16), meta(5, 2, 16, 1 << 30)):
+        assert "strides" not in (module._no_triton(fine, fine, fine) or "")
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_a_scale_of_zero_averages_what_a_row_sees(impl):
+    layout = CondensedLayout.from_lengths([3, 2], [2, 0], 1)
+    q, k, v = inputs(layout, (2, 1), 16, 0)
+    allowed = allowed_by_loops(layout).float()
+    mean = torch.einsum("ij,jhd->ihd", allowed / allowed.sum(1, keepdim=True), v)
+    out = condensed_attention(q, k, v, layout, scale=0.0, impl=impl)
+    assert torch.allclose(out, mean.expand_as(out), atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("inf"), float("nan")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 import types
 
@@ -11,16 +12,23 @@ import torch
 
 from btok_kernels import launch
 from btok_kernels.condensed_attention import HEAD_DIMS
-from btok_kernels.layout import TILE
+from btok_kernels.layout import TILE, CondensedLayout
 
 
 def test_every_kernel_has_a_configuration_whose_blocks_fit_the_tiles():
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for kernel, dim, dtype, arch in itertools.product(
-        ("forward", "dkdv", "dq"), HEAD_DIMS, dtypes, (0, 80, 86, 89, 90, 100, 120)
+        ("forward", "dkdv", "dq"), HEAD_DIMS, dtypes, (0, *launch.FAMILY)
     ):
+        if launch.no_attention(dim, dtype, arch):
+            assert dim == 256 and launch.FAMILY[arch] != 90
+            continue
         config = launch.attention_config(kernel, dim, dtype, arch)
         assert TILE % config.block_m == 0 and TILE % config.block_n == 0
+        if arch and dtype != torch.float32:
+            own = config.block_m if kernel != "dkdv" else config.block_n
+            assert own >= 16 * config.warps, "warps would make the same products twice"
+            assert config.stages != 2, "two stages copy nothing ahead"
 
 
 @pytest.fixture
@@ -79,12 +87,69 @@ def test_a_search_in_which_nothing_runs_says_so(timed):
 
 
 @pytest.mark.parametrize(
-    ("capability", "reason"), [((7, 5), "sm_75 is too old, it needs sm_80"), ((8, 0), None)]
+    ("capability", "reason"),
+    [
+        ((7, 5), "sm_75 is too old, it needs sm_80"),
+        ((8, 0), None),
+        ((8, 9), None),
+        ((10, 3), None),
+        ((12, 0), None),
+        ((11, 0), "no launches are laid out for sm_110, only for sm_80, "),
+        ((13, 0), "no launches are laid out for sm_130, only for sm_80, "),
+    ],
 )
-def test_old_devices_are_told(monkeypatch, capability, reason):
+def test_devices_without_launches_are_told(monkeypatch, capability, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(launch.INSTALLED, "triton", True)
-    assert launch.no_triton(torch.device("cuda"), torch.float16) == reason
+    told = launch.no_triton(torch.device("cuda"), torch.float16)
+    assert told == reason or (reason and told and told.startswith(reason))
+
+
+def test_rocm_is_refused_though_it_calls_itself_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(launch.INSTALLED, "triton", True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "built for ROCm" in launch.no_triton(torch.device("cuda"), torch.float16)
+
+
+def test_a_head_dim_without_launches_is_told():
+    reason = "no launches of head dim 256 in torch.float16 are laid out for sm_86"
+    assert launch.no_attention(256, torch.float16, 86) == reason
+    assert launch.no_attention(256, torch.float16, 90) is None
+    assert launch.no_attention(256, torch.float32, 86) is None
+
+
+def test_auto_says_once_why_it_passed_one_over(caplog):
+    launch._announced.clear()
+    reasons = {"triton": lambda: "no launches for sm_130", "sdpa": launch.always}
+    with caplog.at_level(logging.INFO, logger="btok_kernels"):
+        for _ in range(2):
+            assert launch.choose("op", "auto", reasons, ("triton", "sdpa")) == "sdpa"
+        reasons["triton"] = lambda: "q has head dim 24"  # another reason is told as well
+        launch.choose("op", "auto", reasons, ("triton", "sdpa"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "op: impl 'auto' takes 'sdpa', not 'triton': no launches for sm_130",
+        "op: impl 'auto' takes 'sdpa', not 'triton': q has head dim 24",
+    ]
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+def test_batches_of_other_sizes_compile_nothing_anew():
+    """Rows and capacities that are 1, divisible by 16, and neither; on a driver alone."""
+    from bench.aot import recorded_launches
+    from btok_kernels import condensed_attention_triton as op
+
+    seen = set()
+    with recorded_launches(90) as launches:
+        for rows, sequences in ((100, 5), (96, 5), (100, 6), (1, 0), (1, 1)):
+            layout = CondensedLayout.from_lengths([], [], 1, num_rows=rows, max_sequences=sequences)
+            seen.add(layout.tiles.shape[1])
+            q, k, v = (torch.zeros(rows, heads, 16, dtype=torch.float16) for heads in (2, 2, 2))
+            out, lse = op._forward(q, k, v, layout.tiles, 0.25)
+            op._backward(q, q, k, v, out, lse, layout.tiles, 0.25)
+    assert {1, 16, 19} <= seen
+    names = sorted(name for name, *_ in launches.values())
+    assert names == ["_delta_kernel", "_dkdv_kernel", "_dq_kernel", "_forward_kernel"]
 
 
 def test_auto_takes_the_first_that_can_run():

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btok_kernels.launch import INSTALLED, always, choose, no_triton
-from btok_kernels.layout import CondensedLayout
+from btok_kernels.launch import INSTALLED, always, architecture, choose, no_attention, no_triton
+from btok_kernels.layout import TILE, CondensedLayout
 
-HEAD_DIMS = (16, 32, 64, 80, 96, 128)  # of the Triton kernels
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # of the Triton kernels
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
@@ -43,6 +43,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
     """Torch's fused causal attention, a call per group of segments."""
+    if scale == 0:  # torch scales what it has masked, and -inf * 0 is NaN
+        q, scale = q * 0, 1.0
     rows, shapes, owner, in_place = layout.segments
     if in_place:
         return _causal(q, k, v, shapes[0], scale)
@@ -107,8 +109,8 @@ def condensed_attention(
         k, v: [T, Hkv, D], dtype and device of q; Hkv divides Hq.
         layout: where the sequences lie in the T rows; on q's device.
         scale: factor on the scores, at least 0; None for D ** -0.5.
-        impl: "triton" (CUDA, or the CPU under TRITON_INTERPRET=1; D of 16, 32, 64, 80, 96 or 128;
-            fp16, bf16, fp32), "sdpa" (any device, no mask materialised), "xformers" (CUDA, the
+        impl: "triton" (CUDA, or the CPU under TRITON_INTERPRET=1; D of 16, 32, 64, 80, 96, 128 or
+            256; fp16, bf16, fp32), "sdpa" (any device, no mask materialised), "xformers" (CUDA, the
             extra of that name), "reference" (dense, computed in at least fp32), or "auto": triton
             where it can run on CUDA, else sdpa.
 
@@ -142,9 +144,25 @@ def condensed_attention(
 def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.shape[2] not in HEAD_DIMS:
         return f"q has head dim {q.shape[2]}, its kernels take {HEAD_DIMS}"
-    if max(t.shape[0] * t.stride(0) for t in (q, k, v)) >= 1 << 31:
-        return f"{q.shape[0]} rows of q, k or v span 2^31 elements; pack fewer"
-    return no_triton(q.device, q.dtype)
+    if q.shape[0] * q.shape[1] >= 1 << 31:
+        return f"q has {q.shape[0]} rows of {q.shape[1]} heads, 2^31 or more in all; pack fewer"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not fits_32_bits(tensor, q.shape[1] // k.shape[1]):
+            return (
+                f"{name} has strides {list(tensor.stride())}; {TILE} rows and the heads of a group "
+                "must lie within 2^31 elements"
+            )
+    if reason := no_triton(q.device, q.dtype):
+        return reason
+    return no_attention(q.shape[2], q.dtype, architecture(q.device))
+
+
+def fits_32_bits(tensor: Tensor, groups: int) -> bool:
+    """Whether the kernels' offsets within a block of `tensor` [T, H, D], which are int32, fit.
+
+    Offsets of blocks, sequences and key heads are int64.
+    """
+    return TILE * tensor.stride(0) + groups * tensor.stride(1) + tensor.shape[2] < 1 << 31
 
 
 def _no_xformers(q: Tensor) -> str | None:

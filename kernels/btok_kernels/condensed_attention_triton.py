@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor, empty
 
 from btok_kernels import launch
+from btok_kernels.condensed_attention import fits_32_bits
 from btok_kernels.layout import TILE
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -115,7 +116,8 @@ def _attend(
     return acc, row_sum * shrink + tl.sum(p, 1), new_max
 
 
-@triton.jit
+# a batch's sizes are not specialised: a multiple of 16 would compile the kernel once more
+@triton.jit(do_not_specialize=["stride_lh"])
 def _forward_kernel(
     Q, K, V, OUT, LSE, TILES,
     stride_qt, stride_qh,
@@ -175,7 +177,7 @@ def _forward_kernel(
     tl.store(lse_base + packed, row_max + tl.log2(row_sum), mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["ROWS"])
+@triton.jit(do_not_specialize=["stride_lh", "ROWS"])
 def _delta_kernel(
     OUT, DO, DELTA,
     stride_ot, stride_oh,
@@ -205,8 +207,8 @@ def _statistics_of(BASE, m, rows, other, BLOCK_M: tl.constexpr):
     A tensor of fewer elements than threads is copied by every thread that needs it, which takes an
     address register for each; so every element is loaded by neighbouring threads, once by each.
     """
-    COPIES: tl.constexpr = 256 // BLOCK_M
-    offs = m + tl.arange(0, 256) // COPIES
+    COPIES: tl.constexpr = 256 // BLOCK_M if BLOCK_M > 32 else 1
+    offs = m + tl.arange(0, BLOCK_M * COPIES) // COPIES
     copies = tl.load(BASE + offs, mask=offs < rows, other=other)
     return tl.max(tl.reshape(copies, [BLOCK_M, COPIES]), 1)
 
@@ -277,7 +279,7 @@ def _gather_all_rows(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["CAPACITY"])
+@triton.jit(do_not_specialize=["stride_lh", "CAPACITY"])
 def _dkdv_kernel(
     Q, K, V, DO, LSE, DELTA, DK, DV, TILES,
     stride_qt, stride_qh,
@@ -317,7 +319,7 @@ def _dkdv_kernel(
     k_base = K + first * stride_kt + head * stride_kh
     v_base = V + first * stride_vt + head * stride_vh
     k = _load(k_base + offs_n[:, None] * stride_kt + offs_d[None, :], mask_n, offs_d, D)
-    v = _load(v_base + offs_n[:, None] * stride_vt + offs_d[None, :], mask_n, offs_d, D)
+    v_ptrs = v_base + offs_n[:, None] * stride_vt + offs_d[None, :]
     q_base = Q + first * stride_qt + head * G * stride_qh
     do_base = DO + first * stride_dot + head * G * stride_doh
     lse_base = LSE + head * stride_lh + first * G
@@ -326,6 +328,7 @@ def _dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if BLOCK_D <= 128:
+        v = _load(v_ptrs, mask_n, offs_d, D)
         dk, dv = _gather_all_rows(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base,
             stride_qt, stride_qh, stride_dot, stride_doh,
@@ -334,12 +337,13 @@ def _dkdv_kernel(
     else:
         # two accumulators of 256 columns do not fit the registers: the scores are made twice
         dk, dv = _gather_all_rows(
-            dk, dv, k, v, q_base, do_base, lse_base, delta_base,
+            dk, dv, k, k, q_base, do_base, lse_base, delta_base,
             stride_qt, stride_qh, stride_dot, stride_doh,
             masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, False, True,
         )  # fmt: skip
         grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
         _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
+        v = _load(v_ptrs, mask_n, offs_d, D)
         dk, dv = _gather_all_rows(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base,
             stride_qt, stride_qh, stride_dot, stride_doh,
@@ -371,7 +375,7 @@ def _gather_keys(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lh"])
 def _dq_kernel(
     Q, K, V, DO, LSE, DELTA, DQ, TILES,
     stride_qt, stride_qh,
@@ -485,7 +489,7 @@ def _backward(
     """dQ [T, Hq, D], dK and dV [T, Hkv, D] in q's dtype."""
     dq, dk, dv = (empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = empty(lse.shape, dtype=lse.dtype, device=lse.device)
-    if d_out.stride(-1) != 1:
+    if d_out.stride(-1) != 1 or not fits_32_bits(d_out, q.shape[1] // k.shape[1]):
         d_out = d_out.contiguous()
     inputs: dict[str, Any] = {"Q": q, "K": k, "V": v, "DO": d_out, "LSE": lse, "DELTA": delta}
     inputs |= {"TILES": tiles, "scale": scale, "scale_log2": scale * LOG2E.value}

@@ -409,11 +409,12 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
 
 
 def _column_sums(p: _Problem, rows: slice, s: Tensor) -> Tensor:
-    """Log-sum-exps [M] over some rows' products s [N, M] with the keys."""
+    """Log-sum-exps [M] over some rows' products with the keys, in s [N, padded columns]."""
+    keys = len(p.positives)
 
     def run(meta: dict[str, int]) -> Tensor:
-        grid = triton.cdiv(s.shape[1], meta["BLOCK_M"]), triton.cdiv(len(s), meta["BLOCK_N"])
-        sums = s.new_empty(grid[1], s.shape[1])
+        grid = triton.cdiv(keys, meta["BLOCK_M"]), triton.cdiv(len(s), meta["BLOCK_N"])
+        sums = s.new_empty(grid[1], keys)
         arguments = p.arguments(rows) | {"S": s, "stride_s": s.stride(0), "COLUMN_LSE": sums}
         _columns_kernel[grid](**arguments, **meta)
         return sums
@@ -461,9 +462,9 @@ def _rows(p: _Problem, with_grad: bool, chunk: int) -> list[Tensor]:
     parts = [(join(of_ranks), columns) for of_ranks, columns in shards]
     if is_bidirectional:
         for rows in chunks:
-            s = products[: rows.stop - rows.start, of_keys]
+            s = products[: rows.stop - rows.start]
             if rows is not first:
-                _add_product(s, query[rows], parts[0][0].T, beta=0)
+                _add_product(s[:, of_keys], query[rows], parts[0][0].T, beta=0)
             column_lse = torch.logaddexp(column_lse, _column_sums(p, rows, s))
         column_lse = p.ranks.logsumexp(column_lse)
     d_query, d_candidates = (p.zeros(n) if with_grad else query for n in (len(query), p.columns))

@@ -40,11 +40,17 @@ def choose(
         ValueError: an unknown implementation.
     """
     if impl == "auto":
-        impl = next(name for name in order if reasons[name]() is None)
-        if not torch.compiler.is_compiling() and (op, impl) not in _announced:
-            _announced.add((op, impl))
-            logger.info("%s: impl 'auto' takes '%s'", op, impl)
-        return impl
+        passed_over = ""
+        for name in order:
+            reason = reasons[name]()
+            if reason is None:
+                break
+            passed_over += f", not '{name}': {reason}"
+        if not torch.compiler.is_compiling() and (op, name + passed_over) not in _announced:
+            _announced.add((op, name + passed_over))
+            level = logging.WARNING if passed_over else logging.INFO
+            logger.log(level, "%s: impl 'auto' takes '%s'%s", op, name, passed_over)
+        return name
     if impl not in reasons:
         raise ValueError(f"{op}: impl is {impl!r}, expected one of {('auto', *reasons)}")
     if reason := reasons[impl]():
@@ -69,8 +75,13 @@ def no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the tensors are on {device}; it needs CUDA, or TRITON_INTERPRET=1 on the CPU"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"no kernel for {dtype}"
-    if device.type == "cuda" and architecture(device) < 80:
-        return f"sm_{architecture(device)} is too old, it needs sm_80"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "torch is built for ROCm; the launches are laid out for NVIDIA's devices alone"
+    if device.type == "cuda" and architecture(device) not in FAMILY:
+        arch = architecture(device)
+        if arch < 80:
+            return f"sm_{arch} is too old, it needs sm_80"
+        return f"no launches are laid out for sm_{arch}, only for sm_{', '.join(map(str, FAMILY))}"
     if device.type == "cpu" and dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrong; use float16 or float32"
     return None
@@ -98,33 +109,55 @@ class Config(NamedTuple):
     stages: int
 
 
-# By kernel and architecture, then up to which head dim: the largest tiles that spill no register.
-# fp32 is multiplied without tensor cores, on all architectures alike.
+# Whose launches an architecture takes: Ampere's multiply a warp at a time and fit the 99 KiB of
+# shared memory that a block of sm_86, 89 and 120 may have.
+FAMILY = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 80, 121: 80}
+
+# By kernel and family, then up to which head dim. A warp has 16 rows of its own of a tile (keys, of
+# dkdv), or two would make the same products; three stages, as two copy nothing ahead; of what is
+# left, what spills at most 64 bytes and models fastest. fp32 is multiplied without tensor cores, on
+# all architectures alike.
 _ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
-    ("forward", 90): {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3)},
-    ("dkdv", 90): {64: Config(64, 64, 4, 3), 128: Config(64, 128, 8, 3)},
-    ("dq", 90): {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3)},
-    ("forward", 80): {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2)},
-    ("dkdv", 80): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2)},
-    ("dq", 80): {64: Config(64, 32, 4, 2), 128: Config(64, 64, 8, 2)},
+    ("forward", 80): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
+    ("dkdv", 80): {128: Config(32, 64, 4, 3)},
+    ("dq", 80): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
+    ("forward", 90): {
+        64: Config(128, 64, 4, 3),
+        128: Config(128, 64, 8, 3),
+        256: Config(128, 32, 8, 3),
+    },
+    ("dkdv", 90): {
+        64: Config(64, 64, 4, 3),
+        128: Config(64, 128, 8, 3),
+        256: Config(32, 128, 8, 3),
+    },
+    ("dq", 90): {64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 3)},
+    ("forward", 100): {128: Config(128, 64, 8, 3)},
+    ("dkdv", 100): {128: Config(64, 128, 8, 3)},
+    ("dq", 100): {128: Config(128, 64, 8, 3)},
 }
 _ATTENTION_FP32: dict[str, dict[int, Config]] = {
-    "forward": {64: Config(32, 16, 4, 1), 128: Config(32, 16, 8, 1)},
-    "dkdv": {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1)},
-    "dq": {64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1)},
+    "forward": {64: Config(32, 16, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    "dkdv": {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)},
+    "dq": {64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)},
 }
 _ATTENTION_INTERPRETED = Config(32, 16, 1, 1)  # small, so that short tests have many blocks
 found: dict[tuple[str, int, int, torch.dtype], Config] = {}  # by BTOK_AUTOTUNE=1
+
+
+def no_attention(head_dim: int, dtype: torch.dtype, arch: int) -> str | None:
+    """Why the attention has no launches for a head dim on an architecture; None where it has."""
+    if arch == 0 or dtype == torch.float32 or head_dim <= max(_ATTENTION["forward", FAMILY[arch]]):
+        return None
+    return f"no launches of head dim {head_dim} in {dtype} are laid out for sm_{arch}"
 
 
 def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int) -> Config:
     """The launch of "forward", "dkdv" or "dq" on an architecture as in sm_90; 0 is none."""
     if arch == 0:
         return _ATTENTION_INTERPRETED
-    if dtype == torch.float32:
-        table = _ATTENTION_FP32[kernel]
-    else:
-        table = _ATTENTION[kernel, 90 if arch == 90 else 80]
+    half = dtype != torch.float32
+    table = _ATTENTION[kernel, FAMILY[arch]] if half else _ATTENTION_FP32[kernel]
     return next(config for dim, config in table.items() if head_dim <= dim)
 
 

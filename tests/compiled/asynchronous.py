@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.compiled.machine import Machine
 
 UNCOMMITTED = 1 << 30
-NAN = np.uint32(0x7FFFFFFF)
+NAN = np.uint32(0x7FA00000)  # signalling: arithmetic quiets it, so that any write to it shows
 
 
 @dataclass
@@ -112,11 +112,11 @@ class Product:
     granules: list[np.ndarray]  # of 16 bytes that it reads, [B, G, ...] each
     keeps: np.ndarray  # bool [B, G]: adds to what the accumulator has
     half: str  # "f16" or "bf16"
-    shared_registers: dict[str, np.ndarray] = field(default_factory=dict)  # of A and D, as issued
+    issued: list[np.ndarray] = field(default_factory=list)  # A's registers, [lanes] each
 
 
-# The fragments of a warpgroup's 128 lanes (9.7.15.5.1): four warps of 16 rows each, in which lane l
-# has rows l / 4 and l / 4 + 8, and columns 2 (l % 4) and the next of every 8.
+# The fragments of a warpgroup's 128 lanes (9.7.15.5.1.1.1): four warps of 16 rows each, in which
+# lane l has rows l / 4 and l / 4 + 8, and columns 2 (l % 4) and the next of every 8.
 ROW = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4
 COLUMN = np.arange(128) % 4 * 2
 
@@ -135,6 +135,16 @@ class Products(Groups):
         super().__init__(machine)
         self.shape = (machine.blocks, max(machine.warps // 4, 1), 128)  # of a register
         self.values: dict[tuple[str, ...], np.ndarray] = {}  # of accumulators in flight
+        self.fenced = np.zeros(machine.blocks, bool)
+
+    def fence(self, blocks: np.ndarray) -> None:
+        """wgmma.fence, 9.7.15.7.1: what was written to registers comes before the next product."""
+        self.fenced[blocks] = True
+
+    def wait(self, blocks: np.ndarray, newest: int) -> None:
+        """Registers may be written from now on, so that the next product needs another fence."""
+        super().wait(blocks, newest)
+        self.fenced[blocks] = False
 
     def operand(
         self, blocks: np.ndarray, descriptors: np.ndarray, rows: int, transposed: bool
@@ -142,8 +152,12 @@ class Products(Groups):
         """Byte offsets [B, G, rows, 16] of a matrix's elements, and the 16-byte pieces they fill.
 
         A descriptor [B, G] (9.7.15.5.1.2.2) has the address, two strides and the swizzle; the
-        layouts are those of the canonical K-major and MN-major matrices (9.7.15.5.1.2.1).
+        layouts are the canonical K-major and MN-major ones (9.7.15.5.1.2.1.3).
         """
+        if (descriptors >> np.uint64(49) & np.uint64(7)).any():
+            raise Fault("a descriptor with a base offset")
+        if (descriptors >> np.uint64(62) != descriptors.flat[0] >> np.uint64(62)).any():
+            raise Fault("descriptors with different swizzles")
         fields = descriptors[..., None] >> np.array([0, 16, 32], np.uint64) & np.uint64(0x3FFF)
         start, leading, stride = np.moveaxis(fields.astype(np.int64) << 4, -1, 0)[..., None, None]
         mode = int(descriptors.flat[0] >> np.uint64(62))
@@ -151,7 +165,8 @@ class Products(Groups):
         row, k = np.arange(rows)[:, None], np.arange(16)[None]
         if transposed:  # MN-major: lines along the rows
             wide = line // 2
-            at = start + row // wide * leading + k // 8 * stride + k % 8 * line + row % wide * 2
+            of_row, of_k = (leading, stride) if mode else (stride, leading)
+            at = start + row // wide * of_row + k // 8 * of_k + k % 8 * line + row % wide * 2
         else:  # K-major: lines along k, eight rows one behind the other
             of_k = k * 2 if mode else k // 8 * leading + k % 8 * 2
             at = start + row // 8 * stride + row % 8 * line + of_k
@@ -164,16 +179,16 @@ class Products(Groups):
 
     def start(self, product: Product) -> None:
         machine, key = self.machine, product.accumulator
+        if not self.fenced[product.blocks].all():
+            raise Fault("a warpgroup's product with no wgmma.fence before it")
         for granules in product.granules:
             machine.shared.begin_product(granules)
         if key not in self.values:
             if any(set(key) & set(other) for other in self.values):
                 raise Fault("the accumulators of two products in flight overlap")
             self.values[key] = np.zeros((len(key), *self.shape), np.float32)
-        # LLVM gives a zero of A and of D one register where D starts at zero; the machine code has
-        # them apart, so A's is what it was
-        both = set(key).intersection(product.a if isinstance(product.a, tuple) else ())
-        product.shared_registers = {name: machine.register(name).copy() for name in both}
+        if isinstance(product.a, tuple):
+            product.issued = [machine.register(name).copy() for name in product.a]
         fresh = product.blocks[~self._in_flight(key)[product.blocks]]
         for value, name in zip(self.values[key], key, strict=True):
             register = machine.register(name).reshape(self.shape)
@@ -192,7 +207,7 @@ class Products(Groups):
         halves = shared.data.reshape(-1).view(np.uint16)
         b = to_float(halves[what.b[nth] >> 1], what.half)  # [B, G, N, 16]
         if isinstance(what.a, tuple):
-            a = self._from_registers(what, what.a)[blocks]
+            a = self._from_registers(what, blocks)
         else:
             a = to_float(halves[what.a[nth] >> 1], what.half)  # [B, G, 64, 16]
         d = a @ b.swapaxes(-1, -2)  # [B, G, 64, N]
@@ -205,17 +220,24 @@ class Products(Groups):
                 shared.end_product(granules[nth, group], 0xF << 4 * group)
         landed = blocks[~self._in_flight(what.accumulator)[blocks]]
         for value, name in zip(values, what.accumulator, strict=True):
-            machine.register(name).reshape(self.shape)[landed] = value[landed].view(np.uint32)
+            register = machine.register(name).reshape(self.shape)
+            if (register[landed] != NAN).any():
+                raise Fault(f"{name} was written while a product into it was in flight")
+            register[landed] = value[landed].view(np.uint32)
         if not self._in_flight(what.accumulator).any():
             del self.values[what.accumulator]
 
-    def _from_registers(self, what: Product, names: tuple[str, ...]) -> np.ndarray:
-        """A [B, G, 64, 16] of four registers of pairs: (rows, rows + 8) x (columns, columns + 8)."""
-        a = np.empty((*self.shape[:2], 64, 16), np.float32)
-        for i, name in enumerate(names):
-            bits = what.shared_registers.get(name, self.machine.register(name))
-            pairs, half = bits.reshape(self.shape), what.half
+    def _from_registers(self, what: Product, blocks: np.ndarray) -> np.ndarray:
+        """A [B, G, 64, 16] of four registers of pairs, of rows and rows + 8, columns and + 8."""
+        a = np.empty((len(blocks), self.shape[1], 64, 16), np.float32)
+        for i, (name, bits) in enumerate(zip(what.a, what.issued, strict=True)):
+            pairs = bits.reshape(self.shape)[blocks]
+            # LLVM gives a zero of A and of D one register where D starts at zero; the machine code
+            # has them apart, so that A's stays what it was
+            now = self.machine.register(name).reshape(self.shape)[blocks]
+            if name not in what.accumulator and (now != pairs).any():
+                raise Fault(f"{name} was written while a product that reads it was in flight")
             row, column = ROW + i % 2 * 8, COLUMN + i // 2 * 8
-            a[:, :, row, column] = to_float((pairs & 0xFFFF).astype(np.uint16), half)
-            a[:, :, row, column + 1] = to_float((pairs >> 16).astype(np.uint16), half)
+            a[:, :, row, column] = to_float((pairs & 0xFFFF).astype(np.uint16), what.half)
+            a[:, :, row, column + 1] = to_float((pairs >> 16).astype(np.uint16), what.half)
         return a

@@ -131,7 +131,10 @@ def attention(
         "dv": (got[3], exact[3], low[3]),
     }
     assert (lse[~sees] == -torch.inf).all(), "rows that see nothing"
-    errors = {name: _share(*tensors, dtype) for name, tensors in results.items()}
+    errors = {
+        name: _share(*tensors, torch.float32 if name == "lse" else dtype)
+        for name, tensors in results.items()
+    }
     return {
         "forward": max(errors["out"], errors["lse"]),
         "delta": errors["delta"],

@@ -7,21 +7,25 @@ other means: shared memory notes who touched what since the last barrier (`memor
 asynchronous copy or product (`asynchronous.py`) takes effect at its wait and no earlier, while its
 operands are watched. Registers and shared memory start as garbage.
 
-Not modelled: the machine code that ptxas makes of the PTX, races in global memory, time.
+Not modelled: the machine code that ptxas makes of the PTX; races in global memory, and an address
+that leaves one tensor for another right behind it; the order in which tensor cores sum, and their
+rounding; which of two zeros min and max take; copies and products that some warps of a block wait
+for and others do not (an error); time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from tests.compiled.asynchronous import Copies, Products
 from tests.compiled.instructions import OPCODES, REGISTERS_ONLY, Run
-from tests.compiled.memory import GARBAGE, UNSIGNED, Fault, Global, Shared
+from tests.compiled.memory import GARBAGE, ONES, UNSIGNED, Fault, Global, Shared
 from tests.compiled.ptx import Instruction, Program, dtype_of
 
-Operand = np.ndarray | np.generic
+Operand = Any  # an array [lanes] or a constant; numpy gives both the same methods
 JUMPS = ("bra", "ret", "exit")
 
 
@@ -61,9 +65,7 @@ class Machine:
         self.registers = {
             prefix: np.full((count, lanes), True)
             if bits == 1
-            else np.frombuffer(bytes([GARBAGE]) * (bits // 8), UNSIGNED[bits // 8])
-            .repeat(count * lanes)
-            .reshape(count, lanes)
+            else np.full((count, lanes), GARBAGE * ONES[bits // 8], UNSIGNED[bits // 8])
             for prefix, (bits, count) in program.registers.items()
         }
         self.parameters = {
@@ -101,12 +103,12 @@ class Machine:
             return np.bool_(int(operand))
         if operand[:2].lower() in ("0f", "0d"):
             value = int(operand[2:], 16)
-        elif operand.startswith("global_smem"):
+        elif operand == "global_smem":
             value = 0  # the one symbol: the start of shared memory
         else:
             value = int(operand.rstrip("U"), 0)
         width = dtype.itemsize
-        return np.array(value & ((1 << 8 * width) - 1), UNSIGNED[width]).view(dtype)[()]
+        return UNSIGNED[width].type(value & ((1 << 8 * width) - 1)).view(dtype)
 
     def write(self, name: str, values: Operand, active: np.ndarray | None) -> None:
         """To a register: bits of the same width, or a narrower unsigned number, extended."""
@@ -191,7 +193,7 @@ class Machine:
             try:
                 jumps = instruction.words[0] in JUMPS
                 code.append(None if jumps else self.bind(instruction))
-            except Fault as fault:
+            except (Fault, ValueError, KeyError, IndexError) as fault:  # or unlike any known form
                 raise Fault(f"{program.name}, {instruction}: {fault}") from None
         waiting: dict[int, np.ndarray] = {0: np.ones_like(self.alive)}  # instruction -> lanes
         with np.errstate(all="ignore"):
@@ -252,4 +254,3 @@ class Machine:
     @staticmethod
     def _join(waiting: dict[int, np.ndarray], at: int, lanes: np.ndarray) -> None:
         waiting[at] = waiting[at] | lanes if at in waiting else lanes
-

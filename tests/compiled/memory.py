@@ -11,10 +11,10 @@ import ctypes
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
-UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+UNSIGNED: dict[int, np.dtype] = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
+ONES = {width: int.from_bytes(b"\x01" * width, "little") for width in UNSIGNED}  # in every byte
 GARBAGE = 0xFF  # of every byte that nothing wrote: NaN in every float type
 
 
@@ -25,7 +25,7 @@ class Fault(Exception):
 def _split(at: np.ndarray, width: int) -> tuple[np.ndarray, np.dtype]:
     """Indices [..., n] of the integers that make up `width` bytes at each byte offset."""
     if (at % width).any():
-        raise Fault(f"an access of {width} bytes at offset {int(at[at % width != 0][0])}")
+        raise Fault(f"{width} bytes at offset {int(at[at % width != 0][0])}, which is misaligned")
     if width == 16:
         return (at >> 3)[..., None] + np.arange(2), UNSIGNED[8]
     return (at // width)[..., None], UNSIGNED[width]
@@ -55,7 +55,9 @@ class Global:
         self.base = int(self.begins[0]) // 16 * 16
         size = (int(self.ends[-1]) - self.base) // 16 * 16 + 16
         everything = (ctypes.c_uint8 * size).from_address(self.base)
-        self.bytes = np.frombuffer(everything, np.uint8)  # a view; nothing is touched by making it
+        self.bytes = np.frombuffer(
+            memoryview(everything), np.uint8
+        )  # a view; nothing is touched by making it
 
     @staticmethod
     def _last(tensor: Tensor) -> int:
@@ -105,7 +107,7 @@ class Shared:
     def load(self, at: np.ndarray, width: int, warp_bits: np.ndarray) -> np.ndarray:
         """Integers [lanes, n] that make up `width` bytes."""
         index, dtype = _split(at, width)
-        bits = warp_bits[:, None].astype(dtype) * dtype.type(_ONES[dtype.itemsize])
+        bits = warp_bits[:, None].astype(dtype) * dtype.type(ONES[dtype.itemsize])
         if self.copying.reshape(-1).view(dtype)[index].any():
             raise Fault("reads shared memory that an asynchronous copy may still write")
         if (self.wrote.reshape(-1).view(dtype)[index] & ~bits).any():
@@ -116,18 +118,13 @@ class Shared:
     @staticmethod
     def _note(plane: np.ndarray, index: np.ndarray, bits: np.ndarray) -> None:
         seen = plane.reshape(-1).view(bits.dtype)
-        bits = np.broadcast_to(bits, index.shape)
-        lost = np.ones(index.shape, bool)
-        while lost.any():  # warps at one address overwrite each other's note
-            seen[index[lost]] |= bits[lost]
-            lost = (bits & ~seen[index]) != 0
+        while (lost := (bits & ~seen[index]) != 0).any():  # warps at one address undo each other's
+            seen[index[lost]] |= np.broadcast_to(bits, index.shape)[lost]
 
-    def store(
-        self, at: np.ndarray, width: int, warp_bits: np.ndarray, values: np.ndarray
-    ) -> None:
+    def store(self, at: np.ndarray, width: int, warp_bits: np.ndarray, values: np.ndarray) -> None:
         """`values` is [lanes, bytes] of any integer type."""
         index, dtype = _split(at, width)
-        bits = warp_bits[:, None].astype(dtype) * dtype.type(_ONES[dtype.itemsize])
+        bits = warp_bits[:, None].astype(dtype) * dtype.type(ONES[dtype.itemsize])
         self.claim(at, index, bits)
         self.unfenced.reshape(-1).view(dtype)[index] |= bits
         self._write(index, bits, values)
@@ -151,25 +148,27 @@ class Shared:
             raise Fault("writes shared memory that another warp wrote, with no barrier between")
         data[index] = values
         if (data[index] != values).any():
-            raise Fault("warps write different values to one address of shared memory at once")
+            raise Fault("lanes write different values to one address of shared memory at once")
         self._note(self.wrote, index, bits)
 
     def begin_copy(self, at: np.ndarray, width: int, warp_bits: np.ndarray) -> None:
         """An asynchronous copy is issued: from now on until it is waited for, nobody else may."""
         index, dtype = _split(at, width)
-        bits = warp_bits[:, None].astype(dtype) * dtype.type(_ONES[dtype.itemsize])
+        bits = warp_bits[:, None].astype(dtype) * dtype.type(ONES[dtype.itemsize])
         self.claim(at, index, bits)
         self.copying.reshape(-1).view(dtype)[index] |= bits
 
     def end_copy(
         self, at: np.ndarray, width: int, warp_bits: np.ndarray, values: np.ndarray
     ) -> None:
-        """It is waited for: only now does it take effect, as a write of its warp."""
+        """It is waited for: only now does it take effect, as a write of its warp.
+
+        Matrix products need no fence.proxy.async before they read it: neither Triton nor CUTLASS
+        puts one there.
+        """
         index, dtype = _split(at, width)
-        bits = warp_bits[:, None].astype(dtype) * dtype.type(_ONES[dtype.itemsize])
+        bits = warp_bits[:, None].astype(dtype) * dtype.type(ONES[dtype.itemsize])
         self.copying.reshape(-1).view(dtype)[index] = 0
-        if (self.read.reshape(-1).view(dtype)[index] & ~bits).any():
-            raise Fault("a copy lands in what another warp read, with no barrier between")
         self._write(index, bits, values)
 
     def begin_product(self, granules: np.ndarray) -> None:
@@ -181,13 +180,13 @@ class Shared:
             raise Fault("a matrix product reads what a warp wrote, with no barrier between")
         if self.unfenced.reshape(-1).view(np.uint64)[index].any():
             raise Fault("a matrix product reads what no fence.proxy.async made visible to it")
-        np.add.at(self.multiplying.reshape(-1), granules, 1)
+        np.add.at(self.multiplying.reshape(-1), granules.reshape(-1), np.int16(1))
 
     def end_product(self, granules: np.ndarray, warp_bits: int) -> None:
         """It is waited for: its reading counts as these warps'."""
-        np.subtract.at(self.multiplying.reshape(-1), granules, 1)
+        np.subtract.at(self.multiplying.reshape(-1), granules.reshape(-1), np.int16(1))
         index = granules[..., None] * 2 + np.arange(2)
-        self.read.reshape(-1).view(np.uint64)[index] |= np.uint64(warp_bits * _ONES[8])
+        self.read.reshape(-1).view(np.uint64)[index] |= np.uint64(warp_bits * ONES[8])
 
     def barrier(self, blocks: np.ndarray | slice) -> None:
         self.wrote[blocks] = 0
@@ -196,7 +195,3 @@ class Shared:
     def fence(self, blocks: np.ndarray | slice) -> None:
         """What all warps of these blocks wrote is visible to matrix products from now on."""
         self.unfenced[blocks] = 0
-
-
-_ONES = {width: int.from_bytes(b"\x01" * width, "little") for width in (1, 2, 4, 8)}
-

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FLOATS = {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8")}
+FLOATS: dict[str, np.dtype] = {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8")}
 
 
 class Instruction(NamedTuple):
@@ -58,6 +58,8 @@ def dtype_of(kind: str) -> np.dtype:
     if kind == "pred":
         return np.dtype(bool)
     bits = {"bf16": 16, "bf16x2": 32, "f16x2": 32}.get(kind) or int(kind.lstrip("bus"))
+    if bits not in (8, 16, 32, 64):
+        raise ValueError(f"ptx: .{kind} has {bits} bits, expected 8, 16, 32 or 64")
     return np.dtype(f"{'i' if kind[0] == 's' else 'u'}{bits // 8}")
 
 
@@ -94,6 +96,8 @@ def parse(text: str) -> Program:
             program.labels[found[1]] = len(program.instructions)
         elif statements == "}":
             break  # behind the kernel stands debug information
+        elif statements.startswith(".") and not statements.startswith(".pragma"):
+            raise ValueError(f"ptx: line {number} has {statements!r}, expected an instruction")
         elif not statements.startswith("."):
             for statement in statements.split(";"):
                 if statement.strip():

@@ -24,16 +24,19 @@ from tests.compiled.cases import LAYOUTS, attention, contrastive
 from tests.compiled.memory import Fault
 
 BF16 = torch.bfloat16
-LAYOUT = LAYOUTS["long"]
 
 
 def run_attention(arch, rewrite=None):
-    return attention(arch, BF16, 64, (3, 1), LAYOUT, rewrite=rewrite)
+    return attention(arch, BF16, 64, (4, 2), LAYOUTS["ragged"], rewrite=rewrite)
 
 
-def run_contrastive(arch, rewrite=None):
+def run_contrastive(arch, rewrite=None, chunk=0):
     options = {"h": 1, "ids": True, "margin": 0.1, "bidirectional": True}
-    return contrastive(arch, BF16, 150, 200, chunk=0, rewrite=rewrite, **options)
+    return contrastive(arch, BF16, 140, 136, chunk=chunk, rewrite=rewrite, **options)
+
+
+def run_chunks(arch, rewrite=None):
+    return run_contrastive(arch, rewrite, chunk=64)
 
 
 def dropped(pattern: str, nth: int = 0) -> Callable[[str], str]:
@@ -145,7 +148,60 @@ def forget(functions: list) -> None:
 
 
 ATTENTION, LOSS = condensed_attention_triton, contrastive_loss_triton
-IN_SOURCE = {}
+IN_SOURCE = {  # name: architecture, op, module, function, its text, the text instead
+    "a row that does not see itself": (
+        90, run_attention, ATTENTION, "_attend",
+        "offs_n[None, :] <= position[:, None]", "offs_n[None, :] < position[:, None]",
+    ),
+    "dK and dV under another mask": (
+        90, run_attention, ATTENTION, "_gather_rows",
+        "<= (packed // G)[None, :]", "< (packed // G)[None, :]",
+    ),
+    "dQ under another mask": (
+        80, run_attention, ATTENTION, "_gather_keys",
+        "offs_n[None, :] <= position[:, None]", "offs_n[None, :] <= position[:, None] + 1",
+    ),
+    "a block too many without a mask": (
+        90, run_attention, ATTENTION, "_row_block",
+        "whole = low // BLOCK_N * BLOCK_N", "whole = (low + BLOCK_N - 1) // BLOCK_N * BLOCK_N",
+    ),
+    "scores rounded to bf16": (
+        90, run_attention, ATTENTION, "_attend",
+        's = tl.dot(q, k.T, input_precision="ieee")',
+        's = tl.dot(q, k.T, input_precision="ieee").to(tl.bfloat16).to(tl.float32)',
+    ),
+    "delta left out": (
+        80, run_attention, ATTENTION, "_gather_rows", "(dpt - delta[None, :])", "dpt",
+    ),
+    "a row too many": (
+        90, run_attention, ATTENTION, "_dq_kernel", "mask_m = packed < rows",
+        "mask_m = packed <= rows",
+    ),
+    "another head": (
+        90, run_attention, ATTENTION, "_dq_kernel",
+        "DO + row * stride_dot + head * G * stride_doh", "DO + row * stride_dot + head * stride_doh",
+    ),
+    "a positive off by one": (
+        90, run_contrastive, LOSS, "_mask",
+        "rows[:, None] == cols[None, :]", "rows[:, None] == cols[None, :] + 1",
+    ),
+    "another margin": (
+        80, run_contrastive, LOSS, "_logits", "shift > margin", "shift > margin * 0.5",
+    ),
+    "rows of another panel": (
+        90, run_contrastive, LOSS, "_d_candidates_kernel",
+        "mask_n = offs_n < N", "mask_n = offs_n < N - 1",
+    ),
+    "columns summed without their last row tile": (
+        80, run_chunks, LOSS, "_columns_kernel",
+        "mask_n, mask_m = offs_n < N, cols < M", "mask_n, mask_m = offs_n < N - 1, cols < M",
+    ),
+    "gradients of rows by the columns' sums": (
+        90, run_chunks, LOSS, "_d_logits",
+        "d_columns = tl.exp(logits - lse[None, :])",
+        "d_columns = tl.exp(logits - row_lse[:, None])",
+    ),
+}  # fmt: skip
 
 
 def killed(run: Callable[[], dict[str, float]]) -> bool:

@@ -116,7 +116,7 @@ def compare(rng, seed, blocks, guarded, longest=32):
     """The largest error over its budget of a random case."""
     layout = layout_of(rng, longest)
     heads, key_heads = rng.choice(HEADS)
-    dim, dtype = rng.choice([16, 16, 32, 64, 80, 96, 128]), rng.choice(DTYPES)
+    dim, dtype = rng.choice([16, 16, 32, 64, 80, 96, 128, 256]), rng.choice(DTYPES)
     scale = rng.choice([dim**-0.5, 0.3])
     block = rng.choice(BLOCKS)
     blocks(*block)
@@ -307,6 +307,38 @@ def test_nan_reaches_what_sees_it_alone(poisoned):
             continue
         for name, is_nan, should in zip(("out", "dq", "dk", "dv"), touched, expected, strict=True):
             assert torch.equal(is_nan, should), f"{name}, NaN in row {row} of {poisoned}"
+
+
+def test_a_scale_of_zero_averages_what_a_row_sees():
+    layout = CondensedLayout.from_lengths([19, 3], [14, 0], 2, num_rows=43).to(DEVICE)
+    tensors = inputs(layout)
+    out, dq, dk, dv = results("triton", *tensors, layout, 0.0)
+    allowed = allowed_by_loops(layout).to(DEVICE, torch.float32)
+    mean = allowed / allowed.sum(1, keepdim=True).clamp(min=1)
+    groups = tensors[0].shape[1] // tensors[2].shape[1]
+    wanted = torch.einsum("ij,jhd->ihd", mean, tensors[2].repeat_interleave(groups, 1))
+    assert torch.allclose(out, wanted, atol=1e-5)
+    d_out = tensors[3].unflatten(1, (-1, groups)).sum(2)
+    assert torch.allclose(dv, torch.einsum("ij,ihd->jhd", mean, d_out), atol=1e-5)
+    assert (dq == 0).all() and (dk == 0).all()
+
+
+@pytest.mark.skipif(CUDA, reason="of offsets, which the interpreter computes alike")
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("axis", ["rows", "heads"])
+def test_offsets_beyond_32_bits(which, axis):
+    """Rows or heads far apart; the memory between them is never touched."""
+    rows_apart = axis == "rows"
+    layout = CondensedLayout.from_lengths([130 if rows_apart else 4], [3], 2)
+    tensors = [t.half() for t in inputs(layout, (1, 1) if rows_apart else (4, 4))]
+    wanted = results("triton", *tensors, layout, 0.25)
+    strides = ((1 << 24) - 64, 16, 1) if rows_apart else (16, 1 << 30, 1)
+    size = sum((n - 1) * stride for n, stride in zip(tensors[0].shape, strides, strict=True)) + 1
+    far = torch.empty(size, dtype=torch.float16).as_strided(tensors[0].shape, strides)
+    tensors[which] = far.copy_(tensors[which])
+    got = results("triton", *tensors, layout, 0.25)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_strides_of_a_model_and_an_expanded_gradient():

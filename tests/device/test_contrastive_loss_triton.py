@@ -306,6 +306,26 @@ def test_memory_does_not_grow_with_the_logits(monkeypatch):
     assert mode.largest <= max(8 * n, launch.CONTRASTIVE_PANEL**2) < n * n / 5
 
 
+def test_a_search_of_configurations_leaves_no_trace(way, monkeypatch):
+    """Its trials run on the call's own tensors, before the launch that counts."""
+    architecture, config = launch.architecture(torch.device(DEVICE)), launch.contrastive_config
+    tried = []
+
+    def search(title, default, candidates, run):
+        tried.append(title)
+        for _ in range(2):
+            run(default)
+        return default
+
+    monkeypatch.setattr(launch, "architecture", lambda device: architecture or 90)
+    monkeypatch.setattr(launch, "contrastive_config", lambda *at: config(*at[:2], architecture))
+    monkeypatch.setattr(launch, "search", search)
+    monkeypatch.setattr(launch, "found_contrastive", {})
+    monkeypatch.setenv("BTOK_AUTOTUNE", "1")
+    check(make(37, dim=20, dtype=torch.float32, **OPTIONS["everything"]))
+    assert len(tried) == (4 if launch.contrastive_chunk(37, 37, torch.float32) == 0 else 2)
+
+
 def test_the_same_bits_on_every_run(way):
     arguments = make(23, dtype=torch.float32, **OPTIONS["everything"])
     first, second = (differentiate(triton, arguments) for _ in range(2))
