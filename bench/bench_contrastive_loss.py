@@ -1,9 +1,9 @@
 """contrastive_loss with its gradients beside other ways to the same loss.
 
-On a CPU the chunked way in fp32 on 4,096 rows of 256; ROWS=8192 takes so many, DIM=32 is as wide. On a GPU the Triton
-way in bf16 on 4k to 128k rows of 1,536, beside its own two ways, of which it chooses one, too; on
-256k beside those alone. Both results are first checked against fp32 torch. A third party's kernel,
-which may hang or crash, is first tried in a process of its own.
+On a CPU the chunked way in fp32 on 4,096 rows of 256; ROWS=8192 takes so many, DIM=32 as wide ones.
+On a GPU the Triton way in bf16 on 4k to 128k rows of 1,536, beside its own two ways, of which it
+chooses one, too; on 256k beside those alone. Both results are first checked against fp32 torch. A
+third party's kernel, which may hang or crash, is first tried in a process of its own.
 
 Operations are those of three matrix products, query @ key.T and its two gradients'; both directions
 need no others, whatever an implementation does. Bytes are the inputs and the gradients, once each.

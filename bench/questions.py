@@ -51,7 +51,7 @@ from bench.peers import mixes
 from bench.peers import truth as attention_truth
 from btok.gated_mlp import GatedMLP
 from btok_kernels import launch, ranks
-from btok_kernels.condensed_attention import HEAD_DIMS, condensed_attention
+from btok_kernels.condensed_attention import condensed_attention
 from btok_kernels.contrastive_loss import Call as LossCall
 from btok_kernels.contrastive_loss import contrastive_loss_and_grad
 from btok_kernels.layout import CondensedLayout
@@ -64,19 +64,19 @@ KERNELS = ("forward", "dkdv", "dq")
 PAIRS: int | None
 if DEVICE == "cuda":
     HEADS, KEY_HEADS, PAIRS, MOST_NEIGHBOURS = 12, 2, None, 99
-    DIMS = [dim for dim in (128, 64, 256) if dim in HEAD_DIMS]
+    DIMS = [128, 64, 256]
     LAYOUTS = {mix: mixes()[mix] for mix in ("image queries", "long video", "short pairs")}
     SIZES = [1 << n for n in range(12, 19)]
-    TILE_ROWS, WORKSPACE_ROWS, PANEL_ROWS = 8192, (1 << 15, 1 << 17), (1 << 13, 1 << 15)
-    MLP_WIDTHS, MLP_ROWS = (1536, 8960), (512, 4096, 16384)  # of Qwen2-VL-2B
-    RANKS = ((8, 512), (8, 2048), (16, 2048), (64, 512), (8, 8192))  # ranks, rows of each
+    TILE_ROWS, WORKSPACE_ROWS, PANEL_ROWS = 8192, [1 << 15, 1 << 17], [1 << 13, 1 << 15]
+    MLP_WIDTHS, MLP_ROWS = (1536, 8960), [512, 4096, 16384]  # of Qwen2-VL-2B
+    RANKS = [(8, 512), (8, 2048), (16, 2048), (64, 512), (8, 8192)]  # ranks, rows of each
 else:
     HEADS, KEY_HEADS, PAIRS, MOST_NEIGHBOURS = 2, 1, 2, 1
     DIMS, LAYOUTS = [16], {"few rows": CondensedLayout.from_lengths([9, 5], [4, 0], 2)}
     SIZES = [16]
-    TILE_ROWS, WORKSPACE_ROWS, PANEL_ROWS = 16, (16,), (16,)
-    MLP_WIDTHS, MLP_ROWS = (32, 64), (8,)
-    RANKS = ((2, 8),)
+    TILE_ROWS, WORKSPACE_ROWS, PANEL_ROWS = 16, [16], [16]
+    MLP_WIDTHS, MLP_ROWS = (32, 64), [8]
+    RANKS = [(2, 8)]
 TRUTH_ROWS = 1 << 14  # up to here the loss is checked against fp32, then the two against each other
 RANKS_PAIRS = 15  # of real ranks, which must agree on it
 LINK, START, HOP = 450e9, 20e-6, 2.5e-6  # bytes a second; seconds of a collective, and of a rank
@@ -186,6 +186,9 @@ def attention_case(mix: str, dim: int) -> Callable[[dict[str, launch.Config]], d
 def attention_tiles(report: Report, dim: int) -> None:
     """The tile table of the attention against its neighbours."""
     arch = launch.architecture(torch.device(DEVICE))
+    if reason := launch.no_attention(dim, DTYPE, arch):
+        print(reason)
+        return
 
     def pair(
         mix: str, kernel: str, today: launch.Config, other: launch.Config
@@ -225,12 +228,12 @@ def recompute(*_: Any) -> int:
 def loss_tiles(report: Report) -> None:
     """The launches of the loss's kernels against their neighbours, both directions."""
     arch = launch.architecture(torch.device(DEVICE))
-    arguments = (TILE_ROWS, True)
 
     def pair(kernel: str, today: dict[str, int], other: dict[str, int]) -> tuple[Call, Call]:
         way = ours(some_rows if kernel in ("rows", "columns") else recompute, "triton")
         with loss_launches({kernel: other}) as trials:
-            check(named(other), step(way, *inputs(TILE_ROWS), True), truth(*arguments))
+            query, key = inputs(TILE_ROWS)
+            check(named(other), step(way, query, key, True), truth(TILE_ROWS, True))
         return partial(trials[kernel], today), partial(trials[kernel], other)
 
     for kernel in ("sums", "d_logits", "d_query", "d_candidates", "rows", "columns"):
@@ -245,7 +248,8 @@ def loss_tiles(report: Report) -> None:
 
 def loss_pair(rows: int, bidirectional: bool, today: Loss, other: Loss) -> tuple[Call, Call]:
     """A loss with its gradients by two ways, checked."""
-    calls = [partial(step, loss, *inputs(rows), bidirectional) for loss in (today, other)]
+    query, key = inputs(rows)
+    calls = [partial(step, loss, query, key, bidirectional) for loss in (today, other)]
     if rows <= TRUTH_ROWS:
         expected = truth(rows, bidirectional)
         check("today's", calls[0](), expected)
@@ -334,7 +338,7 @@ class ModelledLink(ranks.Ranks):
             return ranks._by_part(shards), iter([0, *landed])
         side, current = side_stream(), torch.cuda.current_stream()
         side.wait_stream(current)
-        events = {}
+        events: dict[int, torch.cuda.Event] = {}
         with torch.cuda.stream(side):
             for sent in [[rank] for rank in others] if by_shard else [others]:
                 took = START + len(self.rows) * HOP + len(sent) * size / LINK
@@ -384,7 +388,9 @@ def gather(report: Report) -> None:
     def pair(world: int, rows: int) -> tuple[Call, Call]:
         query, key = (x.detach()[:rows] for x in inputs(max(rows, SIZES[0])))
         if real:
-            run = partial(contrastive_loss_and_grad, query, key, temperature=TAU, impl="triton")
+            run: Call = partial(
+                contrastive_loss_and_grad, query, key, temperature=TAU, impl="triton"
+            )
         else:
             from btok_kernels.contrastive_loss_triton import fused  # imports triton
 
@@ -399,7 +405,9 @@ def gather(report: Report) -> None:
         check("by shards", by_shard[:3], [x.float().cpu() for x in once[:3]])
         return partial(route, False), partial(route, True)
 
-    cases = [(dist.get_world_size(), rows) for rows in (512, 2048, 8192)] if real else RANKS
+    cases = RANKS
+    if real:
+        cases = sorted({(dist.get_world_size(), rows) for _, rows in RANKS})
     for world, rows in cases:
         size = rows * (inputs(SIZES[0])[0].shape[1] * DTYPE.itemsize + 4)
         chosen = "by shards" if ranks._one_by_one(world, rows, size) else "at once"
@@ -445,9 +453,10 @@ def triton_versions(report: Report) -> None:
     found = [pair for pair in turns if all("ms" in row for row in pair)]
     for case in found[0][0]["ms"] if found else []:
         ratios = [row["ms"][case] / today["ms"][case] for today, row in found]
+        kernel, mix = case.split(", ")
         figures = {
-            "question": "Triton",
-            "on": case,
+            "question": f"Triton, {kernel}",
+            "on": mix,
             "today": found[0][0]["version"],
             "alternative": found[0][1]["version"],
             "ratio": statistics.median(ratios),
