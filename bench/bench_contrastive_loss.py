@@ -1,9 +1,9 @@
 """contrastive_loss with its gradients beside other ways to the same loss.
 
-On a CPU the chunked way in fp32 on 4,096 rows of 256; ROWS=8192 takes so many. On a GPU the Triton
-way in bf16 on 4k to 128k rows of 1,536, beside its own two ways, of which it chooses one, too; on
-256k beside those alone. Both results are first checked against fp32 torch. A third party's kernel,
-which may hang or crash, is first tried in a process of its own.
+On a CPU the chunked way in fp32 on 4,096 rows of 256; ROWS=8192 takes so many, DIM=32 as wide ones.
+On a GPU the Triton way in bf16 on 4k to 128k rows of 1,536, beside its own two ways, of which it
+chooses one, too; on 256k beside those alone. Both results are first checked against fp32 torch. A
+third party's kernel, which may hang or crash, is first tried in a process of its own.
 
 Operations are those of three matrix products, query @ key.T and its two gradients'; both directions
 need no others, whatever an implementation does. Bytes are the inputs and the gradients, once each.
@@ -34,7 +34,8 @@ if DEVICE == "cuda":
     OURS, DTYPE, DIM, TOLERANCE = "triton", torch.bfloat16, 1536, 2e-2
     SIZES = [1 << n for n in range(12, 18)]
 else:
-    OURS, DTYPE, DIM, TOLERANCE = "chunked", torch.float32, 256, 1e-4
+    OURS, DTYPE, TOLERANCE = "chunked", torch.float32, 1e-4
+    DIM = int(os.environ.get("DIM", 256))
     SIZES = [int(os.environ.get("ROWS", 4096))]
 TAU = 0.02
 PATIENCE = 120  # seconds for a first run
@@ -114,11 +115,11 @@ def compiled(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
 FOREIGN = {"liger_kernel": liger, "cut_cross_entropy": cut_cross_entropy, "inf_cl": inf_cl}
 
 
-def ours(chunk: Callable[..., int] = launch.contrastive_chunk) -> Loss:
+def ours(chunk: Callable[..., int] = launch.contrastive_chunk, impl: str = OURS) -> Loss:
     def loss(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
         options: dict[str, Any] = {"temperature": TAU, "bidirectional": bidirectional}
         with mock.patch.object(launch, "contrastive_chunk", chunk):
-            return contrastive_loss(query, key, **options, impl=OURS)
+            return contrastive_loss(query, key, **options, impl=impl)
 
     return loss
 

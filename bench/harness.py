@@ -79,6 +79,62 @@ def median_interval(sample: Sequence[float]) -> tuple[float, float]:
     return ordered[rank], ordered[-1 - rank]
 
 
+def device_seconds(call: Call) -> float:
+    """Between two events around a call, the L2 cache cold; on a CPU of the wall clock.
+
+    The host gets ahead of the device first, so that launching is timed only where it takes longer
+    than what is launched.
+    """
+    if DEVICE != "cuda":
+        return seconds(call)[0]
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flushed().zero_()
+    torch.cuda._sleep(1_000_000)
+    before.record()
+    call()
+    after.record()
+    synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+@cache
+def _flushed() -> torch.Tensor:
+    """Larger than any L2 cache."""
+    return torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
+
+
+def duel(today: Call, other: Call, most: float = 0.5, pairs: int | None = None) -> dict[str, Any]:
+    """Two calls in turns on the device's clock: `ratio` is the other's time over today's.
+
+    Args:
+        today, other: what is called, their results checked before.
+        most: seconds that the pairs may take, but there are seven at least, and at most 101.
+        pairs: how many instead, where several processes must agree.
+
+    Returns:
+        `ratio`, the median over pairs, its 95 % `interval`, `pairs`, and of both (today's first)
+        the median `ms` and the peak `mib`.
+    """
+    calls = (today, other)
+    memory = [peak(call) / 2**20 for call in calls]  # and warms up
+    if pairs is None:
+        both = sum(seconds(lambda call=call: device_seconds(call))[0] for call in calls)
+        pairs = min(max(int(most / both), 7), 101)
+    times: list[tuple[float, float]] = []
+    for i in range(pairs):
+        order = (0, 1) if i % 2 else (1, 0)
+        took = {who: device_seconds(calls[who]) for who in order}
+        times.append((took[0], took[1]))
+    ratios = [b / a for a, b in times]
+    return {
+        "ratio": statistics.median(ratios),
+        "interval": median_interval(ratios),
+        "pairs": pairs,
+        "ms": [1e3 * statistics.median(each) for each in zip(*times, strict=True)],
+        "mib": memory,
+    }
+
+
 def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btok_kernels import launch
 from btok_kernels.condensed_attention import condensed_attention
-from btok_kernels.layout import TILE, CondensedLayout
+from btok_kernels.layout import CondensedLayout
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 BTOKS = 4
@@ -57,38 +56,6 @@ def kept_pairs(layout: CondensedLayout) -> int:
     """(row, key) pairs that the mask keeps."""
     rows = torch.arange(layout.num_rows, device=layout.device)
     return int((rows + 1 - layout.row_first).clamp(min=0).sum())
-
-
-def executed(
-    layout: CondensedLayout, heads: int, key_heads: int, dim: int, dtype: torch.dtype
-) -> tuple[int, int]:
-    """Operations of our kernels, forward and backward: whole blocks, those the schedule visits."""
-    arch, groups = launch.architecture(layout.device), heads // key_heads
-    row_tiles, key_tiles = layout.tiles.cpu().long().transpose(1, 2)[..., None]  # 4 x [tiles, 1]
-
-    def visited(blocks: Tensor, config: launch.Config) -> int:
-        return int(blocks.sum()) * config.block_m * config.block_n * key_heads
-
-    def by_rows(kernel: str) -> int:
-        config = launch.attention_config(kernel, dim, dtype, arch)
-        begin = torch.arange(0, TILE * groups, config.block_m)  # a tile's blocks of packed rows
-        row, last_row, key, last_key = row_tiles
-        seen = row - key + (begin + config.block_m - 1) // groups + 1
-        keys = torch.where(begin < (last_row - row) * groups, seen.minimum(last_key - key), 0)
-        return visited(-(-keys // config.block_n), config)
-
-    def by_keys(kernel: str) -> int:
-        config = launch.attention_config(kernel, dim, dtype, arch)
-        key, last_key, _, last_row = key_tiles
-        begin = key + torch.arange(0, TILE, config.block_n)  # a tile's blocks of keys
-        rows = torch.where(begin < last_key, (last_row - begin).clamp(min=0) * groups, 0)
-        return visited(-(-rows // config.block_m), config)
-
-    # 4 and 3 matrix products; above 128 columns dK and dV are made one after the other, the scores
-    # for each of them
-    of_keys = 8 if dim <= 128 else 10
-    backward = of_keys * dim * by_keys("dkdv") + 6 * dim * by_rows("dq")
-    return 4 * dim * by_rows("forward"), backward
 
 
 def truth(layout: CondensedLayout, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:

@@ -295,7 +295,7 @@ def _dkdv_kernel(
     KV_HEADS, CAPACITY, scale, scale_log2,
     TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED_STAGES: tl.constexpr,
+    MASKED_STAGES: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = TILE // BLOCK_N
     offs_d = tl.arange(0, BLOCK_D)
@@ -311,11 +311,13 @@ def _dkdv_kernel(
     mask_n = offs_n < keys
     first = key.to(tl.int64)
     grad_base = first * stride_gt + head * stride_gh
+    grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
     if rows <= 0:  # keys that no row sees
-        grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
         nothing = tl.zeros([BLOCK_N, BLOCK_D], DK.dtype.element_ty)
-        _store(DK + grad_ptrs, nothing, mask_n, offs_d, D)
-        _store(DV + grad_ptrs, nothing, mask_n, offs_d, D)
+        if HAS_DK:
+            _store(DK + grad_ptrs, nothing, mask_n, offs_d, D)
+        if HAS_DV:
+            _store(DV + grad_ptrs, nothing, mask_n, offs_d, D)
         return
     # packed rows up to here do not see all keys of the block; at least one block is masked
     unseen = tl.maximum((tl.minimum(keys, BLOCK_N) - 1) * G, 1)
@@ -323,7 +325,9 @@ def _dkdv_kernel(
     k_base = K + first * stride_kt + head * stride_kh
     v_base = V + first * stride_vt + head * stride_vh
     k = _load(k_base + offs_n[:, None] * stride_kt + offs_d[None, :], mask_n, offs_d, D)
-    v_ptrs = v_base + offs_n[:, None] * stride_vt + offs_d[None, :]
+    v = k
+    if HAS_DK:
+        v = _load(v_base + offs_n[:, None] * stride_vt + offs_d[None, :], mask_n, offs_d, D)
     q_base = Q + first * stride_qt + head * G * stride_qh
     do_base = DO + first * stride_dot + head * G * stride_doh
     lse_base = LSE + head * stride_lh + first * G
@@ -331,32 +335,17 @@ def _dkdv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if BLOCK_D <= 128:
-        v = _load(v_ptrs, mask_n, offs_d, D)
-        dk, dv = _gather_all_rows(
-            dk, dv, k, v, q_base, do_base, lse_base, delta_base,
-            stride_qt, stride_qh, stride_dot, stride_doh,
-            masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, True, True,
-        )  # fmt: skip
-    else:
-        # two accumulators of 256 columns do not fit the registers: the scores are made twice
-        dk, dv = _gather_all_rows(
-            dk, dv, k, k, q_base, do_base, lse_base, delta_base,
-            stride_qt, stride_qh, stride_dot, stride_doh,
-            masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, False, True,
-        )  # fmt: skip
-        grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
-        _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
-        v = _load(v_ptrs, mask_n, offs_d, D)
-        dk, dv = _gather_all_rows(
-            dk, dv, k, v, q_base, do_base, lse_base, delta_base,
-            stride_qt, stride_qh, stride_dot, stride_doh,
-            masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, True, False,
-        )  # fmt: skip
+    dk, dv = _gather_all_rows(
+        dk, dv, k, v, q_base, do_base, lse_base, delta_base,
+        stride_qt, stride_qh, stride_dot, stride_doh, masked, rows, scale_log2, offs_d,
+        G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, HAS_DK, HAS_DV,
+    )  # fmt: skip
+    # made again, as holding its registers through the loops would spill others
     grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
-    if BLOCK_D <= 128:
+    if HAS_DV:
         _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
-    _store(DK + grad_ptrs, (dk * scale).to(DK.dtype.element_ty), mask_n, offs_d, D)
+    if HAS_DK:
+        _store(DK + grad_ptrs, (dk * scale).to(DK.dtype.element_ty), mask_n, offs_d, D)
 
 
 @triton.jit
@@ -514,14 +503,19 @@ def _backward(
 
     def dkdv(config: launch.Config) -> None:
         capacity = tiles.shape[1]
-        start(
-            _dkdv_kernel, (capacity * (TILE // config.block_n) * key_heads,),
-            # its loads of rows wait for those of their statistics, so half the stages are theirs
-            _constants(heads, key_heads, dim, config, MASKED_STAGES=2 * config.stages - 1),
-            *inputs, dk, dv, tiles,
-            *strides, *_strides(dk), lse.stride(0),
-            key_heads, capacity, *scales,
-        )  # fmt: skip
+        # two accumulators of 256 columns do not fit the registers: the scores are made twice there
+        for has_dk, has_dv in ((1, 1),) if dim <= 128 else ((0, 1), (1, 0)):
+            start(
+                _dkdv_kernel, (capacity * (TILE // config.block_n) * key_heads,),
+                # its loads of rows wait for those of their statistics: half the stages are theirs
+                _constants(
+                    heads, key_heads, dim, config,
+                    MASKED_STAGES=2 * config.stages - 1, HAS_DK=has_dk, HAS_DV=has_dv,
+                ),
+                *inputs, dk, dv, tiles,
+                *strides, *_strides(dk), lse.stride(0),
+                key_heads, capacity, *scales,
+            )  # fmt: skip
 
     def dq_(config: launch.Config) -> None:
         start(
