@@ -33,6 +33,7 @@ from btok_kernels.layout import TILE
 from btok_kernels.start import Constants, start
 
 DELTA_ROWS = 32
+PLAIN = {Tensor, Parameter}  # others have dispatch of their own
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 
@@ -607,7 +608,7 @@ def _is_eager(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
-        or any(type(t) is not Tensor and type(t) is not Parameter for t in tensors)
+        or not PLAIN.issuperset(map(type, tensors))
     )
 
 
