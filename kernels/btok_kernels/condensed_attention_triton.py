@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, empty
+from torch import Tensor, empty, empty_like
 from torch.nn import Parameter
 
 from btok_kernels import launch
@@ -33,6 +33,7 @@ from btok_kernels.layout import TILE
 from btok_kernels.start import Constants, start
 
 DELTA_ROWS = 32
+DENSE = torch.contiguous_format  # outputs, however the rows of an input lie
 PLAIN = {Tensor, Parameter}  # others have dispatch of their own
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
@@ -471,7 +472,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tu
 
     In that order the packed rows of a key head lie one behind the other.
     """
-    out = empty(q.shape, dtype=q.dtype, device=q.device)
+    out = empty_like(q, memory_format=DENSE)
     lse = empty(_statistics(q, k), dtype=torch.float32, device=q.device)
     (_, heads, dim), key_heads = q.shape, k.shape[1]
 
@@ -493,8 +494,7 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ [T, Hq, D], dK and dV [T, Hkv, D] in q's dtype."""
-    dq, dk, dv = (empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    delta = empty(lse.shape, dtype=lse.dtype, device=lse.device)
+    dq, dk, dv, delta = (empty_like(t, memory_format=DENSE) for t in (q, k, v, lse))
     if d_out.stride(-1) != 1 or not fits_32_bits(d_out, q.shape[1] // k.shape[1]):
         d_out = d_out.contiguous()
     (rows, heads, dim), key_heads = q.shape, k.shape[1]

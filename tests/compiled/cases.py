@@ -98,8 +98,12 @@ def attention(
         made.append(torch.empty(*shape, **kwargs).fill_(torch.nan))
         return made[-1]
 
+    def empty_like(tensor: Tensor, **_: Any) -> Tensor:
+        return empty(tensor.shape, dtype=tensor.dtype)
+
     with (
         mock.patch.object(condensed_attention_triton, "empty", empty),
+        mock.patch.object(condensed_attention_triton, "empty_like", empty_like),
         device(arch, rewrite),
     ):
         got = _differentiated("triton", q, k, v, d_out, **options)

@@ -61,7 +61,11 @@ def guarded(monkeypatch):
             canary = torch.tensor(CANARY, dtype=buffer.dtype, device=buffer.device)
             assert (buffer[:GUARD] == canary).all() and (buffer[-GUARD:] == canary).all()
 
+    def empty_like(tensor, *, memory_format):
+        return empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
     monkeypatch.setattr(module, "empty", empty)
+    monkeypatch.setattr(module, "empty_like", empty_like)
     return check
 
 
