@@ -52,12 +52,15 @@ RATIO_LIMIT = 1.05  # executed over useful products
 WORK = {
     "forward": (2, "M", "N", "D"),
     "dkdv": (4, "M", "N", "D"),
+    "dk": (3, "M", "N", "D"),  # of head dims whose dK and dV are launches of their own
+    "dv": (2, "M", "N", "D"),
     "dq": (3, "M", "N", "D"),
     "sums": (1, "N", "M", "D"),
     "d_logits": (1, "N", "M", "D"),
     "d_query": (1, "N", "K", "D"),
     "d_candidates": (1, "M", "K", "D"),
 }
+ATTENTION = ("forward", "dkdv", "dk", "dv", "dq")
 
 
 class Job(NamedTuple):
@@ -254,6 +257,8 @@ def describe(job: Job, launched: Launch) -> Row:
     """What is to be said of one launch."""
     kernel, constants = launched.kernel, launched.constants
     name = launched.name.strip("_").removesuffix("_kernel")
+    if name == "dkdv" and not (constants["HAS_DK"] and constants["HAS_DV"]):
+        name = "dk" if constants["HAS_DK"] else "dv"
     sizes = {key[6:]: size for key, size in constants.items() if key[:6] == "BLOCK_"}
     report = sass.report(_reports[hashlib.sha256(kernel.asm["cubin"]).hexdigest()])
     program = sass.parse(disassembled(kernel.asm["cubin"])) if job.arch in sass.DEVICES else []
@@ -395,7 +400,7 @@ def cells(row: Row) -> tuple[str, ...]:
         each(lambda loop: waits(loop.waits)),
         each(lambda loop: f"{loop.copies}{' after the wait for all' * loop.waits_for_all}"),
         each(lambda loop: f"{loop.ratio:.2f}"),
-        f"{share:.2f}" if row.kernel in ("forward", "dkdv", "dq") else "",
+        f"{share:.2f}" if row.kernel in ATTENTION else "",
         each(lambda loop: f"{loop.tflops:.0f}" if loop.tflops else ""),
     )
 
@@ -433,9 +438,11 @@ def attention_rates(rows: list[Row]) -> dict[tuple[int, int, str, str], dict[str
     """
     found: dict[tuple[int, int, str, str], dict[str, float]] = {}
     for row in rows:
-        if row.kernel in ("forward", "dkdv", "dq") and row.loops and unmasked(row).tflops:
+        if row.kernel in ATTENTION and row.loops and unmasked(row).tflops:
             found.setdefault(row[1:5], {})[row.kernel] = unmasked(row).tflops
     for rates in found.values():
+        if {"dk", "dv"} <= rates.keys():
+            rates["dkdv"] = 8 / (6 / rates["dk"] + 4 / rates["dv"])
         if {"dkdv", "dq"} <= rates.keys():
             rates["backward"] = 10 / (8 / rates["dkdv"] + 6 / rates["dq"])
     return found
@@ -593,7 +600,9 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         if args.only != "contrastive":
             both = dtype == "bfloat16" and read and not args.rows
             groups = args.groups or ([1, 6] if both else [6])
-            for dim, heads in itertools.product(args.head_dims, groups):
+            kind = getattr(torch, dtype)
+            dims = [d for d in args.head_dims if not launch.no_attention(d, kind, arch)]
+            for dim, heads in itertools.product(dims, groups):
                 yield Job("attention", arch, dim, dtype, f"G{heads}")
         if args.only != "attention":
             for variant in ("none", "all"):

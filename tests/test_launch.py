@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import sys
@@ -29,6 +30,15 @@ def test_every_kernel_has_a_configuration_whose_blocks_fit_the_tiles():
             own = config.block_m if kernel != "dkdv" else config.block_n
             assert own >= 16 * config.warps, "warps would make the same products twice"
             assert config.stages != 2, "two stages copy nothing ahead"
+
+
+@pytest.fixture(autouse=True)
+def unknown_devices():
+    """What is kept of a device's architecture is of this test alone."""
+    architecture = launch.architecture  # as a test may put another in its place
+    architecture.cache_clear()
+    yield
+    architecture.cache_clear()
 
 
 @pytest.fixture
@@ -103,6 +113,14 @@ def test_devices_without_launches_are_told(monkeypatch, capability, reason):
     monkeypatch.setitem(launch.INSTALLED, "triton", True)
     told = launch.no_triton(torch.device("cuda"), torch.float16)
     assert told == reason or (reason and told and told.startswith(reason))
+
+
+def test_launches_go_to_the_tensors_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    there = launch.on(torch.device("cuda", 0))
+    assert isinstance(there, torch.cuda.device) and there.idx == 0
+    assert isinstance(launch.on(torch.device("cuda", 1)), contextlib.nullcontext)
+    assert isinstance(launch.on(torch.device("cpu")), contextlib.nullcontext)
 
 
 def test_rocm_is_refused_though_it_calls_itself_cuda(monkeypatch):

@@ -18,17 +18,21 @@ is the same wherever a sequence lies. No atomics: the same bits on every run.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, empty
+from torch.nn import Parameter
 
 from btok_kernels import launch
 from btok_kernels.condensed_attention import fits_32_bits
 from btok_kernels.layout import TILE
+from btok_kernels.start import Constants, start
 
+DELTA_ROWS = 32
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 
@@ -291,7 +295,7 @@ def _dkdv_kernel(
     KV_HEADS, CAPACITY, scale, scale_log2,
     TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED_STAGES: tl.constexpr,
+    MASKED_STAGES: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = TILE // BLOCK_N
     offs_d = tl.arange(0, BLOCK_D)
@@ -307,11 +311,13 @@ def _dkdv_kernel(
     mask_n = offs_n < keys
     first = key.to(tl.int64)
     grad_base = first * stride_gt + head * stride_gh
+    grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
     if rows <= 0:  # keys that no row sees
-        grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
         nothing = tl.zeros([BLOCK_N, BLOCK_D], DK.dtype.element_ty)
-        _store(DK + grad_ptrs, nothing, mask_n, offs_d, D)
-        _store(DV + grad_ptrs, nothing, mask_n, offs_d, D)
+        if HAS_DK:
+            _store(DK + grad_ptrs, nothing, mask_n, offs_d, D)
+        if HAS_DV:
+            _store(DV + grad_ptrs, nothing, mask_n, offs_d, D)
         return
     # packed rows up to here do not see all keys of the block; at least one block is masked
     unseen = tl.maximum((tl.minimum(keys, BLOCK_N) - 1) * G, 1)
@@ -319,7 +325,9 @@ def _dkdv_kernel(
     k_base = K + first * stride_kt + head * stride_kh
     v_base = V + first * stride_vt + head * stride_vh
     k = _load(k_base + offs_n[:, None] * stride_kt + offs_d[None, :], mask_n, offs_d, D)
-    v_ptrs = v_base + offs_n[:, None] * stride_vt + offs_d[None, :]
+    v = k
+    if HAS_DK:
+        v = _load(v_base + offs_n[:, None] * stride_vt + offs_d[None, :], mask_n, offs_d, D)
     q_base = Q + first * stride_qt + head * G * stride_qh
     do_base = DO + first * stride_dot + head * G * stride_doh
     lse_base = LSE + head * stride_lh + first * G
@@ -327,32 +335,17 @@ def _dkdv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if BLOCK_D <= 128:
-        v = _load(v_ptrs, mask_n, offs_d, D)
-        dk, dv = _gather_all_rows(
-            dk, dv, k, v, q_base, do_base, lse_base, delta_base,
-            stride_qt, stride_qh, stride_dot, stride_doh,
-            masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, True, True,
-        )  # fmt: skip
-    else:
-        # two accumulators of 256 columns do not fit the registers: the scores are made twice
-        dk, dv = _gather_all_rows(
-            dk, dv, k, k, q_base, do_base, lse_base, delta_base,
-            stride_qt, stride_qh, stride_dot, stride_doh,
-            masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, False, True,
-        )  # fmt: skip
-        grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
-        _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
-        v = _load(v_ptrs, mask_n, offs_d, D)
-        dk, dv = _gather_all_rows(
-            dk, dv, k, v, q_base, do_base, lse_base, delta_base,
-            stride_qt, stride_qh, stride_dot, stride_doh,
-            masked, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, True, False,
-        )  # fmt: skip
+    dk, dv = _gather_all_rows(
+        dk, dv, k, v, q_base, do_base, lse_base, delta_base,
+        stride_qt, stride_qh, stride_dot, stride_doh, masked, rows, scale_log2, offs_d,
+        G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, HAS_DK, HAS_DV,
+    )  # fmt: skip
+    # made again, as holding its registers through the loops would spill others
     grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
-    if BLOCK_D <= 128:
+    if HAS_DV:
         _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
-    _store(DK + grad_ptrs, (dk * scale).to(DK.dtype.element_ty), mask_n, offs_d, D)
+    if HAS_DK:
+        _store(DK + grad_ptrs, (dk * scale).to(DK.dtype.element_ty), mask_n, offs_d, D)
 
 
 @triton.jit
@@ -435,23 +428,32 @@ def _dq_kernel(
     _store(grad_ptrs, (dq * scale).to(DQ.dtype.element_ty), mask_m, offs_d, D)
 
 
-def _strides(**tensors: Tensor) -> dict[str, int]:
-    """Of the rows and of the heads, by the kernels' names: stride_qt, stride_qh, ..."""
-    return {f"stride_{n}{a}": t.stride(i) for n, t in tensors.items() for i, a in enumerate("th")}
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of the rows and of the heads of each."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
-def _shape(q: Tensor, k: Tensor, config: launch.Config) -> dict[str, int]:
-    return {
-        "KV_HEADS": k.shape[1],
-        "TILE": TILE,
-        "G": q.shape[1] // k.shape[1],
-        "D": q.shape[2],
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    }
+@cache
+def _constants(
+    heads: int, key_heads: int, dim: int, config: launch.Config, **others: int
+) -> Constants:
+    return Constants(
+        TILE=TILE,
+        G=heads // key_heads,
+        D=dim,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **others,
+    )
+
+
+@cache
+def _delta_constants(groups: int, dim: int) -> Constants:
+    block_d = max(16, triton.next_power_of_2(dim))
+    return Constants(G=groups, D=dim, BLOCK_D=block_d, BLOCK_M=DELTA_ROWS, num_warps=4)
 
 
 def _statistics(q: Tensor, k: Tensor) -> tuple[int, int, int]:
@@ -470,12 +472,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tu
     """
     out = empty(q.shape, dtype=q.dtype, device=q.device)
     lse = empty(_statistics(q, k), dtype=torch.float32, device=q.device)
+    (_, heads, dim), key_heads = q.shape, k.shape[1]
 
     def forward(config: launch.Config) -> None:
-        _forward_kernel[_row_blocks(q, tiles, config)](
-            Q=q, K=k, V=v, OUT=out, LSE=lse, TILES=tiles,
-            **_strides(q=q, k=k, v=v, o=out), stride_lh=lse.stride(0), **_shape(q, k, config),
-            scale_log2=scale * LOG2E.value,
+        start(
+            _forward_kernel, _row_blocks(q, tiles, config),
+            _constants(heads, key_heads, dim, config),
+            q, k, v, out, lse, tiles,
+            *_strides(q, k, v, out), lse.stride(0),
+            key_heads, scale * LOG2E.value,
         )  # fmt: skip
 
     launch.attention("forward", q, forward)
@@ -491,28 +496,44 @@ def _backward(
     delta = empty(lse.shape, dtype=lse.dtype, device=lse.device)
     if d_out.stride(-1) != 1 or not fits_32_bits(d_out, q.shape[1] // k.shape[1]):
         d_out = d_out.contiguous()
-    inputs: dict[str, Any] = {"Q": q, "K": k, "V": v, "DO": d_out, "LSE": lse, "DELTA": delta}
-    inputs |= {"TILES": tiles, "scale": scale, "scale_log2": scale * LOG2E.value}
-    inputs |= _strides(q=q, k=k, v=v, do=d_out) | {"stride_lh": lse.stride(0)}
+    (rows, heads, dim), key_heads = q.shape, k.shape[1]
+    inputs = q, k, v, d_out, lse, delta
+    strides = (*_strides(q, k, v, d_out),)
+    scales = scale, scale * LOG2E.value
 
     def dkdv(config: launch.Config) -> None:
         capacity = tiles.shape[1]
-        _dkdv_kernel[(capacity * (TILE // config.block_n) * k.shape[1],)](
-            **inputs, **_strides(g=dk), **_shape(q, k, config), DK=dk, DV=dv, CAPACITY=capacity,
-            # its loads of rows wait for those of their statistics, so half the stages are theirs
-            MASKED_STAGES=2 * config.stages - 1,
-        )  # fmt: skip
+        # two accumulators of 256 columns do not fit the registers: the scores are made twice there
+        for has_dk, has_dv in ((1, 1),) if dim <= 128 else ((0, 1), (1, 0)):
+            start(
+                _dkdv_kernel, (capacity * (TILE // config.block_n) * key_heads,),
+                # its loads of rows wait for those of their statistics: half the stages are theirs
+                _constants(
+                    heads, key_heads, dim, config,
+                    MASKED_STAGES=2 * config.stages - 1, HAS_DK=has_dk, HAS_DV=has_dv,
+                ),
+                *inputs, dk, dv, tiles,
+                *strides, *_strides(dk), lse.stride(0),
+                key_heads, capacity, *scales,
+            )  # fmt: skip
 
     def dq_(config: launch.Config) -> None:
-        grid = _row_blocks(q, tiles, config)
-        _dq_kernel[grid](**inputs, **_strides(g=dq), **_shape(q, k, config), DQ=dq)
+        start(
+            _dq_kernel, _row_blocks(q, tiles, config),
+            _constants(heads, key_heads, dim, config),
+            *inputs, dq, tiles,
+            *strides, *_strides(dq), lse.stride(0),
+            key_heads, *scales,
+        )  # fmt: skip
 
     with launch.on(q.device):
-        rows = q.shape[0] * lse.shape[2]
-        _delta_kernel[(triton.cdiv(rows, 32), k.shape[1])](
-            OUT=out, DO=d_out, DELTA=delta, **_strides(o=out, do=d_out), stride_lh=lse.stride(0),
-            ROWS=rows, G=lse.shape[2], D=q.shape[2],
-            BLOCK_D=max(16, triton.next_power_of_2(q.shape[2])), BLOCK_M=32, num_warps=4,
+        packed = rows * lse.shape[2]
+        start(
+            _delta_kernel, (-(-packed // DELTA_ROWS), key_heads),
+            _delta_constants(lse.shape[2], dim),
+            out, d_out, delta,
+            *_strides(out, d_out), lse.stride(0),
+            packed,
         )  # fmt: skip
     launch.attention("dkdv", q, dkdv)
     launch.attention("dq", q, dq_)
@@ -558,6 +579,40 @@ def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tenso
 _op.register_autograd(_differentiate, setup_context=_save)
 
 
+class _Eager(torch.autograd.Function):
+    """The op without round trips through the dispatcher, which take longer than its launches."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float
+    ) -> Tensor:  # fmt: skip
+        out, lse = _forward(q, k, v, tiles, scale)
+        ctx.save_for_backward(q, k, v, tiles, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, tiles, out, lse = ctx.saved_tensors
+        # there is no second derivative: the op says so
+        eager = _is_eager(d_out, q, k, v) and not torch.is_grad_enabled()
+        backward = _backward if eager else _backward_op
+        return *backward(d_out, q, k, v, out, lse, tiles, ctx.scale), None, None
+
+
+def _is_eager(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd has to see the op: no compiler, no mode, no transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or any(type(t) is not Tensor and type(t) is not Parameter for t in tensors)
+    )
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> Tensor:
     """`condensed_attention` of checked inputs: [T, Hq, D] in q's dtype."""
+    if _is_eager(q, k, v, tiles):
+        return _Eager.apply(q, k, v, tiles, float(scale))
     return _op(q, k, v, tiles, scale)[0]

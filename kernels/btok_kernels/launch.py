@@ -87,6 +87,7 @@ def no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@functools.cache  # torch takes longer to tell than a launch
 def architecture(device: torch.device) -> int:
     """Compute capability of a CUDA device as in sm_90; 0 under the interpreter."""
     if device.type != "cuda":
@@ -97,7 +98,9 @@ def architecture(device: torch.device) -> int:
 
 def on(device: torch.device) -> AbstractContextManager:
     """Launches within go to `device`, as Triton takes the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class Config(NamedTuple):
@@ -152,6 +155,7 @@ def no_attention(head_dim: int, dtype: torch.dtype, arch: int) -> str | None:
     return f"no launches of head dim {head_dim} in {dtype} are laid out for sm_{arch}"
 
 
+@functools.cache
 def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int) -> Config:
     """The launch of "forward", "dkdv" or "dq" on an architecture as in sm_90; 0 is none."""
     if arch == 0:

@@ -38,7 +38,7 @@ CASES = [  # architecture, dtype, head dim, query and key heads, layout
     (80, BF16, 64, (6, 1), "no targets"),
     (80, FP16, 96, (12, 2), "not condensed"),
     (80, BF16, 32, (2, 2), "no sources"),
-    (80, BF16, 256, (2, 2), "K = 0"),
+    (80, FP32, 256, (1, 1), "no sources"),
     (80, FP32, 32, (2, 2), "ragged"),
 ]
 
@@ -55,8 +55,6 @@ def check(record, arch, dtype, dim, heads, layout, **options):
     ids=[f"sm_{a}-{str(t)[6:]}-{d}-{h[0]}x{h[1]}-{n.replace(' ', '_')}" for a, t, d, h, n in CASES],
 )
 def test_kernels(record_property, arch, dtype, dim, heads, layout):
-    if dim not in HEAD_DIMS:
-        pytest.skip(f"no kernel for head dim {dim}")
     check(record_property, arch, dtype, dim, heads, LAYOUTS[layout], seed=dim)
 
 
@@ -76,7 +74,11 @@ def test_every_layout(record_property, arch, name):
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("arch", "dtype", "dim", "heads"),
-    itertools.product([80, 90], [BF16, FP16, FP32], HEAD_DIMS, [(2, 2), (6, 1)]),
+    [
+        case
+        for case in itertools.product([80, 90], [BF16, FP16, FP32], HEAD_DIMS, [(2, 2), (6, 1)])
+        if not launch.no_attention(case[2], case[1], case[0])
+    ],
 )
 def test_random_layouts(record_property, arch, dtype, dim, heads):
     rng = random.Random(f"{arch} {dtype} {dim} {heads}")

@@ -55,7 +55,7 @@ def test_kernels(record_property, arch, dtype, rows, dim, chunk, options):
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("arch", "dtype", "options", "chunk"),
-    itertools.product([80, 90], [BF16, FP16, FP32], OPTIONS, [RECOMPUTE, 64]),
+    list(itertools.product([80, 90], [BF16, FP16, FP32], OPTIONS, [RECOMPUTE, 64])),
 )
 def test_random_shapes(record_property, arch, dtype, options, chunk):
     rng = random.Random(f"{arch} {dtype} {options} {chunk}")

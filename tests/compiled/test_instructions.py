@@ -20,6 +20,7 @@ from tests.compiled.small_kernels import (
 )
 
 INT_MIN, NAN, INF = -(2**31), math.nan, math.inf
+FOUR = "{%r1, %r2, %r3, %r4}"
 
 ARITHMETIC = [
     ("add.s32", "s32", (2**31 - 1, 1), INT_MIN),
@@ -357,6 +358,7 @@ def test_shuffles(mode, clamp, step):
         "shfl.sync.idx.b32 %r20, %r21, 0, 31, 65535",
         "ld.shared::cluster.b32 %r20, [%r21]",
         "ld.local.b32 %r20, [%r21]",
+        "ld.b32 %r20, [%d20]",  # generic
         "ld.volatile.global.b32 %r20, [%d20]",
         "ld.global.v4.b64 {%d20, %d21, %d22, %d23}, [%d24]",
         "ld.global.v2.b32 {%r20, %r21, %r22}, [%d24]",
@@ -375,6 +377,9 @@ def test_shuffles(mode, clamp, step):
         "fence.proxy.tensormap::generic.release.gpu",
         "ldmatrix.sync.aligned.m8n16.x1.shared.b8 {%r20}, [%r21]",
         "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r20}, [%r21]",
+        "and.f32 %r20, %r21, %r22",
+        f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f16 {FOUR}, {FOUR}, {{%r5, %r6}}, {FOUR}",
+        f"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {FOUR}, {FOUR}, {{%r5}}, {FOUR}",
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r1}, {%r2}, {%r3}, {%r4}",
         "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1}, {%r2}, {%r3}, {%r4}",
         "mov.b32 %r20, %clusterid.x",
@@ -386,7 +391,7 @@ def test_shuffles(mode, clamp, step):
 def test_an_instruction_that_is_not_known_is_named(instruction):
     opcode = instruction.split()[0].replace("::", "__")
     with pytest.raises(Fault, match=rf"kernel, line \d+ \(kernel.py:7\): {re.escape(opcode)} "):
-        execute(f"setp.eq.b32 %p1, %r0, 99; @%p1 bra $END; {instruction};\n$END:", threads=128)
+        execute(f"bra.uni $END;\n{instruction};\n$END:", threads=128)  # is not reached
 
 
 def test_registers_are_declared_and_wide_enough():

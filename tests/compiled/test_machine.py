@@ -89,6 +89,7 @@ def test_every_parameter_has_an_argument():
     program = parse(HEAD.format(params=".param .u32 p0, .param .u32 p1", threads=32) + "ret;\n}")
     with pytest.raises(Fault, match="1 arguments for 2 parameters"):
         Machine(program, [1], np.zeros((1, 3), int), 0, Global([]))
+    faulty("32 bits of a parameter of 64", "ld.param.b32 %r20, [p0];", torch.zeros(1))
 
 
 def test_a_statement_that_is_no_instruction_is_an_error():

@@ -1,10 +1,11 @@
-"""Matrix instructions of a warp and of a warpgroup, on layouts written down from the PTX manual, and
-what may not be done around a product in flight."""
+"""Matrix instructions of a warp and of a warpgroup, on layouts written down from the PTX manual,
+and what may not be done around a product in flight."""
 
 from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -387,7 +388,7 @@ def test_blocks_whose_descriptors_differ_in_their_swizzle():
     memory = ones()
     swizzled = "setp.eq.b32 %p1, %r1, AT; @%p1 or.b64 %d21, %d21, 0x4000000000000000;"
     code = in_steps(order=f"wgmma.fence.sync.aligned; {swizzled}")
-    options = {"threads": 128, "blocks": 2, "shared": 8192}
+    options: dict[str, Any] = {"threads": 128, "blocks": 2, "shared": 8192}
     execute(code.replace("AT", "2"), memory, **options)
     faulty("different swizzles", code.replace("AT", "1"), memory, **options)
 
@@ -413,10 +414,15 @@ $FILLED:
 
 
 @pytest.mark.parametrize(
-    "change", [("1, 1", "-1, 1"), ("n8k16", "n16k16"), (".f16.f16", ".e4m3.e4m3"), ("k16", "k8")]
+    "change",
+    [
+        ("1, 1", "-1, 1"),
+        ("n8k16", "n16k16"),
+        (".f16.f16", ".e4m3.e4m3"),
+        ("%d20, %d21, 0, 1, 1, 0,", "{%r1}, %d21, 0, 1, 1,"),
+    ],
 )
 def test_a_product_of_another_kind_is_named(change):
-    code = product(8, "f16", "%d20", "0, 0").replace(*change, 1)
-    faulty(
-        r"kernel, line \d+ \(kernel.py:7\): wgmma.mma_async.sync.aligned.m64n", code, threads=128
-    )
+    before, after = change
+    code = f"bra.uni $END;\n{product(8, 'f16', '%d20', '0, 0').replace(before, after, 1)}\n$END:"
+    faulty(r"kernel, line \d+ \(kernel.py:7\): wgmma.mma_async", code, threads=128)
