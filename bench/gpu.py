@@ -8,7 +8,7 @@ peers. Each stage is a process group of its own with a time limit, and writes DI
 every line. Started again, with the same DIR, it goes on where it stopped: three times 570 seconds
 answer the questions. `--dry` tries all this on a CPU, under Triton's interpreter, on tiny shapes.
 Needs torch, triton, transformers, numpy and pytest (pytest-benchmark for the benchmarks), and the
-repository's root and `kernels` on PYTHONPATH. OTHER_TRITON may name a folder with another Triton, to
+repository's root and `kernels` on PYTHONPATH. OTHER_TRITON may name the folder of another Triton, to
 be compared with the one installed.
 """
 
