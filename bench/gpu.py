@@ -5,11 +5,11 @@
 First the device tests: where one fails nothing is timed. Then the roofs, the questions of
 `bench.questions`, whose answers end the output and go to DIR/answers.md, and the benchmarks beside
 peers. Each stage is a process group of its own with a time limit, and writes DIR/STAGE.json after
-every line. Started again, with the same DIR, it goes on where it stopped: three times 570 seconds
-answer the questions. `--dry` tries all this on a CPU, under Triton's interpreter, on tiny shapes.
-Needs torch, triton, transformers, numpy and pytest (pytest-benchmark for the benchmarks), and the
-repository's root and `kernels` on PYTHONPATH. OTHER_TRITON may name the folder of another Triton, to
-be compared with the one installed.
+every line. Started again, with the same DIR, it goes on where it stopped; three times the default
+budget are meant to answer the questions. `--dry` tries all but the tests and benchmarks on a CPU,
+under Triton's interpreter, on tiny shapes. Needs torch, triton, transformers, numpy and pytest
+(pytest-benchmark for the benchmarks), and the repository's root and `kernels` on PYTHONPATH.
+OTHER_TRITON may name the folder of another Triton, to be compared with the one installed.
 """
 
 from __future__ import annotations
