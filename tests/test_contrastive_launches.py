@@ -55,8 +55,8 @@ with (
         query = torch.zeros(rows, dim, dtype=torch.float16)
         ids = torch.arange(rows)
         h = torch.zeros(rows, negatives, dim, dtype=torch.float16) if negatives else None
-        call = op._Call(query, query, 0.02, h, ids, ids, bidirectional=True, margin=0.1)
-        ranks = op._Ranks(None, [rows], slice(0, rows), 1 / rows)
+        call = op.Call(query, query, 0.02, h, ids, ids, bidirectional=True, margin=0.1)
+        ranks = op.Ranks(None, [rows], slice(0, rows), 1 / rows)
         with mock.patch.object(launch, "contrastive_chunk", lambda *_: chunk):
             kernels.fused(call, ranks, with_grad)
 print(json.dumps(seen))

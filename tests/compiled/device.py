@@ -25,7 +25,7 @@ from bench.aot import Target
 from btok_kernels import condensed_attention, contrastive_loss, launch
 from tests.compiled.machine import Machine
 from tests.compiled.memory import Global
-from tests.compiled.ptx import Program, parse
+from tests.compiled.ptx import parse
 
 LANES_BYTES = 192 << 20  # of the registers of the thread blocks that are executed side by side
 
@@ -41,9 +41,7 @@ class Device:
         self.launched: Counter[str] = Counter()
         self.executed: Counter[tuple[str, str]] = Counter()  # (kernel, opcode): blocks
 
-    def launch(
-        self, kernel: CompiledKernel, grid: Sequence[int], arguments: Sequence[Any]
-    ) -> None:
+    def launch(self, kernel: CompiledKernel, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         """Execute a compiled kernel over a grid."""
         types = list(kernel.src.signature.values())
         given = [x for x, t in zip(arguments, types, strict=True) if t != "constexpr"]
@@ -98,4 +96,3 @@ def device(
             yield here
     finally:
         driver._active = before
-

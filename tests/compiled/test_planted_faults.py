@@ -110,10 +110,7 @@ IN_CODE = {  # name: architecture, op, kernel, change of its PTX
         80, run_attention, FORWARD,
         changed(r"ldmatrix.*\.trans", lambda line: line.replace(".trans", "")),
     ),
-    "bf16 cut off": (
-        90, run_attention, FORWARD,
-        lambda text: truncated(text),
-    ),
+    "bf16 cut off": (90, run_attention, FORWARD, truncated),
     "a copy of rows behind the end": (
         90, run_attention, FORWARD,
         lambda text: re.sub(r"(cp\.async\.c[ga].*0x10), %r\d+;", r"\1, 16;", text),
@@ -179,7 +176,7 @@ IN_SOURCE = {  # name: architecture, op, module, function, its text, the text in
     ),
     "another head": (
         90, run_attention, ATTENTION, "_dq_kernel",
-        "DO + row * stride_dot + head * G * stride_doh", "DO + row * stride_dot + head * stride_doh",
+        "row * stride_dot + head * G * stride_doh", "row * stride_dot + head * stride_doh",
     ),
     "a positive off by one": (
         90, run_contrastive, LOSS, "_mask",
