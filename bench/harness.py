@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate, chain, cycle, takewhile
 from typing import Any, NamedTuple
 
@@ -118,7 +118,7 @@ def duel(today: Call, other: Call, most: float = 0.5, pairs: int | None = None) 
     calls = (today, other)
     memory = [peak(call) / 2**20 for call in calls]  # and warms up
     if pairs is None:
-        both = sum(seconds(lambda call=call: device_seconds(call))[0] for call in calls)
+        both = sum(seconds(partial(device_seconds, call))[0] for call in calls)
         pairs = min(max(int(most / both), 7), 101)
     times: list[tuple[float, float]] = []
     for i in range(pairs):

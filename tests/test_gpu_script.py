@@ -150,6 +150,16 @@ def test_such_a_benchmark_is_run_a_peer_at_a_time(tmp_path, monkeypatch, stage, 
     assert list(peers) == [call[-1] for call in calls]
 
 
+def test_each_mix_is_a_run_of_its_own(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(gpu, "command", lambda report, case, *arguments: calls.append(arguments))
+    gpu.STAGES["attention"].run(gpu.Report(tmp_path, "attention"))
+    selected = [set(call[-1].split(" and ")) for call in calls]
+    assert [words for words in selected if any(" " in word for word in words)] == []
+    for mix, words in zip(peers.mixes(64), selected, strict=True):
+        assert [m for m in peers.mixes(64) if all(word in m for word in words)] == [mix]
+
+
 def contest_of(case, peer, ratio):
     """A case of a results file."""
     return {
