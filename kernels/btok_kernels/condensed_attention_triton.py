@@ -312,9 +312,9 @@ def _dkdv_kernel(
     rows = (tl.load(tile + 3) - key) * G
     mask_n = offs_n < keys
     first = key.to(tl.int64)
-    grad_base = first * stride_gt + head * stride_gh
-    grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
     if rows <= 0:  # keys that no row sees
+        grad_ptrs = first * stride_gt + head * stride_gh
+        grad_ptrs += offs_n[:, None] * stride_gt + offs_d[None, :]
         nothing = tl.zeros([BLOCK_N, BLOCK_D], DK.dtype.element_ty)
         if HAS_DK:
             _store(DK + grad_ptrs, nothing, mask_n, offs_d, D)
@@ -342,8 +342,10 @@ def _dkdv_kernel(
         stride_qt, stride_qh, stride_dot, stride_doh, masked, rows, scale_log2, offs_d,
         G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, HAS_DK, HAS_DV,
     )  # fmt: skip
-    # made again, as holding its registers through the loops would spill others
-    grad_ptrs = grad_base + offs_n[:, None] * stride_gt + offs_d[None, :]
+    # made again, as registers that live through the loops spill
+    mask_n = tl.arange(0, BLOCK_N) < tl.load(tile + 1) - key
+    grad_ptrs = first * stride_gt + head * stride_gh
+    grad_ptrs += offs_n[:, None] * stride_gt + offs_d[None, :]
     if HAS_DV:
         _store(DV + grad_ptrs, dv.to(DV.dtype.element_ty), mask_n, offs_d, D)
     if HAS_DK:

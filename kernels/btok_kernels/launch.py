@@ -120,7 +120,7 @@ class Config(NamedTuple):
 
 # Whose launches an architecture takes: Ampere's multiply a warp at a time and fit the 99 KiB of
 # shared memory that a block of sm_86, 89 and 120 may have.
-FAMILY = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 80, 121: 80}
+FAMILY = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
 
 # By kernel and family, then up to which head dim. A warp has 16 rows of its own of a tile (keys, of
 # dkdv), or two would make the same products; three stages, as two copy nothing ahead; of what is
@@ -140,10 +140,13 @@ _ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
         128: Config(64, 128, 8, 3),
         256: Config(32, 128, 8, 3),
     },
-    ("dq", 90): {64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 3)},
+    ("dq", 90): {64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 16, 8, 3)},
     ("forward", 100): {128: Config(128, 64, 8, 3)},
     ("dkdv", 100): {128: Config(64, 128, 8, 3)},
     ("dq", 100): {128: Config(128, 64, 8, 3)},
+    ("forward", 120): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
+    ("dkdv", 120): {128: Config(32, 64, 4, 3)},
+    ("dq", 120): {128: Config(64, 32, 4, 3)},
 }
 _ATTENTION_FP32: dict[str, dict[int, Config]] = {
     "forward": {64: Config(32, 16, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
