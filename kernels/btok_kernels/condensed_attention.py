@@ -109,10 +109,11 @@ def condensed_attention(
         k, v: [T, Hkv, D], dtype and device of q; Hkv divides Hq.
         layout: where the sequences lie in the T rows; on q's device.
         scale: factor on the scores, at least 0; None for D ** -0.5.
-        impl: "triton" (CUDA, or the CPU under TRITON_INTERPRET=1; D of 16, 32, 64, 80, 96, 128 or
-            256; fp16, bf16, fp32), "sdpa" (any device, no mask materialised), "xformers" (CUDA, the
-            extra of that name), "reference" (dense, computed in at least fp32), or "auto": triton
-            where it can run on CUDA, else sdpa.
+        impl: "triton" (CUDA, or the CPU under TRITON_INTERPRET=1; fp16, bf16, fp32; D of 16, 32,
+            64, 80, 96, 128, and 256, of which half precision is for sm_90 alone), "sdpa" (any
+            device, no mask materialised), "xformers" (CUDA, the extra of that name), "reference"
+            (dense, computed in at least fp32), or "auto": triton where it can run on CUDA, else
+            sdpa, and it logs once what it took and why not the other.
 
     Returns:
         [T, Hq, D] in q's dtype; 0 in the layout's unused tail. Differentiable in q, k and v.
