@@ -208,13 +208,18 @@ def killed(run: Callable[[], dict[str, float]]) -> bool:
         return True
 
 
-@pytest.mark.parametrize("name", IN_CODE)
+def halved(faults: dict) -> list:
+    """Every second fault, of all kinds, in `make test`; the others in `make test-full`."""
+    return [pytest.param(x, marks=[pytest.mark.full] * (i % 2)) for i, x in enumerate(faults)]
+
+
+@pytest.mark.parametrize("name", halved(IN_CODE))
 def test_faults_in_the_compiled_code(name):
     arch, op, kernel, change = IN_CODE[name]
     assert killed(lambda: op(arch, {kernel: change}))
 
 
-@pytest.mark.parametrize("name", IN_SOURCE)
+@pytest.mark.parametrize("name", halved(IN_SOURCE))
 def test_faults_in_the_source(name):
     arch, op, module, kernel, old, new = IN_SOURCE[name]
     with source(module, kernel, old, new):
