@@ -155,7 +155,7 @@ def _share(got: Tensor, exact: Tensor, low: Tensor, dtype: torch.dtype) -> float
     budget = 2 * error_of_low.abs().amax() + eps * exact.abs().amax() + 1e-5
     # a wrong rounding is within that, but on the whole too small or too large
     bias, bias_of_low = ((e * exact).sum() / exact.square().sum() for e in (error, error_of_low))
-    share = max(error.abs().amax() / budget, bias.abs() / (2 * bias_of_low.abs() + eps / 16 + 1e-6))
+    share = max(error.abs().amax() / budget, bias.abs() / (2 * bias_of_low.abs() + eps / 6 + 1e-6))
     return float("inf") if share.isnan() else share.item()
 
 
