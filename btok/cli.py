@@ -105,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(list(sys.argv[1:] if argv is None else argv))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # before the group: see `join` in train/main.py
+            import torch.distributed.nn.functional  # noqa: F401
+
             dist.init_process_group("gloo")
         run(command)
     except (ValueError, TypeError, OSError, ImportError) as error:

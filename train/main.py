@@ -112,6 +112,11 @@ def join(store: dist.Store) -> None:
     number, count = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     if count == 1:
         return
+    # transformers loads it with a model; loaded after the group, its defaults keep the group and
+    # its threads alive past destroy_process_group, and a thread that frees a tensor while Python
+    # ends aborts the process (pytorch issue 190489)
+    import torch.distributed.nn.functional
+
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
