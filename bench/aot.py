@@ -602,8 +602,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         if args.only != "contrastive":
             both = dtype == "bfloat16" and read and not args.rows
             groups = args.groups or ([1, 6] if both else [6])
-            kind = getattr(torch, dtype)
-            dims = [d for d in args.head_dims if not launch.no_attention(d, kind, arch)]
+            dims = args.head_dims
             if not read or (args.rows and dtype != "bfloat16"):
                 dims = [d for d in dims if d in ends] or dims
             for dim, heads in itertools.product(dims, groups):

@@ -186,9 +186,6 @@ def attention_case(mix: str, dim: int) -> Callable[[dict[str, launch.Config]], d
 def attention_tiles(report: Report, dim: int) -> None:
     """The tile table of the attention against its neighbours."""
     arch = launch.architecture(torch.device(DEVICE))
-    if reason := launch.no_attention(dim, DTYPE, arch):
-        print(reason)
-        return
 
     def pair(
         mix: str, kernel: str, today: launch.Config, other: launch.Config

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btok_kernels.launch import INSTALLED, always, architecture, choose, no_attention, no_triton
+from btok_kernels.launch import INSTALLED, always, choose, no_triton
 from btok_kernels.layout import TILE, CondensedLayout
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # of the Triton kernels
@@ -110,10 +110,10 @@ def condensed_attention(
         layout: where the sequences lie in the T rows; on q's device.
         scale: factor on the scores, at least 0; None for D ** -0.5.
         impl: "triton" (CUDA, or the CPU under TRITON_INTERPRET=1; fp16, bf16, fp32; D of 16, 32,
-            64, 80, 96, 128, and 256, of which half precision is for sm_90 alone), "sdpa" (any
-            device, no mask materialised), "xformers" (CUDA, the extra of that name), "reference"
-            (dense, computed in at least fp32), or "auto": triton where it can run on CUDA, else
-            sdpa, and it logs once what it took and why not the other.
+            64, 80, 96, 128, 256), "sdpa" (any device, no mask materialised), "xformers" (CUDA, the
+            extra of that name), "reference" (dense, computed in at least fp32), or "auto": triton
+            where it can run on CUDA, else sdpa, and it logs once what it took and why not the
+            other.
 
     Returns:
         [T, Hq, D] in q's dtype; 0 in the layout's unused tail. Differentiable in q, k and v.
@@ -154,9 +154,7 @@ def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
                 f"{name} has strides {list(tensor.stride())}; {TILE} rows and the heads of a group "
                 "must lie within 2^31 elements"
             )
-    if reason := no_triton(q.device, q.dtype):
-        return reason
-    return no_attention(q.shape[2], q.dtype, architecture(q.device))
+    return no_triton(q.device, q.dtype)
 
 
 def fits_32_bits(tensor: Tensor, groups: int) -> bool:

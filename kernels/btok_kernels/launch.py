@@ -118,18 +118,23 @@ class Config(NamedTuple):
     stages: int
 
 
-# Whose launches an architecture takes: Ampere's multiply a warp at a time and fit the 99 KiB of
-# shared memory that a block of sm_86, 89 and 120 may have.
-FAMILY = {80: 80, 86: 80, 87: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
+# Whose launches an architecture takes: those of 80 and 120 multiply a warp at a time, and 120's fit
+# the 99 KiB of shared memory that a block of sm_86, 89 and 120 may have.
+FAMILY = {80: 80, 86: 120, 87: 80, 89: 120, 90: 90, 100: 100, 103: 100, 120: 120, 121: 120}
 
 # By kernel and family, then up to which head dim. A warp has 16 rows of its own of a tile (keys, of
-# dkdv), or two would make the same products; three stages, as two copy nothing ahead; of what is
-# left, what spills at most 64 bytes and models fastest. fp32 is multiplied without tensor cores, on
+# dkdv; of 256 columns these fill the registers, so there warps share rows), or two would make the
+# same products; three stages, as two copy nothing ahead; of what is left, what spills at most 64
+# bytes and models fastest. fp32 is multiplied without tensor cores, on
 # all architectures alike.
 _ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
-    ("forward", 80): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
-    ("dkdv", 80): {128: Config(32, 64, 4, 3)},
-    ("dq", 80): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
+    ("forward", 80): {
+        64: Config(64, 64, 4, 3),
+        128: Config(64, 32, 4, 3),
+        256: Config(32, 64, 4, 3),
+    },
+    ("dkdv", 80): {256: Config(32, 64, 4, 3)},
+    ("dq", 80): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3), 256: Config(32, 32, 4, 3)},
     ("forward", 90): {
         64: Config(128, 64, 4, 3),
         128: Config(128, 64, 8, 3),
@@ -141,12 +146,16 @@ _ATTENTION: dict[tuple[str, int], dict[int, Config]] = {
         256: Config(32, 128, 8, 3),
     },
     ("dq", 90): {64: Config(64, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 16, 8, 3)},
-    ("forward", 100): {128: Config(128, 64, 8, 3)},
-    ("dkdv", 100): {128: Config(64, 128, 8, 3)},
-    ("dq", 100): {128: Config(128, 64, 8, 3)},
-    ("forward", 120): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 4, 3)},
-    ("dkdv", 120): {128: Config(32, 64, 4, 3)},
-    ("dq", 120): {128: Config(64, 32, 4, 3)},
+    ("forward", 100): {128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 3)},
+    ("dkdv", 100): {128: Config(64, 128, 8, 3), 256: Config(32, 64, 4, 3)},
+    ("dq", 100): {128: Config(128, 64, 8, 3), 256: Config(128, 16, 8, 3)},
+    ("forward", 120): {
+        64: Config(64, 64, 4, 3),
+        128: Config(64, 32, 4, 3),
+        256: Config(32, 32, 4, 3),
+    },
+    ("dkdv", 120): {128: Config(32, 64, 4, 3), 256: Config(32, 32, 4, 3)},
+    ("dq", 120): {128: Config(64, 32, 4, 3), 256: Config(32, 32, 4, 3)},
 }
 _ATTENTION_FP32: dict[str, dict[int, Config]] = {
     "forward": {64: Config(32, 16, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
@@ -155,13 +164,6 @@ _ATTENTION_FP32: dict[str, dict[int, Config]] = {
 }
 _ATTENTION_INTERPRETED = Config(32, 16, 1, 1)  # small, so that short tests have many blocks
 found: dict[tuple[str, int, int, torch.dtype], Config] = {}  # by BTOK_AUTOTUNE=1
-
-
-def no_attention(head_dim: int, dtype: torch.dtype, arch: int) -> str | None:
-    """Why the attention has no launches for a head dim on an architecture; None where it has."""
-    if arch == 0 or dtype == torch.float32 or head_dim <= max(_ATTENTION["forward", FAMILY[arch]]):
-        return None
-    return f"no launches of head dim {head_dim} in {dtype} are laid out for sm_{arch}"
 
 
 @functools.cache
