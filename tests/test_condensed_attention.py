@@ -135,6 +135,16 @@ def test_an_empty_batch_gives_an_empty_result():
     assert condensed_attention(q, q, q, layout).shape == (0, 2, 16)
 
 
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("sequences", [0, 2])
+def test_rows_of_no_sequence_alone_have_gradients_of_0(impl, sequences):
+    layout = CondensedLayout.from_lengths([0] * sequences, [0] * sequences, 0, num_rows=7)
+    q, k, v = (t.requires_grad_() for t in inputs(layout, (4, 2), 16, 0))
+    out = condensed_attention(q, k, v, layout, impl=impl)
+    for tensor in (out, *torch.autograd.grad(out.sum(), (q, k, v))):
+        assert tensor.shape[0] == 7 and not tensor.any()
+
+
 LAYOUT = CondensedLayout.from_lengths([3], [1], 1)
 Q = torch.zeros(5, 4, 8)
 

@@ -16,6 +16,7 @@ scores between rows of different sequences or of target rows with source keys:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,8 +53,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float
     gathered = (t.index_select(0, rows).split(sizes) for t in (q, k, v))
     parts = zip(*gathered, shapes, strict=True)
     outputs = [_causal(qs, ks, vs, shape, scale) for qs, ks, vs, shape in parts]
-    nothing = q.new_zeros(1, *q.shape[1:])  # the unused tail's
-    return torch.cat([*outputs, nothing]).index_select(0, owner)
+    return torch.cat([*outputs, _nothing(q, k, v, outputs)]).index_select(0, owner)
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """[1, Hq, D] of 0 for the rows of no sequence; with nothing else it has gradients of 0."""
+    zero = q.new_zeros(1, *q.shape[1:])
+    return zero if others else zero + sum(t[:0].sum() for t in (q, k, v))
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
@@ -86,8 +92,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: f
             halves.target_lens, halves.key_lens
         )
         outputs.append(attend(halves.targets, halves.keys, bias))
-    outputs.append(q.new_zeros(1, *q.shape[1:]))  # of the rows of no sequence
-    return torch.cat(outputs).index_select(0, halves.owner)
+    return torch.cat([*outputs, _nothing(q, k, v, outputs)]).index_select(0, halves.owner)
 
 
 def condensed_attention(
