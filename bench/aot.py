@@ -314,7 +314,9 @@ def disassembled(binary: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        return subprocess.check_output([knobs.nvidia.nvdisasm.path, "-c", file.name], text=True)
+        # without the analysis of data flow, which takes long and prints the same here
+        command = [knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name]
+        return subprocess.check_output(command, text=True)
 
 
 def faults(row: Row) -> Iterator[str]:
@@ -587,11 +589,11 @@ def other_run(folder: Path, arguments: list[str]) -> Run:
 
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """What the arguments ask for, less what makes the same code again.
+    """What the arguments ask for, less what makes nearly the same code again.
 
-    Bfloat16 with 1 and 6 query heads per key head, by default, other dtypes with 6; fp32, which no
-    tensor core multiplies, for the first architecture; only bfloat16 where no machine code is read,
-    and there, as for the second Triton's float16, the head dims that a table's lines end with.
+    6 query heads per key head, by default; bfloat16 for every head dim, with 1 head too and in
+    float16 for those that a line of the launch tables ends with, which is all there is where no
+    machine code is read; fp32, which no tensor core multiplies, for the first architecture.
     """
     ends = (64, 128, 256)
     for arch, dtype in itertools.product(args.archs, args.dtypes):
@@ -600,12 +602,13 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         if same and arch != args.archs[0]:
             continue
         if args.only != "contrastive":
-            both = dtype == "bfloat16" and read and not args.rows
-            groups = args.groups or ([1, 6] if both else [6])
-            dims = args.head_dims
-            if not read or (args.rows and dtype != "bfloat16"):
-                dims = [d for d in dims if d in ends] or dims
-            for dim, heads in itertools.product(dims, groups):
+            few = [d for d in args.head_dims if d in ends] or args.head_dims
+            every = read if dtype == "bfloat16" else dtype == "float32" and not args.rows
+            dims = args.head_dims if every else few
+            also_one = dtype == "bfloat16" and read and not (args.groups or args.rows)
+            calls = [*itertools.product(args.groups or [6], dims)]
+            calls += itertools.product([1], few if also_one else [])
+            for heads, dim in calls:
                 yield Job("attention", arch, dim, dtype, f"G{heads}")
         if args.only != "attention":
             for variant in ("none", "all"):

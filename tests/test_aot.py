@@ -199,23 +199,27 @@ def test_rows_of_another_triton_come_back_as_they_were(tmp_path):
 def test_code_that_would_be_the_same_is_not_compiled_again():
     from bench import aot
 
-    arguments = {"only": None, "head_dims": [64], "groups": None, "rows": None}
+    arguments = {"only": None, "head_dims": [64, 80], "groups": None, "rows": None}
     arguments |= {"archs": [80, 90, 100], "dtypes": ["bfloat16", "float16", "float32"]}
     jobs = list(aot.jobs(argparse.Namespace(**arguments)))
-    attention = [(job.arch, job.dtype, job.variant) for job in jobs if job.op == "attention"]
+    attention = [job[1:] for job in jobs if job.op == "attention"]
     assert attention == [
-        (80, "bfloat16", "G1"),
-        (80, "bfloat16", "G6"),
-        (80, "float16", "G6"),
-        (80, "float32", "G6"),
-        (90, "bfloat16", "G1"),
-        (90, "bfloat16", "G6"),
-        (90, "float16", "G6"),
-        (100, "bfloat16", "G6"),
+        (80, 64, "bfloat16", "G6"),
+        (80, 80, "bfloat16", "G6"),
+        (80, 64, "bfloat16", "G1"),
+        (80, 64, "float16", "G6"),
+        (80, 64, "float32", "G6"),
+        (80, 80, "float32", "G6"),
+        (90, 64, "bfloat16", "G6"),
+        (90, 80, "bfloat16", "G6"),
+        (90, 64, "bfloat16", "G1"),
+        (90, 64, "float16", "G6"),
+        (100, 64, "bfloat16", "G6"),
     ]
     loss = [(job.arch, job.dtype) for job in jobs if job.op == "contrastive"]
     assert len(loss) == 2 * 6 and (90, "float32") not in loss
     arguments |= {"only": "attention", "groups": [1], "archs": [90], "dtypes": ["float32"]}
+    arguments |= {"head_dims": [64]}
     (job,) = aot.jobs(argparse.Namespace(**arguments))
     assert job == aot.Job("attention", 90, 64, "float32", "G1")
 
