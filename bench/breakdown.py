@@ -30,6 +30,7 @@ import btok.objective
 import train.step
 from bench import bench_encoding, bench_training_step
 from bench.harness import DEVICE, synchronize
+from btok.families import family_of
 from btok.processing import Processor
 
 LABEL = "part: "  # opens the names of the ranges that count
@@ -50,14 +51,14 @@ def labelled(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def parts_of(backbone: Any) -> Iterator[None]:
     """Within, a model's operations carry the names of the parts of it that they are in."""
-    inner = backbone.model
-    layers = getattr(inner, "language_model", inner).layers
+    family = family_of(backbone.config)
+    layers, tower = family.decoder(backbone).layers, family.tower(backbone)
     modules = [(layer, "layers, the rest") for layer in layers]
     modules += [(layer.self_attn, "attention") for layer in layers]
     modules += [(layer.mlp, "MLP") for layer in layers]
-    modules += [(inner.visual, "vision tower")] if hasattr(inner, "visual") else []
+    modules += [] if tower is None else [(tower, "vision tower")]
     functions = [
-        (btok.model, "_label_losses", "logits and their loss"),
+        (btok.model, "label_losses", "logits and their loss"),
         (btok.objective, "contrastive_loss", "contrastive loss"),
         (train.step, "average_gradients", "mean of the gradients"),
         (train.step, "pack", "packing"),

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from btok.families import family_of
 from btok.files import find, read_json
 from btok.tokens import add_to_embeddings
 
@@ -55,12 +56,14 @@ def attach(backbone: Any, lora: Lora, token_ids: Sequence[int], base: str | Path
         ValueError: no linear layer has a name in `lora.targets`.
     """
     names = "|".join(lora.targets)
+    inner = family_of(backbone.config).language_model
+    layers = rf"model\.{inner}\.layers" if inner else r"model\.layers"
     config = _peft().LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         use_dora=lora.dora,
-        target_modules=rf"model\.(language_model\.)?layers\.\d+\.\w+\.({names})",
+        target_modules=rf"{layers}\.\d+\.\w+\.({names})",
         trainable_token_indices=_rows(token_ids),
         base_model_name_or_path=str(Path(base).resolve() if Path(base).exists() else base),
     )

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from btok.config import CONFIG_NAME
 from btok.files import find
 from btok.inputs import as_side, estimate_tokens, with_frames
-from btok.model import CONFIG_NAME, BTokModel
+from btok.model import BTokModel
 from btok.packing import PackedBatch
 from btok.processing import Processor
 from btok.store import PART, Store, model_digest, ranks
@@ -148,9 +149,12 @@ class BTokEncoder:
             ValueError: vectors of another model or other settings; no checkpoint to name the model.
         """
         model = self.model
-        settings: dict[str, Any] = {"instruction": instruction or "", "pooling": model.pooling}
+        settings: dict[str, Any] = {
+            "instruction": instruction or "",
+            "pooling": model.settings.pooling,
+        }
         settings |= {"num_btoks": len(model.btok_token_ids), "dtype": str(model.backbone.dtype)}
-        settings["vision_positions"] = model.vision_positions
+        settings["vision_positions"] = model.settings.vision_positions
         for name in ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels"):
             settings[name] = getattr(self.processor, name)
         return Store.open(folder, self.digest, settings)

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from btok.positions import POSITIONS, text_positions
+from btok.config import CHOICES, check_choice
+from btok.families import named_family
 from btok_kernels.layout import CondensedLayout
 
 Sample = tuple[Mapping[str, Any], Mapping[str, Any] | None]
 Pixels = Tensor | tuple[Tensor, ...]  # or the vision tower's features of them, by level
 
-TARGET_POSITIONS = ("reference", "continue")
 VISION_KEYS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
 
@@ -101,10 +101,7 @@ def pack(
     """
     if not samples:
         raise ValueError("pack: samples is empty, expected at least one")
-    if target_positions not in TARGET_POSITIONS:
-        raise ValueError(
-            f"pack: target_positions is {target_positions!r}, expected one of {TARGET_POSITIONS}"
-        )
+    check_choice("pack", "target_positions", target_positions, CHOICES["target_positions"])
     if not len(prefix_ids) and any(target is not None for _, target in samples):
         raise ValueError("pack: prefix_ids is empty, expected the tokens that open a target")
     num_btoks = len(btok_token_ids)
@@ -182,24 +179,12 @@ def _ids(side: Mapping[str, Any]) -> np.ndarray:
 
 def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
     """[3, L], by the rule of the backbone's family."""
-    if (kind := config.model_type) not in POSITIONS:
+    family = named_family(config.model_type, "pack: the backbone's model_type")
+    if family.vision is None and any(side.get(grid) is not None for _, grid in VISION_KEYS):
         raise ValueError(
-            f"pack: the backbone's model_type is {kind!r}, expected one of {tuple(POSITIONS)}"
+            f"pack: a sample has images or a video, {config.model_type} takes text alone"
         )
-    grids = [side.get(grid) for _, grid in VISION_KEYS]
-    if POSITIONS[kind] is text_positions:
-        if any(grid is not None for grid in grids):
-            raise ValueError(f"pack: a sample has images or a video, {kind} takes text alone")
-        return text_positions(ids)
-    options = {
-        "image_token_id": config.image_token_id,
-        "video_token_id": config.video_token_id,
-        "spatial_merge_size": config.vision_config.spatial_merge_size,
-    }
-    if kind == "qwen2_5_vl":
-        options["second_per_grid_ts"] = side.get("second_per_grid_ts")
-        options["tokens_per_second"] = config.vision_config.tokens_per_second
-    return POSITIONS[kind](ids, *grids, **options)
+    return family.positions(ids, side, config)
 
 
 def by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:

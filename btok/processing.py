@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from btok.data.records import Side
+from btok.families import FAMILIES, named_family
+from btok.families.family import CLIP, VisionRules
 from btok.files import read_json
-from btok.positions import POSITIONS, text_positions
 from btok.tokens import add_to_tokenizer
 
 CONFIG_NAME, VIDEO_CONFIG_NAME = "preprocessor_config.json", "video_preprocessor_config.json"
@@ -27,15 +28,8 @@ TEMPORAL_PATCH = 2
 STOCK_FRAMES = 768  # the most that the stock processors take of a video
 FRAMES_PER_SECOND = 2.0  # of a video that does not say: the rate the checkpoints' own sampling has
 
-# by model_type: patch size, mean and spread of the pixels
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-_PIXELS: dict[str, tuple[int, Sequence[float], Sequence[float]]] = {
-    "qwen2_vl": (14, *_CLIP),
-    "qwen2_5_vl": (14, *_CLIP),
-    "qwen3_vl": (16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+_UNUSED = VisionRules("", "", 14, *CLIP)  # of a model without vision
 _LLAMA_TURN = ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>")
-_STOCK = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 
 
 class Processor:
@@ -48,7 +42,7 @@ class Processor:
 
     Args:
         tokenizer: a transformers tokenizer, with Qwen2-VL's special tokens where there is vision.
-        model_type: the backbone's, one of `btok.positions.POSITIONS`.
+        model_type: the backbone's, one of `btok.families.FAMILIES`.
         min_pixels, max_pixels: bounds on the size of an image.
         min_frame_pixels, max_frame_pixels: on that of a video's frame; for Qwen3-VL the lower one
             is on all frames together. None: `min_pixels`.
@@ -75,10 +69,7 @@ class Processor:
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> None:
-        if model_type not in POSITIONS:
-            raise ValueError(
-                f"Processor: model_type is {model_type!r}, expected one of {tuple(POSITIONS)}"
-            )
+        vision = named_family(model_type, "Processor: model_type").vision
         if min_frame_pixels is None:
             min_frame_pixels = min_pixels
         for kind, low, high in (
@@ -93,10 +84,10 @@ class Processor:
         self.tokenizer, self.model_type = tokenizer, model_type
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.min_frame_pixels, self.max_frame_pixels = min_frame_pixels, max_frame_pixels
-        own_patch, own_mean, own_std = _PIXELS.get(model_type, _PIXELS["qwen2_vl"])
-        self.patch_size, self.merge_size = patch_size or own_patch, merge_size
-        self.image_mean, self.image_std = tuple(image_mean or own_mean), tuple(image_std or own_std)
-        self.has_vision = POSITIONS[model_type] is not text_positions
+        self.vision, self.has_vision = vision, vision is not None
+        own = vision or _UNUSED
+        self.patch_size, self.merge_size = patch_size or own.patch_size, merge_size
+        self.image_mean, self.image_std = tuple(image_mean or own.mean), tuple(image_std or own.std)
         self.vision_start, self.vision_end, self.image_pad, self.video_pad = (
             self._special(name) if self.has_vision else -1
             for name in ("vision_start", "vision_end", "image_pad", "video_pad")
@@ -135,7 +126,7 @@ class Processor:
         ):
             if stock in (bounds := file.get("size", {})):
                 saved.setdefault(ours, bounds[stock])
-        by_class = {f"{stock}Processor": kind for kind, stock in _STOCK.items()}
+        by_class = {f"{f.vision.stock}Processor": kind for kind, f in FAMILIES.items() if f.vision}
         written_for = by_class.get(str(saved.get("processor_class")), "qwen2_vl")
         own = {name: saved[name] for name in _SETTINGS if name in saved}
         own["model_type"] = read_json(name_or_path, "config.json").get("model_type", written_for)
@@ -148,10 +139,10 @@ class Processor:
         `STOCK_FRAMES` of them.
         """
         self.tokenizer.save_pretrained(folder)
-        if not self.has_vision:
+        if self.vision is None:
             return
         shared = {
-            "processor_class": f"{_STOCK[self.model_type]}Processor",
+            "processor_class": f"{self.vision.stock}Processor",
             "temporal_patch_size": TEMPORAL_PATCH,
             **{name: getattr(self, name) for name in _SETTINGS if "pixels" not in name},
         }
@@ -160,10 +151,10 @@ class Processor:
             "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
             **{name: getattr(self, name) for name in _SETTINGS if "pixels" in name},
         }
-        together = self.model_type == "qwen3_vl"  # whose `size` is of all frames
+        together = self.vision.bounds_of_all_frames
         frames = STOCK_FRAMES if together else 1
         video = {
-            "video_processor_type": f"{'Qwen3VL' if together else 'Qwen2VL'}VideoProcessor",
+            "video_processor_type": f"{self.vision.stock_video}VideoProcessor",
             "size": {
                 "shortest_edge": self.min_frame_pixels,
                 "longest_edge": self.max_frame_pixels * frames,
@@ -189,7 +180,8 @@ class Processor:
             TypeError, ValueError: an image that is no picture, times that are not one per frame,
                 pictures for a model without vision.
         """
-        if (len(side.images) or len(side.video)) and not self.has_vision:
+        vision = self.vision
+        if vision is None and (len(side.images) or len(side.video)):
             raise ValueError(f"a side has images or a video, a {self.model_type} takes text alone")
         ids: list[int] = []
         out: dict[str, Tensor] = {}
@@ -204,7 +196,7 @@ class Processor:
             patches = [self._patchify(clip, clips is videos) for clip in clips]
             for _, (t, h, w) in patches:
                 merged = h * w // self.merge_size**2
-                if clips is videos and self.model_type == "qwen3_vl":
+                if clips is videos and vision is not None and vision.timed_slots:
                     slot = [self.vision_start, *[pad] * merged, self.vision_end]
                     for first, last in zip(seconds[::2], seconds[1::2], strict=True):
                         ids += [*self.encode(f"<{(first + last) / 2:.1f} seconds>"), *slot]
@@ -212,7 +204,7 @@ class Processor:
                     ids += [self.vision_start, *[pad] * (t * merged), self.vision_end]
             out[pixels] = torch.from_numpy(np.concatenate([flat for flat, _ in patches]))
             out[grid] = torch.tensor([thw for _, thw in patches])
-        if videos and self.model_type == "qwen2_5_vl":
+        if videos and vision is not None and vision.needs_seconds:
             gap = (seconds[-1] - seconds[0]) / max(len(side.video) - 1, 1)
             out["second_per_grid_ts"] = torch.tensor([TEMPORAL_PATCH * gap])
         if side.text:
@@ -236,7 +228,7 @@ class Processor:
         low, high, together = self.min_pixels, self.max_pixels, 1
         if video:
             low, high = self.min_frame_pixels, self.max_frame_pixels
-        if video and self.model_type == "qwen3_vl":
+        if video and self.vision is not None and self.vision.bounds_of_all_frames:
             together = max(len(frames), TEMPORAL_PATCH)
             high = high // unit**2 * unit**2 * together
         height, width = smart_size(height, width, unit, low, high, together)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.models import byte_tokenizer as tiny_tokenizer
-from btok.model import ARCHITECTURES, BTokModel
+from btok import families
+from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_embeddings, add_to_tokenizer
 
@@ -74,7 +75,7 @@ def tiny_backbone(
         }
     else:
         config |= language
-    architecture = getattr(transformers, ARCHITECTURES[family])
+    architecture = getattr(transformers, families.FAMILIES[family].architecture)
     torch.manual_seed(seed)
     return architecture(architecture.config_class(**config)).to(dtype)
 

@@ -294,7 +294,7 @@ def test_a_stock_checkpoint_embeds_without_bottleneck_tokens(tmp_path):
     folder = tiny_checkpoint(tmp_path)
     (folder / "btok_config.json").unlink()
     encoder = BTokEncoder.from_pretrained(folder, num_btoks=0, pooling="last")
-    assert encoder.model.pooling == "last" and encoder.model.btok_token_ids == ()
+    assert encoder.model.settings.pooling == "last" and encoder.model.btok_token_ids == ()
     assert encoder.encode(SIDES).shape == (6, 64)
 
 

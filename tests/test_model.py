@@ -29,9 +29,10 @@ from helpers import (
     worst_gradient,
 )
 
-from btok.model import ARCHITECTURES, BTokModel
+from btok import families
+from btok.config import BTokConfig
+from btok.model import BTokModel
 from btok.packing import pack
-from btok.positions import POSITIONS
 from btok.processing import Processor
 
 SAMPLES = [
@@ -147,7 +148,7 @@ def packed(model, samples, **options):
         prefix_ids=PREFIX,
         suffix_ids=SUFFIX,
         backbone_config=model.backbone.config,
-        target_positions=model.target_positions,
+        target_positions=model.settings.target_positions,
         **options,
     )
     return batch, model(batch)
@@ -314,7 +315,7 @@ def test_a_batch_without_targets_has_no_generative_loss():
 
 
 def test_every_architecture_is_compared():
-    assert set(ARCHITECTURES) == set(POSITIONS) == set(FAMILIES)
+    assert set(families.FAMILIES) == set(FAMILIES)
 
 
 def test_settings_that_do_not_go_together_are_refused():
@@ -359,8 +360,8 @@ def test_a_checkpoint_of_each_family_comes_back_bit_for_bit(family, tmp_path):
     model.save_pretrained(tmp_path)
     again = BTokModel.from_pretrained(tmp_path)
     assert type(again.backbone) is type(model.backbone)
-    for name in ("pooling", "target_positions", "vision_positions", "ntp_reduction"):
-        assert getattr(again, name) == getattr(model, name)
+    assert again.settings == model.settings
+    assert model.settings == BTokConfig(BTOKS[:3], "btok", "continue", "text", "token_mean")
     saved, loaded = model.state_dict(), again.state_dict()
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
@@ -397,7 +398,7 @@ def test_a_checkpoint_older_than_vision_positions_has_mrope(tmp_path):
     settings = json.loads(file.read_text())
     assert settings.pop("vision_positions") == "mrope"
     file.write_text(json.dumps(settings))
-    assert BTokModel.from_pretrained(tmp_path).vision_positions == "mrope"
+    assert BTokModel.from_pretrained(tmp_path).settings.vision_positions == "mrope"
     assert BTokModel.from_pretrained(tmp_path, vision_positions="mrope").btok_token_ids == BTOKS[:3]
     with pytest.raises(ValueError, match="vision_positions is 'text', but"):
         BTokModel.from_pretrained(tmp_path, vision_positions="text")

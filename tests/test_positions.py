@@ -9,13 +9,17 @@ import pytest
 import torch
 from helpers import IMAGE, VIDEO, VISION, tiny_backbone
 
-from btok.positions import (
-    POSITIONS,
-    qwen2_5_vl_positions,
-    qwen2_vl_positions,
-    qwen3_vl_positions,
-    text_positions,
-)
+from btok.families import FAMILIES
+from btok.families.family import text_positions
+from btok.families.qwen2_5_vl import qwen2_5_vl_positions
+from btok.families.qwen2_vl import qwen2_vl_positions
+from btok.families.qwen3_vl import qwen3_vl_positions
+
+RULES = {
+    "qwen2_vl": qwen2_vl_positions,
+    "qwen2_5_vl": qwen2_5_vl_positions,
+    "qwen3_vl": qwen3_vl_positions,
+}
 
 TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 
@@ -157,7 +161,8 @@ def test_each_slot_of_a_qwen3_vl_video_is_a_grid_of_its_own():
 
 def test_a_model_without_vision_counts():
     assert text_positions(torch.tensor([7, 8, 9])).tolist() == [[0, 1, 2]] * 3
-    assert all(POSITIONS[family] is text_positions for family in ("qwen2", "qwen3", "llama"))
+    for family in ("qwen2", "qwen3", "llama"):
+        assert FAMILIES[family].positions([7, 8, 9], {}, None).tolist() == [[0, 1, 2]] * 3
 
 
 @pytest.mark.parametrize("family", VISION)
@@ -189,7 +194,7 @@ def test_equal_to_transformers_where_that_is_right(family):
             options = stock_options = {"second_per_grid_ts": torch.tensor(seconds)}
             options = {**options, "tokens_per_second": 2}
         expected = stock_positions(family, ids, images, videos, **stock_options)
-        got = positions(ids, images or None, videos or None, POSITIONS[family], **options)
+        got = positions(ids, images or None, videos or None, RULES[family], **options)
         assert got == expected, (ids, images, videos, seconds)
 
 
@@ -198,7 +203,7 @@ def test_transformers_puts_text_after_a_long_small_video_too_early(family):
     """Why these functions exist. Where this fails, transformers has returned to the rule."""
     ids, videos = [9, *[VIDEO] * 3, 7], [[3, 2, 2]]
     options = {"tokens_per_second": 2} if family == "qwen2_5_vl" else {}
-    ours = positions(ids, None, videos, POSITIONS[family], **options)
+    ours = positions(ids, None, videos, RULES[family], **options)
     last = ours[0][3]
     assert last == (5 if family == "qwen2_5_vl" else 3)
     assert [axis[4] for axis in ours] == [last + 1] * 3

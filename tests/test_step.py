@@ -31,8 +31,7 @@ from helpers import (
 from test_model import packed, samples_of, two_pass
 from torch.utils.flop_counter import FlopCounterMode
 
-from btok import adapters
-from btok import model as model_module
+from btok import adapters, label_loss
 from btok.data.records import NTP_SIDES, Pair, Side
 from btok.model import BTokModel
 from btok.objective import pair_samples
@@ -91,7 +90,8 @@ def model_with(dropout=0.0, checkpoint=False, train_all=False):
 
 def run(pairs=PAIRS, *, dropout=0.0, checkpoint=False, train_all=False, reduction=None, **settings):
     model, processor = model_with(dropout, checkpoint, train_all)
-    model.ntp_reduction = reduction or model.ntp_reduction
+    if reduction:
+        model.settings = dataclasses.replace(model.settings, ntp_reduction=reduction)
     recipe = dataclasses.replace(BASE, **settings)
     generate = recipe.caption_steps > 0 or recipe.ntp_weight > 0
     samples = pair_samples(pairs, processor, generate=generate)
@@ -294,7 +294,7 @@ def test_the_vision_tower_runs_once_an_image(monkeypatch):
 
 def test_the_logits_of_many_labels_are_made_in_parts(monkeypatch):
     want = run(train_all=True)
-    monkeypatch.setattr(model_module, "_LOGITS", 120 * 9)
+    monkeypatch.setattr(label_loss, "LOGITS", 120 * 9)
     shapes = []
     cross_entropy = F.cross_entropy
     monkeypatch.setattr(

@@ -73,7 +73,7 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
     model.save_pretrained(tmp_path)
     again = BTokModel.from_pretrained(tmp_path)
     assert again.btok_token_ids == BTOKS[:3]
-    assert (again.pooling, again.target_positions) == ("btok", "continue")
+    assert (again.settings.pooling, again.settings.target_positions) == ("btok", "continue")
     assert torch.equal(embed(again), embed(model))
     settings = json.loads((tmp_path / "btok_config.json").read_text())
     assert settings["format_version"] == 1 and settings["num_btoks"] == 3
@@ -86,7 +86,7 @@ def test_a_plain_checkpoint_gets_bottleneck_tokens(tmp_path):
     model = BTokModel.from_pretrained(tmp_path)
     assert model.btok_token_ids == tuple(range(len(tokenizer), len(tokenizer) + 4))
     baseline = BTokModel.from_pretrained(tmp_path, num_btoks=0)
-    assert baseline.btok_token_ids == () and baseline.pooling == "last"
+    assert baseline.btok_token_ids == () and baseline.settings.pooling == "last"
 
 
 def test_a_checkpoint_with_other_settings_is_refused(tmp_path):

@@ -46,7 +46,8 @@ RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_
 
 def step_gradients(dtype, step, negatives, reduction, rank, world):
     model, processor = tiny_qwen2_vl(dtype)
-    model.ntp_reduction = reduction  # ranks have equal numbers of targets, not of labels
+    # ranks have equal numbers of targets, not of labels
+    model.settings = dataclasses.replace(model.settings, ntp_reduction=reduction)
     recipe = dataclasses.replace(RECIPE, negatives=negatives)
     drawn = Steps(recipe, processor, (), rank, world)[step]
     losses = train_step(model, processor, recipe, drawn.pairs, drawn.samples, step).losses

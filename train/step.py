@@ -87,9 +87,8 @@ def model_flops(model: BTokModel, tokens: int, patches: int) -> float:
     for the gradient that goes on, 2 for the weight's own where it trains. Whatever is computed
     twice (GradCache, checkpointing), attention's square and the logits are left out.
     """
-    inner = model.backbone.model
-    tower = getattr(inner, "visual", None)
-    parts = [(getattr(inner, "language_model", inner).layers, tokens)]
+    tower = model.family.tower(model.backbone)
+    parts = [(model.family.decoder(model.backbone).layers, tokens)]
     parts += [(tower, patches)] if tower is not None else []
     total = 0.0
     for part, count in parts:
@@ -125,7 +124,7 @@ class Chunks:
             **of_target,
             "backbone_config": model.backbone.config,
             "btok_token_ids": () if captioning else model.btok_token_ids,
-            "target_positions": model.target_positions,
+            "target_positions": model.settings.target_positions,
             "condense": recipe.condense and not captioning,
         }
         self.indices = [list(range(len(samples)))]
@@ -137,7 +136,7 @@ class Chunks:
             self.indices = [[longest[i] for i in turn] for turn in turns]
         targets = [target for _, target in samples if target is not None]
         counts = count_labels(targets, **of_target, backbone_config=model.backbone.config)
-        count = counts[0 if model.ntp_reduction == "sample_mean" else 1]
+        count = counts[0 if model.settings.ntp_reduction == "sample_mean" else 1]
         self.count = max(float(mean_over_ranks(torch.tensor(count, dtype=torch.float64))), 1e-9)
 
     def run(self, indices: Sequence[int], generate: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -216,7 +215,7 @@ class Chunks:
 
 def is_frozen(model: BTokModel) -> bool:
     """Whether there is a vision tower and nothing in it trains."""
-    tower = getattr(model.backbone.model, "visual", None)
+    tower = model.family.tower(model.backbone)
     return tower is not None and not any(p.requires_grad for p in tower.parameters())
 
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from btok import model
-from btok.model import _label_losses
+from btok import label_loss
+from btok.label_loss import label_losses
 
-if reason := model._no_liger_here():
+if reason := label_loss._no_liger_here():
     pytest.skip(reason, allow_module_level=True)
 
 ON_GPU = torch.cuda.is_available()
@@ -29,7 +29,7 @@ def results(impl, dtype, bias=False, frozen=False):
         hidden, head, weights = hidden.double(), head.double(), weights.double()
         losses = F.cross_entropy(head(hidden.requires_grad_()), labels, reduction="none")
     else:
-        losses = _label_losses(head, hidden.requires_grad_(), labels, impl)
+        losses = label_losses(head, hidden.requires_grad_(), labels, impl)
     (losses * weights).sum().backward()
     return losses.detach(), hidden.grad, *(parameter.grad for parameter in head.parameters())
 
@@ -58,7 +58,7 @@ def test_a_head_of_another_class_is_refused():
 
     hidden, labels = torch.randn(2, 4, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
     with pytest.raises(RuntimeError, match=r"the head is a Wrapped, it takes a plain nn\.Linear"):
-        _label_losses(Wrapped(4, 9).to(DEVICE), hidden, labels, "liger")
+        label_losses(Wrapped(4, 9).to(DEVICE), hidden, labels, "liger")
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_a_head_of_another_class_is_refused():
 def test_a_missing_or_wrong_version_is_refused(found, message, monkeypatch):
     def version(name):
         if found is None:
-            raise model.PackageNotFoundError(name)
+            raise label_loss.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(model, "version", version)
-    monkeypatch.setattr(model, "_no_liger_here", model._no_liger_here.__wrapped__)
+    monkeypatch.setattr(label_loss, "version", version)
+    monkeypatch.setattr(label_loss, "_no_liger_here", label_loss._no_liger_here.__wrapped__)
     hidden, labels = torch.randn(2, 4, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
     with pytest.raises(RuntimeError, match=message):
-        _label_losses(nn.Linear(4, 9).to(DEVICE), hidden, labels, "liger")
+        label_losses(nn.Linear(4, 9).to(DEVICE), hidden, labels, "liger")

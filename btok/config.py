@@ -1,0 +1,116 @@
+"""How a model embeds and is trained: the settings that a checkpoint keeps, said once.
+
+`btok_config.json` beside a checkpoint's weights holds them, its format's version, the number of
+bottleneck tokens and the `model_type` of the backbone that they belong to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from btok.files import read_json
+
+CONFIG_NAME = "btok_config.json"
+FORMAT_VERSION = 1
+Pooling = Literal["btok", "last", "mean"]
+TargetPositions = Literal["reference", "continue"]
+VisionPositions = Literal["mrope", "text"]
+NtpReduction = Literal["sample_mean", "token_mean"]
+CHOICES: dict[str, tuple[str, ...]] = {
+    "pooling": get_args(Pooling),
+    "target_positions": get_args(TargetPositions),
+    "vision_positions": get_args(VisionPositions),
+    "ntp_reduction": get_args(NtpReduction),
+}
+
+
+def check_choice(where: str, name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise a ValueError that names `name` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{where}: {name} is {value!r}, expected one of {tuple(allowed)}")
+
+
+@dataclass(frozen=True)
+class BTokConfig:
+    """The settings of a model that its checkpoint keeps.
+
+    Args:
+        btok_token_ids: the K bottleneck tokens' ids; empty for a baseline without them.
+        pooling: "btok" (mean over the bottleneck rows), "last" (the last row of [x ; B]: VLM2Vec's
+            where K = 0) or "mean" (over all rows of [x ; B]).
+        target_positions: where a target's positions start, see `btok.packing.pack`.
+        vision_positions: "mrope", or "text": every token, of images too, is one position after the
+            one before it, as VLM2Vec-V2's public checkpoint was trained.
+        ntp_reduction: "sample_mean" (mean over samples of each one's token mean) or "token_mean".
+
+    Raises:
+        ValueError: a setting that is none of its choices; K = 0 and pooling "btok".
+    """
+
+    btok_token_ids: Sequence[int]
+    pooling: Pooling = "btok"
+    target_positions: TargetPositions = "reference"
+    vision_positions: VisionPositions = "mrope"
+    ntp_reduction: NtpReduction = "sample_mean"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "btok_token_ids", tuple(map(int, self.btok_token_ids)))
+        for name, allowed in CHOICES.items():
+            check_choice("BTokModel", name, getattr(self, name), allowed)
+        if self.pooling == "btok" and not self.btok_token_ids:
+            raise ValueError("BTokModel: with K = 0 use pooling='last' or 'mean', not 'btok'")
+
+    @classmethod
+    def load(
+        cls, name_or_path: str | Path, architecture: str, num_btoks: int | None, **asked: Any
+    ) -> BTokConfig | None:
+        """What a checkpoint keeps; None for one that was never saved by us.
+
+        Args:
+            name_or_path: its folder or hub id.
+            architecture: the `model_type` of its backbone.
+            num_btoks: K that it must have; None for its own.
+            asked: settings that it must have, None for its own; `ntp_reduction` may be another.
+
+        Raises:
+            TypeError: a setting that there is none of.
+            ValueError: a value that is none of its choices; a checkpoint with other settings, of
+                another format, or of another backbone.
+        """
+        for name, value in asked.items():
+            if name not in CHOICES:
+                raise TypeError(f"BTokModel: {name} is no setting, expected {', '.join(CHOICES)}")
+            if value is not None:
+                check_choice("BTokModel", name, value, CHOICES[name])
+        saved = read_json(name_or_path, CONFIG_NAME)
+        if not saved:
+            return None
+        known = {f.name: saved.get(f.name, f.default) for f in fields(cls)}
+        must = {"format_version": FORMAT_VERSION, "architecture": architecture}
+        must |= {"num_btoks": num_btoks, **asked}
+        hints = {
+            "format_version": "use the btok that wrote it",
+            "architecture": f"its {CONFIG_NAME} is of another checkpoint",
+        }
+        for name, value in must.items():
+            had = known.get(name, saved.get(name))
+            if value is not None and value != had and name != "ntp_reduction":
+                raise ValueError(
+                    f"BTokModel: {name} is {value!r}, but {name_or_path} was saved with {had!r}; "
+                    + hints.get(name, "ask for that or leave it out")
+                )
+        return cls(**known | {name: value for name, value in asked.items() if value is not None})
+
+    def save(self, folder: str | Path, architecture: str) -> None:
+        """Write `btok_config.json` for a backbone of a `model_type`."""
+        settings = {
+            "format_version": FORMAT_VERSION,
+            "architecture": architecture,
+            "num_btoks": len(self.btok_token_ids),
+            **asdict(self),
+        }
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")

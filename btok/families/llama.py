@@ -1,0 +1,5 @@
+"""Llama: text alone."""
+
+from btok.families.family import Family
+
+LLAMA = Family("LlamaForCausalLM")

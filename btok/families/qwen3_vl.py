@@ -1,0 +1,74 @@
+"""Qwen3-VL (arXiv 2511.21631): videos slot by slot, vision features onto the first layers too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from btok.families.family import Family, VisionRules
+from btok.families.mrope import arguments, mrope, rows
+
+
+def qwen3_vl_positions(
+    input_ids: Any,
+    image_grid_thw: Any = None,
+    video_grid_thw: Any = None,
+    *,
+    image_token_id: int,
+    video_token_id: int,
+    spatial_merge_size: int = 2,
+) -> np.ndarray:
+    """M-RoPE positions of one sequence, as Qwen3-VL was trained (its report, section 2).
+
+    As `qwen2_vl_positions`, but each time slot of a video is a grid of its own: its time is told by
+    the text before it (`<1.5 seconds>`), not by its position. That the axes interleave along the
+    head dimension is the rotary embedding's affair, not the index's.
+
+    Args:
+        input_ids, image_grid_thw, video_grid_thw, image_token_id, video_token_id,
+            spatial_merge_size: as `qwen2_vl_positions` takes them, with one grid per video.
+
+    Returns:
+        int64 [3, L]: time, height, width.
+    """
+    slots = [[1, height, width] for t, height, width in rows(video_grid_thw) for _ in range(t)]
+    grids = {image_token_id: rows(image_grid_thw), video_token_id: slots}
+    return mrope(input_ids, grids, spatial_merge_size)
+
+
+def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
+    return qwen3_vl_positions(ids, **arguments(side, config))
+
+
+def _levels(found: Any) -> list[Any]:
+    return [found.pooler_output, *found.deepstack_features]
+
+
+def _onto_layers(at: Tensor, levels: Sequence[Tensor]) -> dict[str, Any]:
+    return {"visual_pos_masks": at[None], "deepstack_visual_embeds": list(levels)}
+
+
+def _num_levels(vision_config: Any) -> int:
+    return len(vision_config.deepstack_visual_indexes)
+
+
+QWEN3_VL = Family(
+    "Qwen3VLForConditionalGeneration",
+    VisionRules(
+        "Qwen3VL",
+        "Qwen3VL",
+        16,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        bounds_of_all_frames=True,
+        timed_slots=True,
+        levels=_levels,
+        onto_layers=_onto_layers,
+        num_levels=_num_levels,
+    ),
+    _positions,
+    language_model="language_model",
+)
