@@ -138,7 +138,12 @@ class Products(Groups):
         self.fenced = np.zeros(machine.blocks, bool)
 
     def fence(self, blocks: np.ndarray) -> None:
-        """wgmma.fence, 9.7.15.7.1: what was written to registers comes before the next product."""
+        """wgmma.fence, 9.7.15.7.1: what was written to registers comes before the next product.
+
+        That there is one since the last wait is checked, not that nothing was written behind it:
+        LLVM moves conversions of A below the fences that Triton emits, and ptxas, which knows
+        what a register depends on, orders them itself.
+        """
         self.fenced[blocks] = True
 
     def wait(self, blocks: np.ndarray, newest: int) -> None:
