@@ -39,8 +39,9 @@ from bench.harness import DEVICE
 from bench.models import random_qwen2_vl
 from btok import adapters
 from btok.data.records import Pair, Side
+from btok.data.samples import pair_samples
 from btok.model import BTokModel
-from btok.objective import Losses, pair_samples
+from btok.objective import Losses
 from btok.packing import Sample, count_labels, pack
 from train.recipes import Recipe
 from train.step import train_step

@@ -13,8 +13,8 @@ import torch
 from helpers import tiny_tokenizer
 from PIL import Image
 
+from btok.data.samples import pair_samples, positive_ids
 from btok.data.sources import open_source
-from btok.objective import pair_samples, positive_ids
 from btok.processing import Processor
 from train.recipes import Recipe
 from train.sampler import TRIES, Steps, load_steps, step_groups, step_pairs

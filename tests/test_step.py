@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from btok import adapters, label_loss
 from btok.data.records import NTP_SIDES, Pair, Side
+from btok.data.samples import pair_samples
 from btok.model import BTokModel
-from btok.objective import pair_samples
 from btok.packing import by_budget, count_labels, pack
 from train.recipes import Recipe
 from train.step import count_patches, model_flops, train_step

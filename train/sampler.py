@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from btok.data import pocket
 from btok.data.records import Pair, Side
+from btok.data.samples import pair_samples
 from btok.data.sources import Source
 from btok.inputs import with_frames
-from btok.objective import pair_samples
 from btok.packing import Sample
 from btok.processing import Processor
 from train.recipes import Recipe

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from btok import adapters
 from btok.data.records import Pair
+from btok.data.samples import positive_ids
 from btok.model import BTokModel, BTokOutput
-from btok.objective import Losses, positive_ids
+from btok.objective import Losses
 from btok.packing import VISION_KEYS, Sample, by_budget, count_labels, pack
 from btok.processing import Processor
 from train.recipes import Recipe

@@ -165,98 +165,29 @@ COLPALI = Schema(("query", "image", "answer", "options"), _colpali)
 VISRAG_IN = Schema(("query", "image", "source"), _visrag)
 HOUND = Schema(("conversations", "video"), partial(_hound, retrieval=False))
 HOUND_RETRIEVAL = Schema(("conversations", "video"), partial(_hound, retrieval=True))
-SFT = "video_instruction/train/sft"
-# name: repository, its configuration or file, what rows mean, the paper's settings
-PUBLIC: dict[str, tuple[str, str, Schema, dict[str, Any]]] = {
-    name: ("TIGER-Lab/MMEB-train", name, MMEB, {"weight": weight, "ntp_side": side, "rows": rows})
-    for side, weight, sizes in (
-        ("positive", 1, {"ImageNet_1K": 100_000, "N24News": 50_000, "DocVQA": 40_000}),
-        ("positive", 1, {"Visual7W": 70_000, "VisualNews_i2t": 100_000, "MSCOCO_i2t": 120_000}),
-        ("positive", 0.5, {"HatefulMemes": 10_000, "VOC2007": 10_000, "SUN397": 20_000}),
-        ("positive", 0.5, {"OK-VQA": 10_000, "A-OKVQA": 20_000, "InfographicsVQA": 25_000}),
-        ("positive", 0.5, {"ChartQA": 28_000}),
-        ("query", 1, {"VisDial": 130_000, "VisualNews_t2i": 100_000, "MSCOCO_t2i": 100_000}),
-        ("query", 1, {"MSCOCO": 100_000}),
-        ("both", 0.5, {"WebQA": 20_000}),
-        ("none", 0.5, {"CIRR": 30_000, "NIGHTS": 20_000}),
-    )
-    for name, rows in sizes.items()
+SCHEMAS = {
+    "mmeb": MMEB,
+    "colpali": COLPALI,
+    "visrag": VISRAG_IN,
+    "hound": HOUND,
+    "hound_retrieval": HOUND_RETRIEVAL,
 }
-PUBLIC |= {
-    "colpali_train_set": ("vidore/colpali_train_set", "", COLPALI, {"weight": 10}),
-    "visrag-indomain": (
-        *("openbmb/VisRAG-Ret-Train-In-domain-data", "", VISRAG_IN),
-        {"weight": 12, "ntp_side": "query"},
-    ),
-    "video_caption_300k": (
-        *("ShareGPTVideo/train_video_and_instruction", f"{SFT}/video_caption_300k.jsonl", HOUND),
-        {"weight": 5},
-    ),
-    "video_caption_300k-video": (
-        "ShareGPTVideo/train_video_and_instruction",
-        f"{SFT}/video_caption_300k.jsonl",
-        HOUND_RETRIEVAL,
-        {
-            "weight": 5,
-            "ntp_side": "query",
-            "query_instruction": "Find a video that contains the following visual content: ",
-            "positive_instruction": "Understand the content of the provided video:\n",
-        },
-    ),
-    "video_qa_240k": (
-        "ShareGPTVideo/train_video_and_instruction",
-        f"{SFT}/video_240k_caption_15k.jsonl",
-        HOUND,
-        {
-            "weight": 5,
-            "rows": 240_000,
-            "query_instruction": "Answer a question based on the content of a video.\n",
-        },
-    ),
-}
-# VisRAG's sources: the instruction before the query; the one beside the page
-VISRAG = {
-    source: (f"{query} ", page)
-    for source, query, page in (
-        line.split(" | ")
-        for line in """\
-NeurIPS Papers | This query is about a research paper from NeurIPS, a leading AI/ML conference. \
-The document contains technical discussions, methodologies, and findings. Identify relevant papers \
-and sections that address the query: | A research paper from NeurIPS on AI and ML topics.
-Textbooks | This query is related to a college-level textbook, which provides structured \
-explanations, definitions, and examples. Find the most relevant concepts or explanations that \
-address the query: | A textbook page with structured educational content and explanations.
-ICML Papers | This query is about a research paper from ICML, a leading AI/ML conference. The \
-document contains theoretical insights, experiments, and applications. Identify relevant papers \
-and sections that best answer the query: | A research paper from ICML, covering machine learning \
-topics.
-Manuallib | This query pertains to a product manual, which contains detailed technical \
-specifications, usage instructions, and troubleshooting steps. Find the most relevant section that \
-answers the query: | A product manual page with technical specifications and instructions.
-ArxivQA | This query is related to retrieving a relevant figure from an ArXiv research paper. The \
-retrieved figure should contain scientific plots, mathematical visualizations, or experimental \
-results that best address the query: | A figure from a research paper, including plots or \
-experimental results.
-ChartQA | This query is related to retrieving a relevant chart that visually represents numerical \
-or categorical data. The retrieved chart should contain bar graphs, line charts, or other visual \
-elements necessary to analyze trends, compare values, or extract insights related to the query: | \
-A statistical chart comparing values or analyzing trends.
-MP-DocVQA | This query is related to retrieving a relevant page from a multi-page document, such \
-as reports, invoices, or research papers. The retrieved document should contain text, tables, or \
-structured information necessary to answer the query: | A page from a multi-page document with \
-text or tables.
-InfoVQA | This query is related to retrieving an infographic that visually presents statistical or \
-factual information using charts, icons, and structured layouts. The retrieved image should \
-contain the necessary visual elements to provide the best context for answering the query: | An \
-infographic with structured data, charts, and annotations.
-PlotQA | This query relates to retrieving a relevant plot or chart that visually represents \
-numerical data. The retrieved figure should contain the necessary information to analyze trends, \
-compare values, or extract key insights related to the query: | A numerical data visualization, \
-such as bar charts or line graphs.
-SlideVQA | This query is related to retrieving a relevant presentation slide that visually \
-presents structured information. The retrieved slide should contain the necessary text, charts, or \
-graphics to provide the best answer to the query: | A presentation slide with text, bullet points, \
-and diagrams.
-""".splitlines()
-    )
-}
+
+
+def _paper() -> tuple[dict[str, tuple[str, str, Schema, dict[str, Any]]], dict[str, Any]]:
+    given = tomllib.loads(Path(__file__).with_name("mixture.toml").read_text(encoding="utf-8"))
+    public = {
+        table.pop("name"): (
+            table.pop("repository"),
+            table.pop("part", ""),
+            SCHEMAS[table.pop("schema")],
+            table,
+        )
+        for table in given["dataset"]
+    }
+    return public, {table["source"]: (table["query"], table["page"]) for table in given["visrag"]}
+
+
+# by name: repository, its configuration or file, what rows mean, the paper's settings; and by
+# VisRAG's source: the instruction before a query, the text beside its page
+PUBLIC, VISRAG = _paper()
