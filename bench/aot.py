@@ -348,6 +348,8 @@ def faults(row: Row) -> Iterator[str]:
             yield f"{where}: executed / useful products {loop.ratio:.2f}"
         if loop.waits_for_all and row.stages > 1:
             yield f"{where}: waits for all copies before its first product, {row.stages} stages"
+        if not loop.copies and row.dtype != "float32":
+            yield f"{where}: copies nothing ahead of its products"
 
 
 def problems(rows: list[Row]) -> list[str]:

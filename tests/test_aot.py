@@ -132,6 +132,7 @@ def test_all_launches_are_sound(tmp_path):
         ({}, [{"ratio": 1.05}], None),
         ({}, [{"ratio": 1.06}, {}], "main loop 1 of 2: executed / useful products 1.06"),
         ({"stages": 1}, [{"waits_for_all": True}], None),
+        ({"stages": 1}, [{"copies": 0}], "main loop 1 of 1: copies nothing ahead"),
         ({}, [{"waits_for_all": True}], "waits for all copies before its first product, 3 stages"),
         # compiled only: nothing is known of its machine code
         ({"arch": 100, "hgmma": 0, "loops": ()}, [], None),

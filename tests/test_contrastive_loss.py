@@ -384,6 +384,7 @@ def bad(**changes):
         (bad(margin=math.nan), ValueError, "margin is nan, expected a finite number or None"),
         (bad(margin=math.inf), ValueError, "margin is inf"),
         (bad(group="here"), ValueError, "group is 'here', expected a group, 'local' or None"),
+        (bad(group=5), ValueError, "group is 5, expected a group, 'local' or None"),
         (bad(impl="fast"), ValueError, "impl is 'fast', expected one of"),
         (bad(impl="triton"), RuntimeError, "impl='triton' cannot run: "),
         (make(0), ValueError, "query has 0 rows on every rank"),
@@ -430,6 +431,7 @@ DISAGREEMENTS = {  # what the last rank calls with -> what every rank says
         "device is meta on rank",
     ),
     "a bad key": (bad(key=torch.ones(3, 8).double()), r"key is \[3, 8\], expected \[4, 8\]"),
+    "a group": (bad(group=5), "group is 5, expected a group"),
     "a missing impl": (bad(impl="triton"), "impl='triton' cannot run: "),
 }
 

@@ -27,7 +27,7 @@ def test_every_kernel_has_a_configuration_whose_blocks_fit_the_tiles():
             own = config.block_m if kernel != "dkdv" else config.block_n
             shared = dim == 256 and launch.FAMILY[arch] in (80, 120)  # rows, that `make aot` counts
             assert shared or own >= 16 * config.warps, "warps would make the same products twice"
-            assert config.stages != 2, "two stages copy nothing ahead"
+            assert config.stages >= 3, "fewer stages copy nothing ahead"
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from btok_kernels.launch import always, choose, no_triton
-from btok_kernels.ranks import Ranks, agree, join
+from btok_kernels.ranks import Ranks, agree, is_group, join
 
 _TILE_LOGITS = 1 << 20  # logits of one tile, which has at least one row; 16 times that on a GPU
 
@@ -357,7 +357,7 @@ def _check(call: Call) -> dict[str, Any]:
         raise ValueError(f"{name}: temperature is {tau!r}, expected a finite number above 0")
     if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
         raise ValueError(f"{name}: margin is {margin!r}, expected a finite number or None")
-    if isinstance(call.group, str) and call.group != "local":
+    if call.group not in (None, "local") and not is_group(call.group):
         raise ValueError(f"{name}: group is {call.group!r}, expected a group, 'local' or None")
     reasons = {
         "triton": lambda: no_triton(query.device, query.dtype),

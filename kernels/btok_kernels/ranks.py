@@ -8,7 +8,8 @@
     3. digests differ or a rank refused: gather what the ranks were called with as objects, and all
        of them raise. Else all go on, with the rows of all ranks
 
-No rank raises before 2, nor takes a branch after it that another does not, so a mistake of one rank
+No rank raises before 2 (but what is no call of ours: an argument that Python does not know, a group
+without this rank), nor takes a branch after it that another does not, so a mistake of one rank
 raises on all, at the first call or a later one, and no collective waits for a rank that is gone.
 Nothing is remembered between calls: rows may change with each, and a refused call leaves no trace.
 
@@ -122,7 +123,7 @@ def agree(
     Args:
         op: the public function's name, for messages.
         group: the ranks that meet; None: all where torch.distributed is initialised, else this
-            process; "local": this process alone. Another str is None, for `check` to refuse.
+            process; "local": this process alone. What is no group is None, for `check` to refuse.
         check: raises what is wrong with this rank's arguments, or returns its number of rows and,
             by name, what must be equal on all ranks.
         with_grad: whether this rank needs gradients.
@@ -136,7 +137,7 @@ def agree(
         Exception: what `check` raised on this rank.
     """
     alone = group == "local" or not (dist.is_available() and dist.is_initialized())
-    members = None if isinstance(group, str) else group
+    members: Any = group if is_group(group) else None
     rank, world = (0, 1) if alone else (dist.get_rank(members), dist.get_world_size(members))
     if rank < 0:
         raise ValueError(f"{op}: group does not contain this rank")
@@ -159,6 +160,13 @@ def agree(
     own = slice(sum(all_rows[:rank]), sum(all_rows[: rank + 1]))
     ranks = Ranks(members, list(all_rows), own, world / sum(all_rows))
     return ranks, agreed, any(wanted)
+
+
+def is_group(group: object) -> bool:
+    """Whether it is a process group, or what torch gives a rank that is in none of a new one."""
+    return dist.is_available() and (
+        isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER
+    )
 
 
 def _compare(

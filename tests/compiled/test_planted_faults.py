@@ -105,6 +105,7 @@ IN_CODE = {  # name: architecture, op, kernel, change of its PTX
     "a barrier, sm_80": (80, run_attention, DKDV, dropped(r"bar\.sync", 8)),
     "a barrier of the loss": (90, run_contrastive, "_sums_kernel", dropped(r"bar\.sync", 1)),
     "a transposed operand": (90, run_attention, FORWARD, changed(r"wgmma\.mma", transposed)),
+    "a wrong swizzle": (90, run_attention, DKDV, changed(r"\d{17,};", other_swizzle)),
     "swapped operands": (90, run_attention, FORWARD, changed(r"wgmma\.mma.*%rd.*%rd", swapped)),
     "a matrix read untransposed": (
         80, run_attention, FORWARD,
