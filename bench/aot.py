@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -201,7 +201,7 @@ def kept_reports() -> Iterator[None]:
     """
     run = subprocess.run
 
-    def keep(command, *args, **options):
+    def keep(command: list[str], *args: Any, **options: Any) -> subprocess.CompletedProcess[Any]:
         result = run(command, *args, **options)
         if "-o" in command and hasattr(options.get("stderr"), "name"):
             binary = Path(command[command.index("-o") + 1]).read_bytes()
@@ -262,6 +262,7 @@ def describe(job: Job, launched: Launch) -> Row:
     sizes = {key[6:]: size for key, size in constants.items() if key[:6] == "BLOCK_"}
     report = sass.report(_reports[hashlib.sha256(kernel.asm["cubin"]).hexdigest()])
     program = sass.parse(disassembled(kernel.asm["cubin"])) if job.arch in sass.DEVICES else []
+    hgmma, hmma = (sum(line.starts(opcode) for line in program) for opcode in ("HGMMA", "HMMA"))
     return Row(
         name,
         *job[1:],
@@ -270,14 +271,20 @@ def describe(job: Job, launched: Launch) -> Row:
         kernel.metadata.num_stages,
         kernel.metadata.shared,
         *report,
-        *(sum(line.starts(opcode) for line in program) for opcode in ("HGMMA", "HMMA")),
+        hgmma,
+        hmma,
         tuple(sass.hazards(program)) if program else (),
         tuple(loop_rows(name, job, kernel.metadata, report, program, sizes)),
     )
 
 
 def loop_rows(
-    name: str, job: Job, metadata: Any, report: sass.Report, program: list, sizes: dict[str, int]
+    name: str,
+    job: Job,
+    metadata: Any,
+    report: sass.Report,
+    program: list[sass.Instruction],
+    sizes: dict[str, int],
 ) -> Iterator[LoopRow]:
     """The main loops of a kernel that multiplies."""
     if name not in WORK or not program:
@@ -385,7 +392,7 @@ def waits(waited: tuple[str, ...]) -> str:
 def cells(row: Row) -> tuple[str, ...]:
     """A line of the table; what is told of several main loops is apart by slashes."""
 
-    def each(form: Any) -> str:
+    def each(form: Callable[[LoopRow], str]) -> str:
         texts = [form(loop) for loop in row.loops]
         return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
@@ -442,8 +449,8 @@ def attention_rates(rows: list[Row]) -> dict[tuple[int, int, str, str], dict[str
     """
     found: dict[tuple[int, int, str, str], dict[str, float]] = {}
     for row in rows:
-        if row.kernel in ATTENTION and row.loops and unmasked(row).tflops:
-            found.setdefault(row[1:5], {})[row.kernel] = unmasked(row).tflops
+        if row.kernel in ATTENTION and row.loops and (rate := unmasked(row).tflops):
+            found.setdefault(row[1:5], {})[row.kernel] = rate
     for rates in found.values():
         if {"dk", "dv"} <= rates.keys():
             rates["dkdv"] = 8 / (6 / rates["dk"] + 4 / rates["dv"])
@@ -564,13 +571,15 @@ def read_run(path: Path) -> Run:
         version,
         {int(arch): name for arch, name in ptxas.items()},
         [
-            Row(
-                *fields,
-                tuple(serialized),
-                hgmma,
-                hmma,
-                tuple(hazards),
-                tuple(LoopRow(*loop[:5], tuple(loop[5]), *loop[6:]) for loop in loops),
+            Row._make(
+                (
+                    *fields,
+                    tuple(serialized),
+                    hgmma,
+                    hmma,
+                    tuple(hazards),
+                    tuple(LoopRow._make((*loop[:5], tuple(loop[5]), *loop[6:])) for loop in loops),
+                )
             )
             for *fields, serialized, hgmma, hmma, hazards, loops in rows
         ],

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import DEVICE
+from bench.harness import DEVICE, Contest
 from bench.peers import PEERS, Attention, filled, kept_pairs, mixes, truth
 from btok_kernels.layout import CondensedLayout
 
@@ -53,7 +53,7 @@ def prepared(mix: str) -> tuple[CondensedLayout, list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("mix", "peer"), CASES)
-def bench_condensed_attention(contest, mix, peer, direction):
+def bench_condensed_attention(contest: Contest, mix: str, peer: str, direction: str) -> None:
     layout, (q, k, v, grad), expected = prepared(mix)
     backward = direction == "forward + backward"
 

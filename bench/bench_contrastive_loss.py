@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench.harness import DEVICE, synchronize
+from bench.harness import DEVICE, Contest, synchronize
 from btok.kernels import contrastive_loss
 from btok_kernels import launch
 
@@ -144,12 +144,13 @@ if DEVICE == "cuda":
 
 
 @cache
-def inputs(rows: int) -> list[Tensor]:
+def inputs(rows: int) -> tuple[Tensor, Tensor]:
     """Unit rows, query and key, with a loss of 1 to 8."""
     g = torch.Generator().manual_seed(0)
     key = F.normalize(torch.randn(rows, DIM, generator=g), dim=-1)
     query = F.normalize(key + 4 * F.normalize(torch.randn(rows, DIM, generator=g), dim=-1), dim=-1)
-    return [x.to(DEVICE, DTYPE).requires_grad_() for x in (query, key)]
+    query, key = (x.to(DEVICE, DTYPE).requires_grad_() for x in (query, key))
+    return query, key
 
 
 def step(loss_of: Loss, query: Tensor, key: Tensor, bidirectional: bool) -> list[Tensor]:
@@ -161,8 +162,8 @@ def step(loss_of: Loss, query: Tensor, key: Tensor, bidirectional: bool) -> list
 @cache
 def truth(rows: int, bidirectional: bool) -> list[Tensor]:
     """By plain torch in fp32, on the host."""
-    wide = [x.detach().float().requires_grad_() for x in inputs(rows)]
-    return [x.cpu() for x in step(chunked_torch, *wide, bidirectional)]
+    query, key = (x.detach().float().requires_grad_() for x in inputs(rows))
+    return [x.cpu() for x in step(chunked_torch, query, key, bidirectional)]
 
 
 def check(name: str, results: list[Tensor], expected: list[Tensor]) -> None:
@@ -192,7 +193,7 @@ def try_out(peer: str, rows: int, bidirectional: bool) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("peer", "rows"), CASES)
-def bench_contrastive_loss(contest, peer, rows, direction):
+def bench_contrastive_loss(contest: Contest, peer: str, rows: int, direction: str) -> None:
     bidirectional = direction == "both directions"
     query, key = inputs(rows)
     expected = truth(rows, bidirectional)

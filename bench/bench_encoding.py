@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from bench import bench_inference
 from bench.bench_inference import BATCH, SHAPE, K, Shape, multiply_adds
-from bench.harness import DEVICE
+from bench.harness import DEVICE, Contest
 from bench.models import byte_tokenizer, random_qwen2_vl
 from btok.encoder import BTokEncoder
 from btok.inputs import as_side
@@ -178,7 +178,7 @@ def prepared() -> tuple[Encoders, list[Any], np.ndarray]:
 
 
 @pytest.mark.parametrize("peer", PEERS)
-def bench_encoding(contest, peer):
+def bench_encoding(contest: Contest, peer: str) -> None:
     encoders, inputs, alone = prepared()
     encoders.check(peer, inputs, alone)
     samples = [encoders.processor(as_side(value)) for value in inputs]

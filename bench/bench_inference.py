@@ -23,7 +23,7 @@ import copy
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bench.harness import DEVICE
+from bench.harness import DEVICE, Contest
 from bench.models import random_qwen2_vl
 from btok.model import BTokModel
 
@@ -179,9 +179,9 @@ contestants = cache(Contestants)
 
 
 @pytest.mark.parametrize(("size", "num_btoks", "peer"), CASES)
-def bench_inference(contest, size, num_btoks, peer):
+def bench_inference(contest: Contest, size: str, num_btoks: int, peer: str) -> None:
     four, inputs = prepared(size, num_btoks)
-    peers = {
+    peers: dict[str, Callable[[Sequence[list[int]]], Tensor]] = {
         "padded last token": four.padded,
         "packed last token": partial(four.packed, four.last),
         "full last layer": partial(four.packed, four.full),

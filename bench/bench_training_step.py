@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -35,10 +35,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import DEVICE
+from bench.harness import DEVICE, Contest
 from bench.models import random_qwen2_vl
 from btok import adapters
-from btok.data.records import Pair, Side
+from btok.data.records import NtpSide, Pair, Side
 from btok.data.samples import pair_samples
 from btok.model import BTokModel
 from btok.objective import Losses
@@ -175,7 +175,7 @@ class Contestants:
         weighted = contrastive.detach() + self.recipe.ntp_weight * total
         return Losses(weighted, contrastive.detach(), total)
 
-    def see(self, sides: Sequence[dict[str, Any]]) -> Tensor:
+    def see(self, sides: Sequence[Mapping[str, Any]]) -> Tensor:
         """Vision features of the sides' images, [tokens, D]."""
         pixels, grids = (
             torch.cat([side[k] for side in sides]) for k in ("pixel_values", "image_grid_thw")
@@ -231,7 +231,7 @@ class Contestants:
         )
 
     def encode(
-        self, sources: Sequence[dict[str, Any]], seen: dict[int, Tensor], keep: bool = False
+        self, sources: Sequence[Mapping[str, Any]], seen: dict[int, Tensor], keep: bool = False
     ) -> tuple[Tensor, Any]:
         """Unit vectors [n, D] and, to `keep` them, the bottleneck tokens' keys and values."""
         from transformers import DynamicCache
@@ -306,12 +306,14 @@ def make_pairs(shape: Shape, image: int) -> tuple[list[Pair], dict[str, dict[str
         sides[name] = processed
         return Side(text=name)
 
+    sides_to_generate: dict[str, NtpSide] = {"question": "positive", "page": "query"}
     pairs = []
     for i in range(shape.pairs):
         kind = ("question", "page")[i % 2] if i % 6 < 5 else "text"
         query = side(f"query {i}", kind == "question", shape.text[1] // 2)
         positive = side(f"positive {i}", kind == "page", shape.text[1])
-        ntp_side = {"question": "positive", "page": "query"}.get(kind, ("positive", "none")[i % 2])
+        of_text: NtpSide = "none" if i % 2 else "positive"
+        ntp_side = sides_to_generate.get(kind, of_text)
         pairs.append(Pair(query, positive, [], "some", ntp_side, positive_id=str(i)))
     return pairs, sides
 
@@ -328,7 +330,7 @@ def prepared() -> tuple[Contestants, tuple[list[float], Tensor], int]:
 
 
 @pytest.mark.parametrize("peer", [*PADDED, *LEVERS])
-def bench_training_step(contest, peer):
+def bench_training_step(contest: Contest, peer: str) -> None:
     contestants, want, flops = prepared()
     if peer in PADDED:
         theirs: Callable[[], Losses] = partial(contestants.padded, **PADDED[peer])

@@ -7,11 +7,13 @@ the contests; nothing that names the machine's user or host.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.harness import DEVICE, Contest, roof
 
@@ -31,7 +33,7 @@ HEADER = (
 
 
 @pytest.fixture(scope="session")
-def lines(request):
+def lines(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """Of the table, shown after the last case."""
     table: list[str] = []
     yield table
@@ -44,7 +46,9 @@ def lines(request):
 
 
 @pytest.fixture
-def contest(benchmark, request, lines):
+def contest(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, lines: list[str]
+) -> Contest:
     """See `bench.harness.Contest`."""
     return Contest(benchmark, request.config, lines)
 

@@ -18,10 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import accumulate, chain, cycle, takewhile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+if TYPE_CHECKING:  # bench/gpu.py needs neither
+    import pytest
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -164,7 +168,9 @@ class Contest:
         lines: the table, a line per contest.
     """
 
-    def __init__(self, benchmark: Any, config: Any, lines: list[str]) -> None:
+    def __init__(
+        self, benchmark: BenchmarkFixture, config: pytest.Config, lines: list[str]
+    ) -> None:
         self.benchmark, self.lines = benchmark, lines
         settle_allocator()
         names = ("min_rounds", "max_time")
@@ -199,9 +205,11 @@ class Contest:
             times[who].append(seconds(calls[who]))
 
         memory = [peak(call) for call in calls]  # and warms up
-        turn(0), turn(1)
+        turn(0)
+        turn(1)
         pairs = max(int(self.least), int(self.most / sum(wall for ((wall, _),) in times)))
-        times[0].clear(), times[1].clear()
+        for each in times:
+            each.clear()
         turns = chain([1], cycle([0, 2]))  # peer ours, ours peer, peer ours, ...
 
         def before() -> None:

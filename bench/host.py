@@ -45,7 +45,7 @@ class Idle(Target):
         self.launched: list[Any] | None = None
 
     @property
-    def launcher_cls(self) -> Any:  # type: ignore[override]
+    def launcher_cls(self) -> Any:
         return partial(partial, self.launch)
 
     def launch(self, source: Any, metadata: Any, *started: Any) -> None:

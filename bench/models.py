@@ -46,7 +46,7 @@ def byte_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = ("endoftext", "im_start", "im_end")
+    names: tuple[str, ...] = ("endoftext", "im_start", "im_end")
     names += ("vision_start", "vision_end", "image_pad", "video_pad")
     special = [f"<|{name}|>" for name in names]
     alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]

@@ -10,7 +10,7 @@ import inspect
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +70,8 @@ def truth(layout: CondensedLayout, q: Tensor, k: Tensor, v: Tensor, grad: Tensor
         for head in range(k.shape[1]):
             query_heads = slice(head * groups, (head + 1) * groups)
             at = [(slice(start, end), h) for h in (query_heads, *[slice(head, head + 1)] * 2)]
-            parts = [t[where] for t, where in zip(inputs, at, strict=True)]
-            result = condensed_attention(*parts, alone, impl="reference")
+            parts = qs, ks, vs = [t[where] for t, where in zip(inputs, at, strict=True)]
+            result = condensed_attention(qs, ks, vs, alone, impl="reference")
             found = torch.autograd.grad(result, parts, grad[at[0]].float())
             out[at[0]] = result.detach()
             for total, where, part in zip(grads, at, found, strict=True):
@@ -128,6 +128,7 @@ def two_calls(layout: CondensedLayout) -> Attention:
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    varlen = cast("Callable[..., Tensor]", varlen_attn)  # return_aux alone makes it a pair
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal, aligned at the last row and key
     options |= {"enable_gqa": True} if grouped else {}
     start, first, border, end = layout.bounds.long().T
@@ -151,12 +152,12 @@ def two_calls(layout: CondensedLayout) -> Attention:
         if not grouped:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
         if len(calls) == 1:  # all rows, in order
-            return varlen_attn(q, k, v, *calls[0][2], **options)
+            return varlen(q, k, v, *calls[0][2], **options)
         outputs = []
         for of_queries, of_keys, lengths in calls:
             qs = q.index_select(0, of_queries)
             ks, vs = (t.index_select(0, of_keys) for t in (k, v))
-            outputs.append(varlen_attn(qs, ks, vs, *lengths, **options))
+            outputs.append(varlen(qs, ks, vs, *lengths, **options))
         return torch.cat(outputs).index_select(0, order)
 
     return attend

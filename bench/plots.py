@@ -92,9 +92,9 @@ def roofline_plot(results: Results) -> Figure:
     for i, ((bench, case), contests) in enumerate(cases.items(), 1):
         flops, moved = contests[0]["flops"], contests[0]["bytes"]
         second = statistics.median(contest["seconds"][1] for contest in contests)
-        look = {"marker": "o", "ms": 4, "ls": "", "color": BENCHES.get(bench, GREY)}
-        dots.append(Line2D([], [], label=f"{i}  {bench}: {case}", **look))
-        points.append((flops / moved, flops / second, look))
+        colour, label = BENCHES.get(bench, GREY), f"{i}  {bench}: {case}"
+        dots.append(Line2D([], [], marker="o", ms=4, ls="", color=colour, label=label))
+        points.append((flops / moved, flops / second, colour))
     figure = canvas(6 + 0.15 * math.ceil(len(points) / 2))
     axes = figure.add_subplot(xlabel="operations per byte", ylabel="operations per second")
     axes.set(xscale="log", yscale="log")
@@ -105,8 +105,8 @@ def roofline_plot(results: Results) -> Figure:
         label = f"{dtype}: {roof['flops'] / 1e9:,.0f} GFLOP/s, {roof['bytes'] / 1e9:,.0f} GB/s"
         highest = np.minimum(roof["flops"], roof["bytes"] * x)
         axes.plot(x, highest, style, color="black", lw=1, label=label)
-    for *at, look in points:
-        axes.plot(*at, **look)
+    for *at, colour in points:
+        axes.plot(*at, marker="o", ms=4, ls="", color=colour)
     axes.set_ylim(top=4 * max(roof["flops"] for roof in results["roofs"].values()))
     axes.legend(loc="upper left", fontsize=8)  # above the roof, where nothing lies
     figure.legend(handles=dots, loc="outside lower left", fontsize=7, ncols=2, frameon=False)
@@ -114,7 +114,7 @@ def roofline_plot(results: Results) -> Figure:
     return figure
 
 
-def number_points(figure: Figure, axes: Axes, points: list[tuple[float, float, Any]]) -> None:
+def number_points(figure: Figure, axes: Axes, points: list[tuple[float, float, Colour]]) -> None:
     """Write each point's number at the nearest place that no other point or number takes."""
     figure.draw_without_rendering()  # lays out, so that data have a place in pixels
     figure.set_layout_engine("none")
@@ -138,7 +138,7 @@ def number_points(figure: Figure, axes: Axes, points: list[tuple[float, float, A
             ha="center",
             va="center",
             fontsize=7,
-            color=points[i][2]["color"],
+            color=points[i][2],
             arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.5, "shrinkA": 1, "shrinkB": 2},
         )
 

@@ -81,6 +81,10 @@ TRUTH_ROWS = 1 << 14  # up to here the loss is checked against fp32, then the tw
 RANKS_PAIRS = 15  # of real ranks, which must agree on it
 LINK, START, HOP = 450e9, 20e-6, 2.5e-6  # bytes a second; seconds of a collective, and of a rank
 
+# kernel -> what launches it once more with a configuration
+AttentionRuns = dict[str, Callable[[launch.Config], object]]
+LossRuns = dict[str, Callable[[dict[str, int]], object]]
+
 WAYS = "loss, by rows or recomputed"
 GATHER = "gather, at once or by shards"
 MLPS = "gated MLPs at inference"
@@ -142,9 +146,9 @@ def named(config: dict[str, int]) -> str:
 
 
 @contextmanager
-def attention_launches(configs: dict[str, launch.Config]) -> Iterator[dict[str, Callable]]:
+def attention_launches(configs: dict[str, launch.Config]) -> Iterator[AttentionRuns]:
     """Launch kernels with these configurations; yields what launches each of them once more."""
-    runs: dict[str, Callable[[launch.Config], object]] = {}
+    runs: AttentionRuns = {}
 
     def attention(kernel: str, q: Tensor, run: Callable[[launch.Config], object]) -> None:
         arch = launch.architecture(q.device)
@@ -157,7 +161,7 @@ def attention_launches(configs: dict[str, launch.Config]) -> Iterator[dict[str, 
 
 
 @cache
-def attention_case(mix: str, dim: int) -> Callable[[dict[str, launch.Config]], dict[str, Callable]]:
+def attention_case(mix: str, dim: int) -> Callable[[dict[str, launch.Config]], AttentionRuns]:
     """A function that checks the results with given tiles; it returns what launches the kernels."""
     layout = LAYOUTS[mix].to(DEVICE)
     generator = torch.Generator().manual_seed(0)
@@ -169,7 +173,7 @@ def attention_case(mix: str, dim: int) -> Callable[[dict[str, launch.Config]], d
         tensor.requires_grad_()
     expected = attention_truth(layout, q, k, v, grad)
 
-    def launches(configs: dict[str, launch.Config]) -> dict[str, Callable]:
+    def launches(configs: dict[str, launch.Config]) -> AttentionRuns:
         with attention_launches(configs) as runs:
             out = condensed_attention(q, k, v, layout, impl="triton")
             results = [out, *torch.autograd.grad(out, (q, k, v), grad)]
@@ -202,9 +206,9 @@ def attention_tiles(report: Report, dim: int) -> None:
 
 
 @contextmanager
-def loss_launches(configs: dict[str, dict[str, int]]) -> Iterator[dict[str, Callable]]:
+def loss_launches(configs: dict[str, dict[str, int]]) -> Iterator[LossRuns]:
     """As `attention_launches`, for the kernels of the contrastive loss."""
-    trials: dict[str, Callable[[dict[str, int]], object]] = {}
+    trials: LossRuns = {}
     usual = launch.contrastive
 
     def contrastive(

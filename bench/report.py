@@ -274,10 +274,10 @@ def compare(old: Results, new: Results, threshold: float = 0.1) -> tuple[str, li
         ResultsError: they are of two machines, or have no case in common.
     """
     machines = [results["machine"] for results in (old, new)]
-    for key in ("device", "cpu", "threads") if machines[0]["device"] == "cpu" else ("device",):
-        before, after = (machine[key] for machine in machines)
+    for fact in ("device", "cpu", "threads") if machines[0]["device"] == "cpu" else ("device",):
+        before, after = (machine[fact] for machine in machines)
         if before != after:
-            raise ResultsError(f"not comparable: {key} was {before}, is {after}")
+            raise ResultsError(f"not comparable: {fact} was {before}, is {after}")
     sides = [groups(results["cases"], "bench", "case", "peer") for results in (old, new)]
     for names, cases in chain(*(side.items() for side in sides)):
         if len(cases) > 1:

@@ -85,19 +85,17 @@ ARITHMETIC, SPECIAL, SHARED, PRODUCT = 4, 23, 29, 32
 def parse(text: str) -> list[Instruction]:
     """The instructions of a disassembly that holds one kernel."""
     labels: dict[str, int] = {}
-    lines = []
+    lines: list[tuple[str, str, str]] = []
     for line in text.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(lines)
         elif found := _LINE.search(line):
-            lines.append(found.groups())
+            lines.append((found[1] or "", found[2], found[3]))
     program = []
     for guard, opcode, rest in lines:
         target = _TARGET.search(rest) if opcode.startswith("BRA") else None
         operands = tuple(part.strip() for part in rest.split(",")) if rest.strip() else ()
-        program.append(
-            Instruction(guard or "", opcode, operands, labels[target[1]] if target else None)
-        )
+        program.append(Instruction(guard, opcode, operands, labels[target[1]] if target else None))
     return program
 
 
@@ -328,7 +326,7 @@ def hazards(program: list[Instruction]) -> list[str]:
     gsb0, n` leaves the n youngest groups in flight. HGMMA run in the order they are issued in.
     """
     found = {}
-    start = (0, (), _NONE)
+    start: tuple[int, tuple[_InFlight, ...], _InFlight] = (0, (), _NONE)
     seen, stack = {start}, [start]
     touched = [(writes(instruction), reads(instruction)) for instruction in program]
     while stack:

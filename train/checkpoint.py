@@ -125,10 +125,10 @@ def load(folder: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[
         states[which].setdefault(int(index), {})[name] = value
     for which, optimizer in optimizers.items():
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states[which]})
-    states = load_file(folder / "rng.safetensors")
-    torch.set_rng_state(states[f"cpu.{rank()}"])
-    if f"cuda.{rank()}" in states:
-        torch.cuda.set_rng_state(states[f"cuda.{rank()}"])
+    drawn = load_file(folder / "rng.safetensors")
+    torch.set_rng_state(drawn[f"cpu.{rank()}"])
+    if f"cuda.{rank()}" in drawn:
+        torch.cuda.set_rng_state(drawn[f"cuda.{rank()}"])
     return json.loads((folder / "trainer.json").read_text())
 
 

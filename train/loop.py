@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Stop:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if not self.in_step:
             raise SystemExit(0)
@@ -105,7 +106,9 @@ class Journal:
         self.tokens += tokens
         self.flops += flops
         rates = {"pairs/s": self.pairs / seconds, "tokens/s": self.tokens / seconds}
-        shown = {key: f"{row[key]:.3f}" for key in ("contrastive", "ntp") if key in row}
+        shown: dict[str, str] = {
+            key: f"{row[key]:.3f}" for key in ("contrastive", "ntp") if key in row
+        }
         shown |= {key: str(round(rate)) for key, rate in rates.items() if rate}
         if self.peak:
             rates["MFU"] = self.flops / seconds / self.peak
@@ -219,16 +222,16 @@ def make_optimizers(model: BTokModel, recipe: Recipe) -> dict[str, torch.optim.O
     """AdamW; with a `muon_rate`, Muon for the matrices inside layers, scaled to AdamW's rates."""
     backbone = model.backbone
     outside = {id(t.weight) for t in (backbone.get_input_embeddings(), backbone.lm_head)}
-    names: dict[str, list[Any]] = {"adamw": [], "muon": []}
+    names: dict[str, list[torch.nn.Parameter]] = {"adamw": [], "muon": []}
     for p in model.parameters():
         inside = p.ndim == 2 and id(p) not in outside
         if p.requires_grad:
             names["muon" if inside and recipe.muon_rate else "adamw"].append(p)
-    decay = {"weight_decay": recipe.weight_decay}
-    adamw = torch.optim.AdamW(names["adamw"], betas=(0.9, recipe.beta2), **decay)
+    decay = recipe.weight_decay
+    adamw = torch.optim.AdamW(names["adamw"], betas=(0.9, recipe.beta2), weight_decay=decay)
     if not names["muon"]:
         return {"adamw": adamw}
-    muon = torch.optim.Muon(names["muon"], adjust_lr_fn="match_rms_adamw", **decay)
+    muon = torch.optim.Muon(names["muon"], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return {"adamw": adamw, "muon": muon}
 
 

@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from btok.data import pocket
 from btok.data.mixture import load_mixture
+from btok.data.records import RetrievalTask
 from btok.encoder import BTokEncoder
 from btok.evaluation import pictures, runner
 from btok.kernels import CondensedLayout, condensed_attention
@@ -239,7 +240,7 @@ def run(started: Run, stop: Stop) -> None:
     options: dict[str, Any] = {"data_digest": pocket.digest() if tasks else None}
     options["settings"] = described(recipe)
 
-    def evaluate(name: str, retrieved: dict[str, Any]) -> dict[str, Any]:
+    def evaluate(name: str, retrieved: dict[str, list[runner.Retrieved]]) -> dict[str, Any]:
         show = rank() == 0
         result = runner.evaluate(encode, tasks, progress=show, retrieved=retrieved, **options)
         if rank() == 0:
@@ -254,7 +255,7 @@ def run(started: Run, stop: Stop) -> None:
     if not train(model, processor, recipe, steps, resume, stop):
         say(f"stopped; the same command goes on from {recipe.output}")
         return
-    retrieved: dict[str, Any] = {}
+    retrieved: dict[str, list[runner.Retrieved]] = {}
     if tasks:
         say("after training:")
         after = evaluate("metrics.json", retrieved)
@@ -271,7 +272,7 @@ def run(started: Run, stop: Stop) -> None:
         say(f"metrics, pictures, log and checkpoints are in {recipe.output}")
 
 
-def draw(task: Any, found: Sequence[Any], path: Path, rows: int = 8) -> None:
+def draw(task: RetrievalTask, found: Sequence[runner.Retrieved], path: Path, rows: int = 8) -> None:
     """A contact sheet of evenly spaced queries, as they came, right or wrong."""
     picked = range(0, len(found), max(1, len(found) // rows))[:rows]
     lines = [

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btok_kernels.launch import INSTALLED, always, choose, no_triton
-from btok_kernels.layout import TILE, CondensedLayout
+from .launch import INSTALLED, always, choose, no_triton
+from .layout import TILE, CondensedLayout
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # of the Triton kernels
 
@@ -140,7 +140,7 @@ def condensed_attention(
     chosen = choose("condensed_attention", impl, reasons, order)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if chosen == "triton":
-        from btok_kernels.condensed_attention_triton import attention  # imports triton
+        from .condensed_attention_triton import attention  # imports triton
 
         return attention(q, k, v, layout.tiles, scale)
     path = {"sdpa": _sdpa, "xformers": _xformers, "reference": _reference}[chosen]

@@ -27,10 +27,10 @@ import triton.language as tl
 from torch import Tensor, empty, empty_like
 from torch.nn import Parameter
 
-from btok_kernels import launch
-from btok_kernels.condensed_attention import fits_32_bits
-from btok_kernels.layout import TILE
-from btok_kernels.start import Constants, start
+from . import launch
+from .condensed_attention import fits_32_bits
+from .layout import TILE
+from .start import Constants, start
 
 DELTA_ROWS = 32
 DENSE = torch.contiguous_format  # outputs, however the rows of an input lie

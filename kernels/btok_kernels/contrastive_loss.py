@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from btok_kernels.launch import always, choose, no_triton
-from btok_kernels.ranks import Ranks, agree, is_group, join
+from .launch import always, choose, no_triton
+from .ranks import Ranks, agree, is_group, join
 
 _TILE_LOGITS = 1 << 20  # logits of one tile, which has at least one row; 16 times that on a GPU
 
@@ -215,7 +215,7 @@ def _run(call: Call, plan: _Plan) -> tuple[Tensor, list[Tensor | None]]:
     ranks, with_grad, impl = plan
     path = _dense if impl == "reference" else _chunked
     if impl == "triton":
-        from btok_kernels.contrastive_loss_triton import fused as path  # at the first call only
+        from .contrastive_loss_triton import fused as path  # at the first call only
     with torch.autocast(call.query.device.type, enabled=False):  # it would round the products
         loss, *gradients = path(call, ranks, with_grad)
     pairs = zip(call.inputs, gradients, strict=False)

@@ -35,9 +35,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from btok_kernels import launch
-from btok_kernels.contrastive_loss import Call
-from btok_kernels.ranks import Ranks, join
+from . import launch
+from .contrastive_loss import Call
+from .ranks import Ranks, join
 
 # What differs from batch to batch is not looked at for what it divides by, as each answer would
 # compile a kernel again. D, strides and the pointers to matrices are: that makes wide loads.
