@@ -18,7 +18,7 @@ from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.mocks.mock_tasks import MockRetrievalTask, MockSTSTask  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
-from btok.evaluation.mteb import MTEBEncoder  # noqa: E402
+from btok.tools.mteb import MTEBEncoder  # noqa: E402
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8) for _ in range(8)]

@@ -16,8 +16,8 @@ from PIL import Image
 
 import btok
 from btok import BTokEncoder, BTokModel, Processor, Side
-from btok.store import model_digest
 from btok.tokens import add_to_embeddings, add_to_tokenizer
+from btok.tools.index import model_digest
 
 pytest.importorskip(
     "sentence_transformers", reason="the extra `sentence-transformers` is not installed"
@@ -26,7 +26,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 
 from btok.inputs import as_side
-from btok.sentence import BTokTransformer, _side, unpad
+from btok.tools.sentence import BTokTransformer, _side, unpad
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8) for _ in range(6)]
@@ -258,7 +258,7 @@ def test_the_import_is_lazy_and_names_the_extra(checkpoint, monkeypatch):
     code = "import sys, btok; print('sentence_transformers' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.stdout.strip() == "False", said.stderr
-    monkeypatch.delitem(sys.modules, "btok.sentence")
+    monkeypatch.delitem(sys.modules, "btok.tools.sentence")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r'pip install "btok\[sentence-transformers\]"'):
         btok.load_sentence_transformer(checkpoint)

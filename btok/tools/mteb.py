@@ -15,7 +15,7 @@ try:
     from mteb.models.model_meta import ModelMeta, ScoringFunction
     from mteb.types import PromptType
 except ImportError as error:
-    raise ImportError('btok.evaluation.mteb needs mteb: pip install "btok[eval]"') from error
+    raise ImportError('btok.tools.mteb needs mteb: pip install "btok[eval]"') from error
 
 
 class MTEBEncoder(AbsEncoder):
