@@ -127,6 +127,12 @@ def test_tasks_of_texts_are_scored(model):
     assert abs(scores(model, MockSTSTask())["cosine_spearman"]) == pytest.approx(1)
 
 
+def test_the_first_path_leads_here():
+    from btok.evaluation.mteb import MTEBEncoder as first
+
+    assert first is MTEBEncoder
+
+
 def test_the_model_is_known_by_its_digest(model, encoder):
     meta = model.mteb_model_meta
     assert (meta.name, meta.revision) == (f"btok/{encoder.checkpoint.name}", encoder.digest)

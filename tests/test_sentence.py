@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -175,6 +176,19 @@ def test_save_and_load(model, encoder, checkpoint, tmp_path):
     assert distance(again.encode(SIDES), encoder.encode(SIDES)) == 0
     with pytest.raises(ValueError, match="trust_remote_code"):
         SentenceTransformer(str(tmp_path), device="cpu")
+
+
+def test_a_folder_saved_under_the_first_path_loads(model, tmp_path):
+    expected = model.encode(INPUTS)
+    model.save(str(tmp_path))
+    (module,) = json.loads((tmp_path / "modules.json").read_text())
+    assert module["type"] == "btok.tools.sentence.BTokTransformer"
+    module["type"] = "btok.sentence.BTokTransformer"
+    (tmp_path / "modules.json").write_text(json.dumps([module]))
+    trusted = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    assert type(trusted[0]) is BTokTransformer
+    for again in (trusted, btok.load_sentence_transformer(tmp_path, device="cpu")):
+        assert distance(again.encode(INPUTS), expected) == 0
 
 
 def test_what_is_pushed_to_the_hub_is_the_same(model, checkpoint, tmp_path, monkeypatch):
