@@ -21,7 +21,7 @@ __all__ = [
 
 
 def load_sentence_transformer(name_or_path: str | Path, **settings: Any) -> Any:
-    """A checkpoint as a `SentenceTransformer`: see `btok.sentence.load_sentence_transformer`."""
-    from btok.sentence import load_sentence_transformer as load
+    """A checkpoint as a `SentenceTransformer`: see the same name in `btok.tools.sentence`."""
+    from btok.tools.sentence import load_sentence_transformer as load
 
     return load(name_or_path, **settings)

@@ -1,7 +1,7 @@
-"""`python -m btok ...`, see `btok/cli.py`."""
+"""`python -m btok ...`, see `btok/tools/cli.py`."""
 
 import sys
 
-from btok.cli import main
+from btok.tools.cli import main
 
 sys.exit(main())

@@ -7,8 +7,6 @@ its K rows included where it shares the matrix. Saved are `adapter_model.safeten
 
 from __future__ import annotations
 
-import random
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,50 +176,6 @@ def merge(backbone: Any) -> None:
         module.merge(safe_merge=True)
         backbone.set_submodule(name, module.get_base_layer())
     del backbone.peft_config
-
-
-def export(folder: str | Path, out: str | Path, bound: float | None = None) -> float:
-    """Merge saved adapters into a plain checkpoint, and compare the two on random texts.
-
-    Args:
-        folder: what `BTokModel.save_pretrained` wrote of a model with adapters.
-        out: a new folder; tokenizer and processor files of `folder` are copied along.
-        bound: what a component of an embedding may move by; None for 1e-5, or 2e-2 in a precision
-            lower than fp32.
-
-    Returns:
-        The largest difference found.
-
-    Raises:
-        ValueError: no adapters, `out` is not empty, a difference over the bound; `out` stays empty.
-    """
-    from btok.model import BTokModel
-
-    folder, out = Path(folder), Path(out)
-    if base_of(folder) is None:
-        raise ValueError(f"export: {folder} has no adapters ({CONFIG_NAME})")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"export: {out} is not empty; name a new folder")
-    model = BTokModel.from_pretrained(folder).eval()
-    config = model.backbone.config
-    special = {value for name, value in vars(config).items() if name.endswith("_token_id")}
-    plain = [i for i in range(min(1000, config.get_text_config().vocab_size)) if i not in special]
-    rng = random.Random(0)
-    batch = model.pack([{"input_ids": rng.choices(plain, k=n)} for n in (1, 7, 64, 200)])
-    with torch.no_grad():
-        before = model(batch).embeddings
-        merge(model.backbone)
-        error = float((model(batch).embeddings - before).abs().max())
-    low = model.backbone.dtype.itemsize < 4
-    bound = bound if bound is not None else (2e-2 if low else 1e-5)
-    if not error <= bound:
-        raise ValueError(f"export: merging moves embeddings by {error:.2e}, expected <= {bound}")
-    model.save_pretrained(out)
-    for file in folder.iterdir():
-        known = file.name.startswith("adapter_") or (out / file.name).exists()
-        if file.suffix in (".json", ".txt", ".jinja") and not known:
-            shutil.copy(file, out)
-    return error
 
 
 def _inject(backbone: Any, config: Any) -> None:

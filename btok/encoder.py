@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from btok.inputs import as_side, estimate_tokens, with_frames
 from btok.model import BTokModel
 from btok.packing import PackedBatch
 from btok.processing import Processor
-from btok.store import PART, Store, model_digest, ranks
+
+if TYPE_CHECKING:
+    from btok.tools.index import Index
 
 # indices of inputs, those inputs packed, and why others met on the way cannot be read
 _Batch = tuple[list[int], PackedBatch | None, dict[int, str]]
@@ -40,7 +42,7 @@ class BTokEncoder:
 
     Args:
         model, processor: as their `from_pretrained` gives them.
-        checkpoint: the folder both came from; only `encode_to` needs it.
+        checkpoint: the folder both came from; only `encode_to` and `digest` need it.
     """
 
     def __init__(
@@ -142,26 +144,11 @@ class BTokEncoder:
                 bar.update(len(indices) + len(broken))
                 yield indices, vectors
 
-    def open_store(self, folder: str | Path, instruction: str | None = None) -> Store:
-        """The store of this model and these settings in a folder, made if there is none.
-
-        Raises:
-            ValueError: vectors of another model or other settings; no checkpoint to name the model.
-        """
-        model = self.model
-        settings: dict[str, Any] = {
-            "instruction": instruction or "",
-            "pooling": model.settings.pooling,
-        }
-        settings |= {"num_btoks": len(model.btok_token_ids), "dtype": str(model.backbone.dtype)}
-        settings["vision_positions"] = model.settings.vision_positions
-        for name in ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels"):
-            settings[name] = getattr(self.processor, name)
-        return Store.open(folder, self.digest, settings)
-
     @cached_property
     def digest(self) -> str:
-        """The checkpoint's, by which a store knows its model."""
+        """sha256 of the checkpoint, by which an index knows its model; read once, 3 s for 4 GB."""
+        from btok.tools.index import model_digest
+
         if self.checkpoint is None:
             raise ValueError("BTokEncoder: checkpoint is None; use BTokEncoder.from_pretrained")
         return model_digest(self.checkpoint)
@@ -174,12 +161,13 @@ class BTokEncoder:
         instruction: str | None = None,
         batch_tokens: int = 16384,
         show_progress: bool = True,
-    ) -> Store:
-        """Make `folder` the store of exactly these inputs, in order; encode what it lacks.
+    ) -> Index:
+        """Make `folder` the index of exactly these inputs, in order; encode what it lacks.
 
         A killed call goes on where it was, to the same bytes. Inputs that cannot be read are left
-        out and named in the store's `meta["unreadable"]`, by "path" where an item has one, else by
+        out and named in the index's `meta["unreadable"]`, by "path" where an item has one, else by
         "id". In a process group the ranks share the work and the folder.
+        The work is done in `btok/tools/index.py`.
 
         Args:
             inputs, instruction, batch_tokens, show_progress: as `encode` takes them.
@@ -187,36 +175,12 @@ class BTokEncoder:
                 of the same id is not computed again, so an id must change with the content.
 
         Raises:
-            ValueError: what `open_store` refuses; an id twice; no input that can be read.
+            ValueError: what `open_index` refuses; an id twice; no input that can be read.
         """
-        store = self.open_store(folder, instruction)
-        known, (rank, world) = store.known(), ranks(wait=True)
-        order: list[Mapping[str, Any]] = []
-        mine: list[str] = []
+        from btok.tools import index  # in here: an encoder needs no disk
 
-        def lacking() -> Iterator[Any]:
-            """Inputs that have no vector yet; of every `world` parts of them this rank's one."""
-            count = 0
-            for value, item in zip(inputs, items, strict=True):
-                order.append({"id": item} if isinstance(item, str) else item)
-                if order[-1]["id"] not in known:
-                    if count // PART % world == rank:
-                        mine.append(order[-1]["id"])
-                        yield value
-                    count += 1
-
-        rows: dict[str, np.ndarray] = {}
-        broken: dict[int, str] = {}
-        arguments = (lacking(), instruction, batch_tokens, show_progress and rank == 0)
-        for indices, vectors in self.encode_iter(*arguments, window=PART, unreadable=broken):
-            rows |= zip((mine[i] for i in indices), vectors, strict=True)
-            if len(rows) + len(broken) == PART:  # always met: a window is a part
-                store.add_part(rows, {mine[i]: why for i, why in broken.items()})
-                rows.clear()
-                broken.clear()
-        if rows or broken:
-            store.add_part(rows, {mine[i]: why for i, why in broken.items()})
-        return store.commit(order)
+        arguments = (inputs, items, instruction, batch_tokens, show_progress)
+        return index.encode_to(self, folder, *arguments)
 
     def _batches(
         self, inputs: Iterable[Any], instruction: str | None, budget: int, window: int, strict: bool

@@ -20,10 +20,11 @@ from helpers import (
     vision,
 )
 
-from btok.adapters import Lora, export, merge
+from btok.adapters import Lora, merge
 from btok.model import BTokModel
 from btok.packing import pack
 from btok.processing import Processor
+from btok.tools.export import export
 
 pytest.importorskip("peft")
 from safetensors.torch import load_file, save_file

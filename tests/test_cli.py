@@ -15,9 +15,9 @@ from helpers import tiny_checkpoint
 from PIL import Image
 
 from btok.adapters import Lora
-from btok.cli import list_files, main
 from btok.model import BTokModel
 from btok.processing import Processor
+from btok.tools.cli import list_files, main
 
 RNG = np.random.default_rng(0)
 SHAPES = [(24, 32), (40, 24), (32, 32), (16, 48)]
@@ -284,7 +284,7 @@ def test_stopped_by_hand(monkeypatch, capsys):
     def stop(command):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("btok.cli.run", stop)
+    monkeypatch.setattr("btok.tools.cli.run", stop)
     assert main(["encode", "a", "b"]) == 130
     assert "the same command goes on" in capsys.readouterr().err
 

@@ -90,3 +90,31 @@ def test_the_kernels_travel_alone(tmp_path):
     assert said.returncode == 0, said.stdout + said.stderr
     found = set(said.stdout.split())
     assert {"condensed_attention", "contrastive_loss", "launch", "layout", "ranks"} <= found
+
+
+DOORS = {"btok/__main__.py", "train/main.py"}  # the command line, and a run's pictures
+
+
+def imports_at_once(tree):
+    """Modules that importing a file imports, and maybe names in them; not what functions import."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports_at_once(node)
+
+
+def test_tools_are_imported_by_who_uses_them():
+    """One needs an extra, and all may import the whole of btok."""
+    found = set()
+    for folder in ("btok", "kernels", "train", "bench"):
+        for file in (ROOT / folder).rglob("*.py"):
+            name = file.relative_to(ROOT).as_posix()
+            names = imports_at_once(ast.parse(file.read_text()))
+            if any(f"{n}.".startswith("btok.tools.") for n in names) and "/tools/" not in name:
+                found.add(name)
+    assert found == DOORS

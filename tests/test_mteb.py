@@ -18,7 +18,7 @@ from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.mocks.mock_tasks import MockRetrievalTask, MockSTSTask  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
-from btok.evaluation.mteb import MTEBEncoder  # noqa: E402
+from btok.tools.mteb import MTEBEncoder  # noqa: E402
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8) for _ in range(8)]
@@ -125,6 +125,12 @@ def test_a_task_of_texts_and_images_is_scored(model, encoder):
 def test_tasks_of_texts_are_scored(model):
     assert 0 < scores(model, MockRetrievalTask())["ndcg_at_10"] <= 1
     assert abs(scores(model, MockSTSTask())["cosine_spearman"]) == pytest.approx(1)
+
+
+def test_the_first_path_leads_here():
+    from btok.evaluation.mteb import MTEBEncoder as first
+
+    assert first is MTEBEncoder
 
 
 def test_the_model_is_known_by_its_digest(model, encoder):

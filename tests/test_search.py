@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from btok import BTokEncoder
-from btok.cli import main
 from btok.evaluation import runner
+from btok.tools.cli import main
 
 ROOT = Path(__file__).parent.parent
 TAKEN = {"VisDoc": 5, "I-RET": 25}  # queries up to which a task gives some

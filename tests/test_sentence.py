@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -16,8 +17,8 @@ from PIL import Image
 
 import btok
 from btok import BTokEncoder, BTokModel, Processor, Side
-from btok.store import model_digest
 from btok.tokens import add_to_embeddings, add_to_tokenizer
+from btok.tools.index import model_digest
 
 pytest.importorskip(
     "sentence_transformers", reason="the extra `sentence-transformers` is not installed"
@@ -26,7 +27,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 
 from btok.inputs import as_side
-from btok.sentence import BTokTransformer, _side, unpad
+from btok.tools.sentence import BTokTransformer, _side, unpad
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8) for _ in range(6)]
@@ -177,6 +178,19 @@ def test_save_and_load(model, encoder, checkpoint, tmp_path):
         SentenceTransformer(str(tmp_path), device="cpu")
 
 
+def test_a_folder_saved_under_the_first_path_loads(model, tmp_path):
+    expected = model.encode(INPUTS)
+    model.save(str(tmp_path))
+    (module,) = json.loads((tmp_path / "modules.json").read_text())
+    assert module["type"] == "btok.tools.sentence.BTokTransformer"
+    module["type"] = "btok.sentence.BTokTransformer"
+    (tmp_path / "modules.json").write_text(json.dumps([module]))
+    trusted = SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    assert type(trusted[0]) is BTokTransformer
+    for again in (trusted, btok.load_sentence_transformer(tmp_path, device="cpu")):
+        assert distance(again.encode(INPUTS), expected) == 0
+
+
 def test_what_is_pushed_to_the_hub_is_the_same(model, checkpoint, tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -258,7 +272,7 @@ def test_the_import_is_lazy_and_names_the_extra(checkpoint, monkeypatch):
     code = "import sys, btok; print('sentence_transformers' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.stdout.strip() == "False", said.stderr
-    monkeypatch.delitem(sys.modules, "btok.sentence")
+    monkeypatch.delitem(sys.modules, "btok.tools.sentence")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r'pip install "btok\[sentence-transformers\]"'):
         btok.load_sentence_transformer(checkpoint)

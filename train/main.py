@@ -30,10 +30,11 @@ from btok.data import pocket
 from btok.data.mixture import load_mixture
 from btok.data.records import RetrievalTask
 from btok.encoder import BTokEncoder
-from btok.evaluation import pictures, runner
+from btok.evaluation import runner
 from btok.kernels import CondensedLayout, condensed_attention
 from btok.model import BTokModel
 from btok.processing import Processor
+from btok.tools import pictures
 from train import checkpoint
 from train.loop import Stop, sharded_encode, train
 from train.recipes import RECIPES, Recipe, build

@@ -4,10 +4,12 @@
     meta.json     model digest, settings, count, what could not be read
     parts/        vectors of an unfinished `encode_to`, a file each
 
+encoder, inputs and items -> `encode_to` (parts, shared by the ranks) -> `Index` -> `search`
+
 A kill loses at most the part in work. A part is one file, written beside its place, synced and
 renamed, named by its ids: it is there whole or not at all, and never twice. The three files of the
-finished store are written to `.draft/`, which is renamed to `.ready/` once all are synced: from
-then on whoever opens the store first moves them into their places, however often interrupted.
+finished index are written to `.draft/`, which is renamed to `.ready/` once all are synced: from
+then on whoever opens the index first moves them into their places, however often interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 import torch.distributed as dist
 
 from btok import adapters
+from btok.encoder import BTokEncoder
 from btok.files import find, read_json
 
 FORMAT_VERSION = 1
@@ -32,8 +35,8 @@ BLOCK = 1 << 16  # rows of a product
 FILES = ("vectors.npy", "items.jsonl", "meta.json")
 
 
-class Store:
-    """Vectors on disk; `open` makes one.
+class Index:
+    """Vectors on disk and what they stand for; `open_index` or `encode_to` makes one.
 
     Args:
         folder: where it lies; meta: the content of `meta.json`.
@@ -51,8 +54,8 @@ class Store:
             self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
 
     @classmethod
-    def open(cls, folder: str | Path, model: str, settings: Mapping[str, Any]) -> Store:
-        """The store in a folder, made if there is none; what a killed process left is put right.
+    def open(cls, folder: str | Path, model: str, settings: Mapping[str, Any]) -> Index:
+        """The index in a folder, made if there is none; what a killed process left is put right.
 
         Args:
             model: from `model_digest`; settings: for JSON.
@@ -75,18 +78,18 @@ class Store:
                 empty = {**meta, "count": 0, "unreadable": {}}
                 _write(folder / "meta.json", json.dumps(empty, indent=2) + "\n")
         ranks(wait=True)
-        store = cls(folder)
-        had, asked = store.meta | store.meta.get("settings", {}), meta | meta["settings"]
-        for name in sorted(asked.keys() - {"settings"} | store.meta.get("settings", {}).keys()):
+        index = cls(folder)
+        had, asked = index.meta | index.meta.get("settings", {}), meta | meta["settings"]
+        for name in sorted(asked.keys() - {"settings"} | index.meta.get("settings", {}).keys()):
             if had.get(name) != asked.get(name):
                 raise ValueError(
                     f"{folder} holds vectors of {name} {had.get(name)!r}, this is "
                     f"{asked.get(name)!r}; delete it or give another folder"
                 )
-        return store
+        return index
 
     def known(self) -> set[str]:
-        """Ids that need no encoding: of the store and of parts, unreadable ones of parts too."""
+        """Ids that need no encoding: of the index and of parts, unreadable ones of parts too."""
         parts = ([*ids, *broken] for _, ids, broken in self._parts())
         return {item["id"] for item in self.items}.union(*parts)
 
@@ -102,8 +105,8 @@ class Store:
             os.fsync(file.fileno())
         _rename(draft, path)
 
-    def commit(self, order: Sequence[Mapping[str, Any]]) -> Store:
-        """The store with exactly these items, less unreadable ones, their vectors from the parts.
+    def commit(self, order: Sequence[Mapping[str, Any]]) -> Index:
+        """The index with exactly these items, less unreadable ones, their vectors from the parts.
 
         Raises:
             ValueError: no items, an id twice, or none of the items can be read.
@@ -126,7 +129,7 @@ class Store:
         if not kept:
             first = f", the first: {next(iter(reasons.values()))}" if reasons else ""
             raise ValueError(f"none of {len(order)} inputs can be read{first}")
-        return Store(self.folder)
+        return Index(self.folder)
 
     def search(self, queries: np.ndarray, top: int = 5) -> list[list[tuple[float, int]]]:
         """Per query [Q, D] its best rows, exactly: (score, row), equal scores in row order."""
@@ -171,6 +174,79 @@ class Store:
         _write(draft / "meta.json", json.dumps(meta, indent=2) + "\n")
         _rename(draft, self.folder / ".ready")
         _put_in_place(self.folder)
+
+
+def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None = None) -> Index:
+    """The index of an encoder and its settings in a folder, made if there is none.
+
+    Args:
+        encoder: from `BTokEncoder.from_pretrained`, which names its checkpoint.
+        instruction: put before the text of every input; an index is of one instruction.
+
+    Raises:
+        ValueError: vectors of another model or other settings; no checkpoint to name the model.
+    """
+    model = encoder.model
+    settings: dict[str, Any] = {"instruction": instruction or ""}
+    settings |= {"pooling": model.settings.pooling, "num_btoks": len(model.btok_token_ids)}
+    settings |= {"dtype": str(model.backbone.dtype)}
+    settings |= {"vision_positions": model.settings.vision_positions}
+    for name in ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels"):
+        settings[name] = getattr(encoder.processor, name)
+    return Index.open(folder, encoder.digest, settings)
+
+
+def encode_to(
+    encoder: BTokEncoder,
+    folder: str | Path,
+    inputs: Iterable[Any],
+    items: Iterable[str | Mapping[str, Any]],
+    instruction: str | None = None,
+    batch_tokens: int = 16384,
+    show_progress: bool = True,
+) -> Index:
+    """Make `folder` the index of exactly these inputs, in order; encode what it lacks.
+
+    A killed call goes on where it was, to the same bytes; inputs that cannot be read are left out
+    and named in `meta["unreadable"]`. In a process group the ranks share the work and the folder.
+
+    Args:
+        encoder: from `BTokEncoder.from_pretrained`.
+        inputs, instruction, batch_tokens, show_progress: as `BTokEncoder.encode` takes them.
+        items: per input its id, or a mapping for JSON with its "id", all different. A vector of the
+            same id is not computed again, so an id must change with the content.
+
+    Raises:
+        ValueError: what `open_index` refuses; an id twice; no input that can be read.
+    """
+    index = open_index(encoder, folder, instruction)
+    known, (rank, world) = index.known(), ranks(wait=True)
+    order: list[Mapping[str, Any]] = []
+    mine: list[str] = []
+
+    def lacking() -> Iterator[Any]:
+        """Inputs that have no vector yet; of every `world` parts of them this rank's one."""
+        count = 0
+        for value, item in zip(inputs, items, strict=True):
+            order.append({"id": item} if isinstance(item, str) else item)
+            if order[-1]["id"] not in known:
+                if count // PART % world == rank:
+                    mine.append(order[-1]["id"])
+                    yield value
+                count += 1
+
+    rows: dict[str, np.ndarray] = {}
+    broken: dict[int, str] = {}
+    arguments = (lacking(), instruction, batch_tokens, show_progress and rank == 0)
+    for indices, vectors in encoder.encode_iter(*arguments, window=PART, unreadable=broken):
+        rows |= zip((mine[i] for i in indices), vectors, strict=True)
+        if len(rows) + len(broken) == PART:  # always met: a window is a part
+            index.add_part(rows, {mine[i]: why for i, why in broken.items()})
+            rows.clear()
+            broken.clear()
+    if rows or broken:
+        index.add_part(rows, {mine[i]: why for i, why in broken.items()})
+    return index.commit(order)
 
 
 def model_digest(checkpoint: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""The store on disk: what it holds, what survives a kill, what it refuses, ranks."""
+"""The index on disk: what it holds, what survives a kill, what it refuses, ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 from btok import BTokEncoder, Side
 from btok.adapters import Lora
 from btok.model import BTokModel
-from btok.store import FILES, Store, model_digest
+from btok.tools.index import FILES, Index, model_digest, open_index
 
 TEXTS = [f"text {i} " + "x" * (7 * i % 31) for i in range(22)]
 IDS = [f"id {i}" for i in range(22)]
@@ -51,7 +51,7 @@ def loaded(checkpoint):
 
 @pytest.fixture
 def encoder(loaded, monkeypatch):
-    monkeypatch.setattr("btok.encoder.PART", 4)
+    monkeypatch.setattr("btok.tools.index.PART", 4)
     COUNTED.clear()
     return loaded
 
@@ -61,7 +61,7 @@ def whole(loaded, tmp_path_factory):
     """The bytes of an uninterrupted call."""
     folder = tmp_path_factory.mktemp("whole") / "store"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("btok.encoder.PART", 4)
+        patch.setattr("btok.tools.index.PART", 4)
         loaded.encode_to(folder, TEXTS, IDS)
     return content(folder)
 
@@ -84,6 +84,24 @@ def test_what_a_store_holds(encoder, checkpoint, tmp_path):
     meta = json.loads((tmp_path / "store/meta.json").read_text())
     assert meta["model"] == model_digest(checkpoint) and meta["count"] == 22
     assert meta["settings"]["num_btoks"] == 4 and meta["unreadable"] == {}
+
+
+def test_an_index_of_the_first_format_opens(encoder, checkpoint, tmp_path):
+    vectors = np.eye(2, 64, dtype=np.float32)
+    np.save(tmp_path / "vectors.npy", vectors)
+    (tmp_path / "items.jsonl").write_text('{"id": "a", "page": 1}\n{"id": "b"}\n')
+    settings = {"instruction": "Find:", "pooling": "btok", "num_btoks": 4, "dtype": "torch.float32"}
+    settings["vision_positions"] = encoder.model.settings.vision_positions
+    for name in ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels"):
+        settings[name] = getattr(encoder.processor, name)
+    meta = {"format_version": 1, "model": model_digest(checkpoint), "settings": settings}
+    meta |= {"count": 2, "unreadable": {"c": "it is empty"}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    index = open_index(encoder, tmp_path, "Find:")
+    assert index.items == [{"id": "a", "page": 1}, {"id": "b"}] and index.meta == meta
+    assert np.array_equal(index.vectors, vectors)
+    index = encoder.encode_to(tmp_path, ["of a", "new"], ["a", "c"], "Find:")
+    assert COUNTED == ["Find: new"] and np.array_equal(index.vectors[0], vectors[0])
 
 
 def test_an_error_in_the_middle_and_on_again(encoder, whole, tmp_path):
@@ -147,10 +165,10 @@ def test_a_kill_at_any_step_of_writing_loses_nothing(encoder, whole, tmp_path, m
 
 CHILD = """
 import sys, time
-import btok.encoder
+import btok.tools.index
 from btok import BTokEncoder
-from test_store import IDS, TEXTS
-btok.encoder.PART = 4
+from test_index import IDS, TEXTS
+btok.tools.index.PART = 4
 def slow():
     for i, text in enumerate(TEXTS):
         time.sleep(60 if i == 17 else 0)
@@ -208,11 +226,11 @@ def mixed(folder, count=2000):
 HALF = """
 import sys, time
 from pathlib import Path
-import btok.encoder
+import btok.tools.index
 from btok import BTokEncoder
-from test_store import mixed
+from test_index import mixed
 checkpoint, store, folder = sys.argv[1:]
-btok.encoder.PART = 250
+btok.tools.index.PART = 250
 inputs, ids, _ = mixed(Path(folder))
 def stopping():
     for i, value in enumerate(inputs):
@@ -223,7 +241,7 @@ BTokEncoder.from_pretrained(checkpoint).encode_to(store, stopping(), ids)
 
 
 def test_2000_mixed_inputs_killed_halfway(loaded, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("btok.encoder.PART", 250)
+    monkeypatch.setattr("btok.tools.index.PART", 250)
     folder = tmp_path / "inputs"
     folder.mkdir()
     inputs, ids, broken = mixed(folder)
@@ -274,13 +292,13 @@ def test_unreadable_inputs_are_reported_and_tried_again(encoder, tmp_path):
 
 
 def test_unreadable_inputs_do_not_move_the_rest_after_a_stop(encoder, tmp_path, monkeypatch):
-    inputs, parts, add_part = ["", *TEXTS[1:9], "", *TEXTS[10:]], [], Store.add_part
+    inputs, parts, add_part = ["", *TEXTS[1:9], "", *TEXTS[10:]], [], Index.add_part
 
     def noted(self, rows, unreadable):
         parts.append({*rows, *unreadable})
         add_part(self, rows, unreadable)
 
-    monkeypatch.setattr(Store, "add_part", noted)
+    monkeypatch.setattr(Index, "add_part", noted)
 
     def breaking():
         yield from inputs[:10]
@@ -298,14 +316,14 @@ def test_unreadable_inputs_do_not_move_the_rest_after_a_stop(encoder, tmp_path, 
 
 
 def test_parts_that_another_process_took_are_missed(encoder, tmp_path):
-    commit = Store.commit
+    commit = Index.commit
 
     def robbed(self, order):
         next((tmp_path / "store/parts").glob("*.npz")).unlink()
         return commit(self, order)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Store, "commit", robbed)
+        patch.setattr(Index, "commit", robbed)
         with pytest.raises(ValueError, match="of 22 vectors are there; if another process"):
             encoder.encode_to(tmp_path / "store", TEXTS, IDS)
     assert len(encoder.encode_to(tmp_path / "store", TEXTS, IDS).items) == 22
@@ -392,7 +410,7 @@ def test_the_digest_of_adapters_is_of_their_base_too(checkpoint, tmp_path):
 
 
 def test_search_is_exact(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("btok.store.BLOCK", 5)
+    monkeypatch.setattr("btok.tools.index.BLOCK", 5)
     store = encoder.encode_to(tmp_path / "store", TEXTS, IDS)
     queries = encoder.encode(["text 3", TEXTS[9]])
     scores = queries @ np.asarray(store.vectors).T
@@ -406,9 +424,9 @@ def test_search_is_exact(encoder, tmp_path, monkeypatch):
 
 
 def on_two_ranks(rank, folder, checkpoint):
-    import btok.encoder
+    import btok.tools.index
 
-    btok.encoder.PART = 4
+    btok.tools.index.PART = 4
     with gloo(folder, rank, 2):
         encoder = BTokEncoder.from_pretrained(checkpoint)
         mine = []
@@ -436,5 +454,5 @@ def test_opening_needs_no_writing_where_nothing_is_new(encoder, tmp_path, monkey
     for name in ("replace", "mkdir"):
         monkeypatch.setattr(os, name, None)
     settings = json.loads((tmp_path / "store/meta.json").read_text())["settings"]
-    assert len(Store.open(tmp_path / "store", encoder.digest, settings).items) == 3
+    assert len(Index.open(tmp_path / "store", encoder.digest, settings).items) == 3
     assert len(encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3]).items) == 3

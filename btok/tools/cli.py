@@ -27,13 +27,13 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from btok.adapters import export
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
-from btok.evaluation import pictures
 from btok.inputs import IMAGES, TEXTS, VIDEOS, as_side, with_frames
 from btok.processing import rgb_array
-from btok.store import Store, ranks
+from btok.tools import pictures
+from btok.tools.export import export
+from btok.tools.index import Index, encode_to, open_index, ranks
 
 KINDS = TEXTS + IMAGES + VIDEOS
 SHOWN = 10  # unreadable files that are named
@@ -160,12 +160,12 @@ def run(command: Encode | Export) -> None:
     if not paths:
         raise ValueError(f"folder {command.folder} has no file ending in {' '.join(KINDS)}")
     encoder = load(command.checkpoint)
-    index = command.output or root / ".btok"
-    store = update(encoder, root, paths, index, command.instruction, command.batch_tokens)
+    output = command.output or root / ".btok"
+    index = update(encoder, root, paths, output, command.instruction, command.batch_tokens)
     if isinstance(command, Search) and ranks()[0] == 0:
         vectors = encoder.encode([query], command.query_instruction, show_progress=False)
-        (found,) = store.search(vectors, command.top)
-        hits = [(score, store.items[row]["path"]) for score, row in found]
+        (found,) = index.search(vectors, command.top)
+        hits = [(score, index.items[row]["path"]) for score, row in found]
         for place, (score, path) in enumerate(hits, 1):
             print(f"{place:>3}  {score:6.3f}  {_printable(path)}")
         if command.picture is not None:
@@ -201,27 +201,27 @@ def update(
     encoder: BTokEncoder,
     root: Path,
     paths: Sequence[str],
-    index: Path,
+    output: Path,
     instruction: str,
     batch_tokens: int,
-) -> Store:
+) -> Index:
     """Make the index hold just these files of a folder, and say what was done."""
-    old = {item["path"]: item for item in encoder.open_store(index, instruction).items}
+    old = {item["path"]: item for item in open_index(encoder, output, instruction).items}
     items = describe(root, paths, old)
     inputs = [root / path for path in paths]
-    store = encoder.encode_to(index, inputs, items, instruction, batch_tokens)
-    now, unreadable = {item["id"] for item in store.items}, store.meta["unreadable"]
+    index = encode_to(encoder, output, inputs, items, instruction, batch_tokens)
+    now, unreadable = {item["id"] for item in index.items}, index.meta["unreadable"]
     if ranks()[0] == 0:
         new = len(now - {item["id"] for item in old.values()})
         gone = sum(old[path]["id"] not in now for path in old.keys() - set(paths))
         said = f"{len(now)} files, {new} of them new or changed"
         said += f", {gone} gone, {len(unreadable)} unreadable"
-        print(f"{index}: {said}", file=sys.stderr)
+        print(f"{output}: {said}", file=sys.stderr)
         for name, why in list(unreadable.items())[:SHOWN]:
             print(_printable(f"  {name}: {why}"), file=sys.stderr)
         if len(unreadable) > SHOWN:
-            print(f"  ... and the rest in {index / 'meta.json'}", file=sys.stderr)
-    return store
+            print(f"  ... and the rest in {output / 'meta.json'}", file=sys.stderr)
+    return index
 
 
 def describe(
