@@ -1,8 +1,10 @@
-"""A checkpoint's small files, of a folder or a hub id."""
+"""Files: a checkpoint's small ones, digests, and writing that a kill leaves whole."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +39,34 @@ def read_json(name_or_path: str | Path, name: str) -> Any:
         return json.loads(found.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{found} is no JSON ({error}); write the checkpoint again") from error
+
+
+def sha256(path: str | Path) -> str:
+    """The digest of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 that is on the disk when this returns: the file has its old content or this."""
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    rename(draft, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a value as indented JSON; a NaN is a ValueError, and nothing is written."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def rename(path: Path, target: Path) -> None:
+    """Put a file or folder in another's place, on the disk when this returns."""
+    os.replace(path, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

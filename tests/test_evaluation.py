@@ -14,7 +14,8 @@ import pytest
 
 from btok.data.records import RetrievalTask, Side
 from btok.evaluation import metrics, runner
-from btok.evaluation.runner import evaluate, format_table, save_json
+from btok.evaluation.runner import evaluate, format_table
+from btok.files import write_json
 
 METRICS = ("hit@1", "hit@3", "ndcg@1", "ndcg@5", "mrr")
 RELEVANCES = (
@@ -283,11 +284,11 @@ def test_result_is_the_metrics_file(tmp_path, capsys):
     assert (result["settings"], result["data_digest"]) == ({"pooling": "btok"}, "ab")
 
     path = tmp_path / "metrics.json"
-    save_json(result, path)
+    write_json(path, result)
     assert json.loads(path.read_text()) == result
     for bad, error in (({"x": float("nan")}, ValueError), ({"x": object()}, TypeError)):
         with pytest.raises(error):
-            save_json(bad, path)
+            write_json(path, bad)
     assert json.loads(path.read_text()) == result
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_imports_go_one_way(folder, forbidden):
 ALONE = """
 import importlib, sys
 from importlib.util import find_spec
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 sys.modules["btok_kernels"] = None  # an import of it fails
@@ -95,17 +97,19 @@ def test_the_kernels_travel_alone(tmp_path):
 DOORS = {"btok/__main__.py", "train/main.py"}  # the command line, and a run's pictures
 
 
-def imports_at_once(tree):
+def imports_at_once(tree, importer=""):
     """Modules that importing a file imports, and maybe names in them; not what functions import."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            above = importer.rsplit(".", node.level)[0] + "." if node.level else ""
+            module = f"{node.module}." if node.module else ""
+            yield from (f"{above}{module}{alias.name}" for alias in node.names)
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from imports_at_once(node)
+            yield from imports_at_once(node, importer)
 
 
 def test_tools_are_imported_by_who_uses_them():
@@ -118,3 +122,19 @@ def test_tools_are_imported_by_who_uses_them():
             if any(f"{n}.".startswith("btok.tools.") for n in names) and "/tools/" not in name:
                 found.add(name)
     assert found == DOORS
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Whichever is read first, all that it names is there."""
+    graph = {}
+    for folder in (ROOT, ROOT / "kernels"):
+        for package in ("btok", "btok_kernels", "train"):
+            for file in (folder / package).rglob("*.py"):
+                name = ".".join(file.relative_to(folder).with_suffix("").parts)
+                name = name.removesuffix(".__init__")
+                graph[name] = set(imports_at_once(ast.parse(file.read_text()), name))
+    for name, imported in graph.items():
+        found = {i if i in graph else i.rpartition(".")[0] for i in imported}
+        graph[name] = found & graph.keys() - {name}
+    assert len(graph["btok.model"]) > 5 and len(graph["btok_kernels.ranks"]) == 0
+    list(TopologicalSorter(graph).static_order())  # raises a CycleError that names the circle

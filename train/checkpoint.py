@@ -8,9 +8,7 @@ pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from btok.files import sha256, write_text
 from btok.model import BTokModel
 from btok.processing import Processor
 from train.step import rank, world
@@ -98,11 +97,8 @@ def _write(
     save_file(states, draft / "rng.safetensors")
     (draft / "trainer.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
     files = (p for p in sorted(draft.rglob("*")) if p.is_file())
-    digests = {str(p.relative_to(draft)): _sha256(p) for p in files}
-    with open(draft / MANIFEST, "w") as manifest:
-        json.dump(digests, manifest, indent=2)
-        manifest.flush()
-        os.fsync(manifest.fileno())
+    digests = {str(p.relative_to(draft)): sha256(p) for p in files}
+    write_text(draft / MANIFEST, json.dumps(digests, indent=2))
 
 
 def newest_valid(run: Path) -> Path | None:
@@ -154,11 +150,6 @@ def _by_step(run: Path) -> list[Path]:
 def _is_whole(folder: Path) -> bool:
     try:
         digests = json.loads((folder / MANIFEST).read_text())
-        return bool(digests) and all(_sha256(folder / n) == d for n, d in digests.items())
+        return bool(digests) and all(sha256(folder / n) == d for n, d in digests.items())
     except (OSError, ValueError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

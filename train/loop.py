@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
-from btok.evaluation import runner
+from btok.files import write_json
 from btok.model import BTokModel
 from btok.processing import Processor
 from train import checkpoint
@@ -214,7 +214,7 @@ def write_batch(recipe: Recipe, step: int, drawn: Step) -> Path:
         rows = [
             dict(zip(names, (i, *ids), strict=True)) for i, own in enumerate(found) for ids in own
         ]
-        runner.save_json({"step": step, "pairs": rows}, path)
+        write_json(path, {"step": step, "pairs": rows})
     return path
 
 

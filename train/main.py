@@ -8,9 +8,7 @@ Settings: `train/recipes.py`. The same command again goes on where a stopped run
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import sys
@@ -31,10 +29,11 @@ from btok.data.mixture import load_mixture
 from btok.data.records import RetrievalTask
 from btok.encoder import BTokEncoder
 from btok.evaluation import runner
+from btok.files import write_json
 from btok.kernels import CondensedLayout, condensed_attention
 from btok.model import BTokModel
 from btok.processing import Processor
-from btok.tools import pictures
+from btok.tools import command_line, pictures
 from train import checkpoint
 from train.loop import Stop, sharded_encode, train
 from train.recipes import RECIPES, Recipe, build
@@ -135,22 +134,14 @@ def parse(argv: list[str]) -> Recipe:
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "pocket"
     if name not in RECIPES:
         raise ValueError(f"recipe is '{name}', expected one of {sorted(RECIPES)}")
-    said = io.StringIO()
     argv = [{"true": "True", "false": "False"}.get(word, word) for word in argv]
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                Recipe,
-                args=argv,
-                default=RECIPES[name],
-                prog="train/main.py",
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        _, *lines = said.getvalue().splitlines()  # below the title of a box
-        raise ValueError(" ".join(line.strip("─│╰╯ ") for line in lines)) from None
+    return command_line.parse(
+        Recipe,
+        argv,
+        "train/main.py",
+        default=RECIPES[name],
+        config=(tyro.conf.FlagConversionOff,),
+    )
 
 
 class Run(NamedTuple):
@@ -202,7 +193,7 @@ def start(recipe: Recipe) -> Run:
     steps = Steps(recipe, processor, sources, rank(), world())
     if rank() == 0 and resume is None:
         recipe.output.mkdir(parents=True, exist_ok=True)
-        runner.save_json(settings, config)
+        write_json(config, settings)
     return Run(recipe, resume, model, processor, steps)
 
 
@@ -245,7 +236,7 @@ def run(started: Run, stop: Stop) -> None:
         show = rank() == 0
         result = runner.evaluate(encode, tasks, progress=show, retrieved=retrieved, **options)
         if rank() == 0:
-            runner.save_json(result, recipe.output / name)
+            write_json(recipe.output / name, result)
         return result
 
     if resume:

@@ -108,9 +108,9 @@ class Recipe:
     def __post_init__(self) -> None:
         lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1}
         lows |= {"chunk_tokens": 1} if self.chunk_tokens is not None else {}
-        from_zero = ("num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps")
-        from_zero += ("warmup_steps", "weight_decay", "muon_rate", "vision_memory", "lora_rank")
-        from_zero += ("workers", "max_skipped")
+        from_zero = [*("num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps")]
+        from_zero += ["warmup_steps", "weight_decay", "muon_rate", "vision_memory", "lora_rank"]
+        from_zero += ["workers", "max_skipped"]
         lows |= dict.fromkeys(from_zero, 0)
         for name, low in lows.items():
             if not getattr(self, name) >= low:
@@ -270,7 +270,11 @@ def pocket_backbone(tokenizer: Any, seed: int) -> Any:
         for name in ("endoftext", "image_pad", "video_pad", "vision_start", "vision_end")
     )
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
-    text = {"vocab_size": len(tokenizer), "hidden_size": hidden, "intermediate_size": 2 * hidden}
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+    }
     text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
     text |= {"max_position_embeddings": 4096, "rope_parameters": rope, "initializer_range": 0.1}
     text |= {"bos_token_id": end, "eos_token_id": end}

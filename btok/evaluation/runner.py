@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,14 +110,6 @@ def format_table(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> 
         width = max(map(len, column))
         columns[i] = [x.ljust(width) if i < 2 else x.rjust(width) for x in column]
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
-
-
-def save_json(obj: Any, path: str | os.PathLike[str]) -> None:
-    """Writes JSON in one step: `path` holds the old content or the new one. NaN is refused."""
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _score_task(encode: Encode, task: RetrievalTask) -> tuple[dict[str, Any], list[Retrieved]]:

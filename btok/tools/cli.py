@@ -12,9 +12,6 @@ name, and forgets what was deleted.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import os
 import sys
 from collections import Counter
@@ -29,9 +26,11 @@ import tyro
 
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
+from btok.files import sha256
 from btok.inputs import IMAGES, TEXTS, VIDEOS, as_side, with_frames
 from btok.processing import rgb_array
 from btok.tools import pictures
+from btok.tools.command_line import parse
 from btok.tools.export import export
 from btok.tools.index import Index, encode_to, open_index, ranks
 
@@ -103,7 +102,8 @@ Command = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 for a mistake in it, told in a line (BTOK_DEBUG=1 shows where)."""
     try:
-        command = parse(list(sys.argv[1:] if argv is None else argv))
+        argv = list(sys.argv[1:] if argv is None else argv)
+        command = parse(Command, argv, "python -m btok")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             # before the group: see `join` in train/main.py
             import torch.distributed.nn.functional  # noqa: F401
@@ -123,19 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         dist.barrier()  # a rank that leaves early may take the others down
         dist.destroy_process_group()
     return 0
-
-
-def parse(argv: list[str]) -> Encode | Export:
-    """The command a command line describes; ValueError for an unknown or a missing part of it."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(Command, args=argv, prog="python -m btok")  # type: ignore[arg-type]
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        _, *lines = said.getvalue().splitlines()  # below the title of a box
-        raise ValueError(" ".join(line.strip("─│╰╯ ") for line in lines)) from None
 
 
 def run(command: Encode | Export) -> None:
@@ -243,8 +230,7 @@ def describe(
             if item.items() <= known.items():
                 content = known["id"].rpartition("-")[0]
             else:
-                with open(root / path, "rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                content = sha256(root / path)
                 content += Path(path).suffix.lower()
         except OSError:  # the encoder will say what is wrong
             content = path

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from btok import adapters
 from btok.encoder import BTokEncoder
-from btok.files import find, read_json
+from btok.files import find, read_json, rename, sha256, write_text
 
 FORMAT_VERSION = 1
 PART = 256  # inputs of a part, encoded together
@@ -76,7 +76,7 @@ class Index:
                     raise ValueError(f"{folder} is no store and not empty; give another folder")
                 folder.mkdir(parents=True, exist_ok=True)
                 empty = {**meta, "count": 0, "unreadable": {}}
-                _write(folder / "meta.json", json.dumps(empty, indent=2) + "\n")
+                write_text(folder / "meta.json", json.dumps(empty, indent=2) + "\n")
         ranks(wait=True)
         index = cls(folder)
         had, asked = index.meta | index.meta.get("settings", {}), meta | meta["settings"]
@@ -103,7 +103,7 @@ class Index:
             np.savez(file, text=np.frombuffer(text, np.uint8), rows=np.array([*rows.values()]))
             file.flush()
             os.fsync(file.fileno())
-        _rename(draft, path)
+        rename(draft, path)
 
     def commit(self, order: Sequence[Mapping[str, Any]]) -> Index:
         """The index with exactly these items, less unreadable ones, their vectors from the parts.
@@ -169,10 +169,10 @@ class Index:
             )
         out.flush()
         lines = "".join(json.dumps(item) + "\n" for item in kept)
-        _write(draft / "items.jsonl", lines)
+        write_text(draft / "items.jsonl", lines)
         meta = {**self.meta, "count": len(kept), "unreadable": reasons}
-        _write(draft / "meta.json", json.dumps(meta, indent=2) + "\n")
-        _rename(draft, self.folder / ".ready")
+        write_text(draft / "meta.json", json.dumps(meta, indent=2) + "\n")
+        rename(draft, self.folder / ".ready")
         _put_in_place(self.folder)
 
 
@@ -260,8 +260,7 @@ def model_digest(checkpoint: str | Path) -> str:
         raise ValueError(f"checkpoint {checkpoint} holds no weights as *model*.safetensors")
     for path in [*files, Path(checkpoint) / "btok_config.json"]:
         if path.exists():
-            with open(path, "rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
+            total.update(bytes.fromhex(sha256(path)))
     if base := adapters.base_of(checkpoint):
         lora = read_json(checkpoint, adapters.CONFIG_NAME)
         total.update(repr([lora.get(name) for name in ("r", "lora_alpha", "use_dora")]).encode())
@@ -285,23 +284,6 @@ def _put_in_place(folder: Path) -> None:
     if ready.exists():
         for name in FILES:
             if (ready / name).exists():
-                _rename(ready / name, folder / name)
+                rename(ready / name, folder / name)
         shutil.rmtree(folder / "parts", ignore_errors=True)
         ready.rmdir()
-
-
-def _write(path: Path, text: str) -> None:
-    """Content that is on the disk when this returns, whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _rename(draft, path)
-
-
-def _rename(path: Path, target: Path) -> None:
-    os.replace(path, target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
