@@ -116,7 +116,7 @@ class BTokModel(nn.Module):
         if base is not None and (lora is not None or adapters.base_of(base) is not None):
             raise ValueError(
                 f"BTokModel: {name_or_path if lora else base} has adapters already and takes no "
-                "others; merge them with btok.adapters.export first"
+                "others; merge them with `python -m btok export` first"
             )
         config, _ = transformers.PreTrainedConfig.get_config_dict(weights)
         kind = str(config.get("model_type"))  # no auto class: a checkpoint's own code stays out
