@@ -6,13 +6,12 @@ bottleneck tokens and the `model_type` of the backbone that they belong to.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from btok.files import read_json
+from btok.files import read_json, write_json
 
 CONFIG_NAME = "btok_config.json"
 FORMAT_VERSION = 1
@@ -113,4 +112,4 @@ class BTokConfig:
             "num_btoks": len(self.btok_token_ids),
             **asdict(self),
         }
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(Path(folder) / CONFIG_NAME, settings)

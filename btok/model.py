@@ -137,21 +137,18 @@ class BTokModel(nn.Module):
                 f"BTokModel: the weights of {weights} are cut short or damaged ({error}); copy "
                 "them again"
             ) from error
-        if saved is not None:
-            ids = saved.btok_token_ids
-        else:
+        if saved is None:
             load = transformers.AutoTokenizer.from_pretrained
             tokenizer = load(name_or_path, trust_remote_code=False)
             ids = add_to_tokenizer(tokenizer, 4 if num_btoks is None else num_btoks)
             add_to_embeddings(backbone, ids, init)
-        if base is not None:
-            adapters.load(backbone, name_or_path, ids)
-        elif lora is not None:
-            adapters.attach(backbone, lora, ids, weights)
-        if saved is None:
             given = {name: value for name, value in settings.items() if value is not None}
             given.setdefault("pooling", "btok" if ids else "last")
             saved = BTokConfig(ids, **given)
+        if base is not None:
+            adapters.load(backbone, name_or_path, saved.btok_token_ids)
+        elif lora is not None:
+            adapters.attach(backbone, lora, saved.btok_token_ids, weights)
         return cls(backbone, last_layer=last_layer, **vars(saved))
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -84,7 +84,7 @@ class Processor:
         self.tokenizer, self.model_type = tokenizer, model_type
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.min_frame_pixels, self.max_frame_pixels = min_frame_pixels, max_frame_pixels
-        self.vision, self.has_vision = vision, vision is not None
+        self.vision = vision
         own = vision or _UNUSED
         self.patch_size, self.merge_size = patch_size or own.patch_size, merge_size
         self.image_mean, self.image_std = tuple(image_mean or own.mean), tuple(image_std or own.std)
@@ -210,6 +210,11 @@ class Processor:
         if side.text:
             ids += self.encode("\n" + side.text if ids else side.text)
         return {"input_ids": torch.tensor(ids), **out}
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether it takes images and videos."""
+        return self.vision is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, special tokens in it recognised."""

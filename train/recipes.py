@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from btok.adapters import Lora
+from btok.config import Pooling, TargetPositions
 from btok.data import pocket
 from btok.model import BTokModel
 from btok.objective import Objective
@@ -37,7 +38,7 @@ class Recipe:
     """Adapters also train each output's magnitude."""
     num_btoks: int = 4
     """K bottleneck tokens; 0 is the baseline without them."""
-    pooling: Literal["btok", "last", "mean"] | None = None
+    pooling: Pooling | None = None
     """Rows whose mean is the embedding; None for "btok", or "last" where K is 0."""
     condense: bool = True
     """Targets see the source through the bottleneck tokens only."""
@@ -54,7 +55,7 @@ class Recipe:
     """Pairs that may turn out unreadable before the run stops."""
     ntp_side: Literal["positive", "query", "both", "none"] | None = None
     """Side to generate, in place of each data set's own."""
-    target_positions: Literal["reference", "continue"] = "reference"
+    target_positions: TargetPositions = "reference"
     """Where a target's positions start: at len([x ; B]), or after its highest position."""
     attention: Literal["auto", "triton", "sdpa", "xformers", "reference"] = "auto"
     """Implementation of the condensed attention."""
@@ -136,7 +137,7 @@ class Recipe:
             )
 
     @property
-    def pooling_rows(self) -> Literal["btok", "last", "mean"]:
+    def pooling_rows(self) -> Pooling:
         """`pooling`, decided."""
         return self.pooling or ("btok" if self.num_btoks else "last")
 

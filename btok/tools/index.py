@@ -26,6 +26,7 @@ import numpy as np
 import torch.distributed as dist
 
 from btok import adapters
+from btok.config import CONFIG_NAME
 from btok.encoder import BTokEncoder
 from btok.files import find, read_json, rename, sha256, write_text
 
@@ -187,12 +188,15 @@ def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None
         ValueError: vectors of another model or other settings; no checkpoint to name the model.
     """
     model = encoder.model
-    settings: dict[str, Any] = {"instruction": instruction or ""}
-    settings |= {"pooling": model.settings.pooling, "num_btoks": len(model.btok_token_ids)}
-    settings |= {"dtype": str(model.backbone.dtype)}
-    settings |= {"vision_positions": model.settings.vision_positions}
-    for name in ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels"):
-        settings[name] = getattr(encoder.processor, name)
+    bounds = ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels")
+    settings = {
+        "instruction": instruction or "",
+        "pooling": model.settings.pooling,
+        "num_btoks": len(model.btok_token_ids),
+        "dtype": str(model.backbone.dtype),
+        "vision_positions": model.settings.vision_positions,
+        **{name: getattr(encoder.processor, name) for name in bounds},
+    }
     return Index.open(folder, encoder.digest, settings)
 
 
@@ -258,7 +262,7 @@ def model_digest(checkpoint: str | Path) -> str:
     files = sorted(Path(checkpoint).glob("*model*.safetensors"))
     if not files:
         raise ValueError(f"checkpoint {checkpoint} holds no weights as *model*.safetensors")
-    for path in [*files, Path(checkpoint) / "btok_config.json"]:
+    for path in [*files, Path(checkpoint) / CONFIG_NAME]:
         if path.exists():
             total.update(bytes.fromhex(sha256(path)))
     if base := adapters.base_of(checkpoint):
