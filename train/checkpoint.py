@@ -23,7 +23,7 @@ from torch import Tensor
 from btok.files import sha256, write_text
 from btok.model import BTokModel
 from btok.processing import Processor
-from train.step import rank, world
+from btok_kernels.ranks import rank, world
 
 MANIFEST = "manifest.json"
 

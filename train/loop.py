@@ -22,10 +22,11 @@ from btok.encoder import BTokEncoder
 from btok.files import write_json
 from btok.model import BTokModel
 from btok.processing import Processor
+from btok_kernels.ranks import rank, world
 from train import checkpoint
 from train.recipes import Recipe
 from train.sampler import Skipped, Step, Steps, load_steps
-from train.step import mean_over_ranks, rank, train_step, world
+from train.step import mean_over_ranks, train_step
 
 
 class Stop:

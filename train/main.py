@@ -34,11 +34,11 @@ from btok.kernels import CondensedLayout, condensed_attention
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tools import command_line, pictures
+from btok_kernels.ranks import rank, world
 from train import checkpoint
 from train.loop import Stop, sharded_encode, train
 from train.recipes import RECIPES, Recipe, build
 from train.sampler import Steps
-from train.step import rank, world
 
 FITS = "out of memory; try a lower --chunk-tokens, --gradcache true, --checkpoint-activations true"
 MAY_CHANGE = {"output", "checkpoint_every", "workers", "max_skipped", "tensorboard"}  # in a run

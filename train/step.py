@@ -19,6 +19,7 @@ from btok.model import BTokModel, BTokOutput
 from btok.objective import Losses
 from btok.packing import VISION_KEYS, Sample, by_budget, count_labels, pack
 from btok.processing import Processor
+from btok_kernels.ranks import rank, world
 from train.recipes import Recipe
 
 Objective = Callable[[Tensor, Tensor | None], Losses]  # of embeddings and the generative loss
@@ -287,13 +288,3 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(value)
     return value / world()
-
-
-def rank() -> int:
-    """Of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1

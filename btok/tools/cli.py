@@ -32,7 +32,8 @@ from btok.processing import rgb_array
 from btok.tools import pictures
 from btok.tools.command_line import parse
 from btok.tools.export import export
-from btok.tools.index import Index, encode_to, open_index, ranks
+from btok.tools.index import Index, encode_to, open_index
+from btok_kernels.ranks import rank
 
 KINDS = TEXTS + IMAGES + VIDEOS
 SHOWN = 10  # unreadable files that are named
@@ -149,7 +150,7 @@ def run(command: Encode | Export) -> None:
     encoder = load(command.checkpoint)
     output = command.output or root / ".btok"
     index = update(encoder, root, paths, output, command.instruction, command.batch_tokens)
-    if isinstance(command, Search) and ranks()[0] == 0:
+    if isinstance(command, Search) and rank() == 0:
         vectors = encoder.encode([query], command.query_instruction, show_progress=False)
         (found,) = index.search(vectors, command.top)
         hits = [(score, index.items[row]["path"]) for score, row in found]
@@ -198,7 +199,7 @@ def update(
     inputs = [root / path for path in paths]
     index = encode_to(encoder, output, inputs, items, instruction, batch_tokens)
     now, unreadable = {item["id"] for item in index.items}, index.meta["unreadable"]
-    if ranks()[0] == 0:
+    if rank() == 0:
         new = len(now - {item["id"] for item in old.values()})
         gone = sum(old[path]["id"] not in now for path in old.keys() - set(paths))
         said = f"{len(now)} files, {new} of them new or changed"

@@ -29,6 +29,7 @@ from btok import adapters
 from btok.config import CONFIG_NAME
 from btok.encoder import BTokEncoder
 from btok.files import find, read_json, rename, sha256, write_text
+from btok_kernels.ranks import rank, world
 
 FORMAT_VERSION = 1
 PART = 256  # inputs of a part, encoded together
@@ -66,11 +67,11 @@ class Index:
                 several processes that have no process group.
         """
         folder = Path(folder)
-        if int(os.environ.get("WORLD_SIZE", 1)) > ranks()[1]:
+        if int(os.environ.get("WORLD_SIZE", 1)) > world():
             raise ValueError("under torchrun call torch.distributed.init_process_group first")
         meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": model}
         meta["settings"] = dict(settings)
-        if ranks()[0] == 0:
+        if rank() == 0:
             _put_in_place(folder)
             if not (folder / "meta.json").exists():
                 if folder.exists() and {p.name for p in folder.iterdir()} - {"meta.json.tmp"}:
@@ -78,7 +79,7 @@ class Index:
                 folder.mkdir(parents=True, exist_ok=True)
                 empty = {**meta, "count": 0, "unreadable": {}}
                 write_text(folder / "meta.json", json.dumps(empty, indent=2) + "\n")
-        ranks(wait=True)
+        _all_here()
         index = cls(folder)
         had, asked = index.meta | index.meta.get("settings", {}), meta | meta["settings"]
         for name in sorted(asked.keys() - {"settings"} | index.meta.get("settings", {}).keys()):
@@ -112,7 +113,7 @@ class Index:
         Raises:
             ValueError: no items, an id twice, or none of the items can be read.
         """
-        ranks(wait=True)  # all parts are written
+        _all_here()  # all parts are written
         reasons = {i: why for _, _, broken in self._parts() for i, why in broken.items()}
         kept = [dict(item) for item in order if item["id"] not in reasons]
         row_of = {item["id"]: row for row, item in enumerate(kept)}
@@ -121,12 +122,12 @@ class Index:
             raise ValueError(f"{self.folder}: the id {twice!r} came twice, expected all different")
         left_out = [item for item in order if item["id"] in reasons]
         reasons = {item.get("path", item["id"]): reasons[item["id"]] for item in left_out}
-        ranks(wait=True)
-        if ranks()[0] == 0:
+        _all_here()
+        if rank() == 0:
             if kept and (kept != self.items or reasons != self.meta["unreadable"]):
                 self._publish(kept, row_of, reasons)
             shutil.rmtree(self.folder / "parts", ignore_errors=True)
-        ranks(wait=True)
+        _all_here()
         if not kept:
             first = f", the first: {next(iter(reasons.values()))}" if reasons else ""
             raise ValueError(f"none of {len(order)} inputs can be read{first}")
@@ -224,24 +225,25 @@ def encode_to(
         ValueError: what `open_index` refuses; an id twice; no input that can be read.
     """
     index = open_index(encoder, folder, instruction)
-    known, (rank, world) = index.known(), ranks(wait=True)
+    known = index.known()
+    _all_here()
     order: list[Mapping[str, Any]] = []
     mine: list[str] = []
 
     def lacking() -> Iterator[Any]:
-        """Inputs that have no vector yet; of every `world` parts of them this rank's one."""
+        """Inputs that have no vector yet; of every world() parts of them this rank's one."""
         count = 0
         for value, item in zip(inputs, items, strict=True):
             order.append({"id": item} if isinstance(item, str) else item)
             if order[-1]["id"] not in known:
-                if count // PART % world == rank:
+                if count // PART % world() == rank():
                     mine.append(order[-1]["id"])
                     yield value
                 count += 1
 
     rows: dict[str, np.ndarray] = {}
     broken: dict[int, str] = {}
-    arguments = (lacking(), instruction, batch_tokens, show_progress and rank == 0)
+    arguments = (lacking(), instruction, batch_tokens, show_progress and rank() == 0)
     for indices, vectors in encoder.encode_iter(*arguments, window=PART, unreadable=broken):
         rows |= zip((mine[i] for i in indices), vectors, strict=True)
         if len(rows) + len(broken) == PART:  # always met: a window is a part
@@ -273,13 +275,10 @@ def model_digest(checkpoint: str | Path) -> str:
     return total.hexdigest()
 
 
-def ranks(wait: bool = False) -> tuple[int, int]:
-    """(rank, number of processes); with `wait`, once all of them are here."""
-    if not dist.is_initialized():
-        return 0, 1
-    if wait:
+def _all_here() -> None:
+    """Go on once every process is here."""
+    if world() > 1:
         dist.barrier()
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _put_in_place(folder: Path) -> None:

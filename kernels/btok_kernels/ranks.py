@@ -112,6 +112,20 @@ class Ranks(NamedTuple):
         return total[: self.own.stop - self.own.start]
 
 
+def rank() -> int:
+    """This process's number among those of the default process group; 0 without a group."""
+    return dist.get_rank() if _grouped() else 0
+
+
+def world() -> int:
+    """How many processes the default process group has; 1 without a group."""
+    return dist.get_world_size() if _grouped() else 1
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def agree(
     op: str,
     group: dist.ProcessGroup | str | None,
@@ -136,7 +150,7 @@ def agree(
             between ranks, no rows on any.
         Exception: what `check` raised on this rank.
     """
-    alone = group == "local" or not (dist.is_available() and dist.is_initialized())
+    alone = group == "local" or not _grouped()
     members: Any = group if is_group(group) else None
     rank, world = (0, 1) if alone else (dist.get_rank(members), dist.get_world_size(members))
     if rank < 0:
