@@ -33,9 +33,10 @@ from bench.bench_inference import BATCH, SHAPE, K, Shape, multiply_adds
 from bench.harness import DEVICE, Contest
 from bench.models import byte_tokenizer, random_qwen2_vl
 from btok.encoder import BTokEncoder
+from btok.families.qwen_images import TEMPORAL_PATCH, QwenImageProcessor
 from btok.inputs import as_side
 from btok.model import BTokModel
-from btok.processing import TEMPORAL_PATCH, Processor
+from btok.processing import Processor
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -71,6 +72,8 @@ class Encoders:
 
     def __init__(self, shape: Shape, tower: Tower, device: str, dtype: torch.dtype) -> None:
         self.processor = Processor(byte_tokenizer(), patch_size=tower.patch)
+        images = self.processor.image_processor
+        assert isinstance(images, QwenImageProcessor)
         vision = {
             "depth": tower.layers,
             "embed_dim": tower.embed,
@@ -81,10 +84,10 @@ class Encoders:
             "initializer_range": tower.embed**-0.5,
         }
         ids = {
-            "image_token_id": self.processor.image_pad,
-            "video_token_id": self.processor.video_pad,
-            "vision_start_token_id": self.processor.vision_start,
-            "vision_end_token_id": self.processor.vision_end,
+            "image_token_id": images.pads["image"],
+            "video_token_id": images.pads["video"],
+            "vision_start_token_id": images.start,
+            "vision_end_token_id": images.end,
         }
         backbone = random_qwen2_vl(shape, vision, device, dtype, **ids).eval()
         self.stock = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
@@ -114,7 +117,9 @@ class Encoders:
             if seen := [s for s in samples if "pixel_values" in s]:
                 for key in ("pixel_values", "image_grid_thw"):
                     vision[key] = torch.cat([s[key] for s in seen]).to(device)
-                vision["mm_token_type_ids"] = (tokens == self.processor.image_pad).int().to(device)
+                vision["mm_token_type_ids"] = (
+                    (tokens == self.stock.config.image_token_id).int().to(device)
+                )
             states = self.stock.model(
                 input_ids=tokens.to(device),
                 attention_mask=mask.to(device),

@@ -16,6 +16,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 CHARACTERS = 8192  # that are read of a text file
 FRAMES = 8  # that are read of a video file
+FRAMES_PER_SECOND = 2.0  # of a video that does not say: the rate the checkpoints' own sampling has
 
 
 def as_side(value: Any, instruction: str | None = None) -> Side:
@@ -91,16 +92,57 @@ def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray]
     return list(found.values()), list(found)
 
 
+def rgb_array(image: Any) -> np.ndarray:
+    """A PIL image, a path, a file's bytes or a uint8 array [height, width, 3] as such an array.
+
+    TypeError for another array or type; ValueError for what is no readable image.
+    """
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise TypeError(
+                f"image is an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]"
+            )
+        return image
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(image, str | bytes | Path):
+        name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
+        try:
+            with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+                return np.asarray(opened.convert("RGB"))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            unknown = isinstance(error, UnidentifiedImageError)  # its text may hold an address
+            why = "it is of no known format" if unknown else error
+            raise ValueError(f"image {name} cannot be read: {why}") from error
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    raise TypeError(
+        f"image is a {type(image).__name__}, expected a PIL image, an array, a path or bytes"
+    )
+
+
+def frame_seconds(side: Side) -> list[float]:
+    """The time of each frame of a side's video; ValueError for times that are not one per frame."""
+    count = len(side.video)
+    seconds = [float(at) for at in side.frame_seconds]
+    seconds = seconds or [i / FRAMES_PER_SECOND for i in range(count)]
+    if len(seconds) != count:
+        raise ValueError(
+            f"a side has {count} frames and {len(seconds)} frame_seconds, expected as many or none"
+        )
+    return seconds
+
+
 def estimate_tokens(value: Any, processor: Any) -> int:
     """About how many tokens an input takes, from headers alone; 0 where that cannot be told."""
     try:
         side = as_side(value)
-        patches = [
-            min(max(_pixels(i), processor.min_pixels), processor.max_pixels) for i in side.images
-        ]
-        shown = FRAMES if isinstance(side.video, str | Path) else len(side.video)
-        total = sum(patches) + processor.max_frame_pixels * shown / 2
-        return int(total / (processor.patch_size * processor.merge_size) ** 2) + len(side.text)
+        frames = FRAMES if isinstance(side.video, str | Path) else len(side.video)
+        seen = 0
+        if processor.image_processor is not None:
+            pixels = [_pixels(image) for image in side.images]
+            seen = processor.image_processor.estimate(pixels, frames)
+        return seen + len(side.text)
     except Exception:  # reading it will say what is wrong
         return 0
 

@@ -8,6 +8,7 @@ ntp    = mean over samples of the mean over its labels of -log softmax(lm_head(h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from btok.families import family_of, named_family
 from btok.gated_mlp import use_gated_mlps
 from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
-from btok.packing import VISION_KEYS, PackedBatch, Pixels, pack
+from btok.packing import PackedBatch, pack
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
+from btok.vision import KEYS, Vision, join
 from btok_kernels.condensed_attention import condensed_attention
 
 
@@ -213,54 +215,54 @@ class BTokModel(nn.Module):
         """Token embeddings with the vision features in place [T, D]; what a family's language model
         takes besides: features that go onto its first layers' outputs, and their rows.
         """
-        model, config = self.backbone.model, self.backbone.config
-        embeds = model.get_input_embeddings()(batch.input_ids)
+        embeds = self.backbone.model.get_input_embeddings()(batch.input_ids)
         levels: list[Tensor] = []  # [T, D] each
         seen = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-        for kind, pixels, grid in (
-            ("image", batch.pixel_values, batch.image_grid_thw),
-            ("video", batch.pixel_values_videos, batch.video_grid_thw),
-        ):
-            if pixels is None or grid is None:
-                continue
-            features, *deep = self._features(kind, pixels, grid)
-            at = batch.input_ids == getattr(config, f"{kind}_token_id")
+        for vision in batch.vision:
+            features, *deep = self._features(vision)
+            at = batch.input_ids == getattr(self.backbone.config, f"{vision.kind}_token_id")
             embeds = _place(embeds, at, features)
             levels = levels or [torch.zeros_like(embeds) for _ in deep]
             levels = [_place(level, at, f) for level, f in zip(levels, deep, strict=True)]
             seen |= at
-        vision = self.family.vision
-        if not levels or vision is None or vision.onto_layers is None:
+        rules = self.family.vision
+        if not levels or rules is None or rules.onto_layers is None:
             return embeds, {}
-        return embeds, vision.onto_layers(seen, [level[seen] for level in levels])
+        return embeds, rules.onto_layers(seen, [level[seen] for level in levels])
 
-    def _features(self, kind: str, pixels: Pixels, grid: Tensor) -> Sequence[Tensor]:
+    def _features(self, vision: Vision) -> Sequence[Tensor]:
         """What the vision tower makes of pixels, [tokens, D] of each level, if it has not yet."""
-        if isinstance(pixels, tuple):
-            return pixels
+        if vision.pixels is None:
+            return vision.features
         assert self.family.vision is not None  # or `pack` would have refused the pixels
-        found = getattr(self.backbone.model, f"get_{kind}_features")(pixels, grid)
-        return [torch.cat(tuple(level)) for level in self.family.vision.levels(found)]
+        return self.family.vision.features(self.backbone.model, vision)
 
     @torch.no_grad()
-    def see(self, sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def encode_vision(self, sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Sides, as a processor returns them, with the vision tower's features (without gradients)
         in the place of their pixels, for `pack`.
         """
-        device, seen = self.backbone.device, [dict(side) for side in sides]
-        for kind, (pixels_key, grid_key) in zip(("image", "video"), VISION_KEYS, strict=True):
-            having = [side for side in seen if side.get(grid_key) is not None]
-            if not having:
-                continue
-            pixels = torch.cat([torch.as_tensor(side[pixels_key]) for side in having])
-            grids = [torch.as_tensor(side[grid_key]) for side in having]
-            levels = self._features(kind, pixels.to(device), torch.cat(grids).to(device))
-            merge = self.backbone.config.vision_config.spatial_merge_size**2
-            tokens = [int(grid.prod(1).sum()) // merge for grid in grids]
-            each = zip(*(level.split(tokens) for level in levels), strict=True)
-            for side, features in zip(having, each, strict=True):
-                side[pixels_key] = features
-        return seen
+        config, rules = self.backbone.config, self.family.vision
+        shown = [self.family.shown(side, config) for side in sides]
+        made: list[list[Vision]] = [[] for _ in sides]
+        for together in join([vision for of_side in shown for vision in of_side]):
+            assert rules is not None
+            own = [
+                (i, v)
+                for i, of_side in enumerate(shown)
+                for v in of_side
+                if v.kind == together.kind
+            ]
+            levels = self._features(together.to(self.backbone.device))
+            tokens = [sum(v.patches) // rules.merge_size(config) ** 2 for _, v in own]
+            parts = zip(*(level.split(tokens) for level in levels), strict=True)
+            for (i, vision), features in zip(own, parts, strict=True):
+                made[i].append(replace(vision, pixels=None, features=features))
+        pixels = {key for key, _ in KEYS.values()}
+        return [
+            {k: x for k, x in side.items() if k not in pixels} | {"vision": found}
+            for side, found in zip(sides, made, strict=True)
+        ]
 
     def _position_ids(self, batch: PackedBatch) -> Tensor:
         """[3, 1, T], or [1, T] where there is one axis."""
@@ -269,7 +271,7 @@ class BTokModel(nn.Module):
             for start, _, _, end in batch.layout.bounds.tolist():
                 rows[start:end] -= start
             return rows[None]
-        return batch.position_ids[:, None] if self.family.vision else batch.position_ids[:1]
+        return batch.position_ids[:, None] if self.family.mrope else batch.position_ids[:1]
 
     def ntp_count(self, batch: PackedBatch) -> int:
         """What `ntp_loss` is a mean over: the weight of a batch's loss beside other batches'."""

@@ -1,9 +1,8 @@
 """Samples become one packed row `[x ; B ; T][x ; B ; T]...` that the model runs over once.
 
 A sample is a pair (source, target) of mappings as a processor returns them for one sample:
-`input_ids`, and for vision `pixel_values` + `image_grid_thw` or `pixel_values_videos` +
-`video_grid_thw` (for Qwen2.5-VL with `second_per_grid_ts`). Target is None for a sample that is
-only embedded. Features of `BTokModel.see` may stand in the place of all pixels.
+`input_ids`, and what it shows (`btok/vision.py`). Target is None for a sample that is only
+embedded.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ from torch import Tensor
 
 from btok.config import CHOICES, check_choice
 from btok.families import named_family
+from btok.vision import Vision, join
 from btok_kernels.layout import CondensedLayout
 
 Sample = tuple[Mapping[str, Any], Mapping[str, Any] | None]
-Pixels = Tensor | tuple[Tensor, ...]  # or the vision tower's features of them, by level
-
-VISION_KEYS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
 
 @dataclass(frozen=True)
@@ -38,9 +35,7 @@ class PackedBatch:
         label_rows, labels, label_samples: int64 [R], the rows that predict a counted target token,
             those tokens, and the samples they belong to.
         num_targets: samples that have at least one label.
-        pixel_values, image_grid_thw: [patches, patch size] or a tuple of [tokens, D], the vision
-            tower's features; int64 [images, 3], in row order.
-        pixel_values_videos, video_grid_thw: the same for videos.
+        vision: all images and all videos, in row order.
     """
 
     input_ids: Tensor
@@ -51,10 +46,7 @@ class PackedBatch:
     labels: Tensor
     label_samples: Tensor
     num_targets: int
-    pixel_values: Pixels | None = None
-    image_grid_thw: Tensor | None = None
-    pixel_values_videos: Pixels | None = None
-    video_grid_thw: Tensor | None = None
+    vision: tuple[Vision, ...] = ()
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -62,11 +54,10 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
         moved: dict[str, Any] = {"layout": self.layout.to(device)}
+        moved["vision"] = tuple(vision.to(device) for vision in self.vision)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 moved[name] = value.to(device)
-            elif isinstance(value, tuple):
-                moved[name] = tuple(level.to(device) for level in value)
         return replace(self, **moved)
 
 
@@ -104,7 +95,9 @@ def pack(
     check_choice("pack", "target_positions", target_positions, CHOICES["target_positions"])
     if not len(prefix_ids) and any(target is not None for _, target in samples):
         raise ValueError("pack: prefix_ids is empty, expected the tokens that open a target")
+    family = named_family(backbone_config.model_type, "pack: the backbone's model_type")
     num_btoks = len(btok_token_ids)
+    vision: list[Vision] = []
     pieces: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     source_lens, target_lens = [], []
@@ -115,7 +108,8 @@ def pack(
         if not len(ids):
             raise ValueError(f"pack: sample {index} has no tokens")
         pieces.append(ids)
-        positions.append(_positions(ids, source, backbone_config))
+        positions.append(family.positions(ids, source, backbone_config))
+        vision += family.shown(source, backbone_config)
         source_lens.append(len(ids) - num_btoks)
         row += len(ids)
         if target is None:
@@ -125,7 +119,8 @@ def pack(
         shift = len(ids) if reference else int(positions[-1].max()) + 1
         ids, counted = _target(target, prefix_ids, suffix_ids, backbone_config)
         pieces.append(ids)
-        positions.append(_positions(ids, target, backbone_config) + shift)
+        positions.append(family.positions(ids, target, backbone_config) + shift)
+        vision += family.shown(target, backbone_config)
         target_lens.append(len(ids))
         label_rows.append(row - 1 + counted.nonzero()[0])
         label_samples.append(np.full(len(label_rows[-1]), index))
@@ -145,7 +140,7 @@ def pack(
         labels=input_ids[rows + 1],
         label_samples=torch.from_numpy(np.concatenate([none, *label_samples])),
         num_targets=sum(len(rows) > 0 for rows in label_rows),
-        **_vision(samples),
+        vision=join(vision),
     )
 
 
@@ -177,16 +172,6 @@ def _ids(side: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(side["input_ids"], dtype=np.int64).reshape(-1)
 
 
-def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
-    """[3, L], by the rule of the backbone's family."""
-    family = named_family(config.model_type, "pack: the backbone's model_type")
-    if family.vision is None and any(side.get(grid) is not None for _, grid in VISION_KEYS):
-        raise ValueError(
-            f"pack: a sample has images or a video, {config.model_type} takes text alone"
-        )
-    return family.positions(ids, side, config)
-
-
 def by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """Indices in turns of at most `budget` in all; what is larger has a turn of its own."""
     turns: list[list[int]] = []
@@ -198,34 +183,3 @@ def by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
         turns[-1].append(index)
         left -= size
     return turns
-
-
-def _vision(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Pixels and grids of all sides in row order, checked against each other."""
-    sides = [side for sample in samples for side in sample if side is not None]
-    out: dict[str, Any] = {}
-    for pixels_key, grid_key in VISION_KEYS:
-        having = [side for side in sides if side.get(grid_key) is not None]
-        if not having:
-            continue
-        if any(side.get(pixels_key) is None for side in having):
-            raise ValueError(f"pack: a sample has {grid_key} but no {pixels_key}")
-        if len({isinstance(side[pixels_key], tuple) for side in having}) > 1:
-            raise ValueError(f"pack: {pixels_key} are features in some samples, pixels in others")
-        grid = torch.cat([torch.as_tensor(side[grid_key]) for side in having])
-        if isinstance(having[0][pixels_key], tuple):  # features
-            levels = zip(*(side[pixels_key] for side in having), strict=True)
-            out |= {pixels_key: tuple(map(_join, levels)), grid_key: grid}
-            continue
-        pixels = torch.cat([torch.as_tensor(side[pixels_key]) for side in having])
-        if len(pixels) != (asked := int(grid.prod(dim=1).sum())):
-            raise ValueError(f"pack: {pixels_key} has {len(pixels)} patches, {grid_key} {asked}")
-        out |= {pixels_key: pixels, grid_key: grid}
-    return out
-
-
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Features one behind the other, on the accelerator if any is there, else on the host."""
-    # the host's come to the device and not the other way: the model reads them there
-    device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
-    return torch.cat([part.to(device, non_blocking=True) for part in parts])

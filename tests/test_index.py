@@ -93,7 +93,7 @@ def test_an_index_of_the_first_format_opens(encoder, checkpoint, tmp_path):
     settings = {"instruction": "Find:", "pooling": "btok", "num_btoks": 4, "dtype": "torch.float32"}
     settings["vision_positions"] = encoder.model.settings.vision_positions
     for name in ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels"):
-        settings[name] = getattr(encoder.processor, name)
+        settings[name] = getattr(encoder.processor.image_processor, name)
     meta = {"format_version": 1, "model": model_digest(checkpoint), "settings": settings}
     meta |= {"count": 2, "unreadable": {"c": "it is empty"}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))

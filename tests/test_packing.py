@@ -18,6 +18,7 @@ from helpers import (
 )
 
 from btok.packing import pack
+from btok.vision import Vision
 
 CONFIG = tiny_backbone().config
 OPTIONS = {
@@ -41,7 +42,7 @@ def test_rows_labels_and_bottleneck_rows():
     assert batch.labels.tolist() == [8, 9, 52]
     assert batch.label_samples.tolist() == [0, 0, 0]
     assert batch.num_targets == 1 and len(batch) == 2
-    assert batch.pixel_values is None
+    assert batch.vision == ()
 
 
 def test_vision_tokens_are_no_labels_and_pixels_keep_their_order():
@@ -53,9 +54,11 @@ def test_vision_tokens_are_no_labels_and_pixels_keep_their_order():
     assert not set(ids.tolist()) & {IMAGE, VIDEO, *PREFIX, *BTOKS}
     assert {VISION_START, VISION_END, *SUFFIX} <= set(ids.tolist())
     images = [picture, other, picture, other]
-    assert torch.equal(batch.pixel_values, torch.cat([i["pixel_values"] for i in images]))
-    assert torch.equal(batch.image_grid_thw, torch.cat([i["image_grid_thw"] for i in images]))
-    assert torch.equal(batch.pixel_values_videos, torch.cat([clip["pixel_values_videos"]] * 2))
+    shown, clips = batch.vision
+    assert (shown.kind, clips.kind) == ("image", "video")
+    assert torch.equal(shown.pixels, torch.cat([i["pixel_values"] for i in images]))
+    assert torch.equal(shown.grid, torch.cat([i["image_grid_thw"] for i in images]))
+    assert torch.equal(clips.pixels, torch.cat([clip["pixel_values_videos"]] * 2))
     assert batch.label_samples.unique().tolist() == [0, 1, 2] and batch.num_targets == 3
 
 
@@ -84,7 +87,8 @@ def test_what_a_processor_returns_is_taken_as_it_is():
 
 def test_moving_a_batch_moves_every_tensor():
     batch = pack([(vision([(1, 4, 4)], 1), text(3, 0))], **OPTIONS).to("meta")
-    tensors = [v for v in vars(batch).values() if isinstance(v, torch.Tensor)]
+    parts = (batch, *batch.vision)
+    tensors = [v for part in parts for v in vars(part).values() if isinstance(v, torch.Tensor)]
     assert len(tensors) == 8 and {t.device.type for t in tensors} == {"meta"}
     assert batch.layout.device.type == "meta"
 
@@ -94,8 +98,10 @@ def test_features_of_two_devices_are_joined_on_the_accelerator(order):
     """Features beyond the budget of `vision_memory` wait on the host; `meta` refuses to meet it."""
     sides = [vision([(1, 2, 2)], seed) for seed in range(2)]
     for side, device in zip(sides, order, strict=True):
-        side["pixel_values"] = (torch.zeros(1, 64, device=device), torch.ones(1, 8, device=device))
-    levels = pack([(side, None) for side in sides], **OPTIONS).pixel_values
+        levels = (torch.zeros(1, 64, device=device), torch.ones(1, 8, device=device))
+        side["vision"] = [Vision("image", side["image_grid_thw"], features=levels)]
+    (vision_of_all,) = pack([(side, None) for side in sides], **OPTIONS).vision
+    levels = vision_of_all.features
     assert [(*x.shape, x.device.type) for x in levels] == [(2, 64, max(order)), (2, 8, max(order))]
 
 

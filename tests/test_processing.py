@@ -15,7 +15,8 @@ from helpers import VISION, tiny_tokenizer
 from PIL import Image
 
 from btok.data.records import Side
-from btok.processing import Processor, smart_size
+from btok.families.qwen_images import smart_size
+from btok.processing import Processor
 
 TOKENIZER = tiny_tokenizer()
 
@@ -54,14 +55,14 @@ def test_a_video_is_two_frames_per_patch():
     assert got["video_grid_thw"].tolist() == [[2, 2, 4]]
     patches = got["pixel_values_videos"].reshape(2, 2, 2, 2, 3, 2, 14, 14)
     #       time, block column, row in block, column in block, channel, frame, y, x
-    processor = Processor(TOKENIZER)
+    images = Processor(TOKENIZER).image_processor
     for time, frame, shown in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 2)):  # the last one twice
         for block in range(2):
             for row in range(2):
                 for column in range(2):
                     x, y = 28 * block + 14 * column, 14 * row
                     cut = frames[shown][y : y + 14, x : x + 14] / np.float32(255)
-                    expected = (cut - processor.image_mean) / processor.image_std
+                    expected = (cut - images.image_mean) / images.image_std
                     patch = patches[time, block, row, column, :, frame]
                     assert np.allclose(patch, expected.transpose(2, 0, 1), atol=1e-5)
 
@@ -163,8 +164,11 @@ def test_files_of_a_stock_qwen3_vl_checkpoint(tmp_path):
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(stock))
     processor = Processor.from_pretrained(tmp_path)
-    assert processor.model_type == "qwen3_vl" and processor.patch_size == 16
-    assert (processor.min_pixels, processor.max_pixels) == (65_536, 16_777_216)
+    assert processor.model_type == "qwen3_vl" and processor.image_processor.patch_size == 16
+    assert (processor.image_processor.min_pixels, processor.image_processor.max_pixels) == (
+        65_536,
+        16_777_216,
+    )
     processor.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "preprocessor_config.json").read_text())
     assert again.items() >= {**stock, "image_processor_type": "Qwen2VLImageProcessor"}.items()
@@ -226,7 +230,7 @@ def test_the_stock_processors_read_our_files(family, tmp_path, monkeypatch):
     assert video.keys() <= known
     for name in video.keys() - {"processor_class", "video_processor_type", "size"}:
         assert np.array_equal(getattr(stock, name), video[name]), name
-    unit = ours.patch_size * 2
+    unit = ours.image_processor.patch_size * 2
     for _ in range(400):
         count = rng.randrange(1, 9) if family != "qwen3_vl" else rng.randrange(2, 9)
         shape = rng.randrange(8, 200), rng.randrange(8, 200)
@@ -259,9 +263,12 @@ def test_files_as_transformers_5_saves_them(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps(stock))
     (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 1, "max_pixels": 2}')
     loaded = Processor.from_pretrained(tmp_path)
-    assert loaded.model_type == "qwen3_vl" and loaded.patch_size == 14
-    assert (loaded.min_pixels, loaded.max_pixels) == (3_000, 40_000)
-    assert (loaded.min_frame_pixels, loaded.max_frame_pixels) == (4_096, 602_112)
+    assert loaded.model_type == "qwen3_vl" and loaded.image_processor.patch_size == 14
+    assert (loaded.image_processor.min_pixels, loaded.image_processor.max_pixels) == (3_000, 40_000)
+    assert (loaded.image_processor.min_frame_pixels, loaded.image_processor.max_frame_pixels) == (
+        4_096,
+        602_112,
+    )
 
 
 def test_a_chat_template_stays_with_the_tokenizer(tmp_path):
@@ -296,9 +303,17 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     )
     processor.save_pretrained(tmp_path)
     again = Processor.from_pretrained(tmp_path, num_btoks=2)
-    limits = (again.min_pixels, again.max_pixels, again.min_frame_pixels, again.max_frame_pixels)
+    images = again.image_processor
+    limits = (
+        images.min_pixels,
+        images.max_pixels,
+        images.min_frame_pixels,
+        images.max_frame_pixels,
+    )
     assert limits == (4_000, 40_000, 2_000, 9_000)
-    assert Processor.from_pretrained(tmp_path, max_pixels=50_000).max_pixels == 50_000
+    assert (
+        Processor.from_pretrained(tmp_path, max_pixels=50_000).image_processor.max_pixels == 50_000
+    )
     side = Side("abc", images=[picture(300, 200)])
     for key, value in processor(side).items():
         assert torch.equal(again(side)[key], value)

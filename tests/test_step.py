@@ -272,10 +272,10 @@ def test_the_vision_tower_runs_once_an_image(monkeypatch):
     patches = []
     features = BTokModel._features
 
-    def counted(model, kind, pixels, grid):
-        if not isinstance(pixels, tuple):
-            patches.append(len(pixels))
-        return features(model, kind, pixels, grid)
+    def counted(model, vision):
+        if vision.pixels is not None:
+            patches.append(len(vision.pixels))
+        return features(model, vision)
 
     monkeypatch.setattr(BTokModel, "_features", counted)
     _, processor = tiny_qwen2_vl()
@@ -342,8 +342,10 @@ def test_features_stand_for_pixels(family):
     """Those of Qwen3-VL's first layers, too; a batch takes either, not both."""
     model = BTokModel.from_backbone(tiny_backbone(family=family), btok_token_ids=BTOKS[:4])
     samples = samples_of(family)
-    seen = [tuple(None if s is None else model.see([s])[0] for s in pair) for pair in samples]
-    assert not any(isinstance(s.get("pixel_values"), torch.Tensor) for s, _ in seen)
+    seen = [
+        tuple(None if s is None else model.encode_vision([s])[0] for s in pair) for pair in samples
+    ]
+    assert not any(key in s for s, _ in seen for key in ("pixel_values", "pixel_values_videos"))
     with torch.no_grad():
         want, got = (packed(model, some)[1] for some in (samples, seen))
     assert (got.embeddings - want.embeddings).abs().max() < 1e-6

@@ -17,8 +17,9 @@ from btok.data.records import Pair
 from btok.data.samples import positive_ids
 from btok.model import BTokModel, BTokOutput
 from btok.objective import Losses
-from btok.packing import VISION_KEYS, Sample, by_budget, count_labels, pack
+from btok.packing import Sample, by_budget, count_labels, pack
 from btok.processing import Processor
+from btok.vision import vision_of
 from btok_kernels.ranks import rank, world
 from train.recipes import Recipe
 
@@ -80,8 +81,7 @@ class Done(NamedTuple):
 def count_patches(samples: Sequence[Sample]) -> int:
     """Of all images and videos, each counted once, wherever it stands."""
     sides = {id(side): side for sample in samples for side in sample if side is not None}
-    grids = [side[key] for side in sides.values() for _, key in VISION_KEYS if key in side]
-    return sum(int(torch.as_tensor(grid).prod(-1).sum()) for grid in grids if grid is not None)
+    return sum(sum(vision.patches) for side in sides.values() for vision in vision_of(side))
 
 
 def model_flops(model: BTokModel, tokens: int, patches: int) -> float:
@@ -230,20 +230,19 @@ def seen_once(
         memory: bytes of features that stay on the device; later ones wait on the host.
         tokens: of which the tower makes as many in one pass, at most; a larger side is alone.
     """
-    patches = (tokens or 1 << 13) * model.backbone.config.vision_config.spatial_merge_size**2
+    rules = model.family.vision
+    assert rules is not None
+    patches = (tokens or 1 << 13) * rules.merge_size(model.backbone.config) ** 2
     sides = {id(side): side for sample in samples for side in sample if side is not None}
-    sizes = {
-        name: sum(len(side[key]) for key, _ in VISION_KEYS if side.get(key) is not None)
-        for name, side in sides.items()
-    }
+    sizes = {name: sum(sum(v.patches) for v in vision_of(side)) for name, side in sides.items()}
     names = [name for name, size in sizes.items() if size]
     found: dict[int, Any] = {}
     for turn in by_budget([sizes[name] for name in names], patches):
-        for i, side in zip(turn, model.see([sides[names[i]] for i in turn]), strict=True):
-            for key, _ in VISION_KEYS:
-                if levels := side.get(key):
-                    memory -= sum(level.nbytes for level in levels)
-                    side[key] = levels if memory >= 0 else tuple(x.cpu() for x in levels)
+        made = model.encode_vision([sides[names[i]] for i in turn])
+        for i, side in zip(turn, made, strict=True):
+            for at, vision in enumerate(side["vision"]):
+                memory -= sum(level.nbytes for level in vision.features)
+                side["vision"][at] = vision if memory >= 0 else vision.to("cpu")
             found[names[i]] = side
 
     def features(side: Any) -> Any:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+from btok.data.records import Side
+from btok.vision import Vision, vision_of
+
+IMAGE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 
 
 def text_positions(input_ids: Any) -> np.ndarray:
-    """Positions of a model without vision: 0, 1, 2, ... on all three axes.
+    """Positions of a model without M-RoPE: 0, 1, 2, ... on all three axes.
 
     Args:
         input_ids: integers [L].
@@ -25,16 +30,85 @@ def text_positions(input_ids: Any) -> np.ndarray:
     return np.tile(np.arange(length), (3, 1))
 
 
-def _of_text(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
-    return text_positions(ids)
+class Seen(NamedTuple):
+    """What an image processor makes of a side's images and video.
+
+    Args:
+        ids: the tokens that stand for them.
+        gap: what comes between these and the side's text.
+        tensors: patches and grids, by the names that `btok/vision.py` has for them, and whatever
+            else the family's positions take.
+    """
+
+    ids: list[int]
+    gap: str
+    tensors: dict[str, Tensor]
 
 
-def _one_level(found: Any) -> Sequence[Any]:
-    return [found.pooler_output]
+class ImageProcessor(ABC):
+    """Pictures become patches, and tokens that hold their places.
+
+    `image_processor(tokenizer, **settings)` makes one; `SETTINGS` names what it takes and keeps as
+    attributes, `BOUNDS` those of them that say how large a picture is shown.
+    """
+
+    SETTINGS: ClassVar[tuple[str, ...]]
+    BOUNDS: ClassVar[tuple[str, ...]]
+    stock: ClassVar[str]  # the stem of transformers' names, as in `Qwen2VLProcessor`
+
+    @abstractmethod
+    def __init__(self, tokenizer: Any, **settings: Any) -> None: ...
+
+    @abstractmethod
+    def __call__(self, side: Side) -> Seen:
+        """The images and the video of a side that has some."""
+
+    @abstractmethod
+    def estimate(self, pixels: Sequence[int], frames: int) -> int:
+        """About how many tokens images of so many pixels and so many frames of a video take."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, image: Mapping[str, Any], video: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that a checkpoint's files have, stock ones too: those of its image processor and
+        of its video processor.
+        """
+
+    @abstractmethod
+    def files(self) -> dict[str, dict[str, Any]]:
+        """What these settings are in files that the stock processors read, by their names."""
+
+
+def special_token(tokenizer: Any, token: str, whose: str) -> int:
+    """The id of a special token; a ValueError for a tokenizer that lacks it."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or found == tokenizer.unk_token_id:
+        raise ValueError(f"Processor: the tokenizer has no {token}, expected {whose}")
+    return found
+
+
+def levels_of(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """(byte / 255 - mean) / std of every byte, float32 [3, 256]: exact, and one look-up a pixel."""
+    of_mean, of_std = (np.array(x, np.float32) for x in (mean, std))
+    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    return ((levels - of_mean) / of_std).T.copy()
+
+
+def _stock_features(model: Any, vision: Vision) -> Sequence[Tensor]:
+    found = getattr(model, f"get_{vision.kind}_features")(vision.pixels, vision.grid)
+    return [torch.cat(tuple(found.pooler_output))]
+
+
+def _merge_size(config: Any) -> int:
+    return config.vision_config.spatial_merge_size
 
 
 def _no_more(vision_config: Any) -> int:
     return 0
+
+
+def _by_name(side: Mapping[str, Any], config: Any) -> list[Vision]:
+    return vision_of(side)
 
 
 @dataclass(frozen=True)
@@ -42,33 +116,25 @@ class VisionRules:
     """How a family sees.
 
     Args:
-        stock: the stem of the names of transformers' processors, as in `Qwen2VLProcessor`.
-        stock_video: the same of their video processors.
-        patch_size: pixels per patch side.
-        mean, std: of the pixels, per channel, in [0, 1].
-        bounds_of_all_frames: the bounds on a video's pixels are on all its frames together.
-        timed_slots: each two frames of a video are bracketed on their own, behind their time as
-            text, and not the whole video once.
-        needs_seconds: positions take `second_per_grid_ts`, the seconds between a video's slots.
-        levels: of what the vision tower returns, a sequence of per-image tensors for each level:
-            the first goes in the place of tokens, the others onto outputs of the first layers.
+        image_processor: the class of its image processor.
+        read: what a side shows, of what the stock processor returns or ours, and the backbone's
+            configuration.
+        features: the vision tower's, of the backbone's `model` and images or videos: [tokens, D]
+            for each level. The first goes in the place of tokens, the others onto outputs of the
+            first layers.
         onto_layers: the language model's keyword arguments for those others, from the rows [T]
             that are vision and the features [rows, D] of each level.
         num_levels: how many others there are, by the vision configuration.
+        merge_size: patches per token along height and along width, by the configuration.
         tower: the attribute of the backbone's `model` that is the vision tower.
     """
 
-    stock: str
-    stock_video: str
-    patch_size: int
-    mean: Sequence[float]
-    std: Sequence[float]
-    bounds_of_all_frames: bool = False
-    timed_slots: bool = False
-    needs_seconds: bool = False
-    levels: Callable[[Any], Sequence[Any]] = _one_level
+    image_processor: type[ImageProcessor]
+    read: Callable[[Mapping[str, Any], Any], list[Vision]] = _by_name
+    features: Callable[[Any, Vision], Sequence[Tensor]] = _stock_features
     onto_layers: Callable[[Tensor, Sequence[Tensor]], dict[str, Any]] | None = None
     num_levels: Callable[[Any], int] = _no_more
+    merge_size: Callable[[Any], int] = _merge_size
     tower: str = "visual"
 
 
@@ -79,16 +145,35 @@ class Family:
     Args:
         architecture: the class of transformers that loads it.
         vision: how it sees; None for text alone.
-        positions: (ids [L], the side they are of, as a processor returns it, the backbone's
-            configuration) -> int64 [3, L]: time, height and width.
+        mrope: (ids [L], the side they are of, as a processor returns it, the backbone's
+            configuration) -> int64 [3, L]: time, height and width; None where there is one axis
+            alone.
         language_model: the attribute of the backbone's `model` that is its decoder; None where
             that is the decoder itself.
     """
 
     architecture: str
     vision: VisionRules | None = None
-    positions: Callable[[np.ndarray, Mapping[str, Any], Any], np.ndarray] = _of_text
+    mrope: Callable[[np.ndarray, Mapping[str, Any], Any], np.ndarray] | None = None
     language_model: str | None = None
+
+    def positions(self, ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
+        """int64 [3, L]: `mrope`, or 0, 1, 2, ... on all axes."""
+        return self.mrope(ids, side, config) if self.mrope else text_positions(ids)
+
+    def shown(self, side: Mapping[str, Any], config: Any) -> list[Vision]:
+        """The images and the video of a side, as a processor returns it.
+
+        Raises:
+            ValueError: some, for a model of text alone; grids and pixels that do not agree.
+        """
+        if self.vision is not None:
+            return self.vision.read(side, config)
+        if vision_of(side):
+            raise ValueError(
+                f"pack: a sample has images or a video, {config.model_type} takes text alone"
+            )
+        return []
 
     def decoder(self, backbone: Any) -> Any:
         """The embedding, `layers` and `norm` of a backbone of this family."""

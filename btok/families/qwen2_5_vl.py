@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from btok.families.family import CLIP, Family, VisionRules
+from btok.families.family import Family, VisionRules
 from btok.families.mrope import arguments, mrope, rows
+from btok.families.qwen_images import QwenImageProcessor
 
 
 def qwen2_5_vl_positions(
@@ -58,9 +59,14 @@ def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndar
     )
 
 
+class _ImageProcessor(QwenImageProcessor):
+    stock = "Qwen2_5_VL"
+    needs_seconds = True
+
+
 QWEN2_5_VL = Family(
     "Qwen2_5_VLForConditionalGeneration",
-    VisionRules("Qwen2_5_VL", "Qwen2VL", 14, *CLIP, needs_seconds=True),
+    VisionRules(_ImageProcessor),
     _positions,
     language_model="language_model",
 )

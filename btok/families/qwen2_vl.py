@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from btok.families.family import CLIP, Family, VisionRules
+from btok.families.family import Family, VisionRules
 from btok.families.mrope import arguments, mrope, rows
+from btok.families.qwen_images import QwenImageProcessor
 
 
 def qwen2_vl_positions(
@@ -46,7 +47,7 @@ def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndar
 
 QWEN2_VL = Family(
     "Qwen2VLForConditionalGeneration",
-    VisionRules("Qwen2VL", "Qwen2VL", 14, *CLIP),
+    VisionRules(QwenImageProcessor),
     _positions,
     language_model="language_model",
 )

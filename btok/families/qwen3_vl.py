@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from btok.families.family import Family, VisionRules
 from btok.families.mrope import arguments, mrope, rows
+from btok.families.qwen_images import QwenImageProcessor
+from btok.vision import Vision
 
 
 def qwen3_vl_positions(
@@ -43,8 +46,10 @@ def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndar
     return qwen3_vl_positions(ids, **arguments(side, config))
 
 
-def _levels(found: Any) -> list[Any]:
-    return [found.pooler_output, *found.deepstack_features]
+def _features(model: Any, vision: Vision) -> list[Tensor]:
+    found = getattr(model, f"get_{vision.kind}_features")(vision.pixels, vision.grid)
+    levels = [found.pooler_output, *found.deepstack_features]
+    return [torch.cat(tuple(level)) for level in levels]
 
 
 def _onto_layers(at: Tensor, levels: Sequence[Tensor]) -> dict[str, Any]:
@@ -55,19 +60,18 @@ def _num_levels(vision_config: Any) -> int:
     return len(vision_config.deepstack_visual_indexes)
 
 
+class _ImageProcessor(QwenImageProcessor):
+    stock = stock_video = "Qwen3VL"
+    patch_size = 16
+    image_mean = image_std = (0.5, 0.5, 0.5)
+    bounds_of_all_frames = True
+    timed_slots = True
+
+
 QWEN3_VL = Family(
     "Qwen3VLForConditionalGeneration",
     VisionRules(
-        "Qwen3VL",
-        "Qwen3VL",
-        16,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        bounds_of_all_frames=True,
-        timed_slots=True,
-        levels=_levels,
-        onto_layers=_onto_layers,
-        num_levels=_num_levels,
+        _ImageProcessor, features=_features, onto_layers=_onto_layers, num_levels=_num_levels
     ),
     _positions,
     language_model="language_model",

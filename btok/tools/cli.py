@@ -27,8 +27,7 @@ import tyro
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import sha256
-from btok.inputs import IMAGES, TEXTS, VIDEOS, as_side, with_frames
-from btok.processing import rgb_array
+from btok.inputs import IMAGES, TEXTS, VIDEOS, as_side, rgb_array, with_frames
 from btok.tools import pictures
 from btok.tools.command_line import parse
 from btok.tools.export import export

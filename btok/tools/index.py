@@ -82,7 +82,9 @@ class Index:
         _all_here()
         index = cls(folder)
         had, asked = index.meta | index.meta.get("settings", {}), meta | meta["settings"]
-        for name in sorted(asked.keys() - {"settings"} | index.meta.get("settings", {}).keys()):
+        # bounds on pixels were once kept for models of text alone, too
+        kept = {name for name in index.meta.get("settings", {}) if not name.endswith("_pixels")}
+        for name in sorted(asked.keys() - {"settings"} | kept):
             if had.get(name) != asked.get(name):
                 raise ValueError(
                     f"{folder} holds vectors of {name} {had.get(name)!r}, this is "
@@ -188,15 +190,14 @@ def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None
     Raises:
         ValueError: vectors of another model or other settings; no checkpoint to name the model.
     """
-    model = encoder.model
-    bounds = ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels")
+    model, images = encoder.model, encoder.processor.image_processor
     settings = {
         "instruction": instruction or "",
         "pooling": model.settings.pooling,
         "num_btoks": len(model.btok_token_ids),
         "dtype": str(model.backbone.dtype),
         "vision_positions": model.settings.vision_positions,
-        **{name: getattr(encoder.processor, name) for name in bounds},
+        **({name: getattr(images, name) for name in images.BOUNDS} if images else {}),
     }
     return Index.open(folder, encoder.digest, settings)
 

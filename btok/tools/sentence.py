@@ -15,10 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
+from btok.families import family_of
 from btok.files import read_json
 from btok.inputs import as_side, with_frames
 from btok.model import BTokModel, use_condensed_attention
 from btok.processing import Processor
+from btok.vision import KEYS
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -29,11 +31,7 @@ except ImportError as error:
         'pip install "btok[sentence-transformers]"'
     ) from error
 
-# kind, its patches [patches, values], and what it has one row of per image or video
-_VISION = (
-    ("image", "pixel_values", ("image_grid_thw",)),
-    ("video", "pixel_values_videos", ("video_grid_thw", "second_per_grid_ts")),
-)
+_OTHERS = {"image": (), "video": ("second_per_grid_ts",)}  # a row per video, beside its grid
 
 
 def load_sentence_transformer(
@@ -113,8 +111,8 @@ class BTokTransformer(InputModule):
             "input_ids": pad_sequence(ids, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
         }
-        for _, patches, others in _VISION:
-            for key in (patches, *others):
+        for kind, keys in KEYS.items():
+            for key in (*keys, *_OTHERS[kind]):
                 if parts := [sample[key] for sample in samples if key in sample]:
                     features[key] = torch.cat(parts)
         return features
@@ -158,13 +156,15 @@ def unpad(features: Mapping[str, Any], config: Any) -> list[dict[str, Tensor]]:
     mask = features["attention_mask"].bool().cpu()
     rows = [ids[kept] for ids, kept in zip(features["input_ids"].cpu(), mask, strict=True)]
     samples: list[dict[str, Tensor]] = [{"input_ids": ids} for ids in rows]
-    for kind, patches, others in _VISION:
-        if features.get(others[0]) is None:
+    vision = family_of(config).vision
+    for kind, (patches, grid) in KEYS.items():
+        if vision is None or features.get(grid) is None:
             continue
-        merged = config.vision_config.spatial_merge_size**2
+        others = (grid, *_OTHERS[kind])
+        merged = vision.merge_size(config) ** 2
         token = getattr(config, f"{kind}_token_id")
         sizes = [merged * int((ids == token).sum()) for ids in rows]  # patches of each sample
-        ends = features[others[0]].cpu().prod(1).cumsum(0)
+        ends = features[grid].cpu().prod(1).cumsum(0)
         ends = torch.searchsorted(ends, torch.tensor(sizes).cumsum(0), right=True)
         counts = ends.diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
         split = {patches: features[patches].split(sizes)}
