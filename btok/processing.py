@@ -22,6 +22,7 @@ from btok.tokens import add_to_tokenizer
 # around a generated target, by a token that only such a tokenizer has: a turn of its chat format
 _TURNS = {
     "<|start_header_id|>": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    "<end_of_utterance>": ("\nAssistant:", "<end_of_utterance>"),  # Idefics3's
     "<|im_start|>": ("<|im_start|>assistant\n", "<|im_end|>"),
 }
 
@@ -82,12 +83,12 @@ class Processor:
             for model_type, family in FAMILIES.items()
             if family.vision
         }
-        own = {"model_type": by_class.get(written_for, "qwen2_vl")}
-        own |= {k: v for k, v in read_json(name_or_path, "config.json").items() if k in own}
-        own |= {k: v for k, v in settings.items() if k in own}
-        vision = named_family(own["model_type"], "Processor: model_type").vision
-        saved = vision.image_processor.read(image, video) if vision else {}
-        return cls(tokenizer, **own | saved | settings)
+        config = read_json(name_or_path, "config.json")
+        kind = config.get("model_type", by_class.get(written_for, "qwen2_vl"))
+        kind = settings.pop("model_type", kind)
+        vision = named_family(kind, "Processor: model_type").vision
+        saved = vision.image_processor.read(image, video, config) if vision else {}
+        return cls(tokenizer, model_type=kind, **saved | settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer and the files that the stock image and video processors read.

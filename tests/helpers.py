@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,27 +24,118 @@ IMAGE, VIDEO, VISION_START, VISION_END = 110, 111, 112, 113
 BTOKS = (100, 101, 102, 103, 104, 105, 106, 107)
 PREFIX, SUFFIX = (50, 51), (52,)
 WIDTHS = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
-VISION = {  # vision towers
-    "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
-    # windows of 2 x 2 merged tokens in the first layer
-    "qwen2_5_vl": {
-        **WIDTHS,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-        "tokens_per_second": 2,
-    },
-    "qwen3_vl": {**WIDTHS, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+TOWER = {"depth": 2, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2}
+QWEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
 }
+NOTHING: dict[str, Any] = {}
+PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+PIXELS = {"patch_size": 4, "min_pixels": 64, "max_pixels": 600, "max_frame_pixels": 600}
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3", "llama")
+
+def _same(side: dict[str, Any]) -> dict[str, Any]:
+    return side
+
+
+def _with_seconds(side: dict[str, Any]) -> dict[str, Any]:
+    """Qwen2.5-VL's."""
+    if "video_grid_thw" not in side:
+        return side
+    return side | {"second_per_grid_ts": torch.tensor([0.7])}
+
+
+def _with_times(side: dict[str, Any]) -> dict[str, Any]:
+    """Qwen3-VL's: a time, as text, before each slot of its own."""
+    if "video_grid_thw" not in side:
+        return side
+    [(slots, h, w)] = side["video_grid_thw"].tolist()
+    slot = [VISION_START, *[VIDEO] * (h * w // 4), VISION_END]
+    ids = [token for t in range(slots) for token in (20 + t, 30, *slot)]
+    return side | {"input_ids": ids + side["input_ids"][-4:]}
+
+
+def _by_name(side: dict[str, Any]) -> dict[str, Any]:
+    names = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+    return {name: side[name] for name in names if name in side}
+
+
+class Tiny(NamedTuple):
+    """A tiny model of a family: what it has beside what all have, and how it is shown things.
+
+    Args:
+        language, config: settings of the language model and of the whole; for a model with vision
+            `config` has the tower's as "vision_config", and the placeholders' ids.
+        tied: whether lm_head is the embedding matrix.
+        side: a side of `vision` below, which is Qwen2-VL's, as the family's processor gives it.
+        stock: what the stock model takes of such a side, but for the ids.
+        settings: of a processor that makes small pictures few tokens.
+        tokens: special tokens of its tokenizer that Qwen2-VL's has not.
+        pads: by kind, the placeholders in such a tokenizer.
+    """
+
+    language: dict[str, Any] = NOTHING
+    config: dict[str, Any] = NOTHING
+    tied: bool = True
+    side: Callable[[dict[str, Any]], dict[str, Any]] = _same
+    stock: Callable[[dict[str, Any]], dict[str, Any]] = _by_name
+    settings: dict[str, Any] = PIXELS
+    tokens: tuple[str, ...] = ()
+    pads: dict[str, str] = PADS
+
+
+TINY = {
+    "qwen2_vl": Tiny(
+        {"rope_parameters": {"mrope_section": [2, 3, 3]}, "head_dim": None},
+        QWEN_IDS | {"vision_config": {**TOWER, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}},
+    ),
+    "qwen2_5_vl": Tiny(
+        {"rope_parameters": {"mrope_section": [2, 3, 3]}, "head_dim": None},
+        QWEN_IDS
+        | {
+            "vision_config": {
+                **TOWER,
+                **WIDTHS,
+                "window_size": 16,  # 2 x 2 merged tokens, in the first layer
+                "fullatt_block_indexes": [1],
+                "tokens_per_second": 2,
+            }
+        },
+        tied=False,
+        side=_with_seconds,
+    ),
+    "qwen3_vl": Tiny(
+        {"rope_parameters": {"mrope_section": [4, 2, 2]}},
+        QWEN_IDS
+        | {
+            "vision_config": {
+                **TOWER,
+                **WIDTHS,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 1],
+            }
+        },
+        side=_with_times,
+    ),
+    "qwen2": Tiny(),
+    "qwen3": Tiny(),
+    "llama": Tiny(tied=False),
+}
+FAMILIES = tuple(TINY)
+VISION = tuple(family for family, tiny in TINY.items() if "vision_config" in tiny.config)
+MROPE = tuple(family for family in FAMILIES if families.FAMILIES[family].mrope)
 
 
 def tiny_backbone(
     seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2, family: str = "qwen2_vl"
 ) -> Any:
-    """A random model, hidden 64, 4 query and 2 key heads; embeddings tied but in two families."""
+    """A random model, hidden 64, 4 query and 2 key heads."""
     import transformers
 
+    tiny = TINY[family]
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
     language = {
         "vocab_size": 120,
         "hidden_size": 64,
@@ -52,32 +144,34 @@ def tiny_backbone(
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "bos_token_id": 0,
         "eos_token_id": 1,
         "initializer_range": 0.2,
+        **tiny.language,
+        "rope_parameters": rope | tiny.language.get("rope_parameters", {}),
     }
-    tied = family not in ("qwen2_5_vl", "llama")
-    config: dict[str, Any] = {"tie_word_embeddings": tied}
-    if family in VISION:
-        section = {"mrope_section": [4, 2, 2] if family == "qwen3_vl" else [2, 3, 3]}
-        language["rope_parameters"] |= section
-        if family != "qwen3_vl":
-            del language["head_dim"]
-        vision = {"depth": 2, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2}
-        config |= {
-            "text_config": language,
-            "vision_config": vision | VISION[family],
-            "image_token_id": IMAGE,
-            "video_token_id": VIDEO,
-            "vision_start_token_id": VISION_START,
-            "vision_end_token_id": VISION_END,
-        }
-    else:
-        config |= language
+    language = {name: value for name, value in language.items() if value is not None}
+    config = {"tie_word_embeddings": tiny.tied, **copy.deepcopy(tiny.config)}
+    config |= {"text_config": language} if family in VISION else language
     architecture = getattr(transformers, families.FAMILIES[family].architecture)
     torch.manual_seed(seed)
     return architecture(architecture.config_class(**config)).to(dtype)
+
+
+def tiny_module(
+    family: str = "qwen2_vl", dtype: torch.dtype = torch.float32
+) -> tuple[BTokModel, Processor]:
+    """The tiny model with 4 bottleneck tokens, and its processor: 8 pixels a merged token."""
+    tiny, tokenizer = TINY[family], tiny_tokenizer()
+    tokenizer.add_tokens(list(tiny.tokens), special_tokens=True)
+    backbone = tiny_backbone(dtype=dtype, family=family)
+    for kind, pad in tiny.pads.items() if family in VISION else ():
+        setattr(backbone.config, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(pad))
+    btoks = add_to_tokenizer(tokenizer, 4)
+    add_to_embeddings(backbone, btoks)
+    model = BTokModel.from_backbone(backbone, btok_token_ids=btoks)
+    settings = tiny.settings if family in VISION else {}
+    return model, Processor(tokenizer, model_type=family, **settings)
 
 
 def text(length: int, seed: int) -> dict[str, Any]:
@@ -129,22 +223,9 @@ def worst_gradient(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     return max(errors)
 
 
-def tiny_qwen2_vl(dtype: torch.dtype = torch.float32) -> tuple[BTokModel, Processor]:
-    """The tiny model with 4 bottleneck tokens, and its processor: 8 pixels a merged token."""
-    tokenizer = tiny_tokenizer()
-    backbone = tiny_backbone(dtype=dtype)
-    ids = {n: tokenizer.convert_tokens_to_ids(f"<|{n}_pad|>") for n in ("image", "video")}
-    backbone.config.image_token_id, backbone.config.video_token_id = ids["image"], ids["video"]
-    btoks = add_to_tokenizer(tokenizer, 4)
-    add_to_embeddings(backbone, btoks)
-    return BTokModel.from_backbone(backbone, btok_token_ids=btoks), Processor(
-        tokenizer, patch_size=4, min_pixels=64, max_pixels=600, max_frame_pixels=600
-    )
-
-
 def tiny_checkpoint(folder: Path, seed: int = 0) -> Path:
     """The tiny model and its processor, saved."""
-    model, processor = tiny_qwen2_vl()
+    model, processor = tiny_module()
     torch.manual_seed(seed)
     with torch.no_grad():
         model.backbone.get_input_embeddings().weight.normal_(std=0.2)

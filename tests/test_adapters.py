@@ -12,6 +12,7 @@ from helpers import (
     FAMILIES,
     PREFIX,
     SUFFIX,
+    TINY,
     VISION,
     text,
     tiny_backbone,
@@ -57,7 +58,7 @@ def batch_of(model, targets=False):
     config = model.backbone.config
     sources = [text(length, length) for length in (1, 9, 30)]
     if config.model_type in VISION:
-        sources.append(vision([(1, 4, 6)], 1))
+        sources.append(TINY[config.model_type].side(vision([(1, 4, 6)], 1)))
     return pack(
         [(source, text(4, i) if targets else None) for i, source in enumerate(sources)],
         btok_token_ids=model.btok_token_ids,
@@ -81,7 +82,8 @@ def test_only_adapters_and_bottleneck_rows_have_gradients(family, dora, tmp_path
     names = {
         name.replace(".default", "") for name, p in model.named_parameters() if p.requires_grad
     }
-    inner = "language_model." if family in VISION else ""
+    inner = model.family.language_model
+    inner = f"{inner}." if inner else ""
     parts = ["lora_A.weight", "lora_B.weight", *["lora_magnitude_vector.weight"] * dora]
     linears = [f"self_attn.{n}_proj" for n in "qkvo"] + ["mlp.down_proj"]
     assert names == {f"backbone.model.{inner}embed_tokens.token_adapter.trainable_tokens_delta"} | {

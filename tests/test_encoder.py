@@ -13,7 +13,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_checkpoint, tiny_qwen2_vl
+from helpers import tiny_checkpoint, tiny_module
 from PIL import Image
 
 from btok import BTokEncoder, Side
@@ -34,7 +34,7 @@ SIDES = [
 
 @pytest.fixture(scope="module")
 def encoder():
-    return BTokEncoder(*tiny_qwen2_vl())
+    return BTokEncoder(*tiny_module())
 
 
 class Spy:
@@ -101,7 +101,7 @@ def test_a_window_smaller_than_the_inputs(encoder):
 
 
 def test_a_window_is_sorted_longest_first():
-    model, processor = tiny_qwen2_vl()
+    model, processor = tiny_module()
     spy = Spy(processor)
     texts = ["a" * n for n in (3, 50, 7, 20, 1)]
     list(BTokEncoder(model, spy).encode_iter(texts, window=4))
@@ -119,7 +119,7 @@ def test_lengths_are_told_from_headers(encoder, tmp_path):
 
 
 def test_an_endless_iterable_is_streamed_by_a_thread_a_few_batches_ahead():
-    model, processor = tiny_qwen2_vl()
+    model, processor = tiny_module()
     spy, drawn = Spy(processor), []
 
     def endless():
@@ -139,7 +139,7 @@ def test_an_endless_iterable_is_streamed_by_a_thread_a_few_batches_ahead():
 
 
 def test_the_mode_of_the_model_is_left_as_it_was():
-    model, processor = tiny_qwen2_vl()
+    model, processor = tiny_module()
     for training in (True, False):
         model.train(training)
         BTokEncoder(model, processor).encode(SIDES[:1])
@@ -204,7 +204,7 @@ def test_unreadable_inputs_are_told_and_the_rest_goes_on(encoder, tmp_path, monk
 
 
 def test_a_vector_that_is_not_finite_is_refused():
-    model, processor = tiny_qwen2_vl()
+    model, processor = tiny_module()
     model.backbone.get_input_embeddings().weight.data[processor.encode("q")] = float("nan")
     with pytest.raises(ValueError, match="vector of input 1 is not finite"):
         BTokEncoder(model, processor).encode(["a", "q", "b"])

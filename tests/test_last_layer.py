@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import BTOKS, FAMILIES, PREFIX, SUFFIX, VISION, text, tiny_backbone, vision
+from helpers import BTOKS, FAMILIES, PREFIX, SUFFIX, TINY, VISION, text, tiny_backbone, vision
 
 from btok.last_layer import pooled_rows_only
 from btok.model import BTokModel
@@ -27,7 +27,8 @@ def tiny(family: str, num_btoks: int = 4, layers: int = 3, **settings) -> BTokMo
 def batch_of(model: BTokModel, target=None, sources=None):
     config = model.backbone.config
     if sources is None:
-        sources = TEXTS[:3] + (IMAGES if config.model_type in VISION else []) + TEXTS[3:]
+        images = IMAGES if config.model_type in VISION else []
+        sources = TEXTS[:3] + [TINY[config.model_type].side(side) for side in images] + TEXTS[3:]
     return pack(
         [(source, target) for source in sources],
         btok_token_ids=model.btok_token_ids,
@@ -39,7 +40,7 @@ def batch_of(model: BTokModel, target=None, sources=None):
 
 def run(model: BTokModel, batch):
     """The output, and how many rows the last MLP, its query projection and the norm saw."""
-    decoder = getattr(model.backbone.model, "language_model", model.backbone.model)
+    decoder = model.family.decoder(model.backbone)
     last, seen = decoder.layers[-1], []
     hooks = [
         module.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0][..., 0]))

@@ -15,12 +15,12 @@ from helpers import (
     BTOKS,
     FAMILIES,
     IMAGE,
+    MROPE,
     PREFIX,
     SUFFIX,
+    TINY,
     VIDEO,
     VISION,
-    VISION_END,
-    VISION_START,
     gradients,
     text,
     tiny_backbone,
@@ -51,23 +51,14 @@ def samples_of(family: str) -> list:
     """The same, as a processor of the family gives them."""
     if family not in VISION:
         return TEXTS
-    return [tuple(None if s is None else side_of(family, s) for s in pair) for pair in SAMPLES]
-
-
-def side_of(family: str, side: dict) -> dict:
-    if "video_grid_thw" not in side or family == "qwen2_vl":
-        return side
-    [(slots, h, w)] = side["video_grid_thw"].tolist()
-    if family == "qwen2_5_vl":
-        return side | {"second_per_grid_ts": torch.tensor([0.7])}
-    # a time, as text, before each slot of its own
-    slot = [VISION_START, *[VIDEO] * (h * w // 4), VISION_END]
-    ids = [token for t in range(slots) for token in (20 + t, 30, *slot)]
-    return side | {"input_ids": ids + side["input_ids"][-4:]}
+    side = TINY[family].side
+    return [tuple(None if s is None else side(s) for s in pair) for pair in SAMPLES]
 
 
 def positions_by_hand(family: str, side: dict, ids: list[int]) -> torch.Tensor:
     """Straight from the rule, a token at a time."""
+    if family not in MROPE:
+        return torch.arange(len(ids)).expand(3, -1)
     images = [(grid, 1) for grid in side.get("image_grid_thw", torch.empty(0, 3)).tolist()]
     videos = [(grid, 1) for grid in side.get("video_grid_thw", torch.empty(0, 3)).tolist()]
     if family == "qwen2_5_vl":
@@ -94,14 +85,13 @@ def stock_forward(backbone, family, ids, side, shift=0, cache=None, flat=False):
     positions = torch.arange(len(ids)).expand(3, -1)
     if not flat:
         positions = positions_by_hand(family, side, ids)
-    names = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
-    inputs = {name: side[name] for name in names if name in side}
-    for name in names[:2]:
-        if name in inputs:
-            inputs[name] = inputs[name].to(backbone.dtype)
+    inputs = {
+        name: value.to(backbone.dtype) if value.is_floating_point() else value
+        for name, value in TINY[family].stock(side).items()
+    }
     output = backbone.model(
         input_ids=torch.tensor([ids]),
-        position_ids=(positions[:, None] if family in VISION else positions[:1]) + shift,
+        position_ids=(positions[:, None] if family in MROPE else positions[:1]) + shift,
         past_key_values=cache,
         use_cache=True,
         **inputs,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import tiny_checkpoint, tiny_qwen2_vl
+from helpers import tiny_checkpoint, tiny_module
 from PIL import Image
 
 from btok import BTokEncoder, Side
@@ -139,7 +139,7 @@ def test_the_model_is_known_by_its_digest(model, encoder):
     assert (meta.embed_dim, meta.modalities) == (64, ["text", "image"])
     assert MTEBEncoder(encoder, "someone/model").mteb_model_meta.name == "someone/model"
     with pytest.raises(ValueError, match="checkpoint is None"):
-        MTEBEncoder(BTokEncoder(*tiny_qwen2_vl()))
+        MTEBEncoder(BTokEncoder(*tiny_module()))
 
 
 def test_what_cannot_be_done_is_named(model):

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import IMAGE, VIDEO, VISION, tiny_backbone
+from helpers import IMAGE, MROPE, VIDEO, tiny_backbone
 
 from btok.families import FAMILIES
 from btok.families.family import text_positions
@@ -165,7 +165,7 @@ def test_a_model_without_vision_counts():
         assert FAMILIES[family].positions([7, 8, 9], {}, None).tolist() == [[0, 1, 2]] * 3
 
 
-@pytest.mark.parametrize("family", VISION)
+@pytest.mark.parametrize("family", MROPE)
 def test_equal_to_transformers_where_that_is_right(family):
     """Right for images, for videos no longer than high or wide, and for all of Qwen3-VL's.
 

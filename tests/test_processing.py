@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers import VISION, tiny_tokenizer
+from helpers import MROPE, tiny_tokenizer
 from PIL import Image
 
 from btok.data.records import Side
@@ -192,7 +192,7 @@ def stock_video_processor(family, folder, monkeypatch):
     return getattr(module, kind["video_processor_type"]).from_pretrained(folder)
 
 
-@pytest.mark.parametrize("family", VISION)
+@pytest.mark.parametrize("family", MROPE)
 def test_the_stock_processors_read_our_files(family, tmp_path, monkeypatch):
     from transformers import AutoImageProcessor
     from transformers.models.auto import processing_auto

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, VISION, tiny_backbone, tiny_checkpoint, tiny_tokenizer
+from helpers import FAMILIES, VISION, tiny_checkpoint, tiny_module
 from PIL import Image
 
 import btok
-from btok import BTokEncoder, BTokModel, Processor, Side
-from btok.tokens import add_to_embeddings, add_to_tokenizer
+from btok import BTokEncoder, Side
 from btok.tools.index import model_digest
 
 pytest.importorskip(
@@ -70,17 +69,8 @@ def encoder(checkpoint):
     return BTokEncoder.from_pretrained(checkpoint)
 
 
-def tiny_module(family):
-    tokenizer, backbone = tiny_tokenizer(), tiny_backbone(family=family)
-    if family in VISION:
-        for kind in ("image", "video"):
-            token = tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
-            setattr(backbone.config, f"{kind}_token_id", token)
-    ids = add_to_tokenizer(tokenizer, 4)
-    add_to_embeddings(backbone, ids)
-    bounds = {"min_pixels": 64, "max_pixels": 600, "max_frame_pixels": 600}
-    processor = Processor(tokenizer, model_type=family, patch_size=4, **bounds)
-    return BTokTransformer(BTokModel.from_backbone(backbone, btok_token_ids=ids), processor)
+def module_of(family):
+    return BTokTransformer(*tiny_module(family))
 
 
 def distance(a, b):
@@ -103,7 +93,7 @@ def test_a_padded_batch_is_what_the_encoder_gives(model, encoder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_embedding_does_not_depend_on_its_padded_batch(family):
-    module = tiny_module(family)
+    module = module_of(family)
     inputs = [f"text {i} " + "x" * (7 * i % 40) for i in range(31)]
     if family in VISION:
         inputs[:8] = [INPUTS[1], INPUTS[3], INPUTS[5], {"text": "b", "video": PICTURES[1:6]}] * 2
@@ -134,7 +124,7 @@ def test_padding_may_be_on_any_side(model):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unpad_gives_back_the_samples(family):
-    module = tiny_module(family)
+    module = module_of(family)
     sides = [Side("a text"), Side("b" * 20)]
     if module.processor.has_vision:
         sides += [SIDES[3], SIDES[5], SIDES[1], Side("more", video=PICTURES[2:6]), Side("end")]
@@ -148,7 +138,7 @@ def test_unpad_gives_back_the_samples(family):
 
 
 def test_a_model_without_vision_takes_texts_alone():
-    module = tiny_module("qwen2")
+    module = module_of("qwen2")
     model = SentenceTransformer(modules=[module], device="cpu")
     assert model.modalities == ["text"] and not model.supports("image")
     expected = BTokEncoder(module.model, module.processor).encode(["photo.jpg", "a longer text"])

@@ -25,7 +25,7 @@ from helpers import (
     gradients,
     text,
     tiny_backbone,
-    tiny_qwen2_vl,
+    tiny_module,
     worst_gradient,
 )
 from test_model import packed, samples_of, two_pass
@@ -74,7 +74,7 @@ PAIRS = make_pairs()
 
 def model_with(dropout=0.0, checkpoint=False, train_all=False):
     """The tiny model with adapters that are no longer zero; or trained as a whole."""
-    model, processor = tiny_qwen2_vl()
+    model, processor = tiny_module()
     if not train_all:
         lora = adapters.Lora(rank=4, alpha=8, dropout=dropout)
         adapters.attach(model.backbone, lora, model.btok_token_ids, "tiny")
@@ -278,7 +278,7 @@ def test_the_vision_tower_runs_once_an_image(monkeypatch):
         return features(model, vision)
 
     monkeypatch.setattr(BTokModel, "_features", counted)
-    _, processor = tiny_qwen2_vl()
+    _, processor = tiny_module()
     sides = [processor(side) for pair in PAIRS for side in (pair.query, pair.positive)]
     keys = ("pixel_values", "pixel_values_videos")
     once = sum(len(side[key]) for side in sides for key in keys if key in side)

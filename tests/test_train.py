@@ -24,7 +24,7 @@ from helpers import (
     gradients,
     tiny_backbone,
     tiny_checkpoint,
-    tiny_qwen2_vl,
+    tiny_module,
     tiny_tokenizer,
     worst_gradient,
 )
@@ -45,7 +45,7 @@ RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_
 
 
 def step_gradients(dtype, step, negatives, reduction, rank, world):
-    model, processor = tiny_qwen2_vl(dtype)
+    model, processor = tiny_module(dtype=dtype)
     # ranks have equal numbers of targets, not of labels
     model.settings = dataclasses.replace(model.settings, ntp_reduction=reduction)
     recipe = dataclasses.replace(RECIPE, negatives=negatives)
@@ -108,7 +108,7 @@ def test_the_rate_warms_up_and_decays_in_each_phase():
 
 
 def saved_run(tmp_path, step=3):
-    model, processor = tiny_qwen2_vl()
+    model, processor = tiny_module()
     optimizers = make_optimizers(model, RECIPE)
     assert [len(o.param_groups[0]["params"]) > 5 for o in optimizers.values()] == [True, True]
     torch.manual_seed(step)

@@ -69,9 +69,11 @@ class ImageProcessor(ABC):
 
     @classmethod
     @abstractmethod
-    def read(cls, image: Mapping[str, Any], video: Mapping[str, Any]) -> dict[str, Any]:
-        """Settings that a checkpoint's files have, stock ones too: those of its image processor and
-        of its video processor.
+    def read(
+        cls, image: Mapping[str, Any], video: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Settings that a checkpoint's files have, stock ones too: those of its image processor, of
+        its video processor, and the model's.
         """
 
     @abstractmethod

@@ -129,7 +129,9 @@ class QwenImageProcessor(ImageProcessor):
         return int((images + self.max_frame_pixels * frames / TEMPORAL_PATCH) / unit**2)
 
     @classmethod
-    def read(cls, image: Mapping[str, Any], video: Mapping[str, Any]) -> dict[str, Any]:
+    def read(
+        cls, image: Mapping[str, Any], video: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> dict[str, Any]:
         found = {name: image[name] for name in cls.SETTINGS if name in image}
         for ours, file, stock in (
             ("min_pixels", image, "shortest_edge"),
