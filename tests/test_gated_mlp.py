@@ -10,6 +10,7 @@ from helpers import BTOKS, FAMILIES, tiny_backbone
 from torch import nn
 
 from bench.harness import peak
+from btok.families import family_of
 from btok.gated_mlp import GatedMLP, use_gated_mlps
 from btok.model import BTokModel
 
@@ -29,7 +30,7 @@ def test_the_bits_are_those_of_transformers(family, dtype):
     names = list(backbone.state_dict())
     found = pairs(backbone)
     assert list(backbone.state_dict()) == names
-    assert len(found) >= len(getattr(backbone.model, "language_model", backbone.model).layers)
+    assert len(found) >= len(family_of(backbone.config).decoder(backbone).layers)
     for stock, ours in found:
         results = []
         x = torch.randn(2, 3, ours.gate_proj.in_features).to(dtype)

@@ -112,8 +112,8 @@ def test_a_sequence_with_broken_values_breaks_no_other():
 @pytest.mark.parametrize("family", ["qwen3_vl", "llama"])
 def test_the_model_stays_as_it_was(family, fails):
     model = tiny(family)
-    batch, decoder = batch_of(model), model.backbone.model
-    decoder = getattr(decoder, "language_model", decoder)
+    batch = batch_of(model)
+    decoder = model.family.decoder(model.backbone)
     before = [(name, id(module)) for name, module in model.named_modules()]
     attributes = {id(m): (set(vars(m)), dict(m._modules)) for m in model.modules()}
     weights = copy.deepcopy(model.state_dict())
