@@ -321,6 +321,18 @@ def test_settings_that_do_not_go_together_are_refused():
         BTokModel.from_backbone(backbone, btok_token_ids=(1,), vision_positions="2d")
 
 
+def test_gemma_3_is_refused_with_the_reason(tmp_path):
+    from transformers import Gemma3Config, Gemma3TextConfig
+
+    kinds = {"gemma3": Gemma3Config, "gemma3_text": Gemma3TextConfig}
+    for name, config in kinds.items():
+        config().save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"'{name}' .*window of keys.*expected one of"):
+            BTokModel.from_pretrained(tmp_path / name)
+    windows = Gemma3TextConfig().layer_types
+    assert windows.count("sliding_attention") > len(windows) / 2
+
+
 def test_sliding_windows_are_refused():
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

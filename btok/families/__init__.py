@@ -24,6 +24,16 @@ FAMILIES: dict[str, Family] = {  # by a configuration's `model_type`
     "llama": LLAMA,
 }
 
+_WINDOW = (
+    "most of its layers see a window of keys that moves with the row, and the condensation mask"
+)
+_WINDOW += " has one first key for all target rows"
+_NOT_CAUSAL = "; the tokens of an image see later ones of it, and that mask is causal"
+UNFIT = {  # asked for and refused: by `model_type`, why condensed attention is not theirs
+    "gemma3": _WINDOW + _NOT_CAUSAL,
+    "gemma3_text": _WINDOW,
+}
+
 
 def family_of(config: Any) -> Family:
     """The family of a backbone by its configuration.
@@ -37,5 +47,6 @@ def family_of(config: Any) -> Family:
 def named_family(model_type: str, what: str = "the backbone's model_type") -> Family:
     """The family of a `model_type`; a ValueError says that `what` is none of `FAMILIES`."""
     if model_type not in FAMILIES:
-        raise ValueError(f"{what} is {model_type!r}, expected one of {tuple(FAMILIES)}")
+        why = f" ({UNFIT[model_type]})" if model_type in UNFIT else ""
+        raise ValueError(f"{what} is {model_type!r}{why}, expected one of {tuple(FAMILIES)}")
     return FAMILIES[model_type]
