@@ -62,6 +62,28 @@ def _by_name(side: dict[str, Any]) -> dict[str, Any]:
     return {name: side[name] for name in names if name in side}
 
 
+def _in_tiles(side: dict[str, Any]) -> dict[str, Any]:
+    """Idefics3's: each 4 x 4 patches a tile, of images and of videos, of one frame's pixels."""
+    grids = side.get("image_grid_thw", side.get("video_grid_thw"))
+    if grids is None:
+        return side
+    count = int(grids.prod(1).sum()) // 16
+    pixels = side.get("pixel_values", side.get("pixel_values_videos"))
+    ids = [token for tile in range(count) for token in (VISION_START, 20 + tile, *[IMAGE] * 4)]
+    return {
+        "input_ids": [*ids, VISION_START, *side["input_ids"][-4:]],
+        "pixel_values": pixels[: count * 16, :48],
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * count),
+    }
+
+
+def _tiles(side: dict[str, Any]) -> dict[str, Any]:
+    if "pixel_values" not in side:
+        return {}
+    rows = side["pixel_values"].view(-1, 4, 4, 3, 4, 4)  # tile, patch row, patch column, channel
+    return {"pixel_values": rows.permute(0, 3, 1, 4, 2, 5).reshape(1, -1, 3, 16, 16)}
+
+
 class Tiny(NamedTuple):
     """A tiny model of a family: what it has beside what all have, and how it is shown things.
 
@@ -122,6 +144,33 @@ TINY = {
     "qwen2": Tiny(),
     "qwen3": Tiny(),
     "llama": Tiny(tied=False),
+    **dict.fromkeys(
+        ("idefics3", "smolvlm"),
+        Tiny(
+            {"model_type": "llama"},
+            {
+                "image_token_id": IMAGE,
+                "scale_factor": 2,
+                "vision_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "image_size": 16,
+                    "patch_size": 4,
+                    "initializer_range": 0.2,
+                },
+            },
+            side=_in_tiles,
+            stock=_tiles,
+            settings={"tile": 16, "longest_edge": 32, "patch_size": 4, "merge_size": 2},
+            tokens=(
+                *("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+                *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+            ),
+            pads={"image": "<image>"},
+        ),
+    ),
 }
 FAMILIES = tuple(TINY)
 VISION = tuple(family for family, tiny in TINY.items() if "vision_config" in tiny.config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from btok.families.family import Family
+from btok.families.idefics3 import IDEFICS3, SMOLVLM
 from btok.families.llama import LLAMA
 from btok.families.qwen2 import QWEN2
 from btok.families.qwen2_5_vl import QWEN2_5_VL
@@ -22,6 +23,8 @@ FAMILIES: dict[str, Family] = {  # by a configuration's `model_type`
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "llama": LLAMA,
+    "idefics3": IDEFICS3,
+    "smolvlm": SMOLVLM,
 }
 
 _WINDOW = (
