@@ -6,11 +6,10 @@ masks, indices), and returns a function of q [T, Hq, D] and k, v [T, Hkv, D] to 
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,46 +122,6 @@ def per_segment(layout: CondensedLayout, backend: str | None = None) -> Attentio
     return attend
 
 
-def two_calls(layout: CondensedLayout) -> Attention:
-    """torch's varlen attention: source and bottleneck rows, then target rows on [B ; T]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    varlen = cast("Callable[..., Tensor]", varlen_attn)  # return_aux alone makes it a pair
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal, aligned at the last row and key
-    options |= {"enable_gqa": True} if grouped else {}
-    start, first, border, end = layout.bounds.long().T
-
-    def rows(begin: Tensor, stop: Tensor) -> Tensor:
-        pieces = [torch.arange(*piece) for piece in zip(begin.tolist(), stop.tolist(), strict=True)]
-        return torch.cat(pieces).to(layout.device)
-
-    def lengths(begin: Tensor, stop: Tensor) -> tuple[Tensor, int]:
-        offsets = F.pad((stop - begin).cumsum(0), (1, 0)).int()
-        return offsets.to(layout.device), int((stop - begin).max())
-
-    calls = []
-    for queries, keys in (((start, border), (start, border)), ((border, end), (first, end))):
-        if (queries[0] < queries[1]).any():
-            (cu_q, max_q), (cu_k, max_k) = lengths(*queries), lengths(*keys)
-            calls.append((rows(*queries), rows(*keys), (cu_q, cu_k, max_q, max_k)))
-    order = torch.cat([of_queries for of_queries, _, _ in calls]).argsort()
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not grouped:
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        if len(calls) == 1:  # all rows, in order
-            return varlen(q, k, v, *calls[0][2], **options)
-        outputs = []
-        for of_queries, of_keys, lengths in calls:
-            qs = q.index_select(0, of_queries)
-            ks, vs = (t.index_select(0, of_keys) for t in (k, v))
-            outputs.append(varlen(qs, ks, vs, *lengths, **options))
-        return torch.cat(outputs).index_select(0, order)
-
-    return attend
-
-
 def flex(layout: CondensedLayout, **kernel_options: Any) -> Attention:
     """FlexAttention, compiled, with its block mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -191,7 +150,7 @@ PEERS: dict[str, Callable[[CondensedLayout], Attention]] = {
     "xformers": lambda layout: ours(layout, "xformers"),
     "dense mask": dense,
     "per segment": per_segment,
-    "two varlen calls": two_calls,
+    "two varlen calls": lambda layout: ours(layout, "varlen"),
     "per segment, cuDNN": lambda layout: per_segment(layout, "CUDNN_ATTENTION"),
     "flex": flex,
     "flex, TMA": lambda layout: flex(layout, USE_TMA=True),

@@ -177,6 +177,8 @@ def test_implementations_that_cannot_run_are_refused(monkeypatch):
     monkeypatch.setitem(launch.INSTALLED, "triton", False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         condensed_attention(wide, wide, wide, LAYOUT, impl="triton")
+    with pytest.raises(RuntimeError, match=r"q is torch.float32 on cpu; it needs CUDA, and fp16"):
+        condensed_attention(Q, Q, Q, LAYOUT, impl="varlen")
     monkeypatch.setitem(launch.INSTALLED, "xformers", False)
     with pytest.raises(RuntimeError, match=r"the extra is btok\[xformers\]"):
         condensed_attention(Q, Q, Q, LAYOUT, impl="xformers")
@@ -224,15 +226,13 @@ def test_a_scale_that_is_none_is_refused(scale):
 
 
 class Bias:
-    """What xformers' two masks mean: causal in blocks, counted from the bottom right."""
+    """What xformers' mask means: causal in blocks, counted from the bottom right."""
 
     def __init__(self, q_lens, k_lens):
+        assert min(q_lens) > 0
         self.q_lens, self.k_lens = q_lens, k_lens
 
-    @classmethod
-    def from_seqlens(cls, q_seqlen, kv_seqlen=None):
-        assert min(q_seqlen) > 0
-        return cls(q_seqlen, kv_seqlen or q_seqlen)
+    from_seqlens = classmethod(lambda cls, q_lens, k_lens: cls(q_lens, k_lens))
 
     def materialize(self, shape):
         sees = torch.zeros(shape, dtype=torch.bool)
@@ -244,28 +244,57 @@ class Bias:
         return sees
 
 
-def test_the_composition_of_xformers_equals_the_reference(monkeypatch):
-    """On the CPU, with a stand-in for its kernels, which need CUDA."""
-
+def stand_in_of_xformers(monkeypatch, grouped):
     def attend(q, k, v, attn_bias, scale):
         assert q.shape[2] == k.shape[2]
         sees = attn_bias.materialize((q.shape[1], k.shape[1]))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, sees, scale=scale).transpose(1, 2)
 
-    masks = types.SimpleNamespace(
-        BlockDiagonalCausalMask=Bias, BlockDiagonalCausalFromBottomRightMask=Bias
-    )
-    fmha = types.SimpleNamespace(attn_bias=masks)
-    ops = types.SimpleNamespace(memory_efficient_attention=attend, fmha=fmha)
-    for name, stand_in in (("xformers", None), ("xformers.ops", ops), ("xformers.ops.fmha", fmha)):
-        monkeypatch.setitem(sys.modules, name, stand_in or types.ModuleType(name))
+    biases = types.SimpleNamespace(BlockDiagonalCausalFromBottomRightMask=Bias)
+    ops = types.SimpleNamespace(memory_efficient_attention=attend)
+    parents = {name: types.ModuleType(name) for name in ("xformers", "xformers.ops.fmha")}
+    modules = {"xformers.ops": ops, "xformers.ops.fmha.attn_bias": biases, **parents}
+    for name, stand_in in modules.items():
+        monkeypatch.setitem(sys.modules, name, stand_in)
+
+
+def stand_in_of_varlen(monkeypatch, grouped):
+    from torch.nn.attention import varlen
+
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        assert window_size == (-1, 0) and cu_q.dtype == cu_k.dtype == torch.int32
+        assert (enable_gqa, q.shape[1] == k.shape[1]) == (grouped, not grouped)
+        lens = [ends.diff().tolist() for ends in (cu_q, cu_k)]
+        assert [max(x) for x in lens] == [max_q, max_k]
+        sees = Bias(*lens).materialize((len(q), len(k)))
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, sees, scale=scale, enable_gqa=enable_gqa)
+        return out[0].transpose(0, 1)
+
+    def older(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+        return attend(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", attend if grouped else older)
+
+
+@pytest.mark.parametrize(
+    ("path", "stand_in", "grouped"),
+    [
+        (module._xformers, stand_in_of_xformers, False),
+        (module._varlen, stand_in_of_varlen, True),
+        (module._varlen, stand_in_of_varlen, False),
+    ],
+)
+def test_two_calls_equal_the_reference(path, stand_in, grouped, monkeypatch):
+    """On the CPU, with a stand-in for the kernels, which need CUDA."""
+    stand_in(monkeypatch, grouped)
     rng = random.Random(0)
-    for case in range(30):
-        layout = random_layout(rng)
+    plain = CondensedLayout.from_lengths([5, 1, 9], [0, 0, 0], 0)  # of one call, nothing gathered
+    for case, layout in enumerate([plain, *(random_layout(rng) for _ in range(30))]):
         tensors = inputs(layout, (4, 2), 16, case, grad=True)
         wanted = condensed_attention(*tensors, layout, impl="reference")
-        got = module._xformers(*tensors, layout, 0.25)
+        got = path(*tensors, layout, 0.25)
         pairs = [(got, wanted)]
         g = torch.randn(got.shape, generator=torch.Generator().manual_seed(case))
         pairs += zip(*(torch.autograd.grad(t, tensors, g) for t in (got, wanted)), strict=True)

@@ -57,7 +57,7 @@ class Recipe:
     """Side to generate, in place of each data set's own."""
     target_positions: TargetPositions = "reference"
     """Where a target's positions start: at len([x ; B]), or after its highest position."""
-    attention: Literal["auto", "triton", "sdpa", "xformers", "reference"] = "auto"
+    attention: Literal["auto", "triton", "sdpa", "varlen", "xformers", "reference"] = "auto"
     """Implementation of the condensed attention."""
     temperature: float = 0.02
     """Of InfoNCE."""

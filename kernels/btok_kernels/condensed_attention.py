@@ -15,8 +15,9 @@ scores between rows of different sequences or of target rows with source keys:
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .launch import INSTALLED, always, choose, no_triton
-from .layout import TILE, CondensedLayout
+from .layout import TILE, CondensedLayout, Half
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # of the Triton kernels
 
@@ -70,29 +71,50 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], scale: floa
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
-    """Two calls of memory-efficient attention: [x ; B] rows, and target rows on [B ; T] keys."""
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha import attn_bias
+def _two_calls(
+    q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, attend: Callable[..., Tensor]
+) -> Tensor:
+    """[x ; B] rows, then target rows on [B ; T] keys, by an attention over sequences of any length:
+    `attend(q, k, v, half)`, [R, Hq, D] of the half's R rows and its keys."""
+    calls, owner = layout.halves
+    if len(calls) == 1 and len(calls[0].rows) == len(q):  # all of them, in order: no copies
+        return attend(q, k, v, calls[0])
+    outputs = [attend(q[half.rows], k[half.keys], v[half.keys], half) for half in calls]
+    return torch.cat([*outputs, _nothing(q, k, v, outputs)]).index_select(0, owner)
 
-    halves = layout.halves
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
+    """Two calls of torch's own."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal, from the right
+    # one split: else the order of sums depends on what else is packed
+    options |= {"num_splits": 1} if "num_splits" in known else {}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, half: Half) -> Any:  # a pair for return_aux alone
+        longest = max(half.row_lens), max(half.key_lens)
+        return varlen_attn(q, k, v, half.row_ends, half.key_ends, *longest, **options)
+
+    return _two_calls(q, k, v, layout, attend)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
+    """Two calls of memory-efficient attention."""
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask as Mask
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, half: Half) -> Tensor:
+        bias = Mask.from_seqlens(half.row_lens, half.key_lens)
+        return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, scale=scale)[0]
+
     groups = q.shape[1] // k.shape[1]  # its GQA has no backward
     k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-
-    def attend(rows: Tensor, keys: Tensor, bias: Any) -> Tensor:
-        parts = (q[rows][None], k[keys][None], v[keys][None])  # [1, R, Hq, D]
-        return memory_efficient_attention(*parts, attn_bias=bias, scale=scale)[0]
-
-    outputs = []
-    if halves.row_lens:
-        bias = attn_bias.BlockDiagonalCausalMask.from_seqlens(halves.row_lens)
-        outputs.append(attend(halves.rows, halves.rows, bias))
-    if halves.target_lens:
-        bias = attn_bias.BlockDiagonalCausalFromBottomRightMask.from_seqlens(
-            halves.target_lens, halves.key_lens
-        )
-        outputs.append(attend(halves.targets, halves.keys, bias))
-    return torch.cat([*outputs, _nothing(q, k, v, outputs)]).index_select(0, halves.owner)
+    return _two_calls(q, k, v, layout, attend)
 
 
 def condensed_attention(
@@ -115,10 +137,10 @@ def condensed_attention(
         layout: where the sequences lie in the T rows; on q's device.
         scale: factor on the scores, at least 0; None for D ** -0.5.
         impl: "triton" (CUDA, or the CPU under TRITON_INTERPRET=1; fp16, bf16, fp32; D of 16, 32,
-            64, 80, 96, 128, 256), "sdpa" (any device, no mask materialised), "xformers" (CUDA, the
-            extra of that name), "reference" (dense, computed in at least fp32), or "auto": triton
-            where it can run on CUDA, else sdpa, and it logs once what it took and why not the
-            other.
+            64, 80, 96, 128, 256), "sdpa" (any device, no mask materialised), "varlen" (torch's
+            `varlen_attn` twice: CUDA, fp16 and bf16), "xformers" (CUDA, the extra of that name),
+            "reference" (dense, computed in at least fp32), or "auto": triton where it can run on
+            CUDA, else sdpa, and it logs once what it took and why not the other.
 
     Returns:
         [T, Hq, D] in q's dtype; 0 in the layout's unused tail. Differentiable in q, k and v.
@@ -133,6 +155,7 @@ def condensed_attention(
     reasons = {
         "triton": lambda: _no_triton(q, k, v),
         "sdpa": always,
+        "varlen": lambda: _no_varlen(q),
         "xformers": lambda: _no_xformers(q),
         "reference": always,
     }
@@ -143,8 +166,8 @@ def condensed_attention(
         from .condensed_attention_triton import attention  # imports triton
 
         return attention(q, k, v, layout.tiles, scale)
-    path = {"sdpa": _sdpa, "xformers": _xformers, "reference": _reference}[chosen]
-    return path(q, k, v, layout, scale)
+    paths = {"sdpa": _sdpa, "varlen": _varlen, "xformers": _xformers, "reference": _reference}
+    return paths[chosen](q, k, v, layout, scale)
 
 
 def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -169,6 +192,12 @@ def fits_32_bits(tensor: Tensor, groups: int) -> bool:
     """
     stride_t, stride_h, _ = tensor.stride()
     return TILE * stride_t + groups * stride_h + tensor.shape[2] < 1 << 31
+
+
+def _no_varlen(q: Tensor) -> str | None:
+    if not q.is_cuda or q.dtype == torch.float32 or q.dtype == torch.float64:
+        return f"q is {q.dtype} on {q.device}; it needs CUDA, and fp16 or bf16"
+    return None
 
 
 def _no_xformers(q: Tensor) -> str | None:

@@ -49,26 +49,34 @@ class Segments(NamedTuple):
     in_place: bool
 
 
-class Halves(NamedTuple):
-    """The mask cut in two causal attentions: [x ; B] rows, and target rows with [B ; T] keys.
+class Half(NamedTuple):
+    """One of the mask's two causal attentions; a row sees the keys up to its own, counted from the
+    right.
 
     Args:
-        rows: int64 [R], the packed rows of all [start, border), one sequence after the other.
-        row_lens: how many of these each sequence has, where it has any.
-        targets: int64, the packed rows of all [border, end).
-        target_lens: likewise.
-        keys: int64, the packed rows of all [first, end) that have targets.
-        key_lens: likewise; a target row sees the keys up to its own, counted from the right.
-        owner: int64 [T], the position of each packed row in [rows ; targets]; behind both for
-            rows of no sequence.
+        rows, keys: int64, packed rows of all sequences, one sequence after the other.
+        row_lens, key_lens: how many of these each sequence has that has rows.
+        row_ends, key_ends: int32 [those sequences + 1], the same added up, from 0 on.
     """
 
     rows: Tensor
-    row_lens: list[int]
-    targets: Tensor
-    target_lens: list[int]
     keys: Tensor
+    row_lens: list[int]
     key_lens: list[int]
+    row_ends: Tensor
+    key_ends: Tensor
+
+
+class Halves(NamedTuple):
+    """The mask cut in two: [x ; B] rows with their own keys, and target rows with [B ; T] keys.
+
+    Args:
+        calls: those of the two that have rows.
+        owner: int64 [T], the position of each packed row in the rows of all calls; behind them for
+            rows of no sequence.
+    """
+
+    calls: list[Half]
     owner: Tensor
 
 
@@ -252,33 +260,25 @@ class CondensedLayout:
 
     @cached_property
     def halves(self) -> Halves:
-        """What `impl="xformers"` calls."""
+        """What `impl="varlen"` and `impl="xformers"` call."""
         start, first, border, end = self.bounds.numpy().astype(np.int64).T
-        with_rows, with_targets = border > start, end > border
-        pieces = [
-            (start, border, with_rows),
-            (border, end, with_targets),
-            (first, end, with_targets),
-        ]
-        rows, targets, keys = (
-            np.concatenate([np.empty(0, np.int64), *map(np.arange, begin[kept], stop[kept])])
-            for begin, stop, kept in pieces
-        )
-        row_lens, target_lens, key_lens = (
-            (stop - begin)[kept].tolist() for begin, stop, kept in pieces
-        )
-        owner = np.full(self.num_rows, len(rows) + len(targets))
-        owner[np.concatenate([rows, targets])] = np.arange(len(rows) + len(targets))
-
-        def on_device(index: np.ndarray) -> Tensor:
-            return torch.from_numpy(index).to(self.device)
-
-        return Halves(
-            on_device(rows), row_lens,
-            on_device(targets), target_lens,
-            on_device(keys), key_lens,
-            on_device(owner),
-        )  # fmt: skip
+        calls, rows = [], [np.empty(0, np.int64)]
+        for row, key, stop in ((start, start, border), (border, first, end)):
+            kept = stop > row
+            if kept.any():
+                row, key, stop = row[kept], key[kept], stop[kept]
+                rows.append(np.concatenate(list(map(np.arange, row, stop))))
+                keys = np.concatenate(list(map(np.arange, key, stop)))
+                row_lens, key_lens = stop - row, stop - key
+                ends = (np.append(0, np.cumsum(x)).astype(np.int32) for x in (row_lens, key_lens))
+                each = (torch.from_numpy(x).to(self.device) for x in (rows[-1], keys, *ends))
+                of_rows, of_keys, row_ends, key_ends = each
+                lens = row_lens.tolist(), key_lens.tolist()
+                calls.append(Half(of_rows, of_keys, *lens, row_ends, key_ends))
+        taken = np.concatenate(rows)
+        owner = np.full(self.num_rows, len(taken))
+        owner[taken] = np.arange(len(taken))
+        return Halves(calls, torch.from_numpy(owner).to(self.device))
 
 
 def _cut(begin: np.ndarray, end: np.ndarray, seen: np.ndarray) -> np.ndarray:
