@@ -76,10 +76,7 @@ for impl in ("auto", "triton") if triton else ("auto",):
 
 
 def test_the_kernels_travel_alone(tmp_path):
-    """Under another name, in a process of their own.
-
-    Both copies register their operators as `btok::`: the one imported last takes them over.
-    """
+    """Under another name, in a process of their own."""
     source = ROOT / "kernels" / "btok_kernels"
     shutil.copytree(source, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("__pycache__"))
     said = subprocess.run(
@@ -92,6 +89,25 @@ def test_the_kernels_travel_alone(tmp_path):
     assert said.returncode == 0, said.stdout + said.stderr
     found = set(said.stdout.split())
     assert {"condensed_attention", "contrastive_loss", "launch", "layout", "ranks"} <= found
+
+
+def test_two_copies_of_the_kernels_keep_their_operators(tmp_path):
+    source = ROOT / "kernels" / "btok_kernels"
+    shutil.copytree(source, tmp_path / "other", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import torch, {}.condensed_attention_triton as a, other.condensed_attention_triton as b\n"
+    )
+    code += "assert a._op is not b._op and torch.ops.btok_kernels and torch.ops.other\n"
+    code += "print(a._op._qualname, b._op._qualname)"
+    said = subprocess.run(
+        [sys.executable, "-c", code.format("btok_kernels")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "kernels")},
+    )
+    names = "btok_kernels::condensed_attention other::condensed_attention"
+    assert said.stdout.strip() == names, said.stderr
 
 
 DOORS = {"btok/__main__.py", "train/main.py"}  # the command line, and a run's pictures

@@ -543,7 +543,11 @@ def _backward(
     return dq, dk, dv
 
 
-@torch.library.custom_op("btok::condensed_attention", mutates_args=())
+# by the package's name, or a copy that another library carries would take these operators over
+_NAMESPACE = (__package__ or "").replace(".", "_")
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::condensed_attention", mutates_args=())
 def _op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return _forward(q, k, v, tiles, scale)
 
@@ -553,7 +557,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Ten
     return q.new_empty(q.shape), q.new_empty(_statistics(q, k), dtype=torch.float32)
 
 
-@torch.library.custom_op("btok::condensed_attention_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::condensed_attention_backward", mutates_args=())
 def _backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
     scale: float,
