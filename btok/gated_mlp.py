@@ -29,9 +29,9 @@ class GatedMLP(nn.Module):
         self.training = mlp.training
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """`down_proj(silu(gate_proj(x)) * up_proj(x))`, [..., D] -> [..., D]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # the backward needs what would be written over
             return self.down_proj(self.act_fn(gate) * up)
         return self.down_proj(F.silu(gate, inplace=True).mul_(up))
 

@@ -30,7 +30,7 @@ from btok_kernels.condensed_attention import condensed_attention
 
 
 class BTokOutput(NamedTuple):
-    """What a forward pass gives.
+    """What `BTokModel` gives for a packed batch.
 
     Args:
         embeddings: [N, D], unit norm, at least fp32; empty for a batch packed without bottleneck
@@ -72,7 +72,7 @@ class BTokModel(nn.Module):
 
     @property
     def btok_token_ids(self) -> Sequence[int]:
-        """The K bottleneck tokens' ids."""
+        """The vocabulary ids of the K bottleneck tokens, in their order; empty where K = 0."""
         return self.settings.btok_token_ids
 
     @classmethod

@@ -28,7 +28,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss's weights and choices.
+    """L = InfoNCE + w NTP: its weights and choices.
 
     Args:
         temperature: of InfoNCE.
@@ -44,7 +44,7 @@ class Objective:
     negatives: Literal["batch", "group"] = "batch"
 
     def weight(self, step: int) -> float:
-        """w(step), steps counted from 0."""
+        """w(step), the weight of the generative loss at a step, counted from 0."""
         return 0.0 if self.ntp_steps is not None and step >= self.ntp_steps else self.ntp_weight
 
     def __call__(

@@ -25,7 +25,7 @@ Sample = tuple[Mapping[str, Any], Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """N samples in T packed rows.
+    """N samples `[x ; B ; T]` in T packed rows, on one device.
 
     Args:
         input_ids: int64 [T].
@@ -71,7 +71,7 @@ def pack(
     target_positions: str = "reference",
     condense: bool = True,
 ) -> PackedBatch:
-    """Pack samples into one ragged row.
+    """Pack samples into one ragged row `[x ; B ; T][x ; B ; T]...`.
 
     Each becomes `[x ; B ; T]` with T = prefix + the target's tokens + suffix (method: arXiv
     2604.11095, section 3). Labels are T's tokens but for the prefix and vision placeholders; the

@@ -124,7 +124,7 @@ class Processor:
 
     @property
     def has_vision(self) -> bool:
-        """Whether it takes images and videos."""
+        """Whether the model takes images and videos, or text alone."""
         return self.image_processor is not None
 
     def encode(self, text: str) -> list[int]:

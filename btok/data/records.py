@@ -57,7 +57,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """One evaluation set.
+    """One evaluation set: queries, candidates, and which candidates are right.
 
     Args:
         name: unique name.

@@ -55,7 +55,7 @@ def parse_metric(metric: str) -> tuple[str, int]:
 
 
 def score(metric: str, relevance: ArrayLike) -> float:
-    """The metric of one query.
+    """The metric of one query, from 0 to 1.
 
     Args:
         metric: "hit@k", "ndcg@k" or "mrr".

@@ -115,7 +115,7 @@ def _by_name(side: Mapping[str, Any], config: Any) -> list[Vision]:
 
 @dataclass(frozen=True)
 class VisionRules:
-    """How a family sees.
+    """How a family's models take images and videos.
 
     Args:
         image_processor: the class of its image processor.

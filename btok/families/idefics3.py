@@ -92,7 +92,7 @@ class TileImageProcessor(ImageProcessor):
 
     @property
     def tokens(self) -> int:
-        """Of a tile."""
+        """How many tokens stand for a tile."""
         return (self.tile // self.patch_size // self.merge_size) ** 2
 
     def __call__(self, side: Side) -> Seen:

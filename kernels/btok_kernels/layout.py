@@ -106,7 +106,7 @@ class CondensedLayout:
             start <= first <= border <= end; more of them than `max_sequences`.
     """
 
-    bounds: Tensor
+    bounds: Tensor  # on the CPU: to read a length from the device, the host would wait for it
     num_rows: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     max_sequences: int | None = None
@@ -260,7 +260,7 @@ class CondensedLayout:
 
     @cached_property
     def halves(self) -> Halves:
-        """What `impl="varlen"` and `impl="xformers"` call."""
+        """The mask as two attentions over sequences of any length, for `impl="varlen"` and "xformers"."""
         start, first, border, end = self.bounds.numpy().astype(np.int64).T
         calls, rows = [], [np.empty(0, np.int64)]
         for row, key, stop in ((start, start, border), (border, first, end)):

@@ -99,7 +99,7 @@ class Ranks(NamedTuple):
         return join(self.shards(part)[0])
 
     def logsumexp(self, part: Tensor) -> Tensor:
-        """Over all ranks, elementwise."""
+        """The logsumexp of all ranks' `part`, elementwise; the same shape."""
         return self.exchange(part).logsumexp(0)
 
     def reduce_scatter(self, part: Tensor) -> Tensor:
