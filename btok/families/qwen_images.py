@@ -143,7 +143,7 @@ class QwenImageProcessor(ImageProcessor):
         return found
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """As the base class has it; the video's settings are for frames as they are given, up to `STOCK_FRAMES` of them."""
+        # a video's settings are for frames as they are given, up to STOCK_FRAMES of them
         shared = {
             "processor_class": f"{self.stock}Processor",
             "temporal_patch_size": TEMPORAL_PATCH,

@@ -260,7 +260,7 @@ class CondensedLayout:
 
     @cached_property
     def halves(self) -> Halves:
-        """The mask as two attentions over sequences of any length, for `impl="varlen"` and "xformers"."""
+        """The mask as two attentions over sequences of any length ("varlen", "xformers")."""
         start, first, border, end = self.bounds.numpy().astype(np.int64).T
         calls, rows = [], [np.empty(0, np.int64)]
         for row, key, stop in ((start, start, border), (border, first, end)):
