@@ -5,7 +5,7 @@ the device's rules. Tensors of two devices do not meet, and what makes the host 
         model.to("cuda")       # any code that is given the device "cuda"
     device.waits               # Counter of (what, file:line of the project)
 
-Every operation is the CPU's own, so results equal the CPU's to the bit. It says that it is an sm_70,
+Every operation is the CPU's own, so results equal the CPU's to the bit. It says it is an sm_70,
 for which no Triton kernel is laid out: the paths of plain torch run.
 """
 
