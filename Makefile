@@ -9,7 +9,7 @@ GPU_OUT ?= runs/gpu
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full lint bench profile aot gpu
+.PHONY: setup demo test test-full lint graph bench profile aot gpu
 
 setup: .venv/ready
 
@@ -42,6 +42,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# fails where an import goes in a circle or up
+graph: setup
+	$(BIN)/python bench/imports.py docs/imports.png
 
 bench: setup
 	@mkdir -p $(BENCH_OUT)

@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from graphlib import TopologicalSorter
+from graphlib import CycleError
 from pathlib import Path
 
 import pytest
+
+from bench.imports import check, import_graph, imports_at_once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -113,21 +115,6 @@ def test_two_copies_of_the_kernels_keep_their_operators(tmp_path):
 DOORS = {"btok/__main__.py", "train/main.py"}  # the command line, and a run's pictures
 
 
-def imports_at_once(tree, importer=""):
-    """Modules that importing a file imports, and maybe names in them; not what functions import."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = importer.rsplit(".", node.level)[0] + "." if node.level else ""
-            module = f"{node.module}." if node.module else ""
-            yield from (f"{above}{module}{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from imports_at_once(node, importer)
-
-
 def test_tools_are_imported_by_who_uses_them():
     """One needs an extra, and all may import the whole of btok."""
     found = set()
@@ -140,17 +127,24 @@ def test_tools_are_imported_by_who_uses_them():
     assert found == DOORS
 
 
-def test_no_file_imports_itself_by_way_of_others():
+def test_no_file_imports_itself_by_way_of_others_or_one_of_a_layer_above():
     """Whichever is read first, all that it names is there."""
-    graph = {}
-    for folder in (ROOT, ROOT / "kernels"):
-        for package in ("btok", "btok_kernels", "train"):
-            for file in (folder / package).rglob("*.py"):
-                name = ".".join(file.relative_to(folder).with_suffix("").parts)
-                name = name.removesuffix(".__init__")
-                graph[name] = set(imports_at_once(ast.parse(file.read_text()), name))
-    for name, imported in graph.items():
-        found = {i if i in graph else i.rpartition(".")[0] for i in imported}
-        graph[name] = found & graph.keys() - {name}
+    graph = import_graph()
     assert len(graph["btok.model"]) > 5 and len(graph["btok_kernels.ranks"]) == 0
-    list(TopologicalSorter(graph).static_order())  # raises a CycleError that names the circle
+    assert "train.step" in graph["bench.bench_training_step"]
+    check(graph)
+    graph["btok.files"].add("btok.model")
+    with pytest.raises(CycleError, match=r"btok\.files.*btok\.model|btok\.model.*btok\.files"):
+        check(graph)
+    graph["btok.files"].remove("btok.model")
+    graph["btok.files"].add("train.pocket.digits")
+    with pytest.raises(ValueError, match=r"up .*: btok\.files imports train\.pocket\.digits$"):
+        check(graph)
+
+
+def test_the_picture_of_imports_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib (the extra `demo`) is not installed")
+    command = [sys.executable, ROOT / "bench/imports.py", tmp_path / "imports.png"]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert (tmp_path / "imports.png").stat().st_size > 100_000

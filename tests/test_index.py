@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from PIL import Image
 from btok import BTokEncoder, Side
 from btok.adapters import Lora
 from btok.model import BTokModel
-from btok.tools.index import FILES, Index, model_digest, open_index
+from btok.tools import index as index_module
+from btok.tools.index import model_digest, open_index
 
 TEXTS = [f"text {i} " + "x" * (7 * i % 31) for i in range(22)]
 IDS = [f"id {i}" for i in range(22)]
@@ -67,21 +69,36 @@ def whole(loaded, tmp_path_factory):
 
 
 def content(folder):
-    """All files but of a draft: bytes by name."""
-    assert sorted(p.name for p in folder.iterdir()) == sorted(FILES)
-    return {name: (folder / name).read_bytes() for name in FILES}
+    """Bytes of the manifest, the vectors and the items; there is no other file."""
+    meta = json.loads((folder / "meta.json").read_text())
+    names = ["meta.json", meta["vectors"], meta["items"]]
+    there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert sorted(there) == sorted(names)
+    return [(folder / name).read_bytes() for name in names]
+
+
+def as_format_1(folder):
+    """Turn an index into what was written before there were parts; gives its `meta`."""
+    meta = json.loads((folder / "meta.json").read_text()) | {"format_version": 1}
+    for key, name in (("vectors", "vectors.npy"), ("items", "items.jsonl")):
+        (folder / meta.pop(key)).rename(folder / name)
+    (folder / "parts").rmdir()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return meta
 
 
 def test_what_a_store_holds(encoder, checkpoint, tmp_path):
     items = [{"id": name, "page": i} for i, name in enumerate(IDS)]
     store = encoder.encode_to(tmp_path / "store", iter(TEXTS), iter(items), show_progress=False)
     content(tmp_path / "store")
-    vectors = np.load(tmp_path / "store/vectors.npy")
+    meta = json.loads((tmp_path / "store/meta.json").read_text())
+    vectors = np.load(tmp_path / "store" / meta["vectors"])
+    assert isinstance(store.vectors, np.memmap) and Path(meta["vectors"]).parent == Path("parts")
     assert vectors.dtype == np.float32 and np.array_equal(vectors, store.vectors)
     assert np.abs(vectors - encoder.encode(TEXTS)).max() < 1e-6
-    lines = (tmp_path / "store/items.jsonl").read_text().splitlines()
+    lines = (tmp_path / "store" / meta["items"]).read_text().splitlines()
     assert [json.loads(line) for line in lines] == items == store.items
-    meta = json.loads((tmp_path / "store/meta.json").read_text())
+    assert meta == store.meta and meta["format_version"] == 2
     assert meta["model"] == model_digest(checkpoint) and meta["count"] == 22
     assert meta["settings"]["num_btoks"] == 4 and meta["unreadable"] == {}
 
@@ -102,6 +119,41 @@ def test_an_index_of_the_first_format_opens(encoder, checkpoint, tmp_path):
     assert np.array_equal(index.vectors, vectors)
     index = encoder.encode_to(tmp_path, ["of a", "new"], ["a", "c"], "Find:")
     assert COUNTED == ["Find: new"] and np.array_equal(index.vectors[0], vectors[0])
+    assert index.meta["format_version"] == 2 and index.meta["model"] == meta["model"]
+    content(tmp_path)
+
+
+def test_an_index_of_the_first_format_stays_where_nothing_is_new(encoder, tmp_path):
+    encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3])
+    meta = as_format_1(tmp_path / "store")
+    COUNTED.clear()
+    index = encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3])
+    assert not COUNTED and index.meta == meta and len(index.vectors) == 3
+    files = ["items.jsonl", "meta.json", "vectors.npy"]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == files
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_kill_of_the_first_format_is_put_right(encoder, tmp_path, moved):
+    """It moved finished files from `.ready` over the old ones, one by one, parts still there."""
+    old, store = tmp_path / "old", tmp_path / "store"
+    encoder.encode_to(old, TEXTS[:2], IDS[:2])
+    encoder.encode_to(store, TEXTS[:6], IDS[:6])
+    as_format_1(old)
+    meta = as_format_1(store)
+    vectors = np.load(store / "vectors.npy")
+    (store / ".ready").mkdir()
+    (store / ".draft").mkdir()
+    (store / ".draft/vectors.npy").write_bytes(b"cut")
+    for name in ("vectors.npy", "items.jsonl", "meta.json")[moved:]:
+        (store / name).rename(store / ".ready" / name)
+        shutil.copy(old / name, store / name)
+    index = open_index(encoder, store)
+    assert index.meta == meta and np.array_equal(index.vectors, vectors)
+    COUNTED.clear()
+    index = encoder.encode_to(store, TEXTS[:7], IDS[:7])
+    assert [TEXTS[6]] == COUNTED and np.array_equal(index.vectors[:6], vectors)
+    content(store)
 
 
 def test_an_error_in_the_middle_and_on_again(encoder, whole, tmp_path):
@@ -111,56 +163,72 @@ def test_an_error_in_the_middle_and_on_again(encoder, whole, tmp_path):
 
     with pytest.raises(KeyError):
         encoder.encode_to(tmp_path / "store", breaking(), IDS)
-    assert not (tmp_path / "store/vectors.npy").exists()
+    assert open_index(encoder, tmp_path / "store").meta["count"] == 0
     assert len(list((tmp_path / "store/parts").iterdir())) == 2
     COUNTED.clear()
     encoder.encode_to(tmp_path / "store", TEXTS, IDS)
     assert sorted(COUNTED) == sorted(TEXTS[8:])
     assert content(tmp_path / "store") == whole
     COUNTED.clear()
-    before = (tmp_path / "store/vectors.npy").stat().st_mtime_ns
+    files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    before = [path.stat().st_mtime_ns for path in files]
     encoder.encode_to(tmp_path / "store", TEXTS, IDS)
-    assert not COUNTED and (tmp_path / "store/vectors.npy").stat().st_mtime_ns == before
+    assert not COUNTED and [path.stat().st_mtime_ns for path in files] == before
 
 
-def test_a_kill_at_any_step_of_writing_loses_nothing(encoder, whole, tmp_path, monkeypatch):
-    """Every rename and every sync is once the last thing a process does, before and after it."""
-    real = {name: getattr(os, name) for name in ("replace", "fsync")}
-    encoder.encode_to(tmp_path / "old", ["an old one", *TEXTS[:3]], ["old", *IDS[:3]])
-    for fresh in (True, False):
-        for dies in range(1, 1000):
-            folder, calls = tmp_path / f"{fresh}{dies}", iter(range(1, 1000))
-            if not fresh:
-                folder.mkdir()
-                for name in FILES:
-                    (folder / name).write_bytes((tmp_path / "old" / name).read_bytes())
+STEPS = ((os, "replace"), (os, "fsync"), (os, "unlink"), (np.lib.format, "open_memmap"))
 
-            def step(name, *arguments, calls=calls, dies=dies):
-                call = next(calls)
-                if call == dies and dies % 2:
-                    raise KeyboardInterrupt
-                real[name](*arguments)
-                if call == dies:
-                    raise KeyboardInterrupt
 
-            for name in real:
-                monkeypatch.setattr(os, name, lambda *a, name=name, step=step: step(name, *a))
-            try:
-                encoder.encode_to(folder, TEXTS[:6], IDS[:6])
-                break
-            except KeyboardInterrupt:
-                pass
-            for name, function in real.items():
-                monkeypatch.setattr(os, name, function)
-            store = encoder.encode_to(folder, TEXTS[:6], IDS[:6])
-            assert store.items == [{"id": name} for name in IDS[:6]]
-            content(folder)
-            if fresh:
-                expected = np.frombuffer(whole["vectors.npy"][128:], np.float32).reshape(22, -1)
-                assert np.array_equal(store.vectors[:4], expected[:4])
-        for name, function in real.items():
-            monkeypatch.setattr(os, name, function)
-        assert dies > 12
+@pytest.mark.parametrize("start", ["fresh", "old", "format 1"])
+def test_a_kill_at_any_step_of_writing_loses_nothing(encoder, tmp_path, monkeypatch, start):
+    """Each of these steps is once the last that a process does, and once what it dies before."""
+    real = {step: getattr(*step) for step in STEPS}
+    items = {"new": [{"id": name} for name in IDS[:6]], "none": []}
+    whole = encoder.encode_to(tmp_path / "whole", TEXTS[:6], IDS[:6])
+    old = encoder.encode_to(tmp_path / "old", ["an old one", *TEXTS[:3]], ["old", *IDS[:3]])
+    if start == "format 1":
+        as_format_1(tmp_path / "old")
+    for dies in range(1, 1000):
+        folder, calls = tmp_path / str(dies), 0
+        if start != "fresh":
+            shutil.copytree(tmp_path / "old", folder)
+
+        def step(function, *arguments, dies=dies, **keywords):
+            nonlocal calls
+            calls += 1
+            if 2 * calls <= dies:
+                result = function(*arguments, **keywords)
+            if 2 * calls >= dies:  # the dead clear nothing up either
+                raise KeyboardInterrupt
+            return result
+
+        for (where, name), function in real.items():
+            monkeypatch.setattr(where, name, partial(step, function))
+        try:
+            encoder.encode_to(folder, TEXTS[:6], IDS[:6])
+            break
+        except KeyboardInterrupt:
+            pass
+        for (where, name), function in real.items():
+            monkeypatch.setattr(where, name, function)
+        found = open_index(encoder, folder)
+        assert found.items in ([] if start == "fresh" else old.items, items["new"])
+        done = {item["id"] for item in found.items}
+        for _, ids, _ in index_module._parts(folder):
+            done.update(ids)
+        assert dies < 14 or len(done) > 3  # a part is there after its sync and two renames
+        COUNTED.clear()
+        store = encoder.encode_to(folder, TEXTS[:6], IDS[:6])
+        lacking = [TEXTS[i] for i in range(6) if IDS[i] not in done]
+        assert sorted(COUNTED) == sorted(lacking)
+        assert store.items == items["new"]
+        content(folder)
+        if start == "fresh":
+            assert content(folder) == content(tmp_path / "whole")
+        assert np.abs(store.vectors - whole.vectors).max() < 1e-6
+    for (where, name), function in real.items():
+        monkeypatch.setattr(where, name, function)
+    assert dies > 30
 
 
 CHILD = """
@@ -292,13 +360,15 @@ def test_unreadable_inputs_are_reported_and_tried_again(encoder, tmp_path):
 
 
 def test_unreadable_inputs_do_not_move_the_rest_after_a_stop(encoder, tmp_path, monkeypatch):
-    inputs, parts, add_part = ["", *TEXTS[1:9], "", *TEXTS[10:]], [], Index.add_part
+    inputs, parts, part = ["", *TEXTS[1:9], "", *TEXTS[10:]], [], index_module._part
 
-    def noted(self, rows, unreadable):
-        parts.append({*rows, *unreadable})
-        add_part(self, rows, unreadable)
+    def noted(folder, name, holds):
+        if name == "{}.npz":
+            ids, unreadable = json.loads(holds)
+            parts.append({*ids, *unreadable})
+        return part(folder, name, holds)
 
-    monkeypatch.setattr(Index, "add_part", noted)
+    monkeypatch.setattr(index_module, "_part", noted)
 
     def breaking():
         yield from inputs[:10]
@@ -316,14 +386,14 @@ def test_unreadable_inputs_do_not_move_the_rest_after_a_stop(encoder, tmp_path, 
 
 
 def test_parts_that_another_process_took_are_missed(encoder, tmp_path):
-    commit = Index.commit
+    commit = index_module._commit
 
-    def robbed(self, order):
+    def robbed(index, order):
         next((tmp_path / "store/parts").glob("*.npz")).unlink()
-        return commit(self, order)
+        return commit(index, order)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Index, "commit", robbed)
+        patch.setattr(index_module, "_commit", robbed)
         with pytest.raises(ValueError, match="of 22 vectors are there; if another process"):
             encoder.encode_to(tmp_path / "store", TEXTS, IDS)
     assert len(encoder.encode_to(tmp_path / "store", TEXTS, IDS).items) == 22
@@ -343,7 +413,7 @@ def test_a_store_of_something_else_is_refused(encoder, tmp_path):
     assert content(store) == before
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/me.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match="photos is no store and not empty"):
+    with pytest.raises(ValueError, match="photos is no index and not empty"):
         encoder.encode_to(tmp_path / "photos", TEXTS[:2], IDS[:2])
     with pytest.raises(ValueError, match=r"use BTokEncoder\.from_pretrained"):
         BTokEncoder(encoder.model, encoder.processor).encode_to(tmp_path / "new", ["a"], ["a"])
@@ -453,6 +523,42 @@ def test_opening_needs_no_writing_where_nothing_is_new(encoder, tmp_path, monkey
     encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3])
     for name in ("replace", "mkdir"):
         monkeypatch.setattr(os, name, None)
-    settings = json.loads((tmp_path / "store/meta.json").read_text())["settings"]
-    assert len(Index.open(tmp_path / "store", encoder.digest, settings).items) == 3
+    assert len(open_index(encoder, tmp_path / "store").items) == 3
     assert len(encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3]).items) == 3
+
+
+def test_items_that_say_something_else_leave_the_vectors(encoder, tmp_path):
+    encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3])
+    meta, vectors, _ = content(tmp_path / "store")
+    file = tmp_path / "store" / json.loads(meta)["vectors"]
+    before = file.stat().st_mtime_ns
+    items = [{"id": name, "page": 1} for name in IDS[:3]]
+    assert encoder.encode_to(tmp_path / "store", TEXTS[:3], items).items == items
+    assert file.stat().st_mtime_ns == before and content(tmp_path / "store")[1] == vectors
+
+
+def test_a_damaged_index_is_refused(encoder, tmp_path):
+    encoder.encode_to(tmp_path / "whole", TEXTS[:3], IDS[:3])
+    meta = json.loads((tmp_path / "whole/meta.json").read_text())
+    for case, (file, change, message) in enumerate(
+        [
+            (meta["vectors"], lambda path: path.unlink(), "No such file"),
+            (meta["vectors"], lambda path: os.truncate(path, 0), "No data left"),
+            (meta["vectors"], lambda path: os.truncate(path, 300), "mmap length"),
+            (meta["items"], lambda path: os.truncate(path, 20), "Expecting|Unterminated"),
+            (meta["items"], lambda path: os.truncate(path, 15), "3 vectors and 1 items, exp"),
+            ("meta.json", lambda path: path.write_text("{}"), "'format_version'"),
+            ("meta.json", lambda path: path.write_text("[]"), "list indices"),
+            (
+                "meta.json",
+                lambda path: path.write_text(json.dumps(meta | {"format_version": 3})),
+                "format_version is 3, expected 2",
+            ),
+        ]
+    ):
+        folder = tmp_path / str(case)
+        shutil.copytree(tmp_path / "whole", folder)
+        change(folder / file)
+        text = f"{case} holds no index that can be read .*({message}).*; delete it or give another"
+        with pytest.raises(ValueError, match=text):
+            open_index(encoder, folder)

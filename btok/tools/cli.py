@@ -6,8 +6,9 @@
 
 Images, pages as images, text files (.txt, .md; their first 8,192 characters) and, with the extra
 `video`, videos. Either command encodes what is new or changed, though not what only has another
-name, and forgets what was deleted.
-`torchrun -m btok encode ...` shares the work among processes.
+name, and forgets what was deleted. An index is `meta.json` (settings, what could not be read) and
+the files of vectors and items that it names. `torchrun -m btok encode ...` shares the work among
+processes.
 """
 
 from __future__ import annotations

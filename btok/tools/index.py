@@ -1,15 +1,16 @@
 """A folder of vectors, what they stand for, and the model and settings they were made with.
 
-    vectors.npy   fp32 [N, D]        items.jsonl   a line per row, each with its "id"
-    meta.json     model digest, settings, count, what could not be read
-    parts/        vectors of an unfinished `encode_to`, a file each
+    meta.json                    the manifest: model digest, settings, count, what could not be
+                                 read, and by name the two files that are the index:
+    parts/vectors-<digest>.npy   fp32 [N, D]
+    parts/items-<digest>.jsonl   a line per row, each with its "id"
+    parts/<digest>.npz           vectors that an unfinished `encode_to` has made
 
 encoder, inputs and items -> `encode_to` (parts, shared by the ranks) -> `Index` -> `search`
 
-A kill loses at most the part in work. A part is one file, written beside its place, synced and
-renamed, named by its ids: it is there whole or not at all, and never twice. The three files of the
-finished index are written to `.draft/`, which is renamed to `.ready/` once all are synced: from
-then on whoever opens the index first moves them into their places, however often interrupted.
+A file of `parts` is named by what it holds, is there whole or not at all, and never changes. The
+manifest alone is replaced, in one step: a kill leaves the old index or the new one, and loses at
+most the part in work. What the manifest does not name is removed once it is in place.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,112 +30,45 @@ import torch.distributed as dist
 from btok import adapters
 from btok.config import CONFIG_NAME
 from btok.encoder import BTokEncoder
-from btok.files import find, read_json, rename, sha256, write_text
+from btok.files import find, read_json, rename, sha256, whole, write_text
 from btok_kernels.ranks import rank, world
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMAT_1 = ("vectors.npy", "items.jsonl", "meta.json")  # still read; the next change renews it
 PART = 256  # inputs of a part, encoded together
 BLOCK = 1 << 16  # rows of a product
-FILES = ("vectors.npy", "items.jsonl", "meta.json")
 
 
 class Index:
     """Vectors on disk and what they stand for; `open_index` or `encode_to` makes one.
 
     Args:
-        folder: where it lies; meta: the content of `meta.json`.
+        folder: where it lies; meta: the content of `meta.json`; files: of vectors and of items.
         items: a mapping per vector; vectors: float32 [N, D], mapped from disk.
+
+    Raises:
+        ValueError: a file of it is damaged or gone, or of a later format.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         self.items: list[dict[str, Any]] = []
         self.vectors = np.empty((0, 0), np.float32)
-        if self.meta["count"]:
-            with open(folder / "items.jsonl", "rb") as lines:
-                self.items = [json.loads(line) for line in lines]
-            self.vectors = np.load(folder / "vectors.npy", mmap_mode="r")
-
-    @classmethod
-    def open(cls, folder: str | Path, model: str, settings: Mapping[str, Any]) -> Index:
-        """The index in a folder, made if there is none; what a killed process left is put right.
-
-        Args:
-            model: from `model_digest`; settings: for JSON.
-
-        Raises:
-            ValueError: the folder holds something else, or vectors of another model or settings;
-                several processes that have no process group.
-        """
-        folder = Path(folder)
-        if int(os.environ.get("WORLD_SIZE", 1)) > world():
-            raise ValueError("under torchrun call torch.distributed.init_process_group first")
-        meta: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": model}
-        meta["settings"] = dict(settings)
-        if rank() == 0:
-            _put_in_place(folder)
-            if not (folder / "meta.json").exists():
-                if folder.exists() and {p.name for p in folder.iterdir()} - {"meta.json.tmp"}:
-                    raise ValueError(f"{folder} is no store and not empty; give another folder")
-                folder.mkdir(parents=True, exist_ok=True)
-                empty = {**meta, "count": 0, "unreadable": {}}
-                write_text(folder / "meta.json", json.dumps(empty, indent=2) + "\n")
-        _all_here()
-        index = cls(folder)
-        had, asked = index.meta | index.meta.get("settings", {}), meta | meta["settings"]
-        # bounds on pixels were once kept for models of text alone, too
-        kept = {name for name in index.meta.get("settings", {}) if not name.endswith("_pixels")}
-        for name in sorted(asked.keys() - {"settings"} | kept):
-            if had.get(name) != asked.get(name):
-                raise ValueError(
-                    f"{folder} holds vectors of {name} {had.get(name)!r}, this is "
-                    f"{asked.get(name)!r}; delete it or give another folder"
-                )
-        return index
-
-    def known(self) -> set[str]:
-        """Ids that need no encoding: of the index and of parts, unreadable ones of parts too."""
-        parts = ([*ids, *broken] for _, ids, broken in self._parts())
-        return {item["id"] for item in self.items}.union(*parts)
-
-    def add_part(self, rows: Mapping[str, np.ndarray], unreadable: Mapping[str, str]) -> None:
-        """Keep vectors by id, and reasons by id, until `commit`."""
-        text = json.dumps([list(rows), dict(unreadable)]).encode()
-        path = self.folder / "parts" / f"{hashlib.sha256(text).hexdigest()[:24]}.npz"
-        path.parent.mkdir(exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(draft, "wb") as file:
-            np.savez(file, text=np.frombuffer(text, np.uint8), rows=np.array([*rows.values()]))
-            file.flush()
-            os.fsync(file.fileno())
-        rename(draft, path)
-
-    def commit(self, order: Sequence[Mapping[str, Any]]) -> Index:
-        """The index with exactly these items, less unreadable ones, their vectors from the parts.
-
-        Raises:
-            ValueError: no items, an id twice, or none of the items can be read.
-        """
-        _all_here()  # all parts are written
-        reasons = {i: why for _, _, broken in self._parts() for i, why in broken.items()}
-        kept = [dict(item) for item in order if item["id"] not in reasons]
-        row_of = {item["id"]: row for row, item in enumerate(kept)}
-        if len(row_of) < len(kept):
-            twice = next(item["id"] for row, item in enumerate(kept) if row_of[item["id"]] != row)
-            raise ValueError(f"{self.folder}: the id {twice!r} came twice, expected all different")
-        left_out = [item for item in order if item["id"] in reasons]
-        reasons = {item.get("path", item["id"]): reasons[item["id"]] for item in left_out}
-        _all_here()
-        if rank() == 0:
-            if kept and (kept != self.items or reasons != self.meta["unreadable"]):
-                self._publish(kept, row_of, reasons)
-            shutil.rmtree(self.folder / "parts", ignore_errors=True)
-        _all_here()
-        if not kept:
-            first = f", the first: {next(iter(reasons.values()))}" if reasons else ""
-            raise ValueError(f"none of {len(order)} inputs can be read{first}")
-        return Index(self.folder)
+        try:
+            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+            if (version := self.meta["format_version"]) not in (1, FORMAT_VERSION):
+                raise ValueError(f"format_version is {version!r}, expected {FORMAT_VERSION}")
+            names = self.meta.get("vectors", FORMAT_1[0]), self.meta.get("items", FORMAT_1[1])
+            self.files = [folder / name for name in names]
+            if count := self.meta["count"]:
+                self.vectors = np.load(self.files[0], mmap_mode="r")
+                self.items = [json.loads(line) for line in self.files[1].read_bytes().splitlines()]
+                if not count == len(self.vectors) == len(self.items):
+                    found = f"{len(self.vectors)} vectors and {len(self.items)} items"
+                    raise ValueError(f"{found}, expected {count}")
+        except (FileNotFoundError, EOFError, KeyError, TypeError, ValueError) as error:
+            why = f"{folder} holds no index that can be read ({error})"
+            raise ValueError(f"{why}; delete it or give another folder") from error
 
     def search(self, queries: np.ndarray, top: int = 5) -> list[list[tuple[float, int]]]:
         """Per query [Q, D] its best rows, exactly: (score, row), equal scores in row order."""
@@ -141,43 +76,6 @@ class Index:
         scores = np.concatenate([self.vectors[i : i + BLOCK] @ queries.T for i in blocks]).T
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
         return [[(float(s[row]), int(row)) for row in b] for s, b in zip(scores, best, strict=True)]
-
-    def _parts(self) -> Iterator[tuple[Path, list[str], dict[str, str]]]:
-        """Each part's file, its ids in the order of its rows, and its reasons."""
-        for path in sorted((self.folder / "parts").glob("*.npz")):
-            with np.load(path) as part:
-                yield path, *json.loads(part["text"].tobytes())
-
-    def _publish(
-        self, kept: list[dict[str, Any]], row_of: dict[str, int], reasons: dict[str, str]
-    ) -> None:
-        draft = self.folder / ".draft"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        out, found = None, 0
-        sources = [(None, [item["id"] for item in self.items], {}), *self._parts()]
-        for path, ids, _ in sources:
-            rows = self.vectors if path is None else np.load(path)["rows"]
-            pairs = [(row, row_of[i]) for row, i in enumerate(ids) if i in row_of]
-            if pairs and out is None:
-                shape = (len(kept), rows.shape[1])
-                out = np.lib.format.open_memmap(draft / "vectors.npy", "w+", np.float32, shape)
-            if pairs and out is not None:
-                here, there = map(list, zip(*pairs, strict=True))
-                out[there] = rows[here]
-                found += len(pairs)
-        if out is None or found != len(kept):
-            raise ValueError(
-                f"{self.folder}: {found} of {len(kept)} vectors are there; if another process "
-                "writes to this folder, let it end; then the same command does the rest"
-            )
-        out.flush()
-        lines = "".join(json.dumps(item) + "\n" for item in kept)
-        write_text(draft / "items.jsonl", lines)
-        meta = {**self.meta, "count": len(kept), "unreadable": reasons}
-        write_text(draft / "meta.json", json.dumps(meta, indent=2) + "\n")
-        rename(draft, self.folder / ".ready")
-        _put_in_place(self.folder)
 
 
 def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None = None) -> Index:
@@ -188,9 +86,10 @@ def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None
         instruction: put before the text of every input; an index is of one instruction.
 
     Raises:
-        ValueError: vectors of another model or other settings; no checkpoint to name the model.
+        ValueError: vectors of another model or other settings, or no index; no checkpoint to name
+            the model; several processes that have no process group.
     """
-    model, images = encoder.model, encoder.processor.image_processor
+    folder, model, images = Path(folder), encoder.model, encoder.processor.image_processor
     settings = {
         "instruction": instruction or "",
         "pooling": model.settings.pooling,
@@ -199,7 +98,31 @@ def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None
         "vision_positions": model.settings.vision_positions,
         **({name: getattr(images, name) for name in images.BOUNDS} if images else {}),
     }
-    return Index.open(folder, encoder.digest, settings)
+    asked = {"model": encoder.digest, **settings}
+    if int(os.environ.get("WORLD_SIZE", 1)) > world():
+        raise ValueError("under torchrun call torch.distributed.init_process_group first")
+    if rank() == 0:
+        for name in FORMAT_1:  # a kill may have left them on their way, to be moved in this order
+            if (folder / ".ready" / name).exists():
+                rename(folder / ".ready" / name, folder / name)
+        if not (folder / "meta.json").exists():
+            if any(not path.name.startswith("meta.json.") for path in folder.glob("*")):
+                raise ValueError(f"{folder} is no index and not empty; give another folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            meta = {"format_version": FORMAT_VERSION, "model": encoder.digest, "settings": settings}
+            _write_manifest(folder, {**meta, "count": 0, "unreadable": {}})
+    _all_here()
+    index = Index(folder)
+    had = {"model": index.meta.get("model"), **index.meta.get("settings", {})}
+    # bounds on pixels were once kept for models of text alone, too
+    kept = {name for name in had if not name.endswith("_pixels")}
+    for name in sorted(asked.keys() | kept):
+        if had.get(name) != asked.get(name):
+            raise ValueError(
+                f"{folder} holds vectors of {name} {had.get(name)!r}, this is "
+                f"{asked.get(name)!r}; delete it or give another folder"
+            )
+    return index
 
 
 def encode_to(
@@ -226,8 +149,10 @@ def encode_to(
         ValueError: what `open_index` refuses; an id twice; no input that can be read.
     """
     index = open_index(encoder, folder, instruction)
-    known = index.known()
-    _all_here()
+    known = {item["id"] for item in index.items}
+    for _, ids, reasons in _parts(index.folder):
+        known.update(ids, reasons)
+    _all_here()  # no part is written before every rank has looked
     order: list[Mapping[str, Any]] = []
     mine: list[str] = []
 
@@ -244,16 +169,23 @@ def encode_to(
 
     rows: dict[str, np.ndarray] = {}
     broken: dict[int, str] = {}
+
+    def write_part() -> None:
+        """Keep vectors by id, and reasons by id."""
+        text = json.dumps([list(rows), {mine[i]: why for i, why in broken.items()}]).encode()
+        with whole(_part(index.folder, "{}.npz", text)) as draft, open(draft, "wb") as file:
+            np.savez(file, text=np.frombuffer(text, np.uint8), rows=np.array([*rows.values()]))
+        rows.clear()
+        broken.clear()
+
     arguments = (lacking(), instruction, batch_tokens, show_progress and rank() == 0)
     for indices, vectors in encoder.encode_iter(*arguments, window=PART, unreadable=broken):
-        rows |= zip((mine[i] for i in indices), vectors, strict=True)
+        rows.update(zip((mine[i] for i in indices), vectors, strict=True))
         if len(rows) + len(broken) == PART:  # always met: a window is a part
-            index.add_part(rows, {mine[i]: why for i, why in broken.items()})
-            rows.clear()
-            broken.clear()
+            write_part()
     if rows or broken:
-        index.add_part(rows, {mine[i]: why for i, why in broken.items()})
-    return index.commit(order)
+        write_part()
+    return _commit(index, order)
 
 
 def model_digest(checkpoint: str | Path) -> str:
@@ -276,18 +208,84 @@ def model_digest(checkpoint: str | Path) -> str:
     return total.hexdigest()
 
 
+def _part(folder: Path, name: str, holds: bytes) -> Path:
+    """The path of a part, with a digest of what it holds in its name."""
+    (folder / "parts").mkdir(exist_ok=True)
+    return folder / "parts" / name.format(hashlib.sha256(holds).hexdigest()[:24])
+
+
+def _parts(folder: Path) -> Iterator[tuple[Mapping[str, Any], list[str], dict[str, str]]]:
+    """Of each part that is done its arrays, the ids of its rows, and reasons by id."""
+    for path in sorted(folder.glob("parts/*.npz")):
+        with np.load(path) as part:
+            yield part, *json.loads(part["text"].tobytes())
+
+
+def _commit(index: Index, order: list[Mapping[str, Any]]) -> Index:
+    """Make the index hold exactly these items, less unreadable ones."""
+    _all_here()  # all parts are written
+    folder = index.folder
+    reasons = {i: why for _, _, broken in _parts(folder) for i, why in broken.items()}
+    kept = [dict(item) for item in order if item["id"] not in reasons]
+    row_of = {item["id"]: row for row, item in enumerate(kept)}
+    if twice := [item["id"] for row, item in enumerate(kept) if row_of[item["id"]] != row]:
+        raise ValueError(f"{folder}: the id {twice[0]!r} came twice, expected all different")
+    left_out = (item for item in order if item["id"] in reasons)
+    unreadable = {item.get("path", item["id"]): reasons[item["id"]] for item in left_out}
+    _all_here()  # every rank has read the parts
+    if rank() == 0:
+        if kept and (kept != index.items or unreadable != index.meta["unreadable"]):
+            lines = "".join(json.dumps(item) + "\n" for item in kept)
+            vectors = _part(folder, "vectors-{}.npy", json.dumps(list(row_of)).encode())
+            items = _part(folder, "items-{}.jsonl", lines.encode())
+            if not vectors.exists():
+                _write_vectors(vectors, index, row_of)
+            write_text(items, lines)
+            meta = index.meta | {"format_version": FORMAT_VERSION, "count": len(kept)}
+            meta |= {"vectors": f"parts/{vectors.name}", "items": f"parts/{items.name}"}
+            _write_manifest(folder, meta | {"unreadable": unreadable})
+            index = Index(folder)
+        named = {folder / "meta.json", *index.files}
+        for pattern in (*FORMAT_1, "meta.json.*", "parts/*"):
+            for path in set(folder.glob(pattern)) - named:
+                path.unlink()
+        for name in (".draft", ".ready"):  # where format 1 wrote
+            shutil.rmtree(folder / name, ignore_errors=True)
+    _all_here()
+    if not kept:
+        first = f", the first: {next(iter(unreadable.values()))}" if unreadable else ""
+        raise ValueError(f"none of {len(order)} inputs can be read{first}")
+    return Index(folder)
+
+
+def _write_vectors(path: Path, index: Index, row_of: Mapping[str, int]) -> None:
+    """Write the vectors of these ids, out of the index and of parts, each in its row."""
+    own: Iterable[Any] = [({"rows": index.vectors}, [item["id"] for item in index.items], {})]
+    missing, out = set(row_of), None
+    with whole(path) as draft:
+        for part, ids, _ in chain(own, _parts(index.folder)):
+            if pairs := [(row_of[name], row) for row, name in enumerate(ids) if name in row_of]:
+                rows, (there, here) = part["rows"], map(list, zip(*pairs, strict=True))
+                if out is None:
+                    shape = (len(row_of), rows.shape[1])
+                    out = np.lib.format.open_memmap(draft, "w+", np.float32, shape)
+                out[there] = rows[here]
+                missing.difference_update(ids)
+        if missing or out is None:
+            raise ValueError(
+                f"{index.folder}: {len(row_of) - len(missing)} of {len(row_of)} vectors are there; "
+                "if another process writes to this folder, let it end; then the same command does "
+                "the rest"
+            )
+        out.flush()
+
+
+def _write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
+    """From now on the index is what this says; file names that are no UTF-8 stay escaped."""
+    write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
+
+
 def _all_here() -> None:
     """Go on once every process is here."""
     if world() > 1:
         dist.barrier()
-
-
-def _put_in_place(folder: Path) -> None:
-    """Move the files of `.ready` over the old ones, or the rest of them after a kill."""
-    ready = folder / ".ready"
-    if ready.exists():
-        for name in FILES:
-            if (ready / name).exists():
-                rename(ready / name, folder / name)
-        shutil.rmtree(folder / "parts", ignore_errors=True)
-        ready.rmdir()
