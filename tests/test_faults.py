@@ -18,11 +18,10 @@ import sys
 import time
 
 import pytest
-from helpers import tiny_checkpoint
+from helpers import pocket_pairs, tiny_checkpoint
 
 from train import checkpoint
 from train.recipes import Recipe
-from train.sampler import step_pairs
 
 STEPS, EVERY, SIZE = 12, 3, 2
 LAUNCHER = """
@@ -306,9 +305,9 @@ def test_a_loss_that_is_not_finite_ends_all_and_names_the_batch(tmp_path, model)
     assert json.loads(path.read_text()) == {
         "step": 7,
         "pairs": [
-            {"rank": rank, "dataset": p.dataset, "row": None, "positive_id": p.positive_id}
+            {"rank": rank, "dataset": p.dataset, "row": row, "positive_id": p.positive_id}
             for rank in (0, 1)
-            for p in step_pairs(recipe, 7, rank, 2)
+            for row, p in enumerate(pocket_pairs(recipe, 7, rank, 2), (7 * 2 + rank) * SIZE)
         ],
     }
     assert newest(trainer.run) == 6

@@ -10,14 +10,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_tokenizer
+from helpers import pocket_pairs, tiny_tokenizer
 from PIL import Image
 
 from btok.data.samples import pair_samples, positive_ids
 from btok.data.sources import open_source
 from btok.processing import Processor
+from train.pocket.source import train_set
 from train.recipes import Recipe
-from train.sampler import TRIES, Steps, load_steps, step_groups, step_pairs
+from train.sampler import TRIES, Steps, load_steps, step_groups
 
 COUNT, SIZE = 4, 4
 RECIPE = Recipe(
@@ -119,14 +120,24 @@ def test_the_schedule_decides_what_is_generated(sources, processor):
 
 
 def test_the_pocket_groups_are_as_they_were(processor):
-    steps = Steps(RECIPE, processor)
-    pairs = step_pairs(RECIPE, 3)
-    assert steps[3].rows == [None] * len(pairs)
+    steps = train_set(RECIPE, processor)
+    pairs = pocket_pairs(RECIPE, 3)
+    first = 3 * COUNT * SIZE
+    assert steps[3].rows == list(range(first, first + COUNT * SIZE))
+    for pair, row in zip(steps[3].pairs, steps[3].rows, strict=True):
+        (source,) = (source for source in steps.sources if source.name == pair.dataset)
+        assert (source[row].target, source[row].query.text) == (pair.target, pair.query.text)
     assert read(steps[3]) == [(p.dataset, p.query.text, p.positive_id) for p in pairs]
     expected = pair_samples(pairs, processor)
     assert all(equal(x, y) for x, y in zip(steps[3].samples, expected, strict=True))
-    (part,) = load_steps(Steps(RECIPE, processor, rank=1, world=2), 11)
+    (part,) = load_steps(train_set(RECIPE, processor, 1, 2), 11)
     assert read(part)[:SIZE] == read(steps[11])[SIZE : 2 * SIZE]
+
+    def fail(side):
+        raise KeyError("no spare rows")
+
+    with pytest.raises(ValueError, match=r"too little of it can be read; row 0: KeyError: "):
+        train_set(RECIPE, fail)[0]
 
 
 def walk(lengths, weights, steps, seed=3, count=2, size=5):
@@ -254,7 +265,7 @@ def test_a_bomb_a_wrong_line_and_a_processor_that_fails_are_skipped_too(
 
 
 def test_every_place_of_a_step_has_spares_of_its_own():
-    steps = Steps(RECIPE, None)
+    steps = Steps(RECIPE, None, ())
     groups = step_groups([1000, 600], [2.0, 3.0], RECIPE.seed, 0, COUNT, SIZE)
     assert {group.source for group in groups} == {0, 1}
     tried = {0: [], 1: []}

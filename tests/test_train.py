@@ -22,6 +22,7 @@ from helpers import (
     BTOKS,
     gloo,
     gradients,
+    pocket_pairs,
     tiny_backbone,
     tiny_checkpoint,
     tiny_qwen2_vl,
@@ -36,8 +37,9 @@ from btok.model import BTokModel
 from train import checkpoint
 from train.loop import Journal, make_optimizers, peak_flops
 from train.main import FITS, main
+from train.pocket.source import train_set
 from train.recipes import RECIPES, Recipe
-from train.sampler import Steps, step_groups, step_pairs
+from train.sampler import step_groups
 from train.step import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +51,7 @@ def step_gradients(dtype, step, negatives, reduction, rank, world):
     # ranks have equal numbers of targets, not of labels
     model.settings = dataclasses.replace(model.settings, ntp_reduction=reduction)
     recipe = dataclasses.replace(RECIPE, negatives=negatives)
-    drawn = Steps(recipe, processor, (), rank, world)[step]
+    drawn = train_set(recipe, processor, rank, world)[step]
     losses = train_step(model, processor, recipe, drawn.pairs, drawn.samples, step).losses
     return gradients(model), losses
 
@@ -85,16 +87,19 @@ def test_a_steps_pairs_do_not_depend_on_the_ranks():
     def read(pairs):
         return [(p.dataset, p.query.text, p.positive.text, p.target) for p in pairs]
 
+    def step_pairs(step, rank=0, world=1):
+        return train_set(recipe, tiny_qwen2_vl()[1], rank, world)[step].pairs
+
     recipe = Recipe(reading_steps=3)
     for step in (0, 3, 1000):
-        alone = step_pairs(recipe, step)
-        split = [step_pairs(recipe, step, rank, 2) for rank in (0, 1)]
+        alone = step_pairs(step)
+        split = [step_pairs(step, rank, 2) for rank in (0, 1)]
         size = recipe.group_size
         merged = [p for i in range(2) for part in split for p in part[i * size : (i + 1) * size]]
-        assert read(merged) == read(alone)
+        assert read(merged) == read(alone) == read(pocket_pairs(recipe, step))
         names = [p.dataset for p in alone]
         assert (set(names) == {"I-CLS"}) == (step < 3)
-    assert read(step_pairs(recipe, 7)) != read(step_pairs(recipe, 8))
+    assert read(step_pairs(7)) != read(step_pairs(8))
 
 
 def test_the_rate_warms_up_and_decays_in_each_phase():
@@ -257,7 +262,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, m
     assert "\nerror: step 3: loss nan, gradient norm" in said
     assert f"{output}/nonfinite.json names its batch" in said
     recipe = Recipe(reading_steps=6, group_size=2, groups_per_batch=1)
-    names = [(p.dataset, None, p.positive_id) for p in step_pairs(recipe, 3)]
+    names = [(p.dataset, 6 + i, p.positive_id) for i, p in enumerate(pocket_pairs(recipe, 3))]
     if own:
         (group,) = step_groups([9], [1.0], 0, 3, 1, 2)
         names = [("pairs", row, f"id {row}") for row in group.rows.tolist()]

@@ -24,7 +24,6 @@ import torch.distributed as dist
 import tyro
 from transformers.utils.logging import disable_progress_bar
 
-from btok.data import pocket
 from btok.data.mixture import load_mixture
 from btok.data.records import RetrievalTask
 from btok.encoder import BTokEncoder
@@ -37,6 +36,8 @@ from btok.tools import command_line, pictures
 from btok_kernels.ranks import rank, world
 from train import checkpoint
 from train.loop import Stop, sharded_encode, train
+from train.pocket import data as pocket
+from train.pocket.source import train_set
 from train.recipes import RECIPES, Recipe, build
 from train.sampler import Steps
 
@@ -190,7 +191,10 @@ def start(recipe: Recipe) -> Run:
     model.attention = recipe.attention
     model.to(device())
     try_attention(model, recipe)
-    steps = Steps(recipe, processor, sources, rank(), world())
+    where = rank(), world()
+    steps = train_set(recipe, processor, *where)
+    if sources:
+        steps = Steps(recipe, processor, sources, *where)
     if rank() == 0 and resume is None:
         recipe.output.mkdir(parents=True, exist_ok=True)
         write_json(config, settings)

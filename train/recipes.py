@@ -1,21 +1,20 @@
-"""Recipes: every setting of a run in one frozen dataclass, and the pocket model they start from."""
+"""Recipes: every setting of a run in one frozen dataclass, and the model it starts from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from btok.adapters import Lora
 from btok.config import Pooling, TargetPositions
-from btok.data import pocket
 from btok.model import BTokModel
 from btok.objective import Objective
 from btok.processing import Processor
 from btok.tokens import add_to_embeddings, add_to_tokenizer
+from train.pocket.model import make_backbone, make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -220,9 +219,9 @@ def build(recipe: Recipe) -> tuple[BTokModel, Processor]:
             lora=Lora(rank, alpha, recipe.lora_dropout, recipe.dora) if rank else None,
         )
         return model, Processor.from_pretrained(recipe.model, recipe.num_btoks)
-    tokenizer = pocket_tokenizer()
+    tokenizer = make_tokenizer()
     btoks = add_to_tokenizer(tokenizer, recipe.num_btoks)
-    backbone = pocket_backbone(tokenizer, recipe.seed)
+    backbone = make_backbone(tokenizer, recipe.seed)
     add_to_embeddings(backbone, btoks, seed=recipe.seed)
     model = BTokModel.from_backbone(
         backbone,
@@ -231,63 +230,3 @@ def build(recipe: Recipe) -> tuple[BTokModel, Processor]:
         target_positions=recipe.target_positions,
     )
     return model, Processor(tokenizer)
-
-
-def pocket_tokenizer(vocabulary: int = 512) -> Any:
-    """A byte-pair tokenizer trained on the pocket benchmark's training texts, deterministic."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    names = [
-        "endoftext",
-        "im_start",
-        "im_end",
-        "vision_start",
-        "vision_end",
-        "image_pad",
-        "video_pad",
-    ]
-    special = [f"<|{name}|>" for name in names]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, show_progress=False, max_token_length=12
-    )
-    turn = ["assistant\n"] * 1000  # opens every target: worth one token
-    tokenizer.train_from_iterator(chain(pocket.texts(), turn), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0]
-    )
-
-
-def pocket_backbone(tokenizer: Any, seed: int) -> Any:
-    """A Qwen2-VL of a million parameters with random weights."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    hidden = 128
-    end, image, video, first, last = tokenizer.convert_tokens_to_ids(
-        f"<|{name}|>"
-        for name in ("endoftext", "image_pad", "video_pad", "vision_start", "vision_end")
-    )
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
-    text: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-    }
-    text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
-    text |= {"max_position_embeddings": 4096, "rope_parameters": rope, "initializer_range": 0.1}
-    text |= {"bos_token_id": end, "eos_token_id": end}
-    vision = {"depth": 2, "embed_dim": 64, "hidden_size": hidden, "num_heads": 4, "mlp_ratio": 2}
-    config = Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision | {"initializer_range": 0.1},
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=first,
-        vision_end_token_id=last,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(seed)
-    return Qwen2VLForConditionalGeneration(config)

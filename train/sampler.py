@@ -9,9 +9,8 @@ is left out. Draws come from raw Philox bits, which no version of numpy may chan
 
 from __future__ import annotations
 
-import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from btok.data import pocket
 from btok.data.records import Pair, Side
 from btok.data.samples import pair_samples
 from btok.data.sources import Source
@@ -33,24 +31,9 @@ from train.recipes import Recipe
 TRIES = 16  # pairs that may be tried in the place of one that cannot be read
 
 
-def step_pairs(recipe: Recipe, step: int, rank: int = 0, world: int = 1) -> list[Pair]:
-    """This rank's pairs of a step: whole groups of one task each, one behind the other.
-
-    Tasks come in shuffled rounds of all nine, so each is seen equally often; the first
-    `reading_steps` draw single digits only.
-    """
-    groups = range(step * recipe.groups_per_batch, (step + 1) * recipe.groups_per_batch)
-    pairs: list[Pair] = []
-    for group in groups[rank::world]:
-        turn, place = divmod(group, len(pocket.TASKS))
-        order = random.Random(f"{recipe.seed}/round/{turn}").sample(pocket.TASKS, len(pocket.TASKS))
-        task = pocket.TASKS[0] if step < recipe.reading_steps else order[place]
-        pairs += pocket.train_group(task, group, recipe.group_size, recipe.seed)
-    return pairs
-
-
 class Group(NamedTuple):
-    """One group: its data set's number, its rows int64 [size], all of that epoch in order [n]."""
+    """One group: its data set's number, its rows int64 [size], those of its epoch in order [n],
+    whose end stands in for what cannot be read."""
 
     source: int
     rows: np.ndarray
@@ -100,11 +83,10 @@ class Skipped(NamedTuple):
 
 class Step(NamedTuple):
     """A rank's part of a step: its pairs (without pictures, videos and negatives), their rows in
-    their data sets (None on the pocket benchmark), their samples as `pair_samples` gives them, and
-    what was skipped."""
+    their data sets, their samples as `pair_samples` gives them, and what was skipped."""
 
     pairs: list[Pair]
-    rows: list[int | None]
+    rows: list[int]
     samples: list[Sample]
     skipped: list[Skipped]
 
@@ -118,8 +100,9 @@ class Steps(Dataset[Step]):
     Args:
         recipe: the settings that `__getitem__` reads.
         processor: of the model.
-        sources: the data sets; none for the pocket benchmark.
+        sources: the data sets.
         rank, world: of this process.
+        groups: step -> its groups, those of all ranks; None draws them by weight.
 
     Raises:
         ValueError: a data set with fewer rows than a group; data sets with unequal numbers of hard
@@ -130,12 +113,14 @@ class Steps(Dataset[Step]):
         self,
         recipe: Recipe,
         processor: Processor,
-        sources: Sequence[Source] = (),
+        sources: Sequence[Source],
         rank: int = 0,
         world: int = 1,
+        groups: Callable[[int], list[Group]] | None = None,
     ) -> None:
         self.recipe, self.processor, self.sources = recipe, processor, sources
         self.rank, self.world = rank, world
+        self.groups = groups or self._drawn
         for source in sources:
             if len(source) < recipe.group_size:
                 raise ValueError(
@@ -160,56 +145,52 @@ class Steps(Dataset[Step]):
             "generate": captioning or recipe.objective.weight(step - recipe.caption_steps) > 0,
         }
 
-        def samples(pair: Pair, row: int | None = None) -> tuple[Pair, int | None, list[Sample]]:
-            found = pair_samples([pair], lambda s: self.processor(with_frames(s)), **options)
-            query, positive = Side(pair.query.text), Side(pair.positive.text)
-            return replace(pair, query=query, positive=positive, negatives=()), row, found
-
-        def read(number: int, place: int) -> tuple[Pair, int | None, list[Sample]]:
+        def read(number: int, place: int) -> tuple[Pair, int, list[Sample]]:
             for which, row in self._tries(groups, number, place):
                 try:
-                    return samples(self.sources[which][row], row)
+                    pair = self.sources[which][row]
+                    found = pair_samples(
+                        [pair], lambda s: self.processor(with_frames(s)), **options
+                    )
                 except (ImportError, MemoryError):
                     raise
                 except Exception as error:  # plug-ins of PIL raise nearly anything
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     skipped.append(Skipped(self.sources[which].name, row, reason))
+                    continue
+                query, positive = Side(pair.query.text), Side(pair.positive.text)
+                return replace(pair, query=query, positive=positive, negatives=()), row, found
             name, row, reason = skipped[-1]
             raise ValueError(f"data set {name}: too little of it can be read; row {row}: {reason}")
 
-        if self.sources:
-            groups = step_groups(
-                [len(source) for source in self.sources],
-                [source.weight for source in self.sources],
-                recipe.seed,
-                step,
-                recipe.groups_per_batch,
-                recipe.group_size,
-            )
-            places = [
-                (number, place)
-                for number in range(recipe.groups_per_batch)
-                for place in range(recipe.group_size)
-            ]
-            mine = [at for at in places if at[0] % self.world == self.rank]
-            if recipe.groups_per_batch % self.world:  # the whole batch is one: cut anywhere
-                cut = [len(places) * rank // self.world for rank in (self.rank, self.rank + 1)]
-                mine = places[slice(*cut)]
-            found = [read(number, place) for number, place in mine]
-        else:
-            found = [samples(pair) for pair in step_pairs(recipe, step, self.rank, self.world)]
+        groups = self.groups(step)
+        places = [
+            (number, place)
+            for number in range(recipe.groups_per_batch)
+            for place in range(recipe.group_size)
+        ]
+        mine = [at for at in places if at[0] % self.world == self.rank]
+        if recipe.groups_per_batch % self.world:  # the whole batch is one: cut anywhere
+            cut = [len(places) * rank // self.world for rank in (self.rank, self.rank + 1)]
+            mine = places[slice(*cut)]
+        found = [read(number, place) for number, place in mine]
         pairs, rows, parts = zip(*found, strict=True)
         # all queries, then all positives, then every one's first hard negative, ...
         ordered = list(chain.from_iterable(zip(*parts, strict=True)))
         return Step(list(pairs), list(rows), ordered, skipped)
 
+    def _drawn(self, step: int) -> list[Group]:
+        lengths, weights = zip(*((len(s), s.weight) for s in self.sources), strict=True)
+        recipe = self.recipe
+        count, size = recipe.groups_per_batch, recipe.group_size
+        return step_groups(lengths, weights, recipe.seed, step, count, size)
+
     def _tries(self, groups: Sequence[Group], number: int, place: int) -> Iterator[tuple[int, int]]:
         """A row of a group, by data set and index, and those to be tried in its place."""
         which, rows, order = groups[number]
         yield which, int(rows[place])
-        free = np.ones(len(order), bool)
-        free[np.concatenate([group.rows for group in groups if group.source == which])] = False
-        spares = order[::-1][free[order[::-1]]]
+        taken = np.concatenate([group.rows for group in groups if group.source == which])
+        spares = order[::-1][~np.isin(order[::-1], taken)]
         first = (number * len(rows) + place) * TRIES
         for turn in range(first, first + min(TRIES, len(spares))):
             yield which, int(spares[turn % len(spares)])
