@@ -187,7 +187,7 @@ def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndar
     return family.positions(ids, side, config)
 
 
-def by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+def group_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """Indices in turns of at most `budget` in all; what is larger has a turn of its own."""
     turns: list[list[int]] = []
     left = 0

@@ -33,10 +33,9 @@ Path(__file__).with_name(f"{rank}.pid").write_text(str(os.getpid()))
 sys.path[:0] = [".", "kernels"]
 
 import torch
-import train.loop
 import train.main
 
-train_step, build, fault = train.loop.train_step, train.main.build, sys.argv.pop(1)
+train_step, build, fault = train.main.train_step, train.main.build, sys.argv.pop(1)
 is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
 
 def stop(recipe):
@@ -44,23 +43,23 @@ def stop(recipe):
         os.kill(os.getpid(), signal.SIGTERM)
     return build(recipe)
 
-def hurt(model, *others):
+def hurt(model, processor, recipe, pairs, samples, step, captioning=False):
     time.sleep(0.1)  # so that it is not over before it is hurt
     Path(__file__).with_name(f"{rank}.worked").write_text(str(generation))
     embeddings = model.backbone.get_input_embeddings()
     if not embeddings._forward_hooks:
         drop = torch.nn.Dropout(0.1)
         embeddings.register_forward_hook(lambda module, inputs, output: drop(output))
-    if others[-1] == 7 and is_last:  # the step
+    if recipe.caption_steps + step == 7 and is_last:  # the run's step
         if fault == "raise":
             raise ValueError("pair 5 of a set has no positive")
         if fault == "pass" and not generation:
             raise OSError("the folder of a set is away")
         if fault == "nan":
             embeddings.weight.data.fill_(float("nan"))
-    return train_step(model, *others)
+    return train_step(model, processor, recipe, pairs, samples, step, captioning)
 
-train.loop.train_step, train.main.build = hurt, stop
+train.main.train_step, train.main.build = hurt, stop
 train.main.pictures.loss_curve = lambda *arguments: None  # Matplotlib takes a second to load
 if generation and rank:
     time.sleep(2)  # processes that are started again do not come together

@@ -94,7 +94,8 @@ def test_the_kernels_travel_alone(tmp_path):
     assert {"condensed_attention", "contrastive_loss", "launch", "layout", "ranks"} <= found
 
 
-DOORS = {"btok/__main__.py", "train/main.py"}  # the command line, and a run's pictures
+# the command line, and a run's pictures
+DOORS = {"btok/__main__.py", "train/main.py", "train/pocket/evaluation.py"}
 
 
 def imports_at_once(tree, importer=""):

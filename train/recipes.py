@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,8 +13,7 @@ from btok.config import Pooling, TargetPositions
 from btok.model import BTokModel
 from btok.objective import Objective
 from btok.processing import Processor
-from btok.tokens import add_to_embeddings, add_to_tokenizer
-from train.pocket.model import make_backbone, make_tokenizer
+from train.pocket import model as pocket
 
 
 @dataclass(frozen=True)
@@ -106,15 +105,13 @@ class Recipe:
     """Of the first weights and the order of the data."""
 
     def __post_init__(self) -> None:
-        lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1}
-        lows |= {"chunk_tokens": 1} if self.chunk_tokens is not None else {}
-        from_zero = [*("num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps")]
+        lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1, "chunk_tokens": 1}
+        from_zero = ["num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps"]
         from_zero += ["warmup_steps", "weight_decay", "muon_rate", "vision_memory", "lora_rank"]
-        from_zero += ["workers", "max_skipped"]
-        lows |= dict.fromkeys(from_zero, 0)
+        lows |= dict.fromkeys([*from_zero, "workers", "max_skipped"], 0)
         for name, low in lows.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+            if (had := getattr(self, name)) is not None and not had >= low:
+                raise ValueError(f"{name} is {had}, expected at least {low}")
         for name in ("temperature", "learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and finite")
@@ -128,7 +125,6 @@ class Recipe:
             raise ValueError(f"lora_dropout, final_rate and beta2 are {had}, expected from 0 to 1")
         if 0 < self.eval_queries < 40:
             raise ValueError(f"eval_queries is {self.eval_queries}, expected 0 or at least 40")
-
         if self.data is not None and self.caption_steps:
             raise ValueError(
                 f"caption_steps is {self.caption_steps} with data {self.data}; that phase is for "
@@ -137,26 +133,33 @@ class Recipe:
 
     @property
     def pooling_rows(self) -> Pooling:
-        """`pooling`, decided."""
+        """The pooling, also where `pooling` is None and K decides."""
         return self.pooling or ("btok" if self.num_btoks else "last")
 
     @property
     def objective(self) -> Objective:
-        """The loss these settings describe."""
+        """The loss that these settings describe."""
         return Objective(self.temperature, self.ntp_weight, self.ntp_steps, self.negatives)
 
     @property
+    def captions(self) -> Recipe:
+        """The captioning phase as a recipe of its own, that generates each pair's own side."""
+        phase = replace(self, steps=self.caption_steps, caption_steps=0)
+        return replace(phase, ntp_side=None, ntp_weight=1.0, ntp_steps=None)
+
+    @property
     def total_steps(self) -> int:
-        """Of both phases."""
+        """Steps of the run, the captioning phase included."""
         return self.caption_steps + self.steps
 
+    def described(self) -> dict[str, Any]:
+        """All settings, as JSON has them."""
+        return {name: str(x) if isinstance(x, Path) else x for name, x in vars(self).items()}
+
     def learning_rate_at(self, step: int) -> float:
-        """The rate of a step, each phase with its own warm-up and decay."""
-        captioning = step < self.caption_steps
-        length = self.caption_steps if captioning else self.steps
-        done = step + 1 if captioning else step + 1 - self.caption_steps
-        warm = done / max(self.warmup_steps, 1)
-        left = (length - done + 1) / max(length - self.warmup_steps, 1)
+        """The rate of a training step, from 0: linear warm-up, then linear decay."""
+        warm = (step + 1) / max(self.warmup_steps, 1)
+        left = (self.steps - step) / max(self.steps - self.warmup_steps, 1)
         decayed = self.final_rate + (1 - self.final_rate) * left
         return self.learning_rate * min(1.0, warm, decayed)
 
@@ -207,26 +210,17 @@ RECIPES = {
 
 def build(recipe: Recipe) -> tuple[BTokModel, Processor]:
     """The model and the processor a run starts from."""
-    if recipe.model != "pocket":
-        rank, alpha = recipe.lora_rank, recipe.lora_alpha
-        torch.manual_seed(recipe.seed)  # adapters begin at random, and alike on all ranks
-        model = BTokModel.from_pretrained(
-            recipe.model,
-            num_btoks=recipe.num_btoks,
-            pooling=recipe.pooling_rows,
-            target_positions=recipe.target_positions,
-            dtype=getattr(torch, recipe.dtype),
-            lora=Lora(rank, alpha, recipe.lora_dropout, recipe.dora) if rank else None,
-        )
-        return model, Processor.from_pretrained(recipe.model, recipe.num_btoks)
-    tokenizer = make_tokenizer()
-    btoks = add_to_tokenizer(tokenizer, recipe.num_btoks)
-    backbone = make_backbone(tokenizer, recipe.seed)
-    add_to_embeddings(backbone, btoks, seed=recipe.seed)
-    model = BTokModel.from_backbone(
-        backbone,
-        btok_token_ids=btoks,
-        pooling=recipe.pooling_rows,
-        target_positions=recipe.target_positions,
+    settings: dict[str, Any] = {"pooling": recipe.pooling_rows}
+    settings["target_positions"] = recipe.target_positions
+    if recipe.model == "pocket":
+        return pocket.build(recipe.num_btoks, recipe.seed, **settings)
+    rank, alpha = recipe.lora_rank, recipe.lora_alpha
+    torch.manual_seed(recipe.seed)  # adapters begin at random, and alike on all ranks
+    model = BTokModel.from_pretrained(
+        recipe.model,
+        num_btoks=recipe.num_btoks,
+        dtype=getattr(torch, recipe.dtype),
+        lora=Lora(rank, alpha, recipe.lora_dropout, recipe.dora) if rank else None,
+        **settings,
     )
-    return model, Processor(tokenizer)
+    return model, Processor.from_pretrained(recipe.model, recipe.num_btoks)

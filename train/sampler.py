@@ -12,8 +12,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from itertools import chain
+from functools import lru_cache, partial
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,7 +91,7 @@ class Step(NamedTuple):
     skipped: list[Skipped]
 
 
-class Steps(Dataset[Step]):
+class TrainSet(Dataset[Step]):
     """The steps of a run on one rank: `steps[i]` is read, decoded and processed when asked for.
 
     In the place of a row that cannot be read comes one of its data set that no group of the step
@@ -120,7 +120,10 @@ class Steps(Dataset[Step]):
     ) -> None:
         self.recipe, self.processor, self.sources = recipe, processor, sources
         self.rank, self.world = rank, world
-        self.groups = groups or self._drawn
+        lengths, weights = [len(source) for source in sources], [s.weight for s in sources]
+        count, size = recipe.groups_per_batch, recipe.group_size
+        drawn = partial(step_groups, lengths, weights, recipe.seed, count=count, size=size)
+        self.groups = groups or drawn
         for source in sources:
             if len(source) < recipe.group_size:
                 raise ValueError(
@@ -135,22 +138,21 @@ class Steps(Dataset[Step]):
             )
 
     def __len__(self) -> int:
-        return self.recipe.total_steps
+        return self.recipe.steps
 
     def __getitem__(self, step: int) -> Step:
-        recipe, skipped = self.recipe, list[Skipped]()
-        captioning = step < recipe.caption_steps
-        options: dict[str, Any] = {
-            "ntp_side": None if captioning else recipe.ntp_side,
-            "generate": captioning or recipe.objective.weight(step - recipe.caption_steps) > 0,
-        }
+        recipe, groups, skipped = self.recipe, self.groups(step), list[Skipped]()
+        generate = recipe.objective.weight(step) > 0
+
+        def process(side: Side) -> Any:
+            return self.processor(with_frames(side))
 
         def read(number: int, place: int) -> tuple[Pair, int, list[Sample]]:
             for which, row in self._tries(groups, number, place):
                 try:
                     pair = self.sources[which][row]
                     found = pair_samples(
-                        [pair], lambda s: self.processor(with_frames(s)), **options
+                        [pair], process, ntp_side=recipe.ntp_side, generate=generate
                     )
                 except (ImportError, MemoryError):
                     raise
@@ -158,17 +160,13 @@ class Steps(Dataset[Step]):
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     skipped.append(Skipped(self.sources[which].name, row, reason))
                     continue
+                # pictures stay behind: what goes to the trainer is pickled
                 query, positive = Side(pair.query.text), Side(pair.positive.text)
                 return replace(pair, query=query, positive=positive, negatives=()), row, found
             name, row, reason = skipped[-1]
             raise ValueError(f"data set {name}: too little of it can be read; row {row}: {reason}")
 
-        groups = self.groups(step)
-        places = [
-            (number, place)
-            for number in range(recipe.groups_per_batch)
-            for place in range(recipe.group_size)
-        ]
+        places = list(product(range(recipe.groups_per_batch), range(recipe.group_size)))
         mine = [at for at in places if at[0] % self.world == self.rank]
         if recipe.groups_per_batch % self.world:  # the whole batch is one: cut anywhere
             cut = [len(places) * rank // self.world for rank in (self.rank, self.rank + 1)]
@@ -178,12 +176,6 @@ class Steps(Dataset[Step]):
         # all queries, then all positives, then every one's first hard negative, ...
         ordered = list(chain.from_iterable(zip(*parts, strict=True)))
         return Step(list(pairs), list(rows), ordered, skipped)
-
-    def _drawn(self, step: int) -> list[Group]:
-        lengths, weights = zip(*((len(s), s.weight) for s in self.sources), strict=True)
-        recipe = self.recipe
-        count, size = recipe.groups_per_batch, recipe.group_size
-        return step_groups(lengths, weights, recipe.seed, step, count, size)
 
     def _tries(self, groups: Sequence[Group], number: int, place: int) -> Iterator[tuple[int, int]]:
         """A row of a group, by data set and index, and those to be tried in its place."""
@@ -196,8 +188,8 @@ class Steps(Dataset[Step]):
             yield which, int(spares[turn % len(spares)])
 
 
-def load_steps(steps: Steps, first: int, workers: int = 0) -> Iterator[Step]:
-    """The steps from `first` on, in their order; torch's random state is left alone.
+def load_steps(steps: TrainSet, first: int, workers: int = 0) -> Iterator[tuple[int, Step]]:
+    """The steps from `first` on, with their numbers; torch's random state is left alone.
 
     Args:
         workers: processes that make them ahead, two steps each in shared memory; 0: this one does,
@@ -216,7 +208,7 @@ def load_steps(steps: Steps, first: int, workers: int = 0) -> Iterator[Step]:
         generator=torch.Generator(),
     )
     try:
-        yield from loader
+        yield from enumerate(loader, first)
     except (ValueError, ImportError) as error:  # a worker's has its whole traceback as its text
         kind = type(error)
         raise kind(

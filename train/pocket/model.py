@@ -7,7 +7,26 @@ from typing import Any
 
 import torch
 
+from btok.model import BTokModel
+from btok.processing import Processor
+from btok.tokens import add_to_embeddings, add_to_tokenizer
 from train.pocket.data import texts
+
+
+def build(num_btoks: int, seed: int, **settings: Any) -> tuple[BTokModel, Processor]:
+    """The untrained model with K bottleneck tokens, and its processor.
+
+    Args:
+        num_btoks: K.
+        seed: of the weights.
+        settings: `pooling` and the others of `btok.config.BTokConfig`.
+    """
+    tokenizer = make_tokenizer()
+    btoks = add_to_tokenizer(tokenizer, num_btoks)
+    backbone = make_backbone(tokenizer, seed)
+    add_to_embeddings(backbone, btoks, seed=seed)
+    model = BTokModel.from_backbone(backbone, btok_token_ids=btoks, **settings)
+    return model, Processor(tokenizer)
 
 
 def make_tokenizer(vocabulary: int = 512) -> Any:
