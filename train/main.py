@@ -44,6 +44,7 @@ from train.sampler import Step, TrainSet, load_steps
 from train.step import train_step
 
 FITS = "out of memory; try a lower --chunk-tokens, --gradcache true, --checkpoint-activations true"
+MISTAKES = (ValueError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
 MAY_CHANGE = {"output", "checkpoint_every", "workers", "max_skipped", "tensorboard"}  # in a run
 
 
@@ -63,10 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             run(parse(list(sys.argv[1:] if argv is None else argv)), stop)
             parallel.leave()
-        except (
-            *(ValueError, OSError, ImportError, FloatingPointError),
-            torch.OutOfMemoryError,
-        ) as error:
+        except MISTAKES as error:
             code = 1 if isinstance(error, FloatingPointError) else 2
             what = " ".join(str(error).split())
             if isinstance(error, torch.OutOfMemoryError):

@@ -67,36 +67,13 @@ def train_step(
     """
     if captioning:
         samples = [sample for sample in samples if sample[1] is not None]
-    device, patches = model.backbone.device, count_patches(samples)
+    patches = count_patches(samples)
     if recipe.reuse_vision and is_frozen(model):
         samples = cache_vision_features(model, samples, recipe.vision_memory, recipe.chunk_tokens)
-    of_target: dict[str, Any] = {
-        "prefix_ids": processor.prefix_ids,
-        "suffix_ids": processor.suffix_ids,
-        "backbone_config": model.backbone.config,
-    }
-    counts = count_labels([target for _, target in samples if target is not None], **of_target)
-    mine = counts[0 if model.settings.ntp_reduction == "sample_mean" else 1]
-    # all ranks' mean, so that a target weighs the same on a rank that has few of them
-    count = max(float(mean_over_ranks(torch.tensor(mine, dtype=torch.float64))), 1e-9)
-    packing = {
-        **of_target,
-        "btok_token_ids": () if captioning else model.btok_token_ids,
-        "target_positions": model.settings.target_positions,
-        "condense": recipe.condense and not captioning,
-    }
-
-    def forward(some: Sequence[Sample]) -> BTokOutput:
-        batch = pack(some, **packing).to(device)
-        # adapters are fp32, their products need not be
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-            embeddings, ntp = model(batch)
-        share = None if ntp is None else ntp * (model.ntp_count(batch) / count)
-        return BTokOutput(embeddings, share)
-
+    forward = _packed_forward(model, processor, recipe, samples, captioning)
     lengths = [sum(map(_length, sample)) for sample in samples]
     microbatches = split(samples, lengths, recipe.chunk_tokens)
-    ids = positive_ids(pairs, rank()).to(device)  # where the embeddings are
+    ids = positive_ids(pairs, rank()).to(model.backbone.device)  # where the embeddings are
     groups = recipe.groups_per_batch // world()
     contrast = partial(recipe.objective.contrastive, ids=ids, num_groups=groups)
     weigh = partial(recipe.objective.weighted, step=step)
@@ -109,10 +86,46 @@ def train_step(
             losses = at_once(forward, microbatches, contrast, weigh)
     # once, behind all passes: a rank may have more of them than another
     average_gradients(model)
-    tokens = sum(lengths) + len(samples) * len(packing["btok_token_ids"])
+    tokens = sum(lengths) + (0 if captioning else len(samples) * len(model.btok_token_ids))
     worked = torch.tensor([tokens, model_flops(model, tokens, patches)], dtype=torch.float64)
     total, flops = (mean_over_ranks(worked) * world()).tolist()
     return StepResult(Losses(*mean_over_ranks(torch.stack(losses).detach())), round(total), flops)
+
+
+def _packed_forward(
+    model: BTokModel,
+    processor: Processor,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    captioning: bool,
+) -> Forward:
+    """The model on some of these samples, in one packed pass."""
+    of_target: dict[str, Any] = {
+        "prefix_ids": processor.prefix_ids,
+        "suffix_ids": processor.suffix_ids,
+        "backbone_config": model.backbone.config,
+    }
+    packing = {
+        **of_target,
+        "btok_token_ids": () if captioning else model.btok_token_ids,
+        "target_positions": model.settings.target_positions,
+        "condense": recipe.condense and not captioning,
+    }
+    counts = count_labels([target for _, target in samples if target is not None], **of_target)
+    mine = counts[0 if model.settings.ntp_reduction == "sample_mean" else 1]
+    # all ranks' mean, so that a target weighs the same on a rank that has few of them
+    count = max(float(mean_over_ranks(torch.tensor(mine, dtype=torch.float64))), 1e-9)
+    device, half = model.backbone.device, recipe.dtype == "bfloat16"
+
+    def forward(some: Sequence[Sample]) -> BTokOutput:
+        batch = pack(some, **packing).to(device)
+        # adapters are fp32, their products need not be
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            embeddings, ntp = model(batch)
+        share = None if ntp is None else ntp * (model.ntp_count(batch) / count)
+        return BTokOutput(embeddings, share)
+
+    return forward
 
 
 def split(samples: Sequence[Sample], lengths: list[int], tokens: int | None) -> list[Microbatch]:
@@ -150,9 +163,9 @@ def by_gradcache(
     each microbatch again, whose backward takes those and its generative loss.
     """
     was_training, states, parts = model.training, [], []
-    # In eval mode the last layer runs for the pooled rows alone, without the targets. Not with
-    # dropout: then both passes must have the same rows, to draw the same
     dropping = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    # in eval mode the last layer runs for the pooled rows alone; but with dropout both passes must
+    # run the same rows, targets included, so that they draw the same
     model.train(was_training and dropping)
     with torch.no_grad():
         for _, samples in microbatches:
@@ -169,7 +182,7 @@ def by_gradcache(
         if dropping:
             set_random_state(state)
         part, ntp = forward(samples)
-        # linear in the part, with the contrastive loss's gradient, in that loss's place
+        # in the contrastive loss's place, what has its gradients of this part
         weigh((part * embeddings.grad[places]).sum(), ntp).total.backward()
         ntps.append(None if ntp is None else ntp.detach())
     return weigh(contrastive.detach(), _sum(ntps))
