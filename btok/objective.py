@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from btok.model import BTokOutput
 from btok_kernels.contrastive_loss import contrastive_loss
 
 
@@ -47,25 +46,21 @@ class Objective:
         """w(step), the weight of the generative loss at a step, counted from 0."""
         return 0.0 if self.ntp_steps is not None and step >= self.ntp_steps else self.ntp_weight
 
-    def __call__(
-        self,
-        output: BTokOutput,
-        ids: Tensor,
-        *,
-        step: int,
-        num_groups: int = 1,
-        ntp_scale: float = 1.0,
-    ) -> Losses:
-        """This rank's share of the loss.
+    def weighted(self, contrastive: Tensor, ntp: Tensor | None, step: int) -> Losses:
+        """`L = InfoNCE + w(step) * NTP` of this rank's shares of both; None for an NTP of 0."""
+        ntp = contrastive.new_zeros(()) if ntp is None else ntp
+        return Losses(contrastive + self.weight(step) * ntp, contrastive, ntp)
+
+    def contrastive(self, embeddings: Tensor, ids: Tensor, num_groups: int = 1) -> Tensor:
+        """This rank's share of InfoNCE.
 
         Args:
-            output: of a batch of n queries, their n positives, and h times n hard negatives.
+            embeddings: [(2 + h) * n, D], of n queries, their n positives, and h times n hard
+                negatives.
             ids: int64 [n], equal where positives are interchangeable.
-            step: from 0, for the schedule.
             num_groups: groups of equal size among the n pairs, one behind the other.
-            ntp_scale: this rank's targets over the mean number of targets per rank.
         """
-        query, positive, *negatives = output.embeddings.split(len(ids))
+        query, positive, *negatives = embeddings.split(len(ids))
         parts = [query, positive, ids]
         if negatives:
             parts.append(torch.stack(negatives, dim=1))  # [n, h, D]
@@ -83,6 +78,4 @@ class Objective:
             )
             for q, p, i, *hard in chunks
         ]
-        contrastive = torch.stack(losses).mean()
-        ntp = contrastive.new_zeros(()) if output.ntp_loss is None else output.ntp_loss * ntp_scale
-        return Losses(contrastive + self.weight(step) * ntp, contrastive, ntp)
+        return torch.stack(losses).mean()

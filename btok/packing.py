@@ -172,7 +172,7 @@ def _ids(side: Mapping[str, Any]) -> np.ndarray:
     return np.asarray(side["input_ids"], dtype=np.int64).reshape(-1)
 
 
-def by_budget(sizes: Sequence[int], budget: int) -> list[list[int]]:
+def group_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """Indices in turns of at most `budget` in all; what is larger has a turn of its own."""
     turns: list[list[int]] = []
     left = 0

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from bench.models import byte_tokenizer as tiny_tokenizer
 from btok import families
+from btok.data.records import Pair
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_embeddings, add_to_tokenizer
+from train.pocket import data as pocket
+from train.recipes import Recipe
 
 IMAGE, VIDEO, VISION_START, VISION_END = 110, 111, 112, 113
 BTOKS = (100, 101, 102, 103, 104, 105, 106, 107)
@@ -245,6 +248,18 @@ def vision(grids: list[tuple[int, int, int]], seed: int, video: bool = False) ->
         keys[0]: pixels,
         keys[1]: torch.tensor(grids),
     }
+
+
+def pocket_pairs(recipe: Recipe, step: int, rank: int = 0, world: int = 1) -> list[Pair]:
+    """A rank's pairs of a step on the pocket benchmark, told plainly: what its source must give."""
+    pairs: list[Pair] = []
+    count, tasks = recipe.groups_per_batch, pocket.TASKS
+    for group in range(step * count, (step + 1) * count)[rank::world]:
+        turn, place = divmod(group, len(tasks))
+        order = random.Random(f"{recipe.seed}/round/{turn}").sample(tasks, len(tasks))
+        task = tasks[0] if step < recipe.reading_steps else order[place]
+        pairs += pocket.train_group(task, group, recipe.group_size, recipe.seed)
+    return pairs
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -18,11 +18,10 @@ import sys
 import time
 
 import pytest
-from helpers import tiny_checkpoint
+from helpers import pocket_pairs, tiny_checkpoint
 
 from train import checkpoint
 from train.recipes import Recipe
-from train.sampler import step_pairs
 
 STEPS, EVERY, SIZE = 12, 3, 2
 LAUNCHER = """
@@ -34,10 +33,9 @@ Path(__file__).with_name(f"{rank}.pid").write_text(str(os.getpid()))
 sys.path[:0] = [".", "kernels"]
 
 import torch
-import train.loop
 import train.main
 
-train_step, build, fault = train.loop.train_step, train.main.build, sys.argv.pop(1)
+train_step, build, fault = train.main.train_step, train.main.build, sys.argv.pop(1)
 is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
 
 def stop(recipe):
@@ -45,23 +43,23 @@ def stop(recipe):
         os.kill(os.getpid(), signal.SIGTERM)
     return build(recipe)
 
-def hurt(model, *others):
+def hurt(model, processor, recipe, pairs, samples, step, captioning=False):
     time.sleep(0.1)  # so that it is not over before it is hurt
     Path(__file__).with_name(f"{rank}.worked").write_text(str(generation))
     embeddings = model.backbone.get_input_embeddings()
     if not embeddings._forward_hooks:
         drop = torch.nn.Dropout(0.1)
         embeddings.register_forward_hook(lambda module, inputs, output: drop(output))
-    if others[-1] == 7 and is_last:  # the step
+    if recipe.caption_steps + step == 7 and is_last:  # the run's step
         if fault == "raise":
             raise ValueError("pair 5 of a set has no positive")
         if fault == "pass" and not generation:
             raise OSError("the folder of a set is away")
         if fault == "nan":
             embeddings.weight.data.fill_(float("nan"))
-    return train_step(model, *others)
+    return train_step(model, processor, recipe, pairs, samples, step, captioning)
 
-train.loop.train_step, train.main.build = hurt, stop
+train.main.train_step, train.main.build = hurt, stop
 train.main.pictures.loss_curve = lambda *arguments: None  # Matplotlib takes a second to load
 if generation and rank:
     time.sleep(2)  # processes that are started again do not come together
@@ -306,9 +304,9 @@ def test_a_loss_that_is_not_finite_ends_all_and_names_the_batch(tmp_path, model)
     assert json.loads(path.read_text()) == {
         "step": 7,
         "pairs": [
-            {"rank": rank, "dataset": p.dataset, "row": None, "positive_id": p.positive_id}
+            {"rank": rank, "dataset": p.dataset, "row": row, "positive_id": p.positive_id}
             for rank in (0, 1)
-            for p in step_pairs(recipe, 7, rank, 2)
+            for row, p in enumerate(pocket_pairs(recipe, 7, rank, 2), (7 * 2 + rank) * SIZE)
         ],
     }
     assert newest(trainer.run) == 6

@@ -17,7 +17,7 @@ from bench.imports import check, import_graph, imports_at_once
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("module", ["btok", "btok.kernels", "btok.data.pocket", "btok_kernels"])
+@pytest.mark.parametrize("module", ["btok", "btok.kernels", "train.pocket.data", "btok_kernels"])
 def test_an_import_is_light(module):
     code = (
         f"import sys, {module}; heavy = "
@@ -112,7 +112,8 @@ def test_two_copies_of_the_kernels_keep_their_operators(tmp_path):
     assert said.stdout.strip() == names, said.stderr
 
 
-DOORS = {"btok/__main__.py", "train/main.py"}  # the command line, and a run's pictures
+# the command line, and a run's pictures
+DOORS = {"btok/__main__.py", "train/main.py", "train/pocket/evaluation.py"}
 
 
 def test_tools_are_imported_by_who_uses_them():

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from btok.model import BTokOutput
 from btok.objective import Objective
 
 
@@ -14,7 +13,7 @@ def test_the_loss_is_infonce_plus_weighted_generation():
     generator = torch.Generator().manual_seed(0)
     z = F.normalize(torch.randn(8, 16, generator=generator, dtype=torch.float64), dim=1)
     ids = torch.tensor([1, 2, 2, 3])
-    output = BTokOutput(z, torch.tensor(2.0, dtype=torch.float64))
+    ntp = torch.tensor(1.0, dtype=torch.float64)
 
     def info_nce(rows):
         losses = []
@@ -25,19 +24,20 @@ def test_the_loss_is_infonce_plus_weighted_generation():
         return sum(losses) / len(losses)
 
     batch = Objective(temperature=0.05, ntp_weight=5.0, ntp_steps=3)
-    losses = batch(output, ids, step=2, ntp_scale=0.5)
+    losses = batch.weighted(batch.contrastive(z, ids), ntp, step=2)
     assert float(losses.contrastive) == pytest.approx(info_nce(range(4)), abs=1e-6)
     assert float(losses.ntp) == 1.0
     assert float(losses.total) == pytest.approx(float(losses.contrastive) + 5.0)
-    assert float(batch(output, ids, step=3).total) == float(losses.contrastive)
+    assert float(batch.weighted(losses.contrastive, ntp, step=3).total) == float(losses.contrastive)
 
     group = Objective(temperature=0.05, ntp_weight=0.0, negatives="group")
-    losses = group(output, ids, step=0, num_groups=2)
+    losses = group.weighted(group.contrastive(z, ids, num_groups=2), ntp, step=0)
     expected = (info_nce([0, 1]) + info_nce([2, 3])) / 2
     assert float(losses.total) == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_batch_without_targets_trains_on_contrast_alone():
     z = F.normalize(torch.randn(4, 8), dim=1)
-    losses = Objective()(BTokOutput(z, None), torch.tensor([1, 2]), step=0)
+    contrastive = Objective().contrastive(z, torch.tensor([1, 2]))
+    losses = Objective().weighted(contrastive, None, step=0)
     assert float(losses.ntp) == 0 and losses.total == losses.contrastive

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from btok.data import pocket
+from train.pocket import data as pocket
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="needs the demo extra")
 

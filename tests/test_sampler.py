@@ -10,14 +10,15 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_tokenizer
+from helpers import pocket_pairs, tiny_tokenizer
 from PIL import Image
 
 from btok.data.samples import pair_samples, positive_ids
 from btok.data.sources import open_source
 from btok.processing import Processor
+from train.pocket.source import train_set
 from train.recipes import Recipe
-from train.sampler import TRIES, Steps, load_steps, step_groups, step_pairs
+from train.sampler import TRIES, TrainSet, load_steps, step_groups
 
 COUNT, SIZE = 4, 4
 RECIPE = Recipe(
@@ -66,7 +67,7 @@ def merged(parts):
 
 
 def test_pairs_and_samples_do_not_depend_on_ranks_or_workers(sources, processor):
-    alone = Steps(RECIPE, processor, sources)
+    alone = TrainSet(RECIPE, processor, sources)
     expected = [alone[step] for step in range(len(alone))]
     assert len({str(read(step)) for step in expected}) == len(alone) == 12
     assert {p.dataset for step in expected for p in step.pairs} == {"texts", "pictures"}
@@ -74,7 +75,7 @@ def test_pairs_and_samples_do_not_depend_on_ranks_or_workers(sources, processor)
         names = [p.dataset for p in step.pairs]
         assert all(len(set(names[i : i + SIZE])) == 1 for i in range(0, len(names), SIZE))
     for world in (2, 4):
-        ranks = [Steps(RECIPE, processor, sources, rank, world) for rank in range(world)]
+        ranks = [TrainSet(RECIPE, processor, sources, rank, world) for rank in range(world)]
         for number in range(len(alone)):
             parts = [steps[number] for steps in ranks]
             assert merged(parts) == read(expected[number])
@@ -82,7 +83,7 @@ def test_pairs_and_samples_do_not_depend_on_ranks_or_workers(sources, processor)
     for workers in (0, 1, 2):
         before = torch.get_rng_state()
         for first in (0, 5):
-            got = list(load_steps(alone, first, workers))
+            got = [step for _, step in load_steps(alone, first, workers)]
             assert [read(step) for step in got] == [read(step) for step in expected[first:]]
             for a, b in zip(got, expected[first:], strict=True):
                 assert len(a.samples) == len(b.samples) and not a.skipped
@@ -96,7 +97,7 @@ def test_samples_are_those_of_all_pairs_at_once(sources, processor):
     rows = [{"query": f"q{i}", "positive": f"p{i}", "negatives": ["no", f"n{i}"]} for i in range(9)]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     source = open_source(path)
-    steps = Steps(dataclasses.replace(RECIPE, groups_per_batch=1), processor, [source])
+    steps = TrainSet(dataclasses.replace(RECIPE, groups_per_batch=1), processor, [source])
     rows = step_groups([9], [1.0], RECIPE.seed, 0, 1, SIZE)[0].rows
     pairs = [source[int(row)] for row in rows]
     expected = pair_samples(pairs, processor)
@@ -110,23 +111,35 @@ def test_samples_are_those_of_all_pairs_at_once(sources, processor):
 
 def test_the_schedule_decides_what_is_generated(sources, processor):
     recipe = dataclasses.replace(RECIPE, caption_steps=1, ntp_steps=2, ntp_side="positive")
-    steps = Steps(recipe, processor, sources)
-    for number, wanted in enumerate(("own", "positive", "positive", "none")):
-        step = steps[number]
+    captions, steps = (TrainSet(r, processor, sources) for r in (recipe.captions, recipe))
+    assert (len(captions), len(steps)) == (1, 12)
+    four = captions[0], steps[0], steps[1], steps[2]
+    for step, wanted in zip(four, ("own", "positive", "positive", "none"), strict=True):
         targets = [target is not None for _, target in step.samples]
         sides = [p.ntp_side if wanted == "own" else wanted for p in step.pairs]
         assert targets == [s == "positive" for s in sides] + [s == "query" for s in sides]
 
 
 def test_the_pocket_groups_are_as_they_were(processor):
-    steps = Steps(RECIPE, processor)
-    pairs = step_pairs(RECIPE, 3)
-    assert steps[3].rows == [None] * len(pairs)
+    steps = train_set(RECIPE, processor)
+    pairs = pocket_pairs(RECIPE, 3)
+    first = 3 * COUNT * SIZE
+    assert steps[3].rows == list(range(first, first + COUNT * SIZE))
+    for pair, row in zip(steps[3].pairs, steps[3].rows, strict=True):
+        (source,) = (source for source in steps.sources if source.name == pair.dataset)
+        assert (source[row].target, source[row].query.text) == (pair.target, pair.query.text)
     assert read(steps[3]) == [(p.dataset, p.query.text, p.positive_id) for p in pairs]
     expected = pair_samples(pairs, processor)
     assert all(equal(x, y) for x, y in zip(steps[3].samples, expected, strict=True))
-    (part,) = load_steps(Steps(RECIPE, processor, rank=1, world=2), 11)
+    ((number, part),) = load_steps(train_set(RECIPE, processor, 1, 2), 11)
+    assert number == 11
     assert read(part)[:SIZE] == read(steps[11])[SIZE : 2 * SIZE]
+
+    def fail(side):
+        raise KeyError("no spare rows")
+
+    with pytest.raises(ValueError, match=r"too little of it can be read; row 0: KeyError: "):
+        train_set(RECIPE, fail)[0]
 
 
 def walk(lengths, weights, steps, seed=3, count=2, size=5):
@@ -201,10 +214,11 @@ def spoil(sources, how):
 
 @pytest.mark.parametrize("how", ["gone", "cut", "noise"])
 def test_a_broken_picture_is_replaced_the_same_way_everywhere(sources, processor, how):
-    whole = [read(step) for step in load_steps(Steps(RECIPE, processor, sources), 0)]
+    whole = [read(step) for _, step in load_steps(TrainSet(RECIPE, processor, sources), 0)]
     spoilt = spoil(sources, how)
-    alone = list(load_steps(Steps(RECIPE, processor, sources), 0, 2))
-    ranks = [list(load_steps(Steps(RECIPE, processor, sources, rank, 2), 0)) for rank in (0, 1)]
+    alone = [step for _, step in load_steps(TrainSet(RECIPE, processor, sources), 0, 2)]
+    sets = [TrainSet(RECIPE, processor, sources, rank, 2) for rank in (0, 1)]
+    ranks = [[step for _, step in load_steps(half, 0)] for half in sets]
     named = Counter()
     for step, before, *parts in zip(alone, whole, *ranks, strict=True):
         assert merged(parts) == read(step)
@@ -230,31 +244,31 @@ def test_a_bomb_a_wrong_line_and_a_processor_that_fails_are_skipped_too(
         with pytest.raises(
             ValueError, match=r"^data set pictures: too little .* bomb DOS attack\.$"
         ):
-            list(load_steps(Steps(RECIPE, processor, sources), 0, workers))
+            list(load_steps(TrainSet(RECIPE, processor, sources), 0, workers))
     monkeypatch.undo()
 
     texts = sources[0]
     lines = texts.rows.path.read_bytes().replace(b'"query 5"', b'"query,5"')
     texts.rows.path.write_bytes(lines.replace(b'"query": "query 7"', b'"queri"; "query 7"'))
-    steps = Steps(RECIPE, processor, [texts])
-    skipped = {s.row: s.reason for step in load_steps(steps, 0) for s in step.skipped}
+    steps = TrainSet(RECIPE, processor, [texts])
+    skipped = {s.row: s.reason for _, step in load_steps(steps, 0) for s in step.skipped}
     assert skipped.keys() == {7} and "expected a JSON object" in skipped[7]
 
     def fail(side):
         raise KeyError("what PIL's plug-ins raise")
 
     with pytest.raises(ValueError, match=r"too little of it can be read; row .*: KeyError: "):
-        Steps(RECIPE, fail, [texts])[0]
+        TrainSet(RECIPE, fail, [texts])[0]
 
     def missing(side):
         raise ImportError("an extra")
 
     with pytest.raises(ImportError, match="an extra"):
-        Steps(RECIPE, missing, [texts])[0]
+        TrainSet(RECIPE, missing, [texts])[0]
 
 
 def test_every_place_of_a_step_has_spares_of_its_own():
-    steps = Steps(RECIPE, None)
+    steps = TrainSet(RECIPE, None, ())
     groups = step_groups([1000, 600], [2.0, 3.0], RECIPE.seed, 0, COUNT, SIZE)
     assert {group.source for group in groups} == {0, 1}
     tried = {0: [], 1: []}
@@ -271,19 +285,19 @@ def test_every_place_of_a_step_has_spares_of_its_own():
 
 def test_what_cannot_be_grouped_is_refused(sources, processor):
     with pytest.raises(ValueError, match=r"data set pictures has 39 rows, expected .* group's 64"):
-        Steps(dataclasses.replace(RECIPE, group_size=64), processor, sources[1:])
+        TrainSet(dataclasses.replace(RECIPE, group_size=64), processor, sources[1:])
     (folder,) = {source.root for source in sources}
     row = {"query": "q", "positive": "p", "negatives": ["n"]}
     (folder / "hard.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
     hard = open_source(folder / "hard.jsonl")
     with pytest.raises(ValueError, match=r"differ \(texts 0, hard 1\), expected one number"):
-        Steps(RECIPE, processor, [sources[0], hard])
-    Steps(RECIPE, processor, [sources[0], open_source(folder / "hard.jsonl", negatives=0)])
+        TrainSet(RECIPE, processor, [sources[0], hard])
+    TrainSet(RECIPE, processor, [sources[0], open_source(folder / "hard.jsonl", negatives=0)])
 
 
 def test_a_row_drawn_twice_into_a_step_is_no_negative_of_itself(sources, processor):
     recipe = dataclasses.replace(RECIPE, groups_per_batch=16)  # more than an epoch of `texts`
-    step = Steps(recipe, processor, sources[:1])[0]
+    step = TrainSet(recipe, processor, sources[:1])[0]
     ids = positive_ids(step.pairs)
     texts = [p.query.text for p in step.pairs]
     same = np.array(texts)[:, None] == np.array(texts)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from btok.data.records import Pair, Side
 from btok.data.samples import pair_samples, positive_ids
-from btok.model import BTokOutput
 from btok.objective import Objective
 
 
@@ -65,10 +64,9 @@ def test_hard_negatives_follow_and_count_for_every_query():
             + F.cross_entropy(logits[1:][:, [1, 3, 5]], torch.tensor([0])) / 2,
         ),
     ):
-        losses = Objective(negatives=negatives)(
-            BTokOutput(z, None), torch.tensor([1, 2]), step=0, num_groups=2
-        )
-        assert float(losses.total) == pytest.approx(float(expected))
+        ids = torch.tensor([1, 2])
+        loss = Objective(negatives=negatives).contrastive(z, ids, num_groups=2)
+        assert float(loss) == pytest.approx(float(expected))
     with pytest.raises(ValueError, match=r"pairs have \[0, 2\] negatives"):
         pair_samples([pair(), pairs[0]], process)
 

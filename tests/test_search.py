@@ -38,7 +38,7 @@ def test_what_the_evaluation_finds_is_found_in_a_folder(checkpoint, tmp_path, ca
     """1,600 scenes, three of four an edit of another, and 571 pages, under names that say nothing;
     the first 5 queries for a page and 20 for a scene whose answer the evaluation has first."""
     pytest.importorskip("sklearn", reason="scikit-learn (the extra `demo`) is not installed")
-    from btok.data import pocket
+    from train.pocket import data as pocket
 
     tasks = [task for name in TAKEN for task in pocket.tasks() if task.name == name]
     encoder = BTokEncoder.from_pretrained(checkpoint)

@@ -1,4 +1,4 @@
-"""One training step: chunks, GradCache, checkpointing, reused vision outputs and ranks give the
+"""One training step: microbatches, GradCache, checkpointing, reused vision and ranks give the
 same losses and gradients, which are those of the reference's two passes."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from btok import adapters, label_loss
 from btok.data.records import NTP_SIDES, Pair, Side
 from btok.data.samples import pair_samples
 from btok.model import BTokModel
-from btok.packing import by_budget, count_labels, pack
+from btok.packing import count_labels, group_by_tokens, pack
 from train.recipes import Recipe
 from train.step import count_patches, model_flops, train_step
 
@@ -88,15 +88,25 @@ def model_with(dropout=0.0, checkpoint=False, train_all=False):
     return model.train(), processor
 
 
-def run(pairs=PAIRS, *, dropout=0.0, checkpoint=False, train_all=False, reduction=None, **settings):
+def run(
+    pairs=PAIRS,
+    *,
+    dropout=0.0,
+    checkpoint=False,
+    train_all=False,
+    reduction=None,
+    captioning=False,
+    **settings,
+):
     model, processor = model_with(dropout, checkpoint, train_all)
     if reduction:
         model.settings = dataclasses.replace(model.settings, ntp_reduction=reduction)
     recipe = dataclasses.replace(BASE, **settings)
-    generate = recipe.caption_steps > 0 or recipe.ntp_weight > 0
+    generate = captioning or recipe.ntp_weight > 0
     samples = pair_samples(pairs, processor, generate=generate)
     torch.manual_seed(7)
-    losses, tokens, flops = train_step(model, processor, recipe, pairs, samples, 0)
+    done = train_step(model, processor, recipe, pairs, samples, 0, captioning)
+    losses, tokens, flops = done
     assert tokens > 100 and flops > 0
     return gradients(model), [float(loss) for loss in losses]
 
@@ -197,7 +207,7 @@ def test_without_a_generative_loss():
 
 
 def test_captioning_in_chunks():
-    options = {"caption_steps": 5, "train_all": True}
+    options = {"captioning": True, "train_all": True}
     compare(run(chunk_tokens=120, **options), run(**options), "captioning")
 
 
@@ -333,8 +343,8 @@ def test_operations_of_a_step(train_all):
 
 
 def test_turns_within_a_budget():
-    assert by_budget([3, 3, 5, 9, 1, 4], 6) == [[0, 1], [2], [3], [4, 5]]
-    assert by_budget([], 6) == []
+    assert group_by_tokens([3, 3, 5, 9, 1, 4], 6) == [[0, 1], [2], [3], [4, 5]]
+    assert group_by_tokens([], 6) == []
 
 
 @pytest.mark.parametrize("family", VISION)
@@ -370,10 +380,10 @@ def test_the_contrastive_loss_meets_its_ids_on_the_models_device(monkeypatch):
     model.backbone.to("meta")
     samples = pair_samples(PAIRS, processor)
 
-    def embed(chunks, objective):
-        return objective(torch.empty(len(samples), 64, device="meta"), None)
+    def embed(forward, microbatches, contrast, weigh):
+        return weigh(contrast(torch.empty(len(samples), 64, device="meta")), None)
 
-    monkeypatch.setattr("train.step.Chunks.at_once", embed)
+    monkeypatch.setattr("train.step.at_once", embed)
     # autocast knows no meta device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     recipe = dataclasses.replace(BASE, gradcache=False)

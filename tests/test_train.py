@@ -22,6 +22,7 @@ from helpers import (
     BTOKS,
     gloo,
     gradients,
+    pocket_pairs,
     tiny_backbone,
     tiny_checkpoint,
     tiny_module,
@@ -34,10 +35,11 @@ from safetensors.torch import load_file
 from btok.encoder import BTokEncoder
 from btok.model import BTokModel
 from train import checkpoint
-from train.loop import Journal, make_optimizers, peak_flops
-from train.main import FITS, main
+from train.log import TrainLog, peak_flops
+from train.main import FITS, main, make_optimizers
+from train.pocket.source import train_set
 from train.recipes import RECIPES, Recipe
-from train.sampler import Steps, step_groups, step_pairs
+from train.sampler import step_groups
 from train.step import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,8 +51,14 @@ def step_gradients(dtype, step, negatives, reduction, rank, world):
     # ranks have equal numbers of targets, not of labels
     model.settings = dataclasses.replace(model.settings, ntp_reduction=reduction)
     recipe = dataclasses.replace(RECIPE, negatives=negatives)
-    drawn = Steps(recipe, processor, (), rank, world)[step]
-    losses = train_step(model, processor, recipe, drawn.pairs, drawn.samples, step).losses
+    captioning = step < recipe.caption_steps
+    if captioning:
+        recipe = recipe.captions
+    else:
+        step -= recipe.caption_steps
+    drawn = train_set(recipe, processor, rank, world)[step]
+    data = drawn.pairs, drawn.samples
+    losses = train_step(model, processor, recipe, *data, step, captioning).losses
     return gradients(model), losses
 
 
@@ -85,21 +93,25 @@ def test_a_steps_pairs_do_not_depend_on_the_ranks():
     def read(pairs):
         return [(p.dataset, p.query.text, p.positive.text, p.target) for p in pairs]
 
-    recipe = Recipe(reading_steps=3)
+    def step_pairs(step, rank=0, world=1):
+        return train_set(recipe, tiny_module()[1], rank, world)[step].pairs
+
+    recipe = Recipe(reading_steps=3, caption_steps=0)
     for step in (0, 3, 1000):
-        alone = step_pairs(recipe, step)
-        split = [step_pairs(recipe, step, rank, 2) for rank in (0, 1)]
+        alone = step_pairs(step)
+        split = [step_pairs(step, rank, 2) for rank in (0, 1)]
         size = recipe.group_size
         merged = [p for i in range(2) for part in split for p in part[i * size : (i + 1) * size]]
-        assert read(merged) == read(alone)
+        assert read(merged) == read(alone) == read(pocket_pairs(recipe, step))
         names = [p.dataset for p in alone]
         assert (set(names) == {"I-CLS"}) == (step < 3)
-    assert read(step_pairs(recipe, 7)) != read(step_pairs(recipe, 8))
+    assert read(step_pairs(7)) != read(step_pairs(8))
 
 
 def test_the_rate_warms_up_and_decays_in_each_phase():
     recipe = Recipe(caption_steps=100, steps=50, warmup_steps=10, learning_rate=1.0)
-    rates = [recipe.learning_rate_at(step) for step in range(150)]
+    rates = [recipe.captions.learning_rate_at(step) for step in range(100)]
+    rates += [recipe.learning_rate_at(step) for step in range(50)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[100] == pytest.approx(0.1) and rates[109] == 1.0
     for last in (99, 149):
@@ -178,39 +190,39 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints_and_no_draft(tmp_path,
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
 
 
-def test_the_journal_drops_rows_to_be_done_again_and_shows_rates(tmp_path, capsys):
+def test_the_log_drops_rows_to_be_done_again_and_shows_rates(tmp_path, capsys):
     rows = [{"step": step, "phase": "train", "contrastive": 1.5, "ntp": 2.25} for step in range(4)]
     recipe = dataclasses.replace(RECIPE, output=tmp_path)
     for first in (0, 2):
-        with Journal(recipe, first) as journal:
-            journal.began -= 20
+        with TrainLog(recipe, first) as log:
+            log.began -= 20
             for row in rows[first:]:
-                journal.write(row, 10, 100)
-            journal.bar.refresh()
-        with open(tmp_path / "log.jsonl", "a") as log:
-            log.write('{"step": 4, "pha')  # a write that was cut
-    with Journal(recipe, 4):
+                log.write(row, 10, 100)
+            log.bar.refresh()
+        with open(tmp_path / "log.jsonl", "a") as file:
+            file.write('{"step": 4, "pha')  # a write that was cut
+    with TrainLog(recipe, 4):
         log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row.pop("seconds") > 0 for row in log] == [True] * 4 and log == rows
     bar = capsys.readouterr().err
     assert "contrastive=1.500, ntp=2.250, pairs/s=2, tokens/s=20]" in bar and "4/4 [" in bar
 
 
-def test_the_journal_shows_the_share_of_the_devices_peak(tmp_path, capsys, monkeypatch):
+def test_the_log_shows_the_share_of_the_devices_peak(tmp_path, capsys, monkeypatch):
     recipe = dataclasses.replace(RECIPE, output=tmp_path, dtype="bfloat16")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
-    with Journal(recipe, 0) as journal:
-        journal.began -= 10
-        journal.write({"step": 0, "phase": "train"}, 10, 100, 10 * 312e12 * 0.25)
-        journal.bar.refresh()
+    with TrainLog(recipe, 0) as log:
+        log.began -= 10
+        log.write({"step": 0, "phase": "train"}, 10, 100, 10 * 312e12 * 0.25)
+        log.bar.refresh()
     assert "MFU=25.0%]" in capsys.readouterr().err
     assert peak_flops(dataclasses.replace(recipe, dtype="float32")) == 0
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
     assert peak_flops(recipe) == 0
 
 
-def test_the_journal_writes_to_tensorboard(tmp_path, monkeypatch):
+def test_the_log_writes_to_tensorboard(tmp_path, monkeypatch):
     scalars = {}
 
     class Writer:
@@ -226,25 +238,25 @@ def test_the_journal_writes_to_tensorboard(tmp_path, monkeypatch):
     module = type(sys)("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    recipe = dataclasses.replace(RECIPE, output=tmp_path)
-    with Journal(recipe, 2, tensorboard=True) as journal:
-        journal.write({"step": 2, "phase": "train", "ntp": 2.25}, 10)
+    recipe = dataclasses.replace(RECIPE, output=tmp_path, tensorboard=True)
+    with TrainLog(recipe, 2) as log:
+        log.write({"step": 2, "phase": "train", "ntp": 2.25}, 10)
     assert scalars.pop("pairs/s")[1] == scalars.pop("tokens/s")[1] == 2
     folder = (str(tmp_path / "tensorboard"), 2)
     assert scalars == {"folder": folder, "ntp": (2.25, 2), "closed": True}
     monkeypatch.setitem(sys.modules, module.__name__, None)
     with pytest.raises(ImportError, match=r"btok\[tensorboard\]"):
-        Journal(recipe, 0, tensorboard=True)
+        TrainLog(recipe, 0)
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, monkeypatch, own):
-    def diverge(model, processor, recipe, pairs, samples, step):
-        done = train_step(model, processor, recipe, pairs, samples, step)
-        total = done.losses.total * float("nan" if step == 3 else 1)
+    def diverge(model, processor, recipe, pairs, samples, step, captioning=False):
+        done = train_step(model, processor, recipe, pairs, samples, step, captioning)
+        total = done.losses.total * float("nan" if recipe.caption_steps + step == 3 else 1)
         return done._replace(losses=done.losses._replace(total=total))
 
-    monkeypatch.setattr("train.loop.train_step", diverge)
+    monkeypatch.setattr("train.main.train_step", diverge)
     model, output = tiny_checkpoint(tmp_path / "model"), tmp_path / "run"
     words = "--reading-steps 6 --group-size 2 --groups-per-batch 1 --eval-queries 0"
     words += " --checkpoint-every 2 --steps 4 --caption-steps " + ("0" if own else "2")
@@ -257,7 +269,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, m
     assert "\nerror: step 3: loss nan, gradient norm" in said
     assert f"{output}/nonfinite.json names its batch" in said
     recipe = Recipe(reading_steps=6, group_size=2, groups_per_batch=1)
-    names = [(p.dataset, None, p.positive_id) for p in step_pairs(recipe, 3)]
+    names = [(p.dataset, 6 + i, p.positive_id) for i, p in enumerate(pocket_pairs(recipe, 3))]
     if own:
         (group,) = step_groups([9], [1.0], 0, 3, 1, 2)
         names = [("pairs", row, f"id {row}") for row in group.rows.tolist()]
@@ -368,7 +380,6 @@ def test_an_error_of_the_run_is_one_line_too(tmp_path, capsys, monkeypatch, erro
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr("train.main.start", lambda recipe: None)
     monkeypatch.setattr("train.main.run", fail)
     assert main(["--output", str(tmp_path)]) == code
     assert capsys.readouterr().err == f"error: {line}\n"
@@ -427,13 +438,13 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
     rows = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert 0 < rows[-1]["skipped"] < 6 and all(row["contrastive"] > 0 for row in rows)
 
-    def stopping(model, processor, recipe, pairs, samples, step):
+    def stopping(model, processor, recipe, pairs, samples, step, captioning):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(model, processor, recipe, pairs, samples, step)
+        return train_step(model, processor, recipe, pairs, samples, step, captioning)
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.loop.train_step", stopping)
+        patch.setattr("train.main.train_step", stopping)
         assert main([*command, "--output", str(parts)]) == 0
     assert (parts / "checkpoint-3").is_dir() and not (parts / "checkpoint-4").exists()
     assert main([*command, "--output", str(parts)]) == 0

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from btok.files import sha256, write_text
 from btok.model import BTokModel
 from btok.processing import Processor
-from btok_kernels.ranks import rank, world
+from btok_kernels.ranks import rank
+from train.parallel import from_first, gather
 
 MANIFEST = "manifest.json"
 
@@ -44,15 +44,25 @@ def save(
     Raises:
         OSError: on every rank, where it could not be written; the older ones are as they were.
     """
-    states = _random_states()
+    states = gather(random_state())
     draft, final = run / f".checkpoint-{step}.draft", run / f"checkpoint-{step}"
-    cause, failed = None, [""]
+    cause, failed = None, ""
     if rank() == 0:
         try:
             for left in run.glob(".checkpoint-*.draft"):  # by a process that was killed
                 shutil.rmtree(left)
             draft.mkdir(parents=True)
-            _write(draft, step, model, processor, optimizers, state, states)
+            model.save_pretrained(draft)
+            processor.save_pretrained(draft)
+            save_file(_moments(optimizers), draft / "optimizer.safetensors")
+            drawn = {f"{kind}.{i}": x for i, own in enumerate(states) for kind, x in own.items()}
+            save_file(drawn, draft / "rng.safetensors")
+            (draft / "trainer.json").write_text(
+                json.dumps({"step": step, **state}, indent=2) + "\n"
+            )
+            files = [p for p in sorted(draft.rglob("*")) if p.is_file()]
+            digests = {str(p.relative_to(draft)): sha256(p) for p in files}
+            write_text(draft / MANIFEST, json.dumps(digests, indent=2))
             if final.exists():  # the same step again, after a resume
                 shutil.rmtree(final)
             draft.rename(final)
@@ -60,11 +70,10 @@ def save(
                 shutil.rmtree(old)
         except Exception as error:  # for a full disk safetensors and tokenizers have their own
             shutil.rmtree(draft, ignore_errors=True)
-            cause, failed = error, [unwritable(final, error)]
-    if world() > 1:
-        dist.broadcast_object_list(failed)
-    if failed[0]:
-        raise OSError(failed[0]) from cause
+            cause, failed = error, unwritable(final, error)
+    # a rank that went on alone would wait for the others forever
+    if failed := from_first(failed):
+        raise OSError(failed) from cause
     return final
 
 
@@ -76,29 +85,13 @@ def unwritable(path: Path, error: Exception) -> str:
     )
 
 
-def _write(
-    draft: Path,
-    step: int,
-    model: BTokModel,
-    processor: Processor,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    state: dict[str, Any],
-    states: dict[str, Tensor],
-) -> None:
-    model.save_pretrained(draft)
-    processor.save_pretrained(draft)
-    moments = {
+def _moments(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    return {
         f"{which}.{index}.{name}": value.contiguous()
         for which, optimizer in optimizers.items()
         for index, entries in optimizer.state_dict()["state"].items()
         for name, value in entries.items()
     }
-    save_file(moments, draft / "optimizer.safetensors")
-    save_file(states, draft / "rng.safetensors")
-    (draft / "trainer.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-    files = (p for p in sorted(draft.rglob("*")) if p.is_file())
-    digests = {str(p.relative_to(draft)): sha256(p) for p in files}
-    write_text(draft / MANIFEST, json.dumps(digests, indent=2))
 
 
 def newest_valid(run: Path) -> Path | None:
@@ -122,23 +115,22 @@ def load(folder: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[
     for which, optimizer in optimizers.items():
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states[which]})
     drawn = load_file(folder / "rng.safetensors")
-    torch.set_rng_state(drawn[f"cpu.{rank()}"])
-    if f"cuda.{rank()}" in drawn:
-        torch.cuda.set_rng_state(drawn[f"cuda.{rank()}"])
+    own = {kind: drawn.get(f"{kind}.{rank()}") for kind in ("cpu", "cuda")}
+    set_random_state({kind: state for kind, state in own.items() if state is not None})
     return json.loads((folder / "trainer.json").read_text())
 
 
-def _random_states() -> dict[str, Tensor]:
-    """Of every rank: `cpu.<rank>`, and `cuda.<rank>` where it draws there."""
-    mine = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        mine["cuda"] = torch.cuda.get_rng_state()
-    found = [mine] * world()
-    if world() > 1:
-        dist.all_gather_object(found, mine)
-    return {
-        f"{kind}.{i}": state for i, states in enumerate(found) for kind, state in states.items()
-    }
+def random_state() -> dict[str, Tensor]:
+    """The state that this rank draws from, on the CPU and, where it draws there, on the GPU."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """Draw as at the time of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _by_step(run: Path) -> list[Path]:

@@ -1,9 +1,8 @@
-"""Recipes: every setting of a run in one frozen dataclass, and the pocket model they start from."""
+"""Recipes: every setting of a run in one frozen dataclass, and the model it starts from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +10,10 @@ import torch
 
 from btok.adapters import Lora
 from btok.config import Pooling, TargetPositions
-from btok.data import pocket
 from btok.model import BTokModel
 from btok.objective import Objective
 from btok.processing import Processor
-from btok.tokens import add_to_embeddings, add_to_tokenizer
+from train.pocket import model as pocket
 
 
 @dataclass(frozen=True)
@@ -107,15 +105,13 @@ class Recipe:
     """Of the first weights and the order of the data."""
 
     def __post_init__(self) -> None:
-        lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1}
-        lows |= {"chunk_tokens": 1} if self.chunk_tokens is not None else {}
-        from_zero = [*("num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps")]
+        lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1, "chunk_tokens": 1}
+        from_zero = ["num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps"]
         from_zero += ["warmup_steps", "weight_decay", "muon_rate", "vision_memory", "lora_rank"]
-        from_zero += ["workers", "max_skipped"]
-        lows |= dict.fromkeys(from_zero, 0)
+        lows |= dict.fromkeys([*from_zero, "workers", "max_skipped"], 0)
         for name, low in lows.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+            if (had := getattr(self, name)) is not None and not had >= low:
+                raise ValueError(f"{name} is {had}, expected at least {low}")
         for name in ("temperature", "learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and finite")
@@ -129,7 +125,6 @@ class Recipe:
             raise ValueError(f"lora_dropout, final_rate and beta2 are {had}, expected from 0 to 1")
         if 0 < self.eval_queries < 40:
             raise ValueError(f"eval_queries is {self.eval_queries}, expected 0 or at least 40")
-
         if self.data is not None and self.caption_steps:
             raise ValueError(
                 f"caption_steps is {self.caption_steps} with data {self.data}; that phase is for "
@@ -138,26 +133,33 @@ class Recipe:
 
     @property
     def pooling_rows(self) -> Pooling:
-        """`pooling`, decided."""
+        """The pooling, also where `pooling` is None and K decides."""
         return self.pooling or ("btok" if self.num_btoks else "last")
 
     @property
     def objective(self) -> Objective:
-        """The loss these settings describe."""
+        """The loss that these settings describe."""
         return Objective(self.temperature, self.ntp_weight, self.ntp_steps, self.negatives)
 
     @property
+    def captions(self) -> Recipe:
+        """The captioning phase as a recipe of its own, that generates each pair's own side."""
+        phase = replace(self, steps=self.caption_steps, caption_steps=0)
+        return replace(phase, ntp_side=None, ntp_weight=1.0, ntp_steps=None)
+
+    @property
     def total_steps(self) -> int:
-        """Of both phases."""
+        """Steps of the run, the captioning phase included."""
         return self.caption_steps + self.steps
 
+    def described(self) -> dict[str, Any]:
+        """All settings, as JSON has them."""
+        return {name: str(x) if isinstance(x, Path) else x for name, x in vars(self).items()}
+
     def learning_rate_at(self, step: int) -> float:
-        """The rate of a step, each phase with its own warm-up and decay."""
-        captioning = step < self.caption_steps
-        length = self.caption_steps if captioning else self.steps
-        done = step + 1 if captioning else step + 1 - self.caption_steps
-        warm = done / max(self.warmup_steps, 1)
-        left = (length - done + 1) / max(length - self.warmup_steps, 1)
+        """The rate of a training step, from 0: linear warm-up, then linear decay."""
+        warm = (step + 1) / max(self.warmup_steps, 1)
+        left = (self.steps - step) / max(self.steps - self.warmup_steps, 1)
         decayed = self.final_rate + (1 - self.final_rate) * left
         return self.learning_rate * min(1.0, warm, decayed)
 
@@ -208,86 +210,17 @@ RECIPES = {
 
 def build(recipe: Recipe) -> tuple[BTokModel, Processor]:
     """The model and the processor a run starts from."""
-    if recipe.model != "pocket":
-        rank, alpha = recipe.lora_rank, recipe.lora_alpha
-        torch.manual_seed(recipe.seed)  # adapters begin at random, and alike on all ranks
-        model = BTokModel.from_pretrained(
-            recipe.model,
-            num_btoks=recipe.num_btoks,
-            pooling=recipe.pooling_rows,
-            target_positions=recipe.target_positions,
-            dtype=getattr(torch, recipe.dtype),
-            lora=Lora(rank, alpha, recipe.lora_dropout, recipe.dora) if rank else None,
-        )
-        return model, Processor.from_pretrained(recipe.model, recipe.num_btoks)
-    tokenizer = pocket_tokenizer()
-    btoks = add_to_tokenizer(tokenizer, recipe.num_btoks)
-    backbone = pocket_backbone(tokenizer, recipe.seed)
-    add_to_embeddings(backbone, btoks, seed=recipe.seed)
-    model = BTokModel.from_backbone(
-        backbone,
-        btok_token_ids=btoks,
-        pooling=recipe.pooling_rows,
-        target_positions=recipe.target_positions,
+    settings: dict[str, Any] = {"pooling": recipe.pooling_rows}
+    settings["target_positions"] = recipe.target_positions
+    if recipe.model == "pocket":
+        return pocket.build(recipe.num_btoks, recipe.seed, **settings)
+    rank, alpha = recipe.lora_rank, recipe.lora_alpha
+    torch.manual_seed(recipe.seed)  # adapters begin at random, and alike on all ranks
+    model = BTokModel.from_pretrained(
+        recipe.model,
+        num_btoks=recipe.num_btoks,
+        dtype=getattr(torch, recipe.dtype),
+        lora=Lora(rank, alpha, recipe.lora_dropout, recipe.dora) if rank else None,
+        **settings,
     )
-    return model, Processor(tokenizer)
-
-
-def pocket_tokenizer(vocabulary: int = 512) -> Any:
-    """A byte-pair tokenizer trained on the pocket benchmark's training texts, deterministic."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    names = [
-        "endoftext",
-        "im_start",
-        "im_end",
-        "vision_start",
-        "vision_end",
-        "image_pad",
-        "video_pad",
-    ]
-    special = [f"<|{name}|>" for name in names]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=special, show_progress=False, max_token_length=12
-    )
-    turn = ["assistant\n"] * 1000  # opens every target: worth one token
-    tokenizer.train_from_iterator(chain(pocket.texts(), turn), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0]
-    )
-
-
-def pocket_backbone(tokenizer: Any, seed: int) -> Any:
-    """A Qwen2-VL of a million parameters with random weights."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    hidden = 128
-    end, image, video, first, last = tokenizer.convert_tokens_to_ids(
-        f"<|{name}|>"
-        for name in ("endoftext", "image_pad", "video_pad", "vision_start", "vision_end")
-    )
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
-    text: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-    }
-    text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
-    text |= {"max_position_embeddings": 4096, "rope_parameters": rope, "initializer_range": 0.1}
-    text |= {"bos_token_id": end, "eos_token_id": end}
-    vision = {"depth": 2, "embed_dim": 64, "hidden_size": hidden, "num_heads": 4, "mlp_ratio": 2}
-    config = Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision | {"initializer_range": 0.1},
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=first,
-        vision_end_token_id=last,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(seed)
-    return Qwen2VLForConditionalGeneration(config)
+    return model, Processor.from_pretrained(recipe.model, recipe.num_btoks)

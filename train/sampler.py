@@ -9,19 +9,17 @@ is left out. Draws come from raw Philox bits, which no version of numpy may chan
 
 from __future__ import annotations
 
-import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from itertools import chain
+from functools import lru_cache, partial
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from btok.data import pocket
 from btok.data.records import Pair, Side
 from btok.data.samples import pair_samples
 from btok.data.sources import Source
@@ -33,24 +31,9 @@ from train.recipes import Recipe
 TRIES = 16  # pairs that may be tried in the place of one that cannot be read
 
 
-def step_pairs(recipe: Recipe, step: int, rank: int = 0, world: int = 1) -> list[Pair]:
-    """This rank's pairs of a step: whole groups of one task each, one behind the other.
-
-    Tasks come in shuffled rounds of all nine, so each is seen equally often; the first
-    `reading_steps` draw single digits only.
-    """
-    groups = range(step * recipe.groups_per_batch, (step + 1) * recipe.groups_per_batch)
-    pairs: list[Pair] = []
-    for group in groups[rank::world]:
-        turn, place = divmod(group, len(pocket.TASKS))
-        order = random.Random(f"{recipe.seed}/round/{turn}").sample(pocket.TASKS, len(pocket.TASKS))
-        task = pocket.TASKS[0] if step < recipe.reading_steps else order[place]
-        pairs += pocket.train_group(task, group, recipe.group_size, recipe.seed)
-    return pairs
-
-
 class Group(NamedTuple):
-    """One group: its data set's number, its rows int64 [size], all of that epoch in order [n]."""
+    """One group: its data set's number, its rows int64 [size], those of its epoch in order [n],
+    whose end stands in for what cannot be read."""
 
     source: int
     rows: np.ndarray
@@ -100,16 +83,15 @@ class Skipped(NamedTuple):
 
 class Step(NamedTuple):
     """A rank's part of a step: its pairs (without pictures, videos and negatives), their rows in
-    their data sets (None on the pocket benchmark), their samples as `pair_samples` gives them, and
-    what was skipped."""
+    their data sets, their samples as `pair_samples` gives them, and what was skipped."""
 
     pairs: list[Pair]
-    rows: list[int | None]
+    rows: list[int]
     samples: list[Sample]
     skipped: list[Skipped]
 
 
-class Steps(Dataset[Step]):
+class TrainSet(Dataset[Step]):
     """The steps of a run on one rank: `steps[i]` is read, decoded and processed when asked for.
 
     In the place of a row that cannot be read comes one of its data set that no group of the step
@@ -118,8 +100,9 @@ class Steps(Dataset[Step]):
     Args:
         recipe: the settings that `__getitem__` reads.
         processor: of the model.
-        sources: the data sets; none for the pocket benchmark.
+        sources: the data sets.
         rank, world: of this process.
+        groups: step -> its groups, those of all ranks; None draws them by weight.
 
     Raises:
         ValueError: a data set with fewer rows than a group; data sets with unequal numbers of hard
@@ -130,12 +113,17 @@ class Steps(Dataset[Step]):
         self,
         recipe: Recipe,
         processor: Processor,
-        sources: Sequence[Source] = (),
+        sources: Sequence[Source],
         rank: int = 0,
         world: int = 1,
+        groups: Callable[[int], list[Group]] | None = None,
     ) -> None:
         self.recipe, self.processor, self.sources = recipe, processor, sources
         self.rank, self.world = rank, world
+        lengths, weights = [len(source) for source in sources], [s.weight for s in sources]
+        count, size = recipe.groups_per_batch, recipe.group_size
+        drawn = partial(step_groups, lengths, weights, recipe.seed, count=count, size=size)
+        self.groups = groups or drawn
         for source in sources:
             if len(source) < recipe.group_size:
                 raise ValueError(
@@ -150,54 +138,40 @@ class Steps(Dataset[Step]):
             )
 
     def __len__(self) -> int:
-        return self.recipe.total_steps
+        return self.recipe.steps
 
     def __getitem__(self, step: int) -> Step:
-        recipe, skipped = self.recipe, list[Skipped]()
-        captioning = step < recipe.caption_steps
-        options: dict[str, Any] = {
-            "ntp_side": None if captioning else recipe.ntp_side,
-            "generate": captioning or recipe.objective.weight(step - recipe.caption_steps) > 0,
-        }
+        recipe, groups, skipped = self.recipe, self.groups(step), list[Skipped]()
+        generate = recipe.objective.weight(step) > 0
 
-        def samples(pair: Pair, row: int | None = None) -> tuple[Pair, int | None, list[Sample]]:
-            found = pair_samples([pair], lambda s: self.processor(with_frames(s)), **options)
-            query, positive = Side(pair.query.text), Side(pair.positive.text)
-            return replace(pair, query=query, positive=positive, negatives=()), row, found
+        def process(side: Side) -> Any:
+            return self.processor(with_frames(side))
 
-        def read(number: int, place: int) -> tuple[Pair, int | None, list[Sample]]:
+        def read(number: int, place: int) -> tuple[Pair, int, list[Sample]]:
             for which, row in self._tries(groups, number, place):
                 try:
-                    return samples(self.sources[which][row], row)
+                    pair = self.sources[which][row]
+                    found = pair_samples(
+                        [pair], process, ntp_side=recipe.ntp_side, generate=generate
+                    )
                 except (ImportError, MemoryError):
                     raise
                 except Exception as error:  # plug-ins of PIL raise nearly anything
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     skipped.append(Skipped(self.sources[which].name, row, reason))
+                    continue
+                # pictures stay behind: what goes to the trainer is pickled
+                query, positive = Side(pair.query.text), Side(pair.positive.text)
+                return replace(pair, query=query, positive=positive, negatives=()), row, found
             name, row, reason = skipped[-1]
             raise ValueError(f"data set {name}: too little of it can be read; row {row}: {reason}")
 
-        if self.sources:
-            groups = step_groups(
-                [len(source) for source in self.sources],
-                [source.weight for source in self.sources],
-                recipe.seed,
-                step,
-                recipe.groups_per_batch,
-                recipe.group_size,
-            )
-            places = [
-                (number, place)
-                for number in range(recipe.groups_per_batch)
-                for place in range(recipe.group_size)
-            ]
-            mine = [at for at in places if at[0] % self.world == self.rank]
-            if recipe.groups_per_batch % self.world:  # the whole batch is one: cut anywhere
-                cut = [len(places) * rank // self.world for rank in (self.rank, self.rank + 1)]
-                mine = places[slice(*cut)]
-            found = [read(number, place) for number, place in mine]
-        else:
-            found = [samples(pair) for pair in step_pairs(recipe, step, self.rank, self.world)]
+        places = list(product(range(recipe.groups_per_batch), range(recipe.group_size)))
+        mine = [at for at in places if at[0] % self.world == self.rank]
+        if recipe.groups_per_batch % self.world:  # the whole batch is one: cut anywhere
+            cut = [len(places) * rank // self.world for rank in (self.rank, self.rank + 1)]
+            mine = places[slice(*cut)]
+        found = [read(number, place) for number, place in mine]
         pairs, rows, parts = zip(*found, strict=True)
         # all queries, then all positives, then every one's first hard negative, ...
         ordered = list(chain.from_iterable(zip(*parts, strict=True)))
@@ -207,16 +181,15 @@ class Steps(Dataset[Step]):
         """A row of a group, by data set and index, and those to be tried in its place."""
         which, rows, order = groups[number]
         yield which, int(rows[place])
-        free = np.ones(len(order), bool)
-        free[np.concatenate([group.rows for group in groups if group.source == which])] = False
-        spares = order[::-1][free[order[::-1]]]
+        taken = np.concatenate([group.rows for group in groups if group.source == which])
+        spares = order[::-1][~np.isin(order[::-1], taken)]
         first = (number * len(rows) + place) * TRIES
         for turn in range(first, first + min(TRIES, len(spares))):
             yield which, int(spares[turn % len(spares)])
 
 
-def load_steps(steps: Steps, first: int, workers: int = 0) -> Iterator[Step]:
-    """The steps from `first` on, in their order; torch's random state is left alone.
+def load_steps(steps: TrainSet, first: int, workers: int = 0) -> Iterator[tuple[int, Step]]:
+    """The steps from `first` on, with their numbers; torch's random state is left alone.
 
     Args:
         workers: processes that make them ahead, two steps each in shared memory; 0: this one does,
@@ -235,7 +208,7 @@ def load_steps(steps: Steps, first: int, workers: int = 0) -> Iterator[Step]:
         generator=torch.Generator(),
     )
     try:
-        yield from loader
+        yield from enumerate(loader, first)
     except (ValueError, ImportError) as error:  # a worker's has its whole traceback as its text
         kind = type(error)
         raise kind(

@@ -1,15 +1,17 @@
 """One training step on one rank: the loss of this rank's pairs, and its gradients.
 
-Losses and gradients are means over ranks, exactly those of the whole batch in one process.
+Losses and gradients are means over ranks, exactly those of the whole batch in one process. A step's
+samples are split into microbatches, a packed pass each. Three ways lead through them: `at_once`,
+`by_gradcache` with the same gradients in less memory, and `caption`, without bottleneck tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from btok import adapters
@@ -17,13 +19,35 @@ from btok.data.records import Pair
 from btok.data.samples import positive_ids
 from btok.model import BTokModel, BTokOutput
 from btok.objective import Losses
-from btok.packing import Sample, by_budget, count_labels, pack
+from btok.packing import Sample, count_labels, group_by_tokens, pack
 from btok.processing import Processor
 from btok.vision import vision_of
 from btok_kernels.ranks import rank, world
+from train.checkpoint import random_state, set_random_state
+from train.parallel import average_gradients, mean_over_ranks
 from train.recipes import Recipe
 
-Objective = Callable[[Tensor, Tensor | None], Losses]  # of embeddings and the generative loss
+
+class Microbatch(NamedTuple):
+    """Samples of one packed pass, and their places among those of the step."""
+
+    places: list[int]
+    samples: list[Sample]
+
+
+class StepResult(NamedTuple):
+    """The losses of a step, means over ranks; the tokens that all ranks packed for it, and the
+    operations that these and their images need of the model.
+    """
+
+    losses: Losses
+    tokens: int
+    flops: float
+
+
+Forward = Callable[[Sequence[Sample]], BTokOutput]  # with a share of the step's generative loss
+Contrast = Callable[[Tensor], Tensor]  # the contrastive loss of a step's embeddings
+Weigh = Callable[[Tensor, Tensor | None], Losses]  # contrastive and generative loss as one
 
 
 def train_step(
@@ -33,49 +57,165 @@ def train_step(
     pairs: Sequence[Pair],
     samples: Sequence[Sample],
     step: int,
-) -> Done:
-    """Forward and backward of this rank's pairs; losses and gradients are means over ranks.
+    captioning: bool = False,
+) -> StepResult:
+    """Forward and backward of this rank's pairs; gradients are left in the parameters.
 
     Args:
         samples: of the pairs, as `pair_samples` gives them.
+        step: from 0, for the schedule of the objective.
+        captioning: the generative loss alone, of plain causal rows without bottleneck tokens.
     """
-    captioning = step < recipe.caption_steps
-    step -= recipe.caption_steps
     if captioning:
         samples = [sample for sample in samples if sample[1] is not None]
-    ids = positive_ids(pairs, rank()).to(model.backbone.device)  # where the embeddings are
-    groups = recipe.groups_per_batch // world()
-
-    def objective(embeddings: Tensor, ntp: Tensor | None) -> Losses:
-        output = BTokOutput(embeddings, ntp)
-        return recipe.objective(output, ids, step=step, num_groups=groups)
-
     patches = count_patches(samples)
     if recipe.reuse_vision and is_frozen(model):
-        samples = seen_once(model, samples, recipe.vision_memory, recipe.chunk_tokens)
+        samples = cache_vision_features(model, samples, recipe.vision_memory, recipe.chunk_tokens)
+    forward = _packed_forward(model, processor, recipe, samples, captioning)
+    lengths = [sum(map(_length, sample)) for sample in samples]
+    microbatches = split(samples, lengths, recipe.chunk_tokens)
+    ids = positive_ids(pairs, rank()).to(model.backbone.device)  # where the embeddings are
+    groups = recipe.groups_per_batch // world()
+    contrast = partial(recipe.objective.contrastive, ids=ids, num_groups=groups)
+    weigh = partial(recipe.objective.weighted, step=step)
     with adapters.norms_once(model.backbone):
-        chunks = Chunks(model, processor, samples, recipe, captioning)
         if captioning:
-            losses = chunks.caption()
+            losses = caption(forward, microbatches)
         elif recipe.gradcache:
-            losses = chunks.by_gradcache(objective, recipe.objective.weight(step))
+            losses = by_gradcache(model, forward, microbatches, contrast, weigh)
         else:
-            losses = chunks.at_once(objective)
+            losses = at_once(forward, microbatches, contrast, weigh)
+    # once, behind all passes: a rank may have more of them than another
     average_gradients(model)
-    counts = torch.tensor([chunks.rows, model_flops(model, chunks.rows, patches)])
-    tokens, flops = (mean_over_ranks(counts.double()) * world()).tolist()
-    losses = Losses(*mean_over_ranks(torch.stack(losses).detach()))
-    return Done(losses, round(tokens), flops)
+    tokens = sum(lengths) + (0 if captioning else len(samples) * len(model.btok_token_ids))
+    worked = torch.tensor([tokens, model_flops(model, tokens, patches)], dtype=torch.float64)
+    total, flops = (mean_over_ranks(worked) * world()).tolist()
+    return StepResult(Losses(*mean_over_ranks(torch.stack(losses).detach())), round(total), flops)
 
 
-class Done(NamedTuple):
-    """The losses of a step, means over ranks; the tokens that all ranks packed for it, and the
-    operations that these and their images need of the model.
+def _packed_forward(
+    model: BTokModel,
+    processor: Processor,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    captioning: bool,
+) -> Forward:
+    """The model on some of these samples, in one packed pass."""
+    of_target: dict[str, Any] = {
+        "prefix_ids": processor.prefix_ids,
+        "suffix_ids": processor.suffix_ids,
+        "backbone_config": model.backbone.config,
+    }
+    packing = {
+        **of_target,
+        "btok_token_ids": () if captioning else model.btok_token_ids,
+        "target_positions": model.settings.target_positions,
+        "condense": recipe.condense and not captioning,
+    }
+    counts = count_labels([target for _, target in samples if target is not None], **of_target)
+    mine = counts[0 if model.settings.ntp_reduction == "sample_mean" else 1]
+    # all ranks' mean, so that a target weighs the same on a rank that has few of them
+    count = max(float(mean_over_ranks(torch.tensor(mine, dtype=torch.float64))), 1e-9)
+    device, half = model.backbone.device, recipe.dtype == "bfloat16"
+
+    def forward(some: Sequence[Sample]) -> BTokOutput:
+        batch = pack(some, **packing).to(device)
+        # adapters are fp32, their products need not be
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            embeddings, ntp = model(batch)
+        share = None if ntp is None else ntp * (model.ntp_count(batch) / count)
+        return BTokOutput(embeddings, share)
+
+    return forward
+
+
+def split(samples: Sequence[Sample], lengths: list[int], tokens: int | None) -> list[Microbatch]:
+    """Microbatches of so many tokens at most, the largest first; all samples in one for None."""
+    turns = [list(range(len(samples)))]
+    if tokens is not None:
+        # largest first, so that a memory too small for a step shows in its first pass
+        longest = sorted(turns[0], key=lengths.__getitem__, reverse=True)
+        turns = group_by_tokens([lengths[place] for place in longest], tokens)
+        turns = [[longest[at] for at in turn] for turn in turns]
+    return [Microbatch(places, [samples[place] for place in places]) for places in turns]
+
+
+def at_once(
+    forward: Forward, microbatches: Sequence[Microbatch], contrast: Contrast, weigh: Weigh
+) -> Losses:
+    """One backward through all microbatches, whose activations are kept until then."""
+    outputs = [forward(samples) for _, samples in microbatches]
+    embeddings = _as_they_came([output.embeddings for output in outputs], microbatches)
+    losses = weigh(contrast(embeddings), _sum([output.ntp_loss for output in outputs]))
+    losses.total.backward()
+    return losses
+
+
+def by_gradcache(
+    model: BTokModel,
+    forward: Forward,
+    microbatches: Sequence[Microbatch],
+    contrast: Contrast,
+    weigh: Weigh,
+) -> Losses:
+    """The gradients of `at_once` with the activations of one microbatch (arXiv 2101.06983).
+
+    Embed all without gradients; the contrastive loss and its gradients of the embeddings; then
+    each microbatch again, whose backward takes those and its generative loss.
     """
+    was_training, states, parts = model.training, [], []
+    dropping = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    # in eval mode the last layer runs for the pooled rows alone; but with dropout both passes must
+    # run the same rows, targets included, so that they draw the same
+    model.train(was_training and dropping)
+    with torch.no_grad():
+        for _, samples in microbatches:
+            states.append(random_state())
+            some = samples if dropping else [(source, None) for source, _ in samples]
+            parts.append(forward(some).embeddings)
+    model.train(was_training)
+    embeddings = _as_they_came(parts, microbatches).requires_grad_()
+    contrastive = contrast(embeddings)
+    contrastive.backward()
+    assert embeddings.grad is not None
+    ntps = []
+    for (places, samples), state in zip(microbatches, states, strict=True):
+        if dropping:
+            set_random_state(state)
+        part, ntp = forward(samples)
+        # in the contrastive loss's place, what has its gradients of this part
+        weigh((part * embeddings.grad[places]).sum(), ntp).total.backward()
+        ntps.append(None if ntp is None else ntp.detach())
+    return weigh(contrastive.detach(), _sum(ntps))
 
-    losses: Losses
-    tokens: int
-    flops: float
+
+def caption(forward: Forward, microbatches: Sequence[Microbatch]) -> Losses:
+    """The generative loss alone, each microbatch's backward at once."""
+    ntps = []
+    for _, samples in microbatches:
+        ntp = forward(samples).ntp_loss
+        assert ntp is not None
+        ntp.backward()
+        ntps.append(ntp.detach())
+    total = sum(ntps[1:], ntps[0])
+    return Losses(total, torch.zeros_like(total), total)
+
+
+def _as_they_came(parts: Sequence[Tensor], microbatches: Sequence[Microbatch]) -> Tensor:
+    """The microbatches' embeddings in the order of the step's samples."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([place for places, _ in microbatches for place in places])
+    return torch.cat(list(parts))[order.argsort().to(parts[0].device)]
+
+
+def _sum(values: Sequence[Tensor | None]) -> Tensor | None:
+    there = [value for value in values if value is not None]
+    return torch.stack(there).sum() if len(there) > 1 else (there[0] if there else None)
+
+
+def _length(side: Mapping[str, Any] | None) -> int:
+    return 0 if side is None else torch.as_tensor(side["input_ids"]).numel()
 
 
 def count_patches(samples: Sequence[Sample]) -> int:
@@ -94,125 +234,13 @@ def model_flops(model: BTokModel, tokens: int, patches: int) -> float:
     parts += [(tower, patches)] if tower is not None else []
     total = 0.0
     for part, count in parts:
-        weights = [(p.numel(), p.requires_grad) for p in part.parameters() if p.ndim > 1]
-        trained = sum(n for n, trains in weights if trains)
-        each = 2 * sum(n for n, _ in weights) + 2 * trained
-        if trained:
-            each += 2 * sum(n for n, _ in weights)
-        total += count * each
+        weights = [p for p in part.parameters() if p.ndim > 1]
+        every, trained = (
+            sum(p.numel() for p in some)
+            for some in (weights, [p for p in weights if p.requires_grad])
+        )
+        total += count * (2 * every + 2 * trained + (2 * every if trained else 0))
     return total
-
-
-class Chunks:
-    """A rank's samples of one step, a packed pass at a time, the largest pass first.
-
-    Args:
-        samples: as `btok.packing` takes them.
-        captioning: plain causal captioning, without bottleneck tokens.
-    """
-
-    def __init__(
-        self,
-        model: BTokModel,
-        processor: Processor,
-        samples: Sequence[Sample],
-        recipe: Recipe,
-        captioning: bool,
-    ) -> None:
-        self.model, self.samples = model, samples
-        self.half = recipe.dtype == "bfloat16"
-        of_target = {"prefix_ids": processor.prefix_ids, "suffix_ids": processor.suffix_ids}
-        self.options: dict[str, Any] = {
-            **of_target,
-            "backbone_config": model.backbone.config,
-            "btok_token_ids": () if captioning else model.btok_token_ids,
-            "target_positions": model.settings.target_positions,
-            "condense": recipe.condense and not captioning,
-        }
-        self.indices = [list(range(len(samples)))]
-        sizes = [sum(_length(side) for side in sample) for sample in samples]
-        self.rows = sum(sizes) + len(samples) * len(self.options["btok_token_ids"])
-        if recipe.chunk_tokens is not None:
-            longest = sorted(range(len(samples)), key=sizes.__getitem__, reverse=True)
-            turns = by_budget([sizes[i] for i in longest], recipe.chunk_tokens)
-            self.indices = [[longest[i] for i in turn] for turn in turns]
-        targets = [target for _, target in samples if target is not None]
-        counts = count_labels(targets, **of_target, backbone_config=model.backbone.config)
-        count = counts[0 if model.settings.ntp_reduction == "sample_mean" else 1]
-        self.count = max(float(mean_over_ranks(torch.tensor(count, dtype=torch.float64))), 1e-9)
-
-    def run(self, indices: Sequence[int], generate: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of some samples, and their share of the generative loss of all ranks' mean."""
-        samples = [self.samples[i] for i in indices]
-        if not generate:
-            samples = [(source, None) for source, _ in samples]
-        batch = pack(samples, **self.options).to(self.model.backbone.device)
-        # adapters are fp32, their products need not be
-        with torch.autocast(self.model.backbone.device.type, torch.bfloat16, enabled=self.half):
-            output = self.model(batch)
-        if output.ntp_loss is None:
-            return output.embeddings, None
-        return output.embeddings, output.ntp_loss * (self.model.ntp_count(batch) / self.count)
-
-    def in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """What each chunk gave, as the samples came."""
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([i for indices in self.indices for i in indices])
-        return torch.cat(list(parts))[order.argsort().to(parts[0].device)]
-
-    def caption(self) -> Losses:
-        """The generative loss alone."""
-        total = None
-        for indices in self.indices:
-            _, ntp = self.run(indices)
-            assert ntp is not None
-            ntp.backward()
-            total = ntp.detach() if total is None else total + ntp.detach()
-        assert total is not None
-        return Losses(total, torch.zeros_like(total), total)
-
-    def at_once(self, objective: Objective) -> Losses:
-        """One backward through all chunks."""
-        parts, ntps = zip(*(self.run(indices) for indices in self.indices), strict=True)
-        losses = objective(self.in_order(parts), _sum(ntps))
-        losses.total.backward()
-        return losses
-
-    def by_gradcache(self, objective: Objective, weight: float) -> Losses:
-        """The same gradients with the activations of one chunk (arXiv 2101.06983).
-
-        Embed all without gradients; the contrastive loss and its gradients of the embeddings; then
-        each chunk again, whose backward takes those and its generative loss. With dropout both
-        passes run the same rows and draw the same.
-        """
-        model, states = self.model, []
-        dropping = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-        was_training = model.training
-        if not dropping:
-            model.eval()  # the last layer runs for the pooled rows alone
-        parts = []
-        with torch.no_grad():
-            for indices in self.indices:
-                states.append(random_state(model.backbone.device))
-                parts.append(self.run(indices, generate=dropping)[0])
-        model.train(was_training)
-        embeddings = self.in_order(parts).requires_grad_()
-        losses = objective(embeddings, None)
-        losses.contrastive.backward()
-        assert embeddings.grad is not None
-        ntps = []
-        for indices, state in zip(self.indices, states, strict=True):
-            if dropping:
-                set_random_state(state, model.backbone.device)
-            part, ntp = self.run(indices)
-            loss = (part * embeddings.grad[indices]).sum()
-            (loss if ntp is None else loss + weight * ntp).backward()
-            ntps.append(None if ntp is None else ntp.detach())
-        ntp = _sum(ntps)
-        if ntp is None:
-            return losses
-        return Losses(losses.total + weight * ntp, losses.contrastive, ntp)
 
 
 def is_frozen(model: BTokModel) -> bool:
@@ -221,7 +249,7 @@ def is_frozen(model: BTokModel) -> bool:
     return tower is not None and not any(p.requires_grad for p in tower.parameters())
 
 
-def seen_once(
+def cache_vision_features(
     model: BTokModel, samples: Sequence[Sample], memory: int, tokens: int | None = None
 ) -> list[Sample]:
     """The samples with vision features, each side's made once, wherever it stands.
@@ -237,7 +265,7 @@ def seen_once(
     sizes = {name: sum(sum(v.patches) for v in vision_of(side)) for name, side in sides.items()}
     names = [name for name, size in sizes.items() if size]
     found: dict[int, Any] = {}
-    for turn in by_budget([sizes[name] for name in names], patches):
+    for turn in group_by_tokens([sizes[name] for name in names], patches):
         made = model.encode_vision([sides[names[i]] for i in turn])
         for i, side in zip(turn, made, strict=True):
             for at, vision in enumerate(side["vision"]):
@@ -249,41 +277,3 @@ def seen_once(
         return found.get(id(side), side)
 
     return [(features(source), features(target)) for source, target in samples]
-
-
-def random_state(device: torch.device) -> list[Tensor]:
-    """Of the CPU and of the device."""
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def set_random_state(state: list[Tensor], device: torch.device) -> None:
-    """What `random_state` gave."""
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
-
-
-def _sum(values: Sequence[Tensor | None]) -> Tensor | None:
-    there = [value for value in values if value is not None]
-    return torch.stack(there).sum() if len(there) > 1 else (there[0] if there else None)
-
-
-def _length(side: Mapping[str, Any] | None) -> int:
-    return 0 if side is None else torch.as_tensor(side["input_ids"]).numel()
-
-
-def average_gradients(model: torch.nn.Module) -> None:
-    """Make every gradient its mean over ranks, a missing one counting as zero."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = mean_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
-    for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = mean.view_as(p)
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean; may change `value`."""
-    if world() > 1:
-        dist.all_reduce(value)
-    return value / world()

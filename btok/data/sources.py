@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -31,6 +31,14 @@ class Schema(NamedTuple):
 
     columns: Sequence[str]
     pair: Callable[[Row, Path], Pair]
+
+
+class Rows(Protocol):
+    """Random access to the rows of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
 
 
 class JsonLines:
@@ -107,7 +115,7 @@ class Source:
     """
 
     name: str
-    rows: JsonLines | Table
+    rows: Rows
     schema: Schema
     root: Path
     weight: float = 1.0

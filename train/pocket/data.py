@@ -31,6 +31,9 @@ from btok.data.records import NtpSide, Pair, RetrievalTask, Side
 MODALITY = dict.fromkeys(("I-CLS", "I-QA", "I-RET", "I-VG"), "image")
 MODALITY |= dict.fromkeys(("V-CLS", "V-QA", "V-RET", "M-RET"), "video") | {"VisDoc": "visdoc"}
 TASKS = tuple(MODALITY)
+# the side that training generates is words, or a page's first ones
+NTP_SIDE: dict[str, NtpSide] = {**dict.fromkeys(TASKS, "positive")}
+NTP_SIDE |= dict.fromkeys(("I-RET", "V-RET", "VisDoc"), "query")
 
 CELL, STEP, SCAN = 28, 14, 24  # pixels: one merged token; one patch and one step; one scan
 CANVAS = np.array([24, 24, 32])
@@ -363,9 +366,7 @@ def train_group(task: str, index: int, size: int = 16, seed: int = 0) -> list[Pa
     if size < 2 or index < 0:
         raise ValueError(f"train_group: size is {size}, not >= 2, or index is {index}, not >= 0")
     records = _records("train", task, seed, index, size)
-    visual = records[0].query.images or records[0].query.video
-    side: NtpSide = "positive" if visual else "query"
-    return [Pair(r.query, r.positive, (), task, side, r.target, r.key) for r in records]
+    return [Pair(r.query, r.positive, (), task, NTP_SIDE[task], r.target, r.key) for r in records]
 
 
 def tasks(queries: int = 400) -> list[RetrievalTask]:

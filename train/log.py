@@ -1,0 +1,117 @@
+"""What a run tells of its steps: `log.jsonl`, a progress bar, TensorBoard, what was skipped."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from btok_kernels.ranks import rank, world
+from train.checkpoint import unwritable
+from train.parallel import total_over_ranks
+from train.recipes import Recipe
+from train.sampler import Skipped
+
+# dense operations a second by the makers' data sheets, in half precision
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}
+
+
+def peak_flops(recipe: Recipe) -> float:
+    """Operations a second that this rank's device can do in the recipe's precision; 0: unknown."""
+    if not torch.cuda.is_available() or recipe.dtype == "float32":
+        return 0.0
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
+
+
+class TrainLog:
+    """`log.jsonl` and a progress bar, on rank 0; rows of steps to be done again are dropped.
+
+    Args:
+        recipe: the run's; with its `tensorboard` the numbers go to `<output>/tensorboard` too.
+        first: the step that the run begins or goes on with.
+        skipped: pairs that could not be read before it.
+
+    Raises:
+        ImportError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, recipe: Recipe, first: int, skipped: int = 0) -> None:
+        self.path, self.skipped, self.most = (
+            recipe.output / "log.jsonl",
+            skipped,
+            recipe.max_skipped,
+        )
+        self.began, self.pairs, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
+        self.peak = peak_flops(recipe) * world()
+        steps = {"total": recipe.total_steps, "initial": first}
+        self.bar = tqdm(**steps, unit="step", disable=rank() != 0, mininterval=1.0)
+        self.board = None
+        if rank() != 0:
+            return
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            whole = (line for line in file if line.endswith(b"\n"))  # a kill may have cut the last
+            file.truncate(sum(len(line) for line in whole if json.loads(line)["step"] < first))
+        if recipe.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                hint = f"TensorBoard needs the extra: pip install 'btok[tensorboard]' ({error})"
+                raise ImportError(hint) from error
+            self.board = SummaryWriter(str(recipe.output / "tensorboard"), purge_step=first)
+
+    def count_skipped(self, found: Sequence[Skipped]) -> None:
+        """Tell what this rank could not read, and count it on all ranks.
+
+        Raises:
+            ValueError: more than the recipe's `max_skipped`.
+        """
+        for pair in found:
+            tqdm.write(f"{pair.dataset}, row {pair.row}: {pair.reason}", file=sys.stderr)
+        self.skipped += round(total_over_ranks(len(found)))
+        if self.skipped > self.most:
+            raise ValueError(
+                f"{self.skipped} pairs could not be read, over max_skipped {self.most}"
+            )
+
+    def write(self, row: dict[str, Any], pairs: int, tokens: int = 0, flops: float = 0.0) -> None:
+        """Add a step's row; the rest is what all ranks worked on, 0 for unknown."""
+        if rank() != 0:
+            return
+        seconds = time.perf_counter() - self.began
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row | {"seconds": round(seconds, 3)}) + "\n")
+        except OSError as error:
+            raise OSError(unwritable(self.path, error)) from error
+        self.pairs += pairs
+        self.tokens += tokens
+        self.flops += flops
+        rates = {"pairs/s": self.pairs / seconds, "tokens/s": self.tokens / seconds}
+        losses = {key: row[key] for key in row if key in ("contrastive", "ntp")}
+        shown = {key: f"{loss:.3f}" for key, loss in losses.items()}
+        shown |= {key: str(round(rate)) for key, rate in rates.items() if rate}
+        if self.peak:
+            rates["MFU"] = self.flops / seconds / self.peak
+            shown["MFU"] = f"{rates['MFU']:.1%}"
+        self.bar.set_description(row["phase"], refresh=False)
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        if self.board:
+            for key, value in (row | rates).items():
+                if key not in ("step", "phase"):
+                    self.board.add_scalar(key, value, row["step"])
+
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.board:
+            self.board.close()

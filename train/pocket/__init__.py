@@ -1,0 +1,1 @@
+"""The pocket benchmark: its data, its training groups and its small model."""
