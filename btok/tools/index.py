@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -246,11 +245,9 @@ def _commit(index: Index, order: list[Mapping[str, Any]]) -> Index:
             _write_manifest(folder, meta | {"unreadable": unreadable})
             index = Index(folder)
         named = {folder / "meta.json", *index.files}
-        for pattern in (*FORMAT_1, "meta.json.*", "parts/*"):
+        for pattern in ("parts/*", "meta.json.*", *FORMAT_1, ".draft/*"):  # there format 1 wrote
             for path in set(folder.glob(pattern)) - named:
                 path.unlink()
-        for name in (".draft", ".ready"):  # where format 1 wrote
-            shutil.rmtree(folder / name, ignore_errors=True)
     _all_here()
     if not kept:
         first = f", the first: {next(iter(unreadable.values()))}" if unreadable else ""
