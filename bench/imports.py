@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = ["bench", "train", "train.pocket", "btok.tools", "btok", "btok_kernels"]  # from above
+LAYERS = ["bench", "train", "btok.tools", "btok", "btok_kernels"]  # from above
 WIDEST = 6  # files in a row
 
 
