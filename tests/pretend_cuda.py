@@ -73,6 +73,16 @@ class Cuda(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Cuda({self.values})"
 
+    # methods, as no mode is there where a backward runs a checkpointed layer again
+    def tolist(self) -> Any:
+        _current().note("tolist")
+        return self.values.tolist()
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError("can't convert a cuda:0 tensor to numpy; use Tensor.cpu() first")
+
+    __array__ = numpy
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -154,14 +164,8 @@ class PretendCuda(TorchFunctionMode):
         first = args[0] if args else None
         if name in ("to", "cuda", "cpu") and isinstance(first, Tensor):
             return self._moved(name, func, args, kwargs)
-        if isinstance(first, Cuda):
-            if name in ("numpy", "__array__"):
-                raise TypeError("can't convert a cuda:0 tensor to numpy; use Tensor.cpu() first")
-            if name == "tolist":
-                self.note("tolist")
-                return first.values.tolist()
-            if name == "as_tensor" and not kwargs:
-                return first
+        if name == "as_tensor" and isinstance(first, Cuda) and not kwargs:
+            return first
         device = kwargs.get("device")
         if device is not None and name != "__get__" and torch.device(device).type == "cuda":
             kwargs["device"] = torch.device("cpu")

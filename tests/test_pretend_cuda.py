@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers import FAMILIES, VISION, tiny_module
 from pretend_cuda import Cuda, PretendCuda
+from test_step import PAIRS
 
+from btok import adapters
 from btok.data.records import Side
+from btok.data.samples import pair_samples
 from btok.encoder import BTokEncoder
+from train.recipes import Recipe
+from train.step import train_step
 
 
 def picture(height, width, seed):
@@ -70,3 +77,89 @@ def test_an_encoder(family, pooling):
         there.model.to("cuda")
         found = there.encode(sides, batch_tokens=60)
     assert np.array_equal(found, expected)
+
+
+STEPS = [  # at least one of each lever's settings beside each family's
+    {},
+    {"gradcache": True},
+    {"gradcache": True, "chunk_tokens": None},
+    {"chunk_tokens": None, "checkpoint": True},
+    {"gradcache": True, "checkpoint": True},
+    {"captioning": True},
+    {"captioning": True, "train_all": True, "checkpoint": True},
+    {"train_all": True},
+    {"train_all": True, "gradcache": True},
+    {"dora": False, "gradcache": True},
+    {"dropout": 0.1},
+    {"dropout": 0.1, "gradcache": True},
+    {"reuse_vision": True, "vision_memory": 1 << 30},
+    {"reuse_vision": True, "vision_memory": 1 << 30, "gradcache": True},
+    {"reuse_vision": True, "vision_memory": 3000},
+    {"reuse_vision": True, "vision_memory": 0, "gradcache": True},
+    {"num_btoks": 0, "pooling": "last", "gradcache": True},
+    {"num_btoks": 0, "pooling": "mean"},
+    {"ntp_weight": 0.0, "gradcache": True},
+    {"condense": False, "negatives": "group"},
+]
+EVERY = [("qwen2_vl", case) for case in STEPS]
+EVERY += [
+    (family, {"gradcache": gradcache, "reuse_vision": gradcache, "vision_memory": 3000})
+    for family in FAMILIES[1:]
+    for gradcache in (False, True)
+]
+
+
+@pytest.mark.parametrize(("family", "case"), EVERY, ids=str)
+def test_a_training_step(family, case):
+    """Losses and every gradient, from pairs with pictures and clips where the model sees."""
+    pairs = PAIRS if family in VISION else [p for p in PAIRS if not p.query.images][-3:]
+    expected = step(family, pairs, **case)
+    with PretendCuda():
+        found = step(family, pairs, device="cuda", **case)
+    assert found[1] == expected[1] and all(np.isfinite(expected[1]))
+    assert found[0].keys() == expected[0].keys() and len(found[0]) > 4
+    for name, gradient in expected[0].items():
+        assert torch.equal(found[0][name], gradient), name
+    assert any(gradient.abs().max() > 0 for gradient in expected[0].values())
+
+
+def step(
+    family,
+    pairs,
+    *,
+    device="cpu",
+    dora=True,
+    dropout=0.0,
+    checkpoint=False,
+    train_all=False,
+    captioning=False,
+    num_btoks=4,
+    **settings,
+):
+    """Gradients by name and losses, on the CPU, of a step on a device."""
+    model, processor = tiny_module(family)
+    if not train_all:
+        lora = adapters.Lora(rank=4, alpha=8, dropout=dropout, dora=dora)
+        adapters.attach(model.backbone, lora, model.btok_token_ids, "tiny")
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.1)
+    if checkpoint:
+        model.checkpoint_activations()
+    ids = model.btok_token_ids[:num_btoks]
+    model.settings = replace(
+        model.settings, btok_token_ids=ids, pooling=settings.pop("pooling", "btok")
+    )
+    options = {"chunk_tokens": 120, "groups_per_batch": 4, "reuse_vision": False} | settings
+    recipe = Recipe(caption_steps=0, reading_steps=0, steps=1, **options)
+    generate = captioning or recipe.ntp_weight > 0
+    samples = pair_samples(pairs, processor, generate=generate)
+    model.train().to(device)
+    torch.manual_seed(7)
+    losses, *_ = train_step(model, processor, recipe, pairs, samples, 0, captioning)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(isinstance(g, Cuda) == (device == "cuda") for g in found.values())
+    found = {name: g.values if isinstance(g, Cuda) else g for name, g in found.items()}
+    return found, [float(loss) for loss in losses]
