@@ -83,6 +83,12 @@ class Cuda(Tensor):
 
     __array__ = numpy
 
+    def untyped_storage(self) -> Any:  # by which safetensors finds weights that are one
+        return self.values.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,8 @@ from btok import adapters
 from btok.data.records import Side
 from btok.data.samples import pair_samples
 from btok.encoder import BTokEncoder
+from btok.kernels import CondensedLayout, condensed_attention
+from train.main import main
 from train.recipes import Recipe
 from train.step import train_step
 
@@ -61,8 +65,10 @@ def test_gradients_go_through_a_move_and_tied_weights_stay_tied():
     assert x.grad.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("pooling", ["btok", "last", "mean"])
-@pytest.mark.parametrize("family", FAMILIES)
+ENCODERS = [("qwen2_vl", "last"), ("qwen2_vl", "mean"), *((family, "btok") for family in FAMILIES)]
+
+
+@pytest.mark.parametrize(("family", "pooling"), ENCODERS)
 def test_an_encoder(family, pooling):
     sides = [Side("a text"), Side("b" * 30), *(SHOWN if family in VISION else [])]
 
@@ -77,6 +83,19 @@ def test_an_encoder(family, pooling):
         there.model.to("cuda")
         found = there.encode(sides, batch_tokens=60)
     assert np.array_equal(found, expected)
+
+
+def test_a_device_without_a_number_is_the_current_one():
+    q = torch.randn(6, 2, 16)
+    layout = CondensedLayout.from_lengths([2], [2], 2)
+    expected = condensed_attention(q, q, q, layout)
+    with PretendCuda():
+        there = q.to("cuda")
+        layouts = [layout.to("cuda"), layout.to("cuda:0"), layout.to("cuda").to("cuda:0")]
+        layouts.append(CondensedLayout(layout.bounds, 6, torch.device("cuda")))
+        found = [condensed_attention(there, there, there, each).cpu() for each in layouts]
+    assert all(torch.equal(each, expected) for each in found)
+    assert layouts[0].device == torch.device("cuda", 0)
 
 
 STEPS = [  # at least one of each lever's settings beside each family's
@@ -163,3 +182,21 @@ def step(
     assert all(isinstance(g, Cuda) == (device == "cuda") for g in found.values())
     found = {name: g.values if isinstance(g, Cuda) else g for name, g in found.items()}
     return found, [float(loss) for loss in losses]
+
+
+def test_a_run_stopped_and_resumed(tmp_path, capsys):
+    """`train/main.py` from its command line on: log, weights and moments are the CPU's bytes."""
+    words = "--steps 2 --caption-steps 1 --eval-queries 0 --group-size 4 --chunk-tokens 300"
+    words += " --checkpoint-every 1 --gradcache true --muon-rate 0 --output"
+    assert main([*words.split(), str(tmp_path / "cpu")]) == 0
+    with PretendCuda():
+        assert main([*words.split(), str(tmp_path / "there")]) == 0
+        shutil.rmtree(tmp_path / "there" / "checkpoint-3")  # as if it had been stopped before
+        assert main([*words.split(), str(tmp_path / "there")]) == 0
+    assert "going on from" in capsys.readouterr().out
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("cpu", "there")]
+    expected, found = ([{**json.loads(row), "seconds": 0} for row in log] for log in logs)
+    assert found == expected and len(found) == 3
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        a, b = (tmp_path / name / "checkpoint-3" / file for name in ("cpu", "there"))
+        assert a.read_bytes() == b.read_bytes(), file

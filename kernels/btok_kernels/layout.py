@@ -138,7 +138,9 @@ class CondensedLayout:
             raise ValueError(
                 f"CondensedLayout: max_sequences is {self.max_sequences}, bounds has {len(self)}"
             )
-        self.__dict__["tiles"] = self._build_tiles().to(self.device)
+        tiles = self._build_tiles().to(self.device)
+        # that of the tensors: "cuda" is cuda:0 there, and is compared with theirs
+        self.__dict__.update(tiles=tiles, device=tiles.device)
 
     @classmethod
     def from_lengths(
@@ -192,14 +194,14 @@ class CondensedLayout:
 
     def to(self, device: torch.device | str) -> CondensedLayout:
         """The same layout with its index tensors on `device`."""
-        device = torch.device(device)
-        if device == self.device:
+        tiles = self.tiles.to(device)
+        if tiles.device == self.device:
             return self
         moved = copy.copy(self)
         moved.__dict__.pop("row_first", None)
         moved.__dict__.pop("segments", None)
         moved.__dict__.pop("halves", None)
-        moved.__dict__.update(device=device, tiles=self.tiles.to(device))
+        moved.__dict__.update(device=tiles.device, tiles=tiles)
         return moved
 
     def __len__(self) -> int:
