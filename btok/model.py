@@ -357,7 +357,8 @@ def _condensed_for_transformers(
             "condensed attention takes one packed row and its layout, no mask and no dropout; "
             "run the backbone through BTokModel"
         )
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    # under autocast the rotary embedding leaves q and k in fp32, and v is what a product gives
+    q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
     out = condensed_attention(q, k, v, layout, scale=scaling, impl=condensed_impl)
     return out[None], None
 

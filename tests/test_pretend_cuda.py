@@ -119,6 +119,8 @@ STEPS = [  # at least one of each lever's settings beside each family's
     {"num_btoks": 0, "pooling": "mean"},
     {"ntp_weight": 0.0, "gradcache": True},
     {"condense": False, "negatives": "group"},
+    {"dtype": "bfloat16", "gradcache": True},
+    {"dtype": "bfloat16", "train_all": True},
 ]
 EVERY = [("qwen2_vl", case) for case in STEPS]
 EVERY += [

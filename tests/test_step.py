@@ -36,7 +36,7 @@ from btok.data.records import NTP_SIDES, Pair, Side
 from btok.data.samples import pair_samples
 from btok.model import BTokModel
 from btok.packing import count_labels, group_by_tokens, pack
-from train.recipes import Recipe
+from train.recipes import Recipe, build
 from train.step import count_patches, model_flops, train_step
 
 BASE = Recipe(
@@ -389,3 +389,43 @@ def test_the_contrastive_loss_meets_its_ids_on_the_models_device(monkeypatch):
     recipe = dataclasses.replace(BASE, gradcache=False)
     losses = train_step(model, processor, recipe, PAIRS, samples, 0).losses
     assert losses.contrastive.device.type == "meta"
+
+
+def updates(weights, dtype, steps=300):
+    """What so many steps of AdamW add to each weight of a text model in a dtype, by name, fp32."""
+    model, processor = tiny_module("qwen2")
+    model.to(weights).train()
+    first = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    recipe = Recipe(caption_steps=0, groups_per_batch=1, group_size=6, dtype=dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    rng = random.Random(0)
+    for number in range(steps):
+        pairs = [
+            Pair(Side(words(rng, 6)), Side(words(rng, 2)), positive_id=str(i)) for i in range(6)
+        ]
+        train_step(model, processor, recipe, pairs, pair_samples(pairs, processor), number)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().float() - first[name] for name, p in model.named_parameters()}
+
+
+def test_products_in_bf16_lose_no_update_of_fp32_weights():
+    """As a whole model trains; weights of bf16 would hardly move."""
+    exact = updates(torch.float32, "float32")
+    found = updates(torch.float32, "bfloat16")
+    lost = updates(torch.bfloat16, "bfloat16", steps=50)
+    flat = [torch.cat([u.flatten() for u in each.values()]) for each in (exact, found)]
+    assert F.cosine_similarity(*flat, dim=0) > 0.999
+    assert all(bool((u != 0).any()) for u in found.values())
+    assert not all(bool((u != 0).any()) for u in lost.values())
+
+
+def test_what_trains_is_loaded_in_fp32(tmp_path):
+    model, processor = tiny_module()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for rank, expected in ((0, torch.float32), (4, torch.bfloat16)):
+        options = {"dtype": "bfloat16", "lora_rank": rank, "caption_steps": 0}
+        built, _ = build(Recipe(model=str(tmp_path), **options))
+        assert built.backbone.dtype == expected
+        assert {p.dtype for p in built.parameters() if p.requires_grad} == {torch.float32}

@@ -141,8 +141,7 @@ def run(recipe: Recipe, stop: Stop) -> None:
     resume = parallel.from_first(checkpoint.newest_valid(recipe.output) if rank() == 0 else None)
     if resume:
         processor = Processor.from_pretrained(resume, recipe.num_btoks)
-        kept = {"num_btoks": recipe.num_btoks, "dtype": getattr(torch, recipe.dtype)}
-        model = BTokModel.from_pretrained(resume, **kept)
+        model = BTokModel.from_pretrained(resume, num_btoks=recipe.num_btoks, dtype=recipe.weights)
     else:
         model, processor = build(recipe)
     model.attention = recipe.attention

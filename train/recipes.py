@@ -25,7 +25,7 @@ class Recipe:
     model: str = "pocket"
     """"pocket" for a small Qwen2-VL made here, or a folder or hub id of a checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of a checkpoint's weights; adapters are float32 always."""
+    """Of products, and of weights that do not train; those that train are float32."""
     lora_rank: int = 0
     """Of adapters, which then train alone with the K rows; 0 trains the whole model."""
     lora_alpha: float = 32.0
@@ -137,6 +137,12 @@ class Recipe:
         return self.pooling or ("btok" if self.num_btoks else "last")
 
     @property
+    def weights(self) -> torch.dtype:
+        """Of the model as it is loaded: float32 where it trains as a whole."""
+        # an update of 1e-5 is lost in a bfloat16 weight of 1e-2, whose neighbour is 6e-5 away
+        return getattr(torch, self.dtype) if self.lora_rank else torch.float32
+
+    @property
     def objective(self) -> Objective:
         """The loss that these settings describe."""
         return Objective(self.temperature, self.ntp_weight, self.ntp_steps, self.negatives)
@@ -219,7 +225,7 @@ def build(recipe: Recipe) -> tuple[BTokModel, Processor]:
     model = BTokModel.from_pretrained(
         recipe.model,
         num_btoks=recipe.num_btoks,
-        dtype=getattr(torch, recipe.dtype),
+        dtype=recipe.weights,
         lora=Lora(rank, alpha, recipe.lora_dropout, recipe.dora) if rank else None,
         **settings,
     )
