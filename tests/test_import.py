@@ -99,7 +99,7 @@ def test_two_copies_of_the_kernels_keep_their_operators(tmp_path):
     code = (
         "import torch, {}.condensed_attention_triton as a, other.condensed_attention_triton as b\n"
     )
-    code += "assert a._op is not b._op and torch.ops.btok_kernels and torch.ops.other\n"
+    code += "assert a._op is not b._op and torch.ops.btok and torch.ops.other\n"
     code += "print(a._op._qualname, b._op._qualname)"
     said = subprocess.run(
         [sys.executable, "-c", code.format("btok_kernels")],
@@ -108,7 +108,7 @@ def test_two_copies_of_the_kernels_keep_their_operators(tmp_path):
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT / "kernels")},
     )
-    names = "btok_kernels::condensed_attention other::condensed_attention"
+    names = "btok::condensed_attention other::condensed_attention"
     assert said.stdout.strip() == names, said.stderr
 
 

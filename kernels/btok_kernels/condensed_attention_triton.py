@@ -543,8 +543,9 @@ def _backward(
     return dq, dk, dv
 
 
-# by the package's name, or a copy that another library carries would take these operators over
-_NAMESPACE = (__package__ or "").replace(".", "_")
+# a copy that another library carries has its own, or the last one imported would take them over
+_COPY = __package__ != "btok_kernels"
+_NAMESPACE = (__package__ or "").replace(".", "_") if _COPY else "btok"
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::condensed_attention", mutates_args=())
