@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, tiny_module, tiny_tokenizer
+from helpers import TINY, tiny_backbone, tiny_module, tiny_tokenizer
 from PIL import Image
 
 from btok.data.records import Side
 from btok.families import FAMILIES
+from btok.model import BTokModel
 from btok.processing import Processor
 
 KINDS = ("idefics3", "smolvlm")
@@ -62,9 +63,9 @@ def test_ids_and_pixels_are_those_of_the_stock_processor(kind, split):
         )
         got = ours(Side("a text", shown))
         assert got["input_ids"].tolist() == expected["input_ids"][0].tolist()
-        (seen,) = FAMILIES[kind].shown(got, None)
+        (seen,) = FAMILIES[kind].vision.read(got, None)
         config = types.SimpleNamespace(vision_config=types.SimpleNamespace(patch_size=4))
-        (stock_seen,) = FAMILIES[kind].shown(expected, config)
+        (stock_seen,) = FAMILIES[kind].vision.read(expected, config)
         assert torch.equal(seen.grid, stock_seen.grid)
         assert torch.equal(seen.pixels, stock_seen.pixels)
         counts.add(len(seen.grid))
@@ -87,6 +88,37 @@ def test_an_embedding_is_the_stock_models_last_state(kind):
         for sample in (side, {"input_ids": side["input_ids"], **inputs}):
             got = model(model.pack([sample])).embeddings[0]
             assert (got - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_pixels_that_are_no_whole_patch_are_left_out_as_the_tower_does():
+    """SmolVLM-2.2B's 384 pixels in patches of 14; here 19 in patches of 4."""
+    from transformers import Idefics3Processor
+
+    backbone = tiny_backbone(family="smolvlm")
+    backbone.config.image_token_id = TOKENIZER.convert_tokens_to_ids("<image>")
+    backbone.resize_token_embeddings(len(TOKENIZER))
+    config = copy.deepcopy(backbone.config)
+    config.vision_config.image_size = 19
+    torch.manual_seed(0)
+    backbone = type(backbone)(config).eval()
+    stock = copy.deepcopy(backbone)
+    model = BTokModel.from_backbone(backbone, btok_token_ids=(), pooling="last").eval()
+    edges = {"size": {"longest_edge": 38}, "max_image_size": {"longest_edge": 19}}
+    images = stock_images("smolvlm", **edges)
+    reads = Idefics3Processor(images, copy.deepcopy(TOKENIZER), image_seq_len=4)
+    ours = Processor(TOKENIZER, model_type="smolvlm", **SETTINGS | {"tile": 19, "longest_edge": 38})
+    image = picture(30, 50)
+    inputs = reads(
+        images=[[Image.fromarray(image)]],
+        text="<image>a text",
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    side = ours(Side("a text", [image]))
+    assert side["input_ids"].tolist() == inputs["input_ids"][0].tolist()
+    expected = F.normalize(stock.model(**inputs).last_hidden_state[0, -1], dim=0)
+    assert (model(model.pack([side])).embeddings[0] - expected).abs().max() < 1e-5
 
 
 def test_a_video_is_told_as_smolvlm_has_it(monkeypatch):
@@ -137,7 +169,7 @@ def test_stock_processors_read_our_files_and_we_read_theirs(kind, tmp_path):
     for name in ours.image_processor.SETTINGS:
         assert getattr(again.image_processor, name) == getattr(ours.image_processor, name), name
     expected = stock(Image.fromarray(image), return_tensors="pt")
-    tiles = FAMILIES[kind].shown(expected, model.backbone.config)
+    tiles = FAMILIES[kind].vision.read(expected, model.backbone.config)
     assert torch.equal(tiles[0].pixels, again(Side(images=[image]))["pixel_values"])
 
 
@@ -146,12 +178,18 @@ def test_stock_processors_read_our_files_and_we_read_theirs(kind, tmp_path):
     [
         ({"tile": 128}, "tile is 128 and longest_edge 64"),
         ({"longest_edge": 5000}, "at most 4096"),
-        ({"tile": 12}, "tile is 12, expected a multiple of patch_size 4 times merge_size 2"),
+        ({"tile": 12}, "tile is 12, 3 patches of 4 pixels, expected a multiple of merge_size 2"),
     ],
 )
 def test_edges_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Processor(TOKENIZER, model_type="idefics3", **SETTINGS | settings)
+
+
+def test_a_placeholder_in_a_text_is_refused_by_name():
+    model, processor = tiny_module("smolvlm")
+    with pytest.raises(ValueError, match=r"input_ids has 1 image placeholders \d+, expected 0"):
+        model.pack([processor(Side("an <image> in words"))])
 
 
 def test_tokens_that_are_not_there_are_refused():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from btok.data.records import Side
-from btok.vision import Vision, vision_of
+from btok.vision import KEYS, Vision, vision_of
 
 IMAGE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
 
@@ -167,15 +167,27 @@ class Family:
         """The images and the video of a side, as a processor returns it.
 
         Raises:
-            ValueError: some, for a model of text alone; grids and pixels that do not agree.
+            ValueError: some, for a model of text alone; grids, pixels and placeholders that do not
+                agree.
         """
-        if self.vision is not None:
-            return self.vision.read(side, config)
-        if vision_of(side):
-            raise ValueError(
-                f"pack: a sample has images or a video, {config.model_type} takes text alone"
-            )
-        return []
+        if self.vision is None:
+            if vision_of(side):
+                raise ValueError(
+                    f"pack: a sample has images or a video, {config.model_type} takes text alone"
+                )
+            return []
+        shown = self.vision.read(side, config)
+        ids = np.asarray(side["input_ids"])
+        for kind in KEYS:
+            patches = sum(sum(vision.patches) for vision in shown if vision.kind == kind)
+            asked = patches // self.vision.merge_size(config) ** 2
+            token = getattr(config, f"{kind}_token_id", None)
+            if asked != (had := 0 if token is None else int((ids == token).sum())):
+                raise ValueError(
+                    f"pack: input_ids has {had} {kind} placeholders {token}, expected {asked} "
+                    "for its pixels"
+                )
+        return shown
 
     def decoder(self, backbone: Any) -> Any:
         """The embedding, `layers` and `norm` of a backbone of this family."""

@@ -75,10 +75,10 @@ class TileImageProcessor(ImageProcessor):
                 f"Processor: tile is {tile} and longest_edge {longest_edge}, expected above 0, the "
                 f"first at most the second, and that at most {MOST}"
             )
-        if tile % patch_size or (tile // patch_size) % merge_size:
+        if tile < patch_size or (tile // patch_size) % merge_size:
             raise ValueError(
-                f"Processor: tile is {tile}, expected a multiple of patch_size {patch_size} times "
-                f"merge_size {merge_size}"
+                f"Processor: tile is {tile}, {tile // patch_size} patches of {patch_size} pixels, "
+                f"expected a multiple of merge_size {merge_size} of them"
             )
         self.tokenizer, self.longest_edge, self.tile = tokenizer, longest_edge, tile
         self.do_image_splitting = do_image_splitting
@@ -227,7 +227,13 @@ def _in_words(number: int) -> str:
 
 
 def _patches(tiles: Tensor, size: int) -> Tensor:
-    """[n, 3, H, W] as [patches, 3 * size * size], each tile's in row order."""
+    """[n, 3, H, W] as [patches, 3 * size * size], each tile's in row order.
+
+    What is less than a patch at the right and below, the tower does not look at (SmolVLM-2.2B has
+    tiles of 384 pixels and patches of 14).
+    """
+    height, width = (edge // size * size for edge in tiles.shape[2:])
+    tiles = tiles[..., :height, :width]
     return (
         tiles.unflatten(3, (-1, size))
         .unflatten(2, (-1, size))
