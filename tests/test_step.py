@@ -119,10 +119,10 @@ def compare(got, want, name):
 
 @pytest.mark.parametrize("reduction", ["sample_mean", "token_mean"])
 def test_every_lever_gives_the_same_gradients(reduction):
-    """At dropout 0; chunks of one sample, of some, of all."""
+    """At dropout 0; chunks of one sample, of some, of all, sorted or not."""
     want = run(reduction=reduction)
     assert all(loss > 0.1 for loss in want[1])
-    levers = itertools.product((None, 120, 1), (False, True), (False, True), (False, True))
+    levers = itertools.product((None, 120, 1, 1 << 20), *[(False, True)] * 3)
     for chunk, gradcache, checkpoint, reuse in levers:
         options = {"chunk_tokens": chunk, "gradcache": gradcache, "reuse_vision": reuse}
         got = run(checkpoint=checkpoint, reduction=reduction, vision_memory=3000, **options)

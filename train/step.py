@@ -203,8 +203,7 @@ def caption(forward: Forward, microbatches: Sequence[Microbatch]) -> Losses:
 
 def _as_they_came(parts: Sequence[Tensor], microbatches: Sequence[Microbatch]) -> Tensor:
     """The microbatches' embeddings in the order of the step's samples."""
-    if len(parts) == 1:
-        return parts[0]
+    # of one microbatch too: its samples are sorted by length
     order = torch.tensor([place for places, _ in microbatches for place in places])
     return torch.cat(list(parts))[order.argsort().to(parts[0].device)]
 
