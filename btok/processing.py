@@ -19,10 +19,11 @@ from btok.families.family import IMAGE_FILE, VIDEO_FILE, Seen
 from btok.files import read_json
 from btok.tokens import add_to_tokenizer
 
-# around a generated target, by a token that only such a tokenizer has: a turn of its chat format
+# around a generated target, by the first token of these that a tokenizer has: a turn of its format
 _TURNS = {
+    # Idefics3's, before Llama 3's: one of its tokenizers is that with more tokens
+    "<end_of_utterance>": ("\nAssistant:", "<end_of_utterance>"),
     "<|start_header_id|>": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
-    "<end_of_utterance>": ("\nAssistant:", "<end_of_utterance>"),  # Idefics3's
     "<|im_start|>": ("<|im_start|>assistant\n", "<|im_end|>"),
 }
 

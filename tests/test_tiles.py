@@ -202,3 +202,19 @@ def test_tokens_that_are_not_there_are_refused():
         TypeError, match="max_pixels is no setting of a smolvlm, expected longest_e"
     ):
         Processor(TOKENIZER, model_type="smolvlm", max_pixels=1)
+
+
+def test_a_folder_without_a_model_keeps_its_patches(tmp_path):
+    settings = {"tile": 18, "longest_edge": 36, "patch_size": 6, "merge_size": 3}
+    Processor(TOKENIZER, model_type="idefics3", **settings).save_pretrained(tmp_path)
+    again = Processor.from_pretrained(tmp_path, num_btoks=0)
+    assert {name: getattr(again.image_processor, name) for name in settings} == settings
+
+
+def test_a_turn_of_idefics_3_on_the_tokenizer_of_llama_3():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    names = ("start_header_id", "end_header_id", "eot_id")
+    tokenizer.add_tokens([f"<|{name}|>" for name in names], special_tokens=True)
+    processor = Processor(tokenizer, model_type="idefics3", **SETTINGS)
+    said = tokenizer.decode(processor.prefix_ids + processor.suffix_ids)
+    assert said == "\nAssistant:<end_of_utterance>"

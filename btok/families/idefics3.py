@@ -153,8 +153,7 @@ class TileImageProcessor(ImageProcessor):
             "processor_class": f"{self.stock}Processor",
             "max_image_size": {"longest_edge": self.tile},
             "resample": 1,  # Lanczos
-            "image_mean": self.image_mean,
-            "image_std": self.image_std,
+            **{name: getattr(self, name) for name in self.SETTINGS if name not in self.BOUNDS},
         }
         image = {
             "image_processor_type": f"{self.stock}ImageProcessor",
