@@ -121,6 +121,16 @@ def rgb_array(image: Any) -> np.ndarray:
     )
 
 
+def resized(image: np.ndarray, height: int, width: int, resampling: str) -> np.ndarray:
+    """uint8 [H, W, 3] of another size, by one of Pillow's `Image.Resampling`."""
+    if image.shape[:2] == (height, width):
+        return image
+    from PIL import Image
+
+    filtered = Image.fromarray(image).resize((width, height), Image.Resampling[resampling])
+    return np.asarray(filtered)
+
+
 def frame_seconds(side: Side) -> list[float]:
     """The time of each frame of a side's video; ValueError for times that are not one per frame."""
     count = len(side.video)

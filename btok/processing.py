@@ -6,7 +6,6 @@ images. This one needs numpy and Pillow, reads and writes the same files, and gi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from btok.data.records import Side
 from btok.families import FAMILIES, named_family
-from btok.families.family import IMAGE_FILE, VIDEO_FILE, Seen
-from btok.files import read_json
+from btok.families.family import IMAGE_FILE, VIDEO_FILE, Seen, encode_text
+from btok.files import read_json, write_json
 from btok.tokens import add_to_tokenizer
 
 # around a generated target, by the first token of these that a tokenizer has: a turn of its format
@@ -99,7 +98,7 @@ class Processor:
         self.tokenizer.save_pretrained(folder)
         if self.image_processor is not None:
             for name, own in self.image_processor.files().items():
-                (Path(folder) / name).write_text(json.dumps(own, indent=2) + "\n")
+                write_json(Path(folder) / name, own)
 
     def __call__(self, side: Side) -> dict[str, Tensor]:
         """Token ids and patches of one side.
@@ -130,4 +129,4 @@ class Processor:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, special tokens in it recognised."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return encode_text(self.tokenizer, text)

@@ -11,9 +11,8 @@ import pytest
 import torch
 from helpers import FAMILIES, VISION, tiny_module
 from pretend_cuda import Cuda, PretendCuda
-from test_step import PAIRS
+from test_step import PAIRS, model_with
 
-from btok import adapters
 from btok.data.records import Side
 from btok.data.samples import pair_samples
 from btok.encoder import BTokEncoder
@@ -158,17 +157,7 @@ def step(
     **settings,
 ):
     """Gradients by name and losses, on the CPU, of a step on a device."""
-    model, processor = tiny_module(family)
-    if not train_all:
-        lora = adapters.Lora(rank=4, alpha=8, dropout=dropout, dora=dora)
-        adapters.attach(model.backbone, lora, model.btok_token_ids, "tiny")
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
-                    p.normal_(std=0.1)
-    if checkpoint:
-        model.checkpoint_activations()
+    model, processor = model_with(dropout, checkpoint, train_all, family, dora)
     ids = model.btok_token_ids[:num_btoks]
     model.settings = replace(
         model.settings, btok_token_ids=ids, pooling=settings.pop("pooling", "btok")
@@ -177,7 +166,7 @@ def step(
     recipe = Recipe(caption_steps=0, reading_steps=0, steps=1, **options)
     generate = captioning or recipe.ntp_weight > 0
     samples = pair_samples(pairs, processor, generate=generate)
-    model.train().to(device)
+    model.to(device)
     torch.manual_seed(7)
     losses, *_ = train_step(model, processor, recipe, pairs, samples, 0, captioning)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -72,11 +72,11 @@ def make_pairs(count=12):
 PAIRS = make_pairs()
 
 
-def model_with(dropout=0.0, checkpoint=False, train_all=False):
+def model_with(dropout=0.0, checkpoint=False, train_all=False, family="qwen2_vl", dora=True):
     """The tiny model with adapters that are no longer zero; or trained as a whole."""
-    model, processor = tiny_module()
+    model, processor = tiny_module(family)
     if not train_all:
-        lora = adapters.Lora(rank=4, alpha=8, dropout=dropout)
+        lora = adapters.Lora(rank=4, alpha=8, dropout=dropout, dora=dora)
         adapters.attach(model.backbone, lora, model.btok_token_ids, "tiny")
         torch.manual_seed(1)
         with torch.no_grad():

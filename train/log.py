@@ -42,11 +42,8 @@ class TrainLog:
     """
 
     def __init__(self, recipe: Recipe, first: int, skipped: int = 0) -> None:
-        self.path, self.skipped, self.most = (
-            recipe.output / "log.jsonl",
-            skipped,
-            recipe.max_skipped,
-        )
+        self.path = recipe.output / "log.jsonl"
+        self.skipped, self.most = skipped, recipe.max_skipped
         self.began, self.pairs, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
         self.peak = peak_flops(recipe) * world()
         steps = {"total": recipe.total_steps, "initial": first}

@@ -217,10 +217,16 @@ def _length(side: Mapping[str, Any] | None) -> int:
     return 0 if side is None else torch.as_tensor(side["input_ids"]).numel()
 
 
-def count_patches(samples: Sequence[Sample]) -> int:
-    """Of all images and videos, each counted once, wherever it stands."""
+def _patches(samples: Sequence[Sample]) -> dict[int, tuple[Mapping[str, Any], int]]:
+    """By identity each side that shows something, wherever it stands, and its patches."""
     sides = {id(side): side for sample in samples for side in sample if side is not None}
-    return sum(sum(vision.patches) for side in sides.values() for vision in vision_of(side))
+    counts = {name: sum(sum(v.patches) for v in vision_of(side)) for name, side in sides.items()}
+    return {name: (side, counts[name]) for name, side in sides.items() if counts[name]}
+
+
+def count_patches(samples: Sequence[Sample]) -> int:
+    """Patches of all images and videos, each counted once, wherever it stands."""
+    return sum(count for _, count in _patches(samples).values())
 
 
 def model_flops(model: BTokModel, tokens: int, patches: int) -> float:
@@ -260,12 +266,10 @@ def cache_vision_features(
     rules = model.family.vision
     assert rules is not None
     patches = (tokens or 1 << 13) * rules.merge_size(model.backbone.config) ** 2
-    sides = {id(side): side for sample in samples for side in sample if side is not None}
-    sizes = {name: sum(sum(v.patches) for v in vision_of(side)) for name, side in sides.items()}
-    names = [name for name, size in sizes.items() if size]
-    found: dict[int, Any] = {}
-    for turn in group_by_tokens([sizes[name] for name in names], patches):
-        made = model.encode_vision([sides[names[i]] for i in turn])
+    showing = _patches(samples)
+    names, found = list(showing), dict[int, Any]()
+    for turn in group_by_tokens([count for _, count in showing.values()], patches):
+        made = model.encode_vision([showing[names[i]][0] for i in turn])
         for i, side in zip(turn, made, strict=True):
             for at, vision in enumerate(side["vision"]):
                 memory -= sum(level.nbytes for level in vision.features)

@@ -55,6 +55,7 @@ class ImageProcessor(ABC):
     SETTINGS: ClassVar[tuple[str, ...]]
     BOUNDS: ClassVar[tuple[str, ...]]
     stock: ClassVar[str]  # the stem of transformers' names, as in `Qwen2VLProcessor`
+    levels: np.ndarray  # of `levels_of`
 
     @abstractmethod
     def __init__(self, tokenizer: Any, **settings: Any) -> None: ...
@@ -79,6 +80,15 @@ class ImageProcessor(ABC):
     @abstractmethod
     def files(self) -> dict[str, dict[str, Any]]:
         """What these settings are in files that the stock processors read, by their names."""
+
+    def normalized(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 [F, H, W, 3] -> float32 [F, 3, H, W], less the mean and over the spread."""
+        return np.stack([self.levels[c][frames[..., c]] for c in range(3)], axis=1)
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text as it is, special tokens in it recognised."""
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def special_token(tokenizer: Any, token: str, whose: str) -> int:

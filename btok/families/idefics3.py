@@ -27,10 +27,11 @@ from btok.families.family import (
     ImageProcessor,
     Seen,
     VisionRules,
+    encode_text,
     levels_of,
     special_token,
 )
-from btok.inputs import frame_seconds, rgb_array
+from btok.inputs import frame_seconds, resized, rgb_array
 from btok.vision import KEYS, Vision, vision_of
 
 MOST = 4096  # pixels of a picture's longer edge, at most
@@ -105,7 +106,7 @@ class TileImageProcessor(ImageProcessor):
             for row in range(rows):
                 for column in range(columns):
                     ids += self._tile(f"<row_{row + 1}_col_{column + 1}>")
-                ids += self._encode("\n" if row + 1 < rows else "\n\n")
+                ids += encode_text(self.tokenizer, "\n" if row + 1 < rows else "\n\n")
             ids += [*self._tile("<global-img>"), self.around]
         if len(side.video):
             seconds = frame_seconds(side)
@@ -115,14 +116,16 @@ class TileImageProcessor(ImageProcessor):
             )
             for frame, second in zip(side.video, seconds, strict=True):
                 minutes, rest = divmod(int(second), 60)
-                ids += self._encode(f"{before}\nFrame from {minutes:02d}:{rest:02d}:")
+                when = f"{before}\nFrame from {minutes:02d}:{rest:02d}:"
+                ids += encode_text(self.tokenizer, when)
                 ids += [*self._tile("<global-img>"), self.around]
                 tiles.append(self._whole(rgb_array(frame), self.tile))
                 before = ""
         pixels, grid = KEYS["image"]
-        values = np.stack([self.levels[c][np.stack(tiles)[..., c]] for c in range(3)], axis=1)
         edge = self.tile // self.patch_size
-        out = {pixels: _patches(torch.from_numpy(values), self.patch_size)}
+        out = {
+            pixels: _patches(torch.from_numpy(self.normalized(np.stack(tiles))), self.patch_size)
+        }
         out[grid] = torch.tensor([[1, edge, edge]] * len(tiles))
         return Seen(ids, "\n\n" if len(side.video) else "", out)
 
@@ -163,9 +166,6 @@ class TileImageProcessor(ImageProcessor):
         both = {"processor_class": f"{self.stock}Processor", "image_seq_len": self.tokens}
         return {IMAGE_FILE: shared | image, "processor_config.json": both}
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
     def _tile(self, place: str) -> list[int]:
         """The tokens of a tile."""
         at = special_token(self.tokenizer, place, "Idefics3's")
@@ -176,17 +176,17 @@ class TileImageProcessor(ImageProcessor):
         edge = self.tile
         if not self.do_image_splitting:
             return [self._whole(image, self.longest_edge)], 0
-        image = _resized(image, *_longest(image, self.longest_edge))
-        image = _resized(image, *_multiples(image, edge))
+        image = resized(image, *_longest(image, self.longest_edge), "LANCZOS")
+        image = resized(image, *_multiples(image, edge), "LANCZOS")
         rows, columns = image.shape[0] // edge, image.shape[1] // edge
         if rows == columns == 1:
             return [image], 0
         cut = image.reshape(rows, edge, columns, edge, 3).swapaxes(1, 2).reshape(-1, edge, edge, 3)
-        return [*cut, _resized(image, edge, edge)], rows
+        return [*cut, resized(image, edge, edge, "LANCZOS")], rows
 
     def _whole(self, image: np.ndarray, longest_edge: int) -> np.ndarray:
-        image = _resized(image, *_longest(image, longest_edge))
-        return _resized(image, self.tile, self.tile)
+        image = resized(image, *_longest(image, longest_edge), "LANCZOS")
+        return resized(image, self.tile, self.tile, "LANCZOS")
 
 
 def _longest(image: np.ndarray, edge: int) -> tuple[int, int]:
@@ -208,12 +208,6 @@ def _multiples(image: np.ndarray, tile: int) -> tuple[int, int]:
         return math.ceil(int(width / ratio) / tile) * tile, width
     height = math.ceil(height / tile) * tile
     return height, math.ceil(int(height * ratio) / tile) * tile
-
-
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def _in_words(number: int) -> str:

@@ -20,10 +20,11 @@ from btok.families.family import (
     VIDEO_FILE,
     ImageProcessor,
     Seen,
+    encode_text,
     levels_of,
     special_token,
 )
-from btok.inputs import frame_seconds, rgb_array
+from btok.inputs import frame_seconds, resized, rgb_array
 from btok.vision import KEYS, Kind
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -112,7 +113,7 @@ class QwenImageProcessor(ImageProcessor):
                     slot = [self.start, *[pad] * merged, self.end]
                     for first, last in zip(seconds[::2], seconds[1::2], strict=True):
                         time = f"<{(first + last) / 2:.1f} seconds>"
-                        ids += [*self.tokenizer.encode(time, add_special_tokens=False), *slot]
+                        ids += [*encode_text(self.tokenizer, time), *slot]
                 else:
                     ids += [self.start, *[pad] * (t * merged), self.end]
             pixels, grid = KEYS[kind]
@@ -181,13 +182,12 @@ class QwenImageProcessor(ImageProcessor):
             together = max(len(frames), TEMPORAL_PATCH)
             high = high // unit**2 * unit**2 * together
         height, width = smart_size(height, width, unit, low, high, together)
-        clip = np.stack([_resized(rgb_array(frame), height, width) for frame in frames])
+        clip = np.stack([resized(rgb_array(frame), height, width, "BICUBIC") for frame in frames])
         if len(clip) % TEMPORAL_PATCH:
             clip = np.concatenate([clip, clip[-1:]])
         m, p = self.merge_size, self.patch_size
         t, h, w = len(clip) // TEMPORAL_PATCH, height // p, width // p
-        values = np.stack([self.levels[c][clip[..., c]] for c in range(3)], axis=1)  # [F, 3, H, W]
-        blocks = values.reshape(t, TEMPORAL_PATCH, 3, h // m, m, p, w // m, m, p)
+        blocks = self.normalized(clip).reshape(t, TEMPORAL_PATCH, 3, h // m, m, p, w // m, m, p)
         # merged tokens in row order, the patches of each together, then channel, time, row, column
         flat = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
         return np.ascontiguousarray(flat), [t, h, w]
@@ -217,11 +217,3 @@ def smart_size(
         new_height = math.ceil(height * grow / unit) * unit
         new_width = math.ceil(width * grow / unit) * unit
     return new_height, new_width
-
-
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    if image.shape[:2] == (height, width):
-        return image
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
