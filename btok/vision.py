@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from btok_kernels.layout import on_device
+
 Kind = Literal["image", "video"]
 KEYS: dict[Kind, tuple[str, str]] = {
     "image": ("pixel_values", "image_grid_thw"),
@@ -43,9 +45,9 @@ class Vision:
 
     def to(self, device: torch.device | str) -> Vision:
         """The same with every tensor on `device`."""
-        pixels = None if self.pixels is None else self.pixels.to(device)
-        features = tuple(level.to(device) for level in self.features)
-        return replace(self, grid=self.grid.to(device), pixels=pixels, features=features)
+        pixels = None if self.pixels is None else on_device(self.pixels, device)
+        features = tuple(on_device(level, device) for level in self.features)
+        return replace(self, grid=on_device(self.grid, device), pixels=pixels, features=features)
 
 
 def vision_of(side: Mapping[str, Any]) -> list[Vision]:
@@ -79,6 +81,9 @@ def join(parts: Sequence[Vision]) -> tuple[Vision, ...]:
     for kind in KEYS:
         if not (own := [part for part in parts if part.kind == kind]):
             continue
+        if len(own) == 1:
+            joined += own
+            continue
         grid = torch.cat([part.grid for part in own])
         pixels = [part.pixels for part in own if part.pixels is not None]
         if len(pixels) == len(own):
@@ -96,4 +101,4 @@ def _one_device(parts: Sequence[Tensor]) -> Tensor:
     """One behind the other, on the accelerator if any is there, else on the host."""
     # the host's come to the device and not the other way: the model reads them there
     device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
-    return torch.cat([part.to(device, non_blocking=True) for part in parts])
+    return torch.cat([on_device(part, device) for part in parts])
