@@ -7,7 +7,7 @@ its K rows included where it shares the matrix. Saved are `adapter_model.safeten
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -85,13 +85,13 @@ def base_of(name_or_path: str | Path) -> str | None:
     return base
 
 
-def save(backbone: Any, folder: Path) -> None:
-    """Write the adapters of a backbone that has some."""
+def save(backbone: Any, folder: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write the adapters of a backbone that has some, with the weights that `state_of` gave."""
     from safetensors.torch import save_file
 
     backbone.config.save_pretrained(folder)  # for who reads a tokenizer or token ids by it
     backbone.peft_config["default"].save_pretrained(folder)
-    state = {PREFIX + name: weight.contiguous() for name, weight in _state(backbone).items()}
+    state = {PREFIX + name: weight.contiguous() for name, weight in state.items()}
     save_file(state, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
@@ -117,7 +117,7 @@ def load(backbone: Any, name_or_path: str | Path, token_ids: Sequence[int]) -> N
     add_to_embeddings(backbone, token_ids)
     _inject(backbone, config)
     state = {name.removeprefix(PREFIX): weight for name, weight in load_file(weights).items()}
-    shapes, expected = ({n: [*w.shape] for n, w in s.items()} for s in (state, _state(backbone)))
+    shapes, expected = ({n: [*w.shape] for n, w in s.items()} for s in (state, state_of(backbone)))
     if shapes != expected:
         name = min(n for n in shapes | expected if shapes.get(n) != expected.get(n))
         raise ValueError(
@@ -193,7 +193,8 @@ def _inject(backbone: Any, config: Any) -> None:
     backbone.train(backbone.training)  # the new dropouts too
 
 
-def _state(backbone: Any) -> dict[str, torch.Tensor]:
+def state_of(backbone: Any) -> dict[str, torch.Tensor]:
+    """The adapters' weights and the K rows, by peft's names."""
     return _peft().get_peft_model_state_dict(backbone, save_embedding_layers=False)
 
 

@@ -90,6 +90,7 @@ class BTokModel(nn.Module):
         last_layer: str = "pooled",
         lora: adapters.Lora | None = None,
         dtype: Any = "auto",
+        empty: bool = False,
         **settings: Any,
     ) -> BTokModel:
         """Load a checkpoint or adapters of ours, or a stock one and give it bottleneck tokens.
@@ -103,6 +104,7 @@ class BTokModel(nn.Module):
             lora: new adapters, which alone train, with the K bottleneck rows; None for those that
                 `name_or_path` has, if any.
             dtype: of the weights, as transformers takes it.
+            empty: on the device meta, without weights, for who gets them from elsewhere.
             settings: `pooling` and the others of `btok.config.BTokConfig`; left out or None for the
                 checkpoint's own, or the defaults ("last" pooling where K = 0).
 
@@ -126,9 +128,14 @@ class BTokModel(nn.Module):
         saved = BTokConfig.load(name_or_path, kind, num_btoks, **settings)
         if base is not None and saved is None:
             raise ValueError(f"BTokModel: {name_or_path} has adapters but no {CONFIG_NAME}")
-        load = getattr(transformers, family.architecture).from_pretrained
+        architecture = getattr(transformers, family.architecture)
         try:
-            backbone = load(weights, dtype=dtype, use_safetensors=True)
+            if empty:
+                config = architecture.config_class.from_pretrained(weights)
+                with torch.device("meta"):
+                    backbone = architecture._from_config(config, dtype=dtype)
+            else:
+                backbone = architecture.from_pretrained(weights, dtype=dtype, use_safetensors=True)
         except OSError as error:
             raise ValueError(
                 f"BTokModel: {weights} gives no safetensors weights ({error}); pickled ones "
@@ -153,13 +160,32 @@ class BTokModel(nn.Module):
             adapters.attach(backbone, lora, saved.btok_token_ids, weights)
         return cls(backbone, last_layer=last_layer, **vars(saved))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `btok_config.json` and a plain transformers checkpoint, or the adapters alone."""
-        folder = Path(folder)
+    def saved_state(self) -> dict[str, Tensor]:
+        """The weights that `save_pretrained` writes, by name, a shared one once: all of the
+        backbone's, or its adapters' alone.
+        """
         if hasattr(self.backbone, "peft_config"):
-            adapters.save(self.backbone, folder)
+            return adapters.state_of(self.backbone)
+        names, once = (
+            {name for name, _ in self.backbone.named_parameters(remove_duplicate=alone)}
+            for alone in (False, True)
+        )
+        state = self.backbone.state_dict()
+        return {name: weight for name, weight in state.items() if name not in names - once}
+
+    def save_pretrained(
+        self, folder: str | Path, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write `btok_config.json` and a plain transformers checkpoint, or the adapters alone.
+
+        Args:
+            state: the weights, or a part of them; None for those of `saved_state()`.
+        """
+        folder, state = Path(folder), self.saved_state() if state is None else dict(state)
+        if hasattr(self.backbone, "peft_config"):
+            adapters.save(self.backbone, folder, state)
         else:
-            self.backbone.save_pretrained(folder)
+            self.backbone.save_pretrained(folder, state_dict=state)
         self.settings.save(folder, self.backbone.config.model_type)
 
     def checkpoint_activations(self, on: bool = True) -> None:

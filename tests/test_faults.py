@@ -35,15 +35,15 @@ sys.path[:0] = [".", "kernels"]
 import torch
 import train.main
 
-train_step, build, fault = train.main.train_step, train.main.build, sys.argv.pop(1)
+train_step, load, fault = train.main.train_step, train.main.load, sys.argv.pop(1)
 is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
 
-def stop(recipe):
+def stop(recipe, *more, **options):
     if is_last and fault == "stop":
         os.kill(os.getpid(), signal.SIGTERM)
-    return build(recipe)
+    return load(recipe, *more, **options)
 
-def hurt(model, processor, recipe, pairs, samples, step, captioning=False):
+def hurt(model, recipe, pairs, microbatches, step, *more):
     time.sleep(0.1)  # so that it is not over before it is hurt
     Path(__file__).with_name(f"{rank}.worked").write_text(str(generation))
     embeddings = model.backbone.get_input_embeddings()
@@ -57,9 +57,9 @@ def hurt(model, processor, recipe, pairs, samples, step, captioning=False):
             raise OSError("the folder of a set is away")
         if fault == "nan":
             embeddings.weight.data.fill_(float("nan"))
-    return train_step(model, processor, recipe, pairs, samples, step, captioning)
+    return train_step(model, recipe, pairs, microbatches, step, *more)
 
-train.main.train_step, train.main.build = hurt, stop
+train.main.train_step, train.main.load = hurt, stop
 train.main.pictures.loss_curve = lambda *arguments: None  # Matplotlib takes a second to load
 if generation and rank:
     time.sleep(2)  # processes that are started again do not come together

@@ -18,7 +18,7 @@ from helpers import (
 )
 
 from btok.packing import pack
-from btok.vision import Vision
+from btok.vision import Vision, join
 
 CONFIG = tiny_backbone().config
 OPTIONS = {
@@ -54,7 +54,7 @@ def test_vision_tokens_are_no_labels_and_pixels_keep_their_order():
     assert not set(ids.tolist()) & {IMAGE, VIDEO, *PREFIX, *BTOKS}
     assert {VISION_START, VISION_END, *SUFFIX} <= set(ids.tolist())
     images = [picture, other, picture, other]
-    shown, clips = batch.vision
+    shown, clips = join(batch.vision)
     assert (shown.kind, clips.kind) == ("image", "video")
     assert torch.equal(shown.pixels, torch.cat([i["pixel_values"] for i in images]))
     assert torch.equal(shown.grid, torch.cat([i["image_grid_thw"] for i in images]))
@@ -100,7 +100,7 @@ def test_features_of_two_devices_are_joined_on_the_accelerator(order):
     for side, device in zip(sides, order, strict=True):
         levels = (torch.zeros(1, 64, device=device), torch.ones(1, 8, device=device))
         side["vision"] = [Vision("image", side["image_grid_thw"], features=levels)]
-    (vision_of_all,) = pack([(side, None) for side in sides], **OPTIONS).vision
+    (vision_of_all,) = join(pack([(side, None) for side in sides], **OPTIONS).vision)
     levels = vision_of_all.features
     assert [(*x.shape, x.device.type) for x in levels] == [(2, 64, max(order)), (2, 8, max(order))]
 

@@ -36,7 +36,7 @@ from btok.data.samples import pair_samples
 from btok.model import BTokModel
 from btok.packing import group_by_tokens
 from train.microbatches import Packing
-from train.recipes import Recipe, build
+from train.recipes import Recipe, load
 from train.sampler import Step
 from train.step import count_patches, model_flops
 
@@ -426,6 +426,6 @@ def test_what_trains_is_loaded_in_fp32(tmp_path):
     processor.save_pretrained(tmp_path)
     for rank, expected in ((0, torch.float32), (4, torch.bfloat16)):
         options = {"dtype": "bfloat16", "lora_rank": rank, "caption_steps": 0}
-        built, _ = build(Recipe(model=str(tmp_path), **options))
+        built, _ = load(Recipe(model=str(tmp_path), **options))
         assert built.backbone.dtype == expected
         assert {p.dtype for p in built.parameters() if p.requires_grad} == {torch.float32}

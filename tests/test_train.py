@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from helpers import (
     BTOKS,
     gloo,
     gradients,
+    one_step,
     pocket_pairs,
     tiny_backbone,
     tiny_checkpoint,
@@ -34,13 +36,15 @@ from safetensors.torch import load_file
 
 from btok.encoder import BTokEncoder
 from btok.model import BTokModel
+from btok.objective import Losses
 from train import checkpoint
 from train.log import TrainLog, peak_flops
-from train.main import FITS, main, make_optimizers
+from train.main import main, make_optimizers
+from train.parallel import FITS
 from train.pocket.source import train_set
 from train.recipes import RECIPES, Recipe
 from train.sampler import step_groups
-from train.step import train_step
+from train.step import StepResult, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)
@@ -58,7 +62,7 @@ def step_gradients(dtype, step, negatives, reduction, rank, world):
         step -= recipe.caption_steps
     drawn = train_set(recipe, processor, rank, world)[step]
     data = drawn.pairs, drawn.samples
-    losses = train_step(model, processor, recipe, *data, step, captioning).losses
+    losses = one_step(model, processor, recipe, *data, step, captioning).losses
     return gradients(model), losses
 
 
@@ -128,8 +132,38 @@ def saved_run(tmp_path, step=3):
         p.grad = torch.randn_like(p)
     for optimizer in optimizers.values():
         optimizer.step()
-    folder = checkpoint.save(tmp_path, step, model, processor, optimizers, {"processes": 1})
-    return folder, model, optimizers
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(step, model, processor, optimizers, {"processes": 1})
+    checkpoints.commit(wait=True)
+    return checkpoints.final, model, optimizers
+
+
+def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path, monkeypatch):
+    """While a thread writes, training goes on."""
+    begun, go_on = threading.Event(), threading.Event()
+    write = checkpoint.Checkpoints._write
+
+    def later(*arguments):
+        begun.set()
+        assert go_on.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", later)
+    model, processor = tiny_module()
+    optimizers = make_optimizers(model, RECIPE)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, model, processor, optimizers, {})
+    assert begun.wait(60)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    checkpoints.commit()  # nothing is there yet
+    assert checkpoint.newest_valid(tmp_path) is None
+    go_on.set()
+    checkpoints.commit(wait=True)
+    again = BTokModel.from_pretrained(checkpoint.newest_valid(tmp_path))
+    assert all(torch.equal(p, before[name]) for name, p in again.named_parameters())
 
 
 def test_a_checkpoint_restores_weights_moments_and_random_state(tmp_path):
@@ -190,14 +224,19 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints_and_no_draft(tmp_path,
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
 
 
+RESULT = StepResult(Losses(*map(torch.tensor, (4.5, 1.5, 2.25))), tokens=100, flops=0.0)
+
+
 def test_the_log_drops_rows_to_be_done_again_and_shows_rates(tmp_path, capsys):
-    rows = [{"step": step, "phase": "train", "contrastive": 1.5, "ntp": 2.25} for step in range(4)]
+    numbers = {"loss": 4.5, "contrastive": 1.5, "ntp": 2.25}
+    numbers |= {"learning_rate": 0.5, "gradient_norm": 3.0}
+    rows = [{"step": step, "phase": "train", **numbers} for step in range(4)]
     recipe = dataclasses.replace(RECIPE, output=tmp_path)
     for first in (0, 2):
         with TrainLog(recipe, first) as log:
-            log.began -= 20
+            log.began -= 8
             for row in rows[first:]:
-                log.write(row, 10, 100)
+                log.write(row["step"], False, RESULT, 0.5, 3.0)
             log.bar.refresh()
         with open(tmp_path / "log.jsonl", "a") as file:
             file.write('{"step": 4, "pha')  # a write that was cut
@@ -205,7 +244,7 @@ def test_the_log_drops_rows_to_be_done_again_and_shows_rates(tmp_path, capsys):
         log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row.pop("seconds") > 0 for row in log] == [True] * 4 and log == rows
     bar = capsys.readouterr().err
-    assert "contrastive=1.500, ntp=2.250, pairs/s=2, tokens/s=20]" in bar and "4/4 [" in bar
+    assert "contrastive=1.500, ntp=2.250, pairs/s=2, tokens/s=25]" in bar and "4/4 [" in bar
 
 
 def test_the_log_shows_the_share_of_the_devices_peak(tmp_path, capsys, monkeypatch):
@@ -214,7 +253,7 @@ def test_the_log_shows_the_share_of_the_devices_peak(tmp_path, capsys, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
     with TrainLog(recipe, 0) as log:
         log.began -= 10
-        log.write({"step": 0, "phase": "train"}, 10, 100, 10 * 312e12 * 0.25)
+        log.write(0, True, RESULT._replace(flops=10 * 312e12 * 0.25), 0.5, 3.0)
         log.bar.refresh()
     assert "MFU=25.0%]" in capsys.readouterr().err
     assert peak_flops(dataclasses.replace(recipe, dtype="float32")) == 0
@@ -240,10 +279,11 @@ def test_the_log_writes_to_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     recipe = dataclasses.replace(RECIPE, output=tmp_path, tensorboard=True)
     with TrainLog(recipe, 2) as log:
-        log.write({"step": 2, "phase": "train", "ntp": 2.25}, 10)
+        log.write(2, True, RESULT, 0.5, 3.0)
     assert scalars.pop("pairs/s")[1] == scalars.pop("tokens/s")[1] == 2
     folder = (str(tmp_path / "tensorboard"), 2)
-    assert scalars == {"folder": folder, "ntp": (2.25, 2), "closed": True}
+    numbers = {"loss": 4.5, "ntp": 2.25, "learning_rate": 0.5, "gradient_norm": 3.0}
+    assert scalars == {"folder": folder, "closed": True} | {k: (v, 2) for k, v in numbers.items()}
     monkeypatch.setitem(sys.modules, module.__name__, None)
     with pytest.raises(ImportError, match=r"btok\[tensorboard\]"):
         TrainLog(recipe, 0)
@@ -251,8 +291,8 @@ def test_the_log_writes_to_tensorboard(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, monkeypatch, own):
-    def diverge(model, processor, recipe, pairs, samples, step, captioning=False):
-        done = train_step(model, processor, recipe, pairs, samples, step, captioning)
+    def diverge(model, recipe, pairs, microbatches, step, *more):
+        done = train_step(model, recipe, pairs, microbatches, step, *more)
         total = done.losses.total * float("nan" if recipe.caption_steps + step == 3 else 1)
         return done._replace(losses=done.losses._replace(total=total))
 
@@ -351,7 +391,7 @@ def test_stopped_and_started_again_it_ends_the_same_bit_for_bit(tmp_path):
         (["--learning-rate", "nan"], "learning_rate is nan"),
         (["--num-btoks", "0", "--pooling", "btok"], "K = 0 needs pooling 'last' or 'mean'"),
         (["--eval-queries", "10"], "eval_queries is 10"),
-        (["pockett"], "recipe is 'pockett', expected one of ['btok-qwen2vl-2b', "),
+        (["pockett"], "recipe is 'pockett', expected one of ['btok-qwen2_5vl-7b', "),
         (["--model", "no/such/folder"], "no/such/folder"),
     ],
 )
@@ -380,7 +420,7 @@ def test_an_error_of_the_run_is_one_line_too(tmp_path, capsys, monkeypatch, erro
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr("train.main.run", fail)
+    monkeypatch.setattr("train.main.parse", fail)
     assert main(["--output", str(tmp_path)]) == code
     assert capsys.readouterr().err == f"error: {line}\n"
     monkeypatch.setenv("BTOK_DEBUG", "1")
@@ -402,18 +442,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("seed", 5, "seed 5, this command asks for 0; give the same settings or another --output"),
-        ("processes", 4, "processes 4, this command asks for 1; give the same --nproc-per-node or"),
-    ],
-)
-def test_a_run_folder_of_other_settings_is_refused(tmp_path, capsys, name, value, message):
-    settings = {**dataclasses.asdict(RECIPES["pocket"]), "output": "", "processes": 1}
+def test_a_run_folder_of_other_settings_is_refused(tmp_path, capsys):
+    settings = {**dataclasses.asdict(RECIPES["pocket"]), "output": "", "processes": 4}
+    del settings["max_pixels"]  # of before there was the setting
     settings["data sets"] = []
-    (tmp_path / "config.json").write_text(json.dumps({**settings, name: value}))
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "seed": 5}))
     assert main(["--output", str(tmp_path)]) == 2
+    message = "seed 5, this command asks for 0; give the same settings or another --output"
     assert f"holds a run with {message}" in capsys.readouterr().err
 
 
@@ -438,10 +473,10 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
     rows = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert 0 < rows[-1]["skipped"] < 6 and all(row["contrastive"] > 0 for row in rows)
 
-    def stopping(model, processor, recipe, pairs, samples, step, captioning):
+    def stopping(model, recipe, pairs, microbatches, step, *more):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(model, processor, recipe, pairs, samples, step, captioning)
+        return train_step(model, recipe, pairs, microbatches, step, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr("train.main.train_step", stopping)

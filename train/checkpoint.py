@@ -1,9 +1,10 @@
 """Checkpoints: a folder each, complete or absent, and checked before it is trusted.
 
 `checkpoint-<step>/` holds a plain transformers checkpoint (weights, tokenizer, `btok_config.json`),
-`optimizer.safetensors`, `rng.safetensors` (the random state of each rank), `trainer.json`, and last
+the optimizers' moments, `rng.safetensors` (the random state of each rank), `trainer.json`, and last
 `manifest.json` with the sha256 of each file. It is written beside its place and renamed; nothing is
-pickled.
+pickled. Where weights lie on all ranks, each rank writes some of them, whole, in files of its own,
+so that any number of ranks can read them.
 """
 
 from __future__ import annotations
@@ -11,70 +12,163 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from btok.files import sha256, write_text
 from btok.model import BTokModel
 from btok.processing import Processor
-from btok_kernels.ranks import rank
-from train.parallel import from_first, gather
+from btok_kernels.ranks import rank, world
+from train.parallel import from_first, gather, total_over_ranks
 
-MANIFEST = "manifest.json"
+MANIFEST, WEIGHTS, MOMENTS = "manifest.json", "model.safetensors", "optimizer.safetensors"
 
 
-def save(
-    run: Path,
-    step: int,
-    model: BTokModel,
-    processor: Processor,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    state: dict[str, Any],
-    keep: int = 2,
-) -> Path:
-    """Write `run/checkpoint-<step>`, `state` (JSON scalars) included; keep the newest `keep`.
+class Checkpoints:
+    """Writes the checkpoints of a run while it goes on, and keeps the newest `keep`.
 
-    Every rank calls it, rank 0 writes, and all return after that.
-
-    Raises:
-        OSError: on every rank, where it could not be written; the older ones are as they were.
+    Every rank calls each method, at the same times. One is copied to the host's memory at once, and
+    written by a thread; `commit` puts it into its place when all ranks have written their files.
     """
-    states = gather(random_state())
-    draft, final = run / f".checkpoint-{step}.draft", run / f"checkpoint-{step}"
-    cause, failed = None, ""
-    if rank() == 0:
+
+    def __init__(self, run: Path, keep: int = 2) -> None:
+        self.run, self.keep = run, keep
+        self.thread: Thread | None = None
+        self.draft = self.final = run
+        self.digests: dict[str, str] = {}
+        self.error: Exception | None = None
+
+    def save(
+        self,
+        step: int,
+        model: BTokModel,
+        processor: Processor,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        state: dict[str, Any],
+    ) -> None:
+        """Begin `run/checkpoint-<step>`, `state` (JSON scalars) included; the one before is over.
+
+        Raises:
+            OSError: as `commit`.
+        """
+        self.commit(wait=True)
+        self.digests, self.error = {}, None
+        self.draft = self.run / f".checkpoint-{step}.draft"
+        self.final = self.run / f"checkpoint-{step}"
+        drawn = gather(random_state())
+        # adapters are small: rank 0 writes them all
+        shards = isinstance(model, FSDPModule) and not hasattr(model.backbone, "peft_config")
+        weights = _copied(model.saved_state().items(), shards)
+        moments = _copied(_moments(optimizers), shards)
+        if rank() == 0:
+            try:
+                for left in self.run.glob(".checkpoint-*.draft"):  # by a process that was killed
+                    shutil.rmtree(left)
+                self.draft.mkdir(parents=True)
+                # not in the thread: a tokenizer does not take two at a time
+                processor.save_pretrained(self.draft)
+                states = {
+                    f"{kind}.{i}": x for i, own in enumerate(drawn) for kind, x in own.items()
+                }
+                save_file(states, self.draft / "rng.safetensors")
+                trainer = json.dumps({"step": step, **state}, indent=2) + "\n"
+                (self.draft / "trainer.json").write_text(trainer)
+            except Exception as error:  # for a full disk safetensors and tokenizers have their own
+                self.error = error
+        from_first(None)  # the folder is there
+        self.thread = Thread(target=self._write, args=(model, weights, moments, shards))
+        self.thread.start()
+
+    def _write(
+        self, model: BTokModel, weights: dict[str, Tensor], moments: dict[str, Tensor], shards: bool
+    ) -> None:
         try:
-            for left in run.glob(".checkpoint-*.draft"):  # by a process that was killed
-                shutil.rmtree(left)
-            draft.mkdir(parents=True)
-            model.save_pretrained(draft)
-            processor.save_pretrained(draft)
-            save_file(_moments(optimizers), draft / "optimizer.safetensors")
-            drawn = {f"{kind}.{i}": x for i, own in enumerate(states) for kind, x in own.items()}
-            save_file(drawn, draft / "rng.safetensors")
-            (draft / "trainer.json").write_text(
-                json.dumps({"step": step, **state}, indent=2) + "\n"
-            )
-            files = [p for p in sorted(draft.rglob("*")) if p.is_file()]
-            digests = {str(p.relative_to(draft)): sha256(p) for p in files}
-            write_text(draft / MANIFEST, json.dumps(digests, indent=2))
-            if final.exists():  # the same step again, after a resume
-                shutil.rmtree(final)
-            draft.rename(final)
-            for old in _by_step(run)[keep:]:
-                shutil.rmtree(old)
-        except Exception as error:  # for a full disk safetensors and tokenizers have their own
-            shutil.rmtree(draft, ignore_errors=True)
-            cause, failed = error, unwritable(final, error)
-    # a rank that went on alone would wait for the others forever
-    if failed := from_first(failed):
-        raise OSError(failed) from cause
-    return final
+            if self.error is not None:
+                return
+            own = self.draft / f"rank-{rank()}" if shards else self.draft
+            if rank() == 0 or shards:
+                model.save_pretrained(own, weights)
+                save_file(moments, own / MOMENTS)
+            part = f"-{rank() + 1:05}-of-{world():05}.safetensors"
+            for path in list(own.iterdir()) if shards else ():
+                if path.suffix == ".safetensors":
+                    path.rename(self.draft / f"{path.stem}{part}")
+                elif rank() == 0:
+                    path.rename(self.draft / path.name)
+            if shards:
+                shutil.rmtree(own)
+            for path in self.draft.rglob("*") if rank() == 0 else self.draft.glob(f"*{part}"):
+                name = str(path.relative_to(self.draft))
+                of_others = ("-of-" in name and not name.endswith(part)) or name.startswith("rank-")
+                if path.is_file() and not of_others:
+                    self.digests[name] = sha256(path)
+        except Exception as error:
+            self.error = error
+
+    def commit(self, wait: bool = False) -> None:
+        """Put what has been written by all ranks into its place; with `wait`, wait for that.
+
+        Raises:
+            OSError: on every rank, where it could not be written; the older ones are as they were.
+        """
+        if self.thread is None:
+            return
+        if wait:
+            self.thread.join()
+        if total_over_ranks(not self.thread.is_alive()) < world():
+            return
+        self.thread = None
+        found = gather((self.digests, self.error and unwritable(self.final, self.error)))
+        cause, failed = self.error, next((said for _, said in found if said), "")
+        if rank() == 0 and not failed:
+            try:
+                digests = {name: digest for own, _ in found for name, digest in own.items()}
+                if parts := sorted(self.draft.glob(f"{Path(WEIGHTS).stem}-*")):
+                    digests |= _index(self.draft, parts)
+                write_text(self.draft / MANIFEST, json.dumps(digests, indent=2))
+                if self.final.exists():  # the same step again, after a resume
+                    shutil.rmtree(self.final)
+                self.draft.rename(self.final)
+                for old in _by_step(self.run)[self.keep :]:
+                    shutil.rmtree(old)
+            except OSError as error:
+                cause, failed = error, unwritable(self.final, error)
+        # a rank that went on alone would wait for the others forever
+        if failed := from_first(failed):
+            if rank() == 0:
+                shutil.rmtree(self.draft, ignore_errors=True)
+            raise OSError(failed) from cause
+
+
+def _copied(named: Iterable[tuple[str, Tensor]], shards: bool) -> dict[str, Tensor]:
+    """What this rank writes, copied to the host: its share, each whole, or on rank 0 all."""
+    copies = {}
+    for index, (name, tensor) in enumerate(named):
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank() == (index % world() if shards else 0):
+            copies[name] = whole.detach().to("cpu", copy=True).contiguous()
+    return copies
+
+
+def _index(folder: Path, parts: list[Path]) -> dict[str, str]:
+    """Write which weight is in which file, as transformers reads it; returns its digest."""
+    where = {}
+    for path in parts:
+        with safe_open(path, "pt") as file:
+            where |= dict.fromkeys(file.keys(), path.name)
+    total = sum(path.stat().st_size for path in parts)
+    path = folder / f"{WEIGHTS}.index.json"
+    write_text(path, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
+    return {path.name: sha256(path)}
 
 
 def unwritable(path: Path, error: Exception) -> str:
@@ -85,13 +179,11 @@ def unwritable(path: Path, error: Exception) -> str:
     )
 
 
-def _moments(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
-    return {
-        f"{which}.{index}.{name}": value.contiguous()
-        for which, optimizer in optimizers.items()
-        for index, entries in optimizer.state_dict()["state"].items()
-        for name, value in entries.items()
-    }
+def _moments(optimizers: Mapping[str, torch.optim.Optimizer]) -> Iterable[tuple[str, Tensor]]:
+    for which, optimizer in optimizers.items():
+        for index, entries in optimizer.state_dict()["state"].items():
+            for name, value in entries.items():
+                yield f"{which}.{index}.{name}", value
 
 
 def newest_valid(run: Path) -> Path | None:
@@ -107,17 +199,39 @@ def newest_valid(run: Path) -> Path | None:
 
 
 def load(folder: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Any]:
-    """Restore optimizers and this rank's random state; returns `save`'s state, and `step`."""
+    """Restore optimizers and this rank's random state; returns `save`'s state, and `step`.
+
+    A rank that the run did not have when it was saved draws from where it begins.
+    """
     states: dict[str, dict[int, dict[str, Tensor]]] = {which: {} for which in optimizers}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        which, index, name = key.split(".", 2)
-        states[which].setdefault(int(index), {})[name] = value
+    of = {
+        which: [p for group in optimizer.param_groups for p in group["params"]]
+        for which, optimizer in optimizers.items()
+    }
+    for path in sorted(folder.glob(f"{Path(MOMENTS).stem}*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                which, index, name = key.split(".", 2)
+                entry = _part(file.get_slice(key), of[which][int(index)])
+                states[which].setdefault(int(index), {})[name] = entry
     for which, optimizer in optimizers.items():
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states[which]})
     drawn = load_file(folder / "rng.safetensors")
     own = {kind: drawn.get(f"{kind}.{rank()}") for kind in ("cpu", "cuda")}
-    set_random_state({kind: state for kind, state in own.items() if state is not None})
+    if own["cpu"] is not None:
+        set_random_state({kind: state for kind, state in own.items() if state is not None})
     return json.loads((folder / "trainer.json").read_text())
+
+
+def _part(saved: Any, p: Tensor) -> Tensor:
+    """A moment as its parameter lies: whole, or this rank's rows of it."""
+    if not isinstance(p, DTensor) or not saved.get_shape():
+        return saved[...]
+    mesh = p.device_mesh
+    rows = -(-len(p) // mesh["shard"].size())  # of each rank, but for the last ones
+    first = min(mesh.get_local_rank("shard") * rows, len(p))
+    local = saved[first : first + rows].to(p.device)
+    return DTensor.from_local(local, mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
 def random_state() -> dict[str, Tensor]:

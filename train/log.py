@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,6 +15,7 @@ from train.checkpoint import unwritable
 from train.parallel import total_over_ranks
 from train.recipes import Recipe
 from train.sampler import Skipped
+from train.step import StepResult
 
 # dense operations a second by the makers' data sheets, in half precision
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12}
@@ -46,6 +46,7 @@ class TrainLog:
         self.skipped, self.most = skipped, recipe.max_skipped
         self.began, self.pairs, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
         self.peak = peak_flops(recipe) * world()
+        self.pairs_of_step = recipe.groups_per_batch * recipe.group_size
         steps = {"total": recipe.total_steps, "initial": first}
         self.bar = tqdm(**steps, unit="step", disable=rank() != 0, mininterval=1.0)
         self.board = None
@@ -77,8 +78,15 @@ class TrainLog:
                 f"{self.skipped} pairs could not be read, over max_skipped {self.most}"
             )
 
-    def write(self, row: dict[str, Any], pairs: int, tokens: int = 0, flops: float = 0.0) -> None:
-        """Add a step's row; the rest is what all ranks worked on, 0 for unknown."""
+    def write(
+        self, step: int, captioning: bool, result: StepResult, rate: float, norm: float
+    ) -> None:
+        """Add a step's row: its losses, the learning rate and the gradient's norm."""
+        row = {"step": step, "phase": "caption", "loss": float(result.losses.total)}
+        if not captioning:
+            row |= {"phase": "train", "contrastive": float(result.losses.contrastive)}
+        row |= {"ntp": float(result.losses.ntp), "learning_rate": rate, "gradient_norm": norm}
+        row |= {"skipped": self.skipped} if self.skipped else {}
         if rank() != 0:
             return
         seconds = time.perf_counter() - self.began
@@ -87,9 +95,9 @@ class TrainLog:
                 file.write(json.dumps(row | {"seconds": round(seconds, 3)}) + "\n")
         except OSError as error:
             raise OSError(unwritable(self.path, error)) from error
-        self.pairs += pairs
-        self.tokens += tokens
-        self.flops += flops
+        self.pairs += self.pairs_of_step
+        self.tokens += result.tokens
+        self.flops += result.flops
         rates = {"pairs/s": self.pairs / seconds, "tokens/s": self.tokens / seconds}
         losses = {key: row[key] for key in row if key in ("contrastive", "ntp")}
         shown = {key: f"{loss:.3f}" for key, loss in losses.items()}

@@ -132,6 +132,15 @@ class Recipe:
         if not (0 <= self.lora_dropout < 1 and 0 <= self.final_rate <= 1 and 0 < self.beta2 < 1):
             had = f"{self.lora_dropout}, {self.final_rate}, {self.beta2}"
             raise ValueError(f"lora_dropout, final_rate and beta2 are {had}, expected from 0 to 1")
+        for wrong, reason in (
+            (self.lora_rank, "lora_rank is {}: what trains is small, and the same on every GPU"),
+            (self.muon_rate, "muon_rate is {}: Muon needs whole matrices; give 0"),
+            (self.caption_steps, "caption_steps is {}: only training proper is, give 0"),
+        ):
+            if self.shard and wrong:
+                raise ValueError(f"shard is true and {reason.format(wrong)}")
+        if self.replicas > 1 and not self.shard:
+            raise ValueError(f"replicas is {self.replicas}, which needs shard")
         if 0 < self.eval_queries < 40:
             raise ValueError(f"eval_queries is {self.eval_queries}, expected 0 or at least 40")
         if self.data is not None and self.caption_steps:
@@ -209,6 +218,14 @@ PAPER = Recipe(
 RECIPES = {
     "pocket": Recipe(),
     "btok-qwen2vl-2b": PAPER,
+    **{
+        f"btok-{name}": replace(PAPER, output=Path(f"runs/btok-{name}"), model=model)
+        for name, model in (
+            ("qwen2vl-7b", "Qwen/Qwen2-VL-7B-Instruct"),
+            ("qwen2_5vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct"),
+            ("qwen3vl-8b", "Qwen/Qwen3-VL-8B-Instruct"),
+        )
+    },
     "btok-qwen3vl-2b": replace(
         PAPER, output=Path("runs/btok-qwen3vl-2b"), model="Qwen/Qwen3-VL-2B-Instruct"
     ),
@@ -223,19 +240,38 @@ RECIPES = {
 }
 
 
-def build(recipe: Recipe) -> tuple[BTokModel, Processor]:
-    """The model and the processor a run starts from."""
+def load(
+    recipe: Recipe, resume: Path | None = None, empty: bool = False
+) -> tuple[BTokModel, Processor]:
+    """The model and the processor a run starts from, or goes on with.
+
+    Args:
+        resume: its checkpoint.
+        empty: a model on the device meta, whose weights come from rank 0.
+    """
     settings: dict[str, Any] = {"pooling": recipe.pooling_rows}
     settings["target_positions"] = recipe.target_positions
-    if recipe.model == "pocket":
-        return pocket.build(recipe.num_btoks, recipe.seed, **settings)
-    rank, alpha = recipe.lora_rank, recipe.lora_alpha
-    torch.manual_seed(recipe.seed)  # adapters begin at random, and alike on all ranks
-    model = BTokModel.from_pretrained(
-        recipe.model,
-        num_btoks=recipe.num_btoks,
-        dtype=recipe.weights,
-        lora=Lora(rank, alpha, recipe.lora_dropout, recipe.dora) if rank else None,
-        **settings,
-    )
-    return model, Processor.from_pretrained(recipe.model, recipe.num_btoks)
+    if recipe.model == "pocket" and resume is None:
+        model, processor = pocket.build(recipe.num_btoks, recipe.seed, **settings)
+    else:
+        rank, alpha = recipe.lora_rank, recipe.lora_alpha
+        if resume is None and rank:
+            settings["lora"] = Lora(rank, alpha, recipe.lora_dropout, recipe.dora)
+        torch.manual_seed(recipe.seed)  # adapters begin at random, and alike on all ranks
+        model = BTokModel.from_pretrained(
+            resume or recipe.model,
+            num_btoks=recipe.num_btoks,
+            dtype=recipe.weights,
+            empty=empty,
+            **({} if resume else settings),
+        )
+        processor = Processor.from_pretrained(resume or recipe.model, recipe.num_btoks)
+    if (most := recipe.max_pixels) is not None:
+        bounded = getattr(processor, "image_processor", None)
+        low = getattr(bounded, "min_pixels", None)
+        if low is None:
+            raise ValueError(f"max_pixels is {most}; {recipe.model} has no such bound, give none")
+        if most < low:
+            raise ValueError(f"max_pixels is {most}, expected at least the model's lowest, {low}")
+        bounded.max_pixels = most
+    return model, processor

@@ -16,11 +16,13 @@ import numpy as np
 
 from btok.data.records import Pair
 from btok.data.sources import Row, Schema, Source
+from btok.model import BTokModel
 from btok.processing import Processor
 from btok_kernels.ranks import rank, world
+from train.microbatches import PackedStep, Packing
 from train.pocket.data import NTP_SIDE, TASKS, train_group
 from train.recipes import Recipe
-from train.sampler import Group, Step, TrainSet, load_steps
+from train.sampler import Group, TrainSet, load_steps
 
 _group = lru_cache(maxsize=4)(train_group)  # its pairs are asked for one by one
 
@@ -60,10 +62,13 @@ def train_set(recipe: Recipe, processor: Processor, rank: int = 0, world: int = 
     return TrainSet(recipe, processor, sources, rank, world, partial(step_groups, recipe))
 
 
-def captions(recipe: Recipe, processor: Processor, first: int) -> Iterator[tuple[int, Step]]:
+def captions(
+    recipe: Recipe, model: BTokModel, processor: Processor, first: int
+) -> Iterator[tuple[int, PackedStep]]:
     """This rank's captioning steps from `first` on, as `load_steps` gives those of training."""
     steps = train_set(recipe.captions, processor, rank(), world())
-    yield from load_steps(steps, first, recipe.workers)
+    packing = Packing.of(model, processor, recipe.captions, captioning=True)
+    yield from load_steps(steps, first, recipe.workers, packing)
 
 
 def step_groups(recipe: Recipe, step: int) -> list[Group]:

@@ -1,0 +1,82 @@
+"""The memory that training takes of each device, by arithmetic, before anything is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from btok.label_loss import LOGITS
+from btok.model import BTokModel
+from btok_kernels.ranks import rank, world
+from train.recipes import Recipe
+
+GIB = 1 << 30
+
+
+def memory_of(model: BTokModel, recipe: Recipe, ranks: int) -> dict[str, float]:
+    """Bytes on each of `ranks` devices, by what they are for.
+
+    Activations are those of a packed pass of `chunk_tokens` in the language model; a vision tower
+    that trains, what an allocator wastes and what a backward holds for a moment are not counted.
+    """
+    shards = ranks // recipe.replicas if recipe.shard else 1
+    width = 2 if recipe.dtype == "bfloat16" else 4  # bytes of a product's result
+    trained = [p for p in model.parameters() if p.requires_grad]
+    numbers = sum(p.numel() for p in trained) / shards
+    still = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    found = {"frozen weights": still, "weights": 4 * numbers, "gradients": 4 * numbers}
+    found["moments"] = 8 * numbers  # AdamW's two; Muon has one
+    decoder = model.family.decoder(model.backbone)
+    config = model.backbone.config.get_text_config()
+    if recipe.shard:
+        layer, inside = _numel(decoder.layers[0].parameters()), _numel(decoder.layers.parameters())
+        # two layers at a time; embedding, head and tower from the forward to the backward's end
+        gathered = 2 * layer + _numel(trained) - inside
+        found["gathered weights"] = width * gathered
+    tokens = recipe.chunk_tokens or 0
+    inputs = tokens * config.hidden_size * width
+    within = tokens * width * _results(decoder.layers[0], config.hidden_size)
+    layers = len(decoder.layers)
+    checkpointing = recipe.checkpoint_activations
+    found["activations"] = layers * inputs + within if checkpointing else layers * within
+    found["logits"] = 3 * 4 * min(LOGITS, tokens * config.vocab_size)  # with their gradient
+    found["vision features"] = recipe.vision_memory if model.family.vision else 0
+    return {name: size for name, size in found.items() if size}
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _results(layer: Any, hidden: int) -> int:
+    """Numbers that a decoder layer keeps of each token for its backward: its products' inputs and
+    results, and those of norms, rotation and activation."""
+    outputs = [m.out_features for m in layer.modules() if isinstance(m, nn.Linear)]
+    return 4 * hidden + sum(outputs) + 2 * layer.mlp.gate_proj.out_features
+
+
+def refuse_too_small(model: BTokModel, recipe: Recipe, device: torch.device) -> None:
+    """Say what a run takes of each GPU.
+
+    Raises:
+        ValueError: more than there is; it names the settings to turn.
+    """
+    found = memory_of(model, recipe, world())
+    total = sum(found.values())
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.items())
+    need = f"about {total / GIB:.1f} GiB on each device by arithmetic ({parts})"
+    if rank() == 0 and recipe.model != "pocket":
+        print(f"training takes {need}")
+    if device.type != "cuda":
+        return
+    there = torch.cuda.get_device_properties(device).total_memory
+    if total > there:
+        turn = [] if recipe.checkpoint_activations else ["--checkpoint-activations true"]
+        turn += [] if recipe.shard or recipe.lora_rank else ["--shard true", "--lora-rank 16"]
+        turn += ["a lower --chunk-tokens", *(["more GPUs"] if recipe.shard else [])]
+        raise ValueError(
+            f"{recipe.model} needs {need}, this one has {there / GIB:.1f}; try {', '.join(turn)}"
+        )
