@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from btok.files import sha256, write_text
 from btok.model import BTokModel
@@ -30,7 +31,7 @@ from btok.processing import Processor
 from btok_kernels.ranks import rank, world
 from train.parallel import from_first, gather, total_over_ranks
 
-MANIFEST, WEIGHTS, MOMENTS = "manifest.json", "model.safetensors", "optimizer.safetensors"
+MANIFEST, WEIGHTS, MOMENTS = "manifest.json", "model", "optimizer"
 
 
 class Checkpoints:
@@ -94,22 +95,22 @@ class Checkpoints:
         try:
             if self.error is not None:
                 return
-            own = self.draft / f"rank-{rank()}" if shards else self.draft
+            part = f"-{rank() + 1:05}-of-{world():05}.safetensors" if shards else ".safetensors"
+            if rank() == 0:
+                # on the side: transformers removes other ranks' files of weights
+                aside = self.draft / "aside"
+                model.save_pretrained(aside, weights)
+                for path in list(aside.iterdir()):
+                    path.rename(self.draft / path.name.replace(".safetensors", part))
+                aside.rmdir()
+            elif shards:
+                weights = revert_weight_conversion(model.backbone, weights)
+                save_file(weights, self.draft / f"{WEIGHTS}{part}", {"format": "pt"})
             if rank() == 0 or shards:
-                model.save_pretrained(own, weights)
-                save_file(moments, own / MOMENTS)
-            part = f"-{rank() + 1:05}-of-{world():05}.safetensors"
-            for path in list(own.iterdir()) if shards else ():
-                if path.suffix == ".safetensors":
-                    path.rename(self.draft / f"{path.stem}{part}")
-                elif rank() == 0:
-                    path.rename(self.draft / path.name)
-            if shards:
-                shutil.rmtree(own)
-            for path in self.draft.rglob("*") if rank() == 0 else self.draft.glob(f"*{part}"):
+                save_file(moments, self.draft / f"{MOMENTS}{part}")
+            for path in self.draft.rglob("*" if rank() == 0 else f"*{part}"):
                 name = str(path.relative_to(self.draft))
-                of_others = ("-of-" in name and not name.endswith(part)) or name.startswith("rank-")
-                if path.is_file() and not of_others:
+                if path.is_file() and ("-of-" not in name or name.endswith(part)):
                     self.digests[name] = sha256(path)
         except Exception as error:
             self.error = error
@@ -132,7 +133,7 @@ class Checkpoints:
         if rank() == 0 and not failed:
             try:
                 digests = {name: digest for own, _ in found for name, digest in own.items()}
-                if parts := sorted(self.draft.glob(f"{Path(WEIGHTS).stem}-*")):
+                if parts := sorted(self.draft.glob(f"{WEIGHTS}-*")):
                     digests |= _index(self.draft, parts)
                 write_text(self.draft / MANIFEST, json.dumps(digests, indent=2))
                 if self.final.exists():  # the same step again, after a resume
@@ -166,7 +167,7 @@ def _index(folder: Path, parts: list[Path]) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path.name)
     total = sum(path.stat().st_size for path in parts)
-    path = folder / f"{WEIGHTS}.index.json"
+    path = folder / f"{WEIGHTS}.safetensors.index.json"
     write_text(path, json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
     return {path.name: sha256(path)}
 
@@ -208,7 +209,7 @@ def load(folder: Path, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[
         which: [p for group in optimizer.param_groups for p in group["params"]]
         for which, optimizer in optimizers.items()
     }
-    for path in sorted(folder.glob(f"{Path(MOMENTS).stem}*.safetensors")):
+    for path in sorted(folder.glob(f"{MOMENTS}*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118
                 which, index, name = key.split(".", 2)

@@ -258,8 +258,9 @@ def shard(model: BTokModel, recipe: Recipe) -> None:
     """
     state = model.state_dict() if rank() == 0 else {}
     buffers = dict(model.named_buffers())
+    tied = _tied(model)
     model.to("meta")
-    model.backbone.tie_weights()  # a move makes a shared weight two
+    _tie(model, tied)  # a move makes a shared weight two
     shape, names = (world(),), ("shard",)
     if recipe.replicas > 1:
         shape, names = (recipe.replicas, world() // recipe.replicas), ("replicate", "shard")
@@ -278,10 +279,25 @@ def shard(model: BTokModel, recipe: Recipe) -> None:
     still = {p for p in model.parameters() if not p.requires_grad}
     fully_shard(model, reshard_after_forward=False, ignored_params=still, **options)
     model.to_empty(device=device)
-    model.backbone.tie_weights()
+    _tie(model, tied)
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, state, options=whole)
     for name, buffer in model.named_buffers():  # some are in no state_dict
         if rank() == 0:
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, 0)
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    return [of_one for of_one in names.values() if len(of_one) > 1]
+
+
+def _tie(model: nn.Module, tied: list[list[str]]) -> None:
+    for first, *others in tied:
+        for name in others:
+            module, _, own = name.rpartition(".")
+            setattr(model.get_submodule(module), own, model.get_parameter(first))
