@@ -42,8 +42,10 @@ from btok.data.records import NtpSide, Pair, Side
 from btok.data.samples import pair_samples
 from btok.model import BTokModel
 from btok.objective import Losses
-from btok.packing import Sample, count_labels, pack
+from btok.packing import Sample, pack
+from train.microbatches import Packing
 from train.recipes import Recipe
+from train.sampler import Step
 from train.step import train_step
 
 K = 4
@@ -130,21 +132,21 @@ class Contestants:
         )
         of_target = {"prefix_ids": (2, 3), "suffix_ids": (1,), "backbone_config": backbone.config}
         self.packing: dict[str, Any] = {**of_target, "btok_token_ids": self.btoks}
-        targets = [target for _, target in self.samples if target is not None]
-        self.targets = count_labels(targets, **of_target)[0]
+        self.targets = pack(self.samples, **self.packing).num_targets
 
     def zero(self) -> None:
         for p in self.trained:
             p.grad = None
 
     def ours(self, **changed: Any) -> Losses:
-        """`train_step`; gradients are left in the parameters."""
+        """Packing and `train_step`; gradients are left in the parameters."""
         self.zero()
         recipe = dataclasses.replace(self.recipe, **changed)
         self.btok.checkpoint_activations(recipe.checkpoint_activations)
         processor: Any = self.processor
-        done = train_step(self.btok, processor, recipe, self.pairs, self.samples, 0)
-        return done.losses
+        packing = Packing.of(self.btok, processor, recipe)
+        packed = packing(Step(self.pairs, [], self.samples, [], list(range(len(self.samples)))))
+        return train_step(self.btok, recipe, self.pairs, packed.microbatches, 0).losses
 
     def padded(self, label_rows: bool = False, vision_once: bool = False) -> Losses:
         """GradCache over padded chunks, in two passes each."""

@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import btok.model
 import btok.objective
-import train.step
+import train.microbatches
+import train.parallel
 from bench import bench_encoding, bench_training_step
 from bench.harness import DEVICE, synchronize
 from btok.families import family_of
@@ -60,8 +61,8 @@ def parts_of(backbone: Any) -> Iterator[None]:
     functions = [
         (btok.model, "label_losses", "logits and their loss"),
         (btok.objective, "contrastive_loss", "contrastive loss"),
-        (train.step, "average_gradients", "mean of the gradients"),
-        (train.step, "pack", "packing"),
+        (train.parallel.Backward, "finish", "mean of the gradients"),
+        (train.microbatches, "pack", "packing"),
         (btok.model, "pack", "packing"),
     ]
     with ExitStack() as stack:

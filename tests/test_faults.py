@@ -223,7 +223,8 @@ def test_it_goes_on_and_ends_on_the_same_bits(tmp_path, model, whole, kind, worl
             assert saved == done
         elif kind == "disk full":
             (line,) = errors(said)
-            assert f"{trainer.run}/checkpoint-{done} cannot be written" in line
+            (step,) = re.findall(rf"{trainer.run}/checkpoint-(\d+) cannot be written", line)
+            assert done - EVERY <= int(step) <= done  # training goes on while it is written
             assert "free space there and give the same command again" in line
             assert not list(trainer.run.glob(".*")), "a draft is left"
             codes = [(tmp_path / f"{rank}.code").read_text() for rank in range(world)]
@@ -240,7 +241,8 @@ def test_it_goes_on_and_ends_on_the_same_bits(tmp_path, model, whole, kind, worl
     resumed = int(found[1]) if found else 0
     if not restarts:
         assert resumed == saved
-    assert done - resumed <= EVERY * (2 if damaged else 1)
+    # a checkpoint is written while the steps up to the next one are taken
+    assert done - resumed <= EVERY * (3 if damaged else 2)
 
     assert trainer.rows() == expected.rows()
     assert checkpoint.newest_valid(trainer.run).name == f"checkpoint-{STEPS}"

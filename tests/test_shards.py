@@ -47,10 +47,10 @@ CASES = {  # of four ranks the third has no images
 def step(pairs, shard, lora=False, dora=False, checkpoint=False, family="qwen2_vl", **settings):
     """Gradients, losses and the number of microbatches of this rank's pairs."""
     model, processor = model_with(0.0, checkpoint, not lora, family, dora)
-    recipe = dataclasses.replace(BASE, **settings)
+    recipe = dataclasses.replace(BASE, **settings, shard=shard, muon_rate=0.0)
     if recipe.freeze_vision:
         model.family.tower(model.backbone).requires_grad_(False)
-    packing = Packing.of(model, processor, dataclasses.replace(recipe, shard=shard, muon_rate=0.0))
+    packing = Packing.of(model, processor, recipe)
     samples = pair_samples(pairs, processor)
     packed = packing(Step(pairs, [], samples, [], list(range(len(samples)))))
     if shard:

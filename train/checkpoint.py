@@ -162,7 +162,7 @@ def _copied(named: Iterable[tuple[str, Tensor]], shards: bool) -> dict[str, Tens
 
 def _index(folder: Path, parts: list[Path]) -> dict[str, str]:
     """Write which weight is in which file, as transformers reads it; returns its digest."""
-    where = {}
+    where: dict[str, str] = {}
     for path in parts:
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path.name)

@@ -12,6 +12,7 @@ from btok.label_loss import LOGITS
 from btok.model import BTokModel
 from btok_kernels.ranks import rank, world
 from train.recipes import Recipe
+from train.step import is_frozen
 
 GIB = 1 << 30
 
@@ -43,7 +44,8 @@ def memory_of(model: BTokModel, recipe: Recipe, ranks: int) -> dict[str, float]:
     checkpointing = recipe.checkpoint_activations
     found["activations"] = layers * inputs + within if checkpointing else layers * within
     found["logits"] = 3 * 4 * min(LOGITS, tokens * config.vocab_size)  # with their gradient
-    found["vision features"] = recipe.vision_memory if model.family.vision else 0
+    if recipe.reuse_vision and is_frozen(model):
+        found["vision features"] = recipe.vision_memory
     return {name: size for name, size in found.items() if size}
 
 

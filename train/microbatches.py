@@ -6,7 +6,7 @@ needs them twice: as `[x ; B ; T]`, and as `[x ; B]` to be embedded first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class Packing:
         tokens: of a packed pass, at most; None for one pass.
         twice: whether the samples are embedded before they are trained on.
         captioning: samples without a target are left out.
-        filler: a sample of no consequence, for `empty`; with `everywhere` also put into each pass
+        filler: one sample of no consequence, for `empty`; with `everywhere` also put into each pass
             that shows nothing, so that a vision tower whose weights lie on all ranks runs on all.
     """
 
@@ -61,7 +61,7 @@ class Packing:
     tokens: int | None
     twice: bool = False
     captioning: bool = False
-    filler: Sample | None = None
+    filler: Sequence[Sample] = ()
     everywhere: bool = False
 
     @classmethod
@@ -77,11 +77,11 @@ class Packing:
             "target_positions": model.settings.target_positions,
             "condense": recipe.condense and not captioning,
         }
-        filler, everywhere = None, False
+        filler, everywhere = list[Sample](), False
         if recipe.shard:
             sees = model.family.vision is not None
             blank = np.full((28, 28, 3), 255, np.uint8)
-            filler = processor(Side("", [blank]) if sees else Side(".")), None
+            filler = [(processor(Side("", [blank]) if sees else Side(".")), None)]
             everywhere = sees and not recipe.freeze_vision
         twice = recipe.gradcache and not captioning
         return cls(options, recipe.chunk_tokens, twice, captioning, filler, everywhere)
@@ -101,7 +101,7 @@ class Packing:
         placed = list(zip(step.places, samples, strict=True))
         if self.captioning:
             placed = [(place, sample) for place, sample in placed if sample[1] is not None]
-        turns = [range(len(placed))] if placed else []
+        turns = [list(range(len(placed)))] if placed else []
         if self.tokens is not None:
             placed.sort(key=lambda each: -self._length(each[1]))
             turns = group_by_tokens([self._length(sample) for _, sample in placed], self.tokens)
@@ -114,10 +114,11 @@ class Packing:
         return self._pack([], [])
 
     def _pack(self, places: list[int], samples: list[Sample]) -> Microbatch:
-        batch = pack(samples or [self.filler], **self.options)
-        if samples and self.everywhere and not batch.vision:
-            return self._pack(places, [*samples, self.filler])
-        sources = [(source, None) for source, _ in samples or [self.filler]]
+        samples = samples or list(self.filler)
+        batch = pack(samples, **self.options)
+        if self.everywhere and not batch.vision:
+            return self._pack(places, [*samples, *self.filler])
+        sources = [(source, None) for source, _ in samples]
         return Microbatch(places, batch, pack(sources, **self.options) if self.twice else None)
 
     def _length(self, sample: Sample) -> int:

@@ -261,7 +261,8 @@ def shard(model: BTokModel, recipe: Recipe) -> None:
     tied = _tied(model)
     model.to("meta")
     _tie(model, tied)  # a move makes a shared weight two
-    shape, names = (world(),), ("shard",)
+    shape: tuple[int, ...] = (world(),)
+    names: tuple[str, ...] = ("shard",)
     if recipe.replicas > 1:
         shape, names = (recipe.replicas, world() // recipe.replicas), ("replicate", "shard")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -267,7 +267,7 @@ def load(
         )
         processor = Processor.from_pretrained(resume or recipe.model, recipe.num_btoks)
     if (most := recipe.max_pixels) is not None:
-        bounded = getattr(processor, "image_processor", None)
+        bounded: Any = processor.image_processor
         low = getattr(bounded, "min_pixels", None)
         if low is None:
             raise ValueError(f"max_pixels is {most}; {recipe.model} has no such bound, give none")

@@ -153,9 +153,10 @@ class TrainSet(Dataset[Step]):
         return self.recipe.steps
 
     def __getitem__(self, at: int | tuple[int, int]) -> Step:
-        step, first, last = at, 0, len(self.mine)
-        if isinstance(at, tuple):
-            step, first = at[0], at[1] * self.piece
+        step, piece = at if isinstance(at, tuple) else (at, None)
+        first, last = 0, len(self.mine)
+        if piece is not None:
+            first = piece * self.piece
             last = min(last, first + self.piece)
         recipe, groups, skipped = self.recipe, self.groups(step), list[Skipped]()
         generate = recipe.objective.weight(step) > 0
@@ -218,12 +219,13 @@ def load_steps(
     Raises:
         ValueError, ImportError: as `steps[i]`.
     """
+    collate: Callable[[Any], Any] = pack or _unchanged
     loader = DataLoader(
         steps,
         batch_size=None,
         sampler=product(range(first, len(steps)), range(steps.pieces)),
         num_workers=workers,
-        collate_fn=pack or _unchanged,
+        collate_fn=collate,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),
     )

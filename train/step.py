@@ -253,9 +253,10 @@ def cache_vision_features(
             memory -= sum(level.nbytes for level in vision.features)
             found[names[i]] = vision if memory >= 0 else vision.to("cpu")
 
-    def features(batch: PackedBatch | None) -> PackedBatch | None:
-        if batch is None:
-            return None
+    def features(batch: PackedBatch) -> PackedBatch:
         return replace(batch, vision=tuple(found[id(v)] for v in batch.vision))
 
-    return [m._replace(batch=features(m.batch), sources=features(m.sources)) for m in microbatches]
+    return [
+        m._replace(batch=features(m.batch), sources=m.sources and features(m.sources))
+        for m in microbatches
+    ]
