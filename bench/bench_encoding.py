@@ -37,6 +37,7 @@ from btok.families.qwen_images import TEMPORAL_PATCH, QwenImageProcessor
 from btok.inputs import as_side
 from btok.model import BTokModel
 from btok.processing import Processor
+from btok.vision import by_name, vision_of
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -109,7 +110,7 @@ class Encoders:
         """Transformers' own: of [x ; B] the mean of B's rows, or of x the last row, [N, D]."""
         pooled, device, rows = [], self.stock.device, max(len(btoks), 1)
         for at in range(0, len(inputs), BATCH):
-            samples = [self.processor(as_side(value)) for value in inputs[at : at + BATCH]]
+            samples = [by_name(self.processor(as_side(v))) for v in inputs[at : at + BATCH]]
             ids = [torch.cat([s["input_ids"], torch.tensor(btoks).long()]) for s in samples]
             mask = pad_sequence([torch.ones_like(tokens) for tokens in ids], batch_first=True)
             tokens = pad_sequence(ids, batch_first=True)
@@ -188,7 +189,7 @@ def bench_encoding(contest: Contest, peer: str) -> None:
     encoders.check(peer, inputs, alone)
     samples = [encoders.processor(as_side(value)) for value in inputs]
     lengths = [len(sample["input_ids"]) for sample in samples]
-    patches = [len(sample["pixel_values"]) for sample in samples if "pixel_values" in sample]
+    patches = [n for sample in samples for v in vision_of(sample) for n in v.patches]
     language = multiply_adds(SHAPE, [n + K for n in lengths], pooled=K)
     vision = vision_multiply_adds(TOWER, SHAPE.hidden, patches)
     expected = 1.0
