@@ -42,8 +42,9 @@ class Vision:
     Args:
         kind: which placeholder stands for them, the backbone's `<kind>_token_id`.
         grid: int64 [n, 3], time, height and width of each, in patches.
-        pixels: [patches, values], floats as the tower takes them, or uint8 with a `normalization`;
-            None where there are features.
+        pixels: [patches, values], floats as the tower takes them (channel, frame, row, column), or
+            uint8 with a `normalization` (frame, row, column, channel); None where there are
+            features.
         features: the vision tower's, [tokens, D] of each of its levels.
         normalization: what uint8 `pixels` become; None for floats.
     """
@@ -70,7 +71,8 @@ class Vision:
         if self.normalization is None or self.pixels is None:
             return self
         mean, std, repeat = self.normalization
-        values = self.pixels.view(len(self.pixels), 3, 1, -1).float()
+        colours = self.pixels.view(len(self.pixels), 1, -1, 3).permute(0, 3, 1, 2)
+        values = colours.to(torch.float32, memory_format=torch.contiguous_format)
         # divisors lie on the device: by a Python number CUDA divides with its reciprocal, which
         # rounds otherwise; `new_full` makes them there, so that the host need not wait
         values /= values.new_full((), 255)

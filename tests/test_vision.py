@@ -27,7 +27,7 @@ def levels(mean, std):
 @pytest.mark.parametrize("repeat", [1, 2])
 @pytest.mark.parametrize("statistics", [STATISTICS, ((0.5,) * 3, (0.5,) * 3)])
 def test_bytes_become_what_numpy_makes_of_them(statistics, repeat):
-    pixels = np.tile(np.arange(256, dtype=np.uint8), (2, 3))  # [patches, 3 * 256]
+    pixels = np.tile(np.repeat(np.arange(256, dtype=np.uint8), 3), (2, 1))  # [patches, 256 * 3]
     norm = Normalization(*statistics, repeat)
     shown = Vision("image", torch.tensor([[1, 1, 2]]), torch.tensor(pixels), normalization=norm)
     got = shown.as_floats()
@@ -44,7 +44,7 @@ def test_patches_are_cut_by_hand(frames, merge):
     shape = (2, frames, rows * merge * p, columns * merge * p + 3, 3)
     slots = RNG.integers(0, 256, shape, dtype=np.uint8)[:, :, :, 3:]  # a view
     expected = [
-        slots[n, :, y : y + p, x : x + p].transpose(3, 0, 1, 2).reshape(-1)
+        slots[n, :, y : y + p, x : x + p].reshape(-1)
         for n in range(2)
         for row in range(rows)
         for column in range(columns)
