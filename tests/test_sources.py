@@ -269,7 +269,7 @@ def test_where_no_index_can_be_kept_one_line_says_so(tmp_path, counted, caplog):
     for _ in range(2):
         assert len(open_source(path)) == 2
     assert len(counted) == 4 and len(caplog.messages) == 2
-    assert "every start will check all rows of a.jsonl" in caplog.messages[0]
+    assert "every start will read all of a.jsonl" in caplog.messages[0]
     assert not list(tmp_path.glob("*.tmp"))
 
 

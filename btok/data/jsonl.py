@@ -100,7 +100,7 @@ def _index(path: Path, kind: str, check: Callable[[Row], int]) -> tuple[np.ndarr
                 file.write(seal.encode())
     except OSError as error:
         why = f"{index} cannot be written ({error.strerror})"
-        logger.warning(f"{why}: every start will check all rows of {path.name}")
+        logger.warning(f"{why}: every start will read all of {path.name}")
     return starts, found
 
 
