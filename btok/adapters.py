@@ -146,6 +146,8 @@ def norms_once(backbone: Any) -> Iterator[None]:
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                 weight = layer.get_base_layer().weight.to(a.dtype)
                 norm = dora.get_weight_norm(weight, b @ a, layer.scaling[name])
+                if hasattr(norm, "full_tensor"):  # the weights lie on all ranks
+                    norm = norm.full_tensor()
                 dora.get_weight_norm = partial(_given, norm)
                 dora.get_lora_weight = partial(_given, norm)  # nothing else takes it
                 changed.append(dora)

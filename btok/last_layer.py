@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from btok_kernels.layout import CondensedLayout
 
 
-def pooled_rows_only(language_model: Any, layout: CondensedLayout, num_rows: int) -> Any:
+def pooled_rows_only(language_model: Any, num_rows: int) -> Any:
     """A language model whose last layer gives the last `num_rows` rows of each sequence only.
 
     It shares all layers and weights with the one given, which stays as it is.
@@ -30,45 +31,46 @@ def pooled_rows_only(language_model: Any, layout: CondensedLayout, num_rows: int
     Args:
         language_model: transformers' decoder of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen2, Qwen3 or
             Llama: embedding, `layers`, `norm`.
-        layout: of N sequences without targets, each of at least `num_rows` rows.
         num_rows: R.
 
     Returns:
-        A decoder to be called the same way; its last hidden state is [1, N * R, D].
+        A decoder to be called the same way, with the `layout` of N sequences without targets, each
+        of at least R rows; its last hidden state is [1, N * R, D].
     """
     view, layers = copy.copy(language_model), copy.copy(language_model.layers)
     *_, (name, last) = layers._modules.items()
-    layers._modules = {**layers._modules, name: _PooledRows(last, layout, num_rows)}
+    # of the layer's own class, with its hooks: FSDP gathers its weights in one
+    pooled = object.__new__(type(last))
+    pooled.__dict__ |= {**vars(last), "forward": partial(_pooled_rows, last, num_rows)}
+    layers._modules = {**layers._modules, name: pooled}
     view._modules = {**view._modules, "layers": layers}
     return view
 
 
-class _PooledRows(nn.Module):
-    """A decoder layer for the last `num_rows` rows of each sequence."""
-
-    def __init__(self, layer: Any, layout: CondensedLayout, num_rows: int) -> None:
-        super().__init__()
-        self.layer, self.layout, self.num_rows = layer, layout, num_rows
-
-    def forward(
-        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
-    ) -> Tensor:
-        """`hidden` [1, T, D] -> [1, N * R, D]."""
-        layer, attention = self.layer, self.layer.self_attn
-        ends = self.layout.bounds[:, 3:].long()
-        rows = (ends + torch.arange(-self.num_rows, 0)).flatten().to(hidden.device)  # [N * R]
-        cos, sin = (t[0][:, None] for t in position_embeddings)  # [T, 1, head dim]
-        residual, states = hidden[0, rows], layer.input_layernorm(hidden)[0]
-        heads = (-1, attention.head_dim)
-        k = attention.k_proj(states).unflatten(-1, heads)
-        v = attention.v_proj(states).unflatten(-1, heads)
-        q = attention.q_proj(states[rows]).unflatten(-1, heads)
-        if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)
-        out = _attend(q, k, v, self.layout, self.num_rows, attention.scaling)
-        out = residual + attention.o_proj(out.flatten(1))
-        return (out + layer.mlp(layer.post_attention_layernorm(out)))[None]
+def _pooled_rows(
+    layer: Any,
+    num_rows: int,
+    hidden: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    layout: CondensedLayout,
+    **_: Any,
+) -> Tensor:
+    """A decoder layer for the last rows of each sequence: [1, T, D] -> [1, N * R, D]."""
+    attention = layer.self_attn
+    ends = layout.bounds[:, 3:].long()
+    rows = (ends + torch.arange(-num_rows, 0)).flatten().to(hidden.device)  # [N * R]
+    cos, sin = (t[0][:, None] for t in position_embeddings)  # [T, 1, head dim]
+    residual, states = hidden[0, rows], layer.input_layernorm(hidden)[0]
+    heads = (-1, attention.head_dim)
+    k = attention.k_proj(states).unflatten(-1, heads)
+    v = attention.v_proj(states).unflatten(-1, heads)
+    q = attention.q_proj(states[rows]).unflatten(-1, heads)
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = _rotate(q, cos[rows], sin[rows]), _rotate(k, cos, sin)
+    out = _attend(q, k, v, layout, num_rows, attention.scaling)
+    out = residual + attention.o_proj(out.flatten(1))
+    return (out + layer.mlp(layer.post_attention_layernorm(out)))[None]
 
 
 def _attend(

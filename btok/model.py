@@ -25,7 +25,7 @@ from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
 from btok.packing import PackedBatch, pack
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
-from btok.vision import KEYS, Vision, join
+from btok.vision import Vision, join
 from btok_kernels.condensed_attention import condensed_attention
 
 
@@ -181,17 +181,19 @@ class BTokModel(nn.Module):
             backbone_config=self.backbone.config,
         )
 
-    def forward(self, batch: PackedBatch) -> BTokOutput:
+    def forward(self, batch: PackedBatch, generate: bool = True) -> BTokOutput:
         """Embed a packed batch and, where it has targets, score their generation, in one pass.
 
         Args:
             batch: from `btok.packing.pack` with this model's settings, on the model's device.
+            generate: False leaves that score out; target rows are run all the same.
         """
         if rows := self._pooled_rows(batch):
             pooled = self.hidden_states(batch, rows).unflatten(0, (len(batch), rows))
             return BTokOutput(F.normalize(at_least_fp32(pooled).mean(1), dim=-1), None)
         hidden = self.hidden_states(batch)
-        return BTokOutput(self._pool(hidden, batch), self._ntp_loss(hidden, batch))
+        ntp_loss = self._ntp_loss(hidden, batch) if generate else None
+        return BTokOutput(self._pool(hidden, batch), ntp_loss)
 
     def hidden_states(self, batch: PackedBatch, last_rows: int | None = None) -> Tensor:
         """The language model's states after its final norm, [T, D]; or with `last_rows` = R, for
@@ -200,7 +202,7 @@ class BTokModel(nn.Module):
         embeds, onto_layers = self._embed(batch)
         language_model = self.family.decoder(self.backbone)
         if last_rows is not None:
-            language_model = pooled_rows_only(language_model, batch.layout, last_rows)
+            language_model = pooled_rows_only(language_model, last_rows)
         output = language_model(
             inputs_embeds=embeds[None],
             position_ids=self._position_ids(batch),
@@ -218,7 +220,7 @@ class BTokModel(nn.Module):
         embeds = self.backbone.model.get_input_embeddings()(batch.input_ids)
         levels: list[Tensor] = []  # [T, D] each
         seen = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-        for vision in batch.vision:
+        for vision in join(batch.vision):
             features, *deep = self._features(vision)
             at = batch.input_ids == getattr(self.backbone.config, f"{vision.kind}_token_id")
             embeds = _place(embeds, at, features)
@@ -238,31 +240,21 @@ class BTokModel(nn.Module):
         return self.family.vision.features(self.backbone.model, vision.as_floats())
 
     @torch.no_grad()
-    def encode_vision(self, sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Sides, as a processor returns them, with the vision tower's features (without gradients)
-        in the place of their pixels, for `pack`.
+    def encode_vision(self, shown: Sequence[Vision]) -> list[Vision]:
+        """Images and videos with the vision tower's features, made without gradients, in the place
+        of their pixels.
         """
-        config, rules = self.backbone.config, self.family.vision
-        shown = [self.family.shown(side, config) for side in sides]
-        made: list[list[Vision]] = [[] for _ in sides]
-        for together in join([vision for of_side in shown for vision in of_side]):
+        made, rules = list(shown), self.family.vision
+        for together in join(shown):
             assert rules is not None
-            own = [
-                (i, v)
-                for i, of_side in enumerate(shown)
-                for v in of_side
-                if v.kind == together.kind
-            ]
+            own = [i for i, vision in enumerate(shown) if vision.kind == together.kind]
             levels = self._features(together.to(self.backbone.device))
-            tokens = [sum(v.patches) // rules.merge_size(config) ** 2 for _, v in own]
+            merged = rules.merge_size(self.backbone.config) ** 2
+            tokens = [sum(shown[i].patches) // merged for i in own]
             parts = zip(*(level.split(tokens) for level in levels), strict=True)
-            for (i, vision), features in zip(own, parts, strict=True):
-                made[i].append(replace(vision, pixels=None, features=features))
-        pixels = {key for key, _ in KEYS.values()}
-        return [
-            {k: x for k, x in side.items() if k not in pixels} | {"vision": found}
-            for side, found in zip(sides, made, strict=True)
-        ]
+            for i, features in zip(own, parts, strict=True):
+                made[i] = replace(shown[i], pixels=None, features=features)
+        return made
 
     def _position_ids(self, batch: PackedBatch) -> Tensor:
         """[3, 1, T], or [1, T] where there is one axis."""

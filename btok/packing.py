@@ -7,7 +7,7 @@ embedded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from btok.config import CHOICES, check_choice
 from btok.families import named_family
 from btok.vision import Vision, join
-from btok_kernels.layout import CondensedLayout
+from btok_kernels.layout import CondensedLayout, on_device
 
 Sample = tuple[Mapping[str, Any], Mapping[str, Any] | None]
 
@@ -35,7 +35,7 @@ class PackedBatch:
         label_rows, labels, label_samples: int64 [R], the rows that predict a counted target token,
             those tokens, and the samples they belong to.
         num_targets: samples that have at least one label.
-        vision: all images and all videos, in row order.
+        vision: what each side shows, in row order; joined where it is moved.
     """
 
     input_ids: Tensor
@@ -52,12 +52,12 @@ class PackedBatch:
         return len(self.layout)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with every tensor on `device`, and one `Vision` of each kind."""
         moved: dict[str, Any] = {"layout": self.layout.to(device)}
-        moved["vision"] = tuple(vision.to(device) for vision in self.vision)
+        moved["vision"] = tuple(vision.to(device) for vision in join(self.vision))
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                moved[name] = value.to(device)
+                moved[name] = on_device(value, device)
         return replace(self, **moved)
 
 
@@ -140,21 +140,8 @@ def pack(
         labels=input_ids[rows + 1],
         label_samples=torch.from_numpy(np.concatenate([none, *label_samples])),
         num_targets=sum(len(rows) > 0 for rows in label_rows),
-        vision=join(vision),
+        vision=tuple(vision),
     )
-
-
-def count_labels(
-    targets: Iterable[Mapping[str, Any]],
-    *,
-    prefix_ids: Sequence[int],
-    suffix_ids: Sequence[int],
-    backbone_config: Any,
-) -> tuple[int, int]:
-    """(targets with at least one label, labels) that `pack` will count."""
-    of_target = (prefix_ids, suffix_ids, backbone_config)
-    counts = [int(_target(target, *of_target)[1].sum()) for target in targets]
-    return sum(count > 0 for count in counts), sum(counts)
 
 
 def _target(

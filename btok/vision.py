@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from btok_kernels.layout import on_device
+
 Kind = Literal["image", "video"]
 KEYS: dict[Kind, tuple[str, str]] = {
     "image": ("pixel_values", "image_grid_thw"),
@@ -62,9 +64,9 @@ class Vision:
 
     def to(self, device: torch.device | str) -> Vision:
         """The same with every tensor on `device`."""
-        pixels = None if self.pixels is None else self.pixels.to(device)
-        features = tuple(level.to(device) for level in self.features)
-        return replace(self, grid=self.grid.to(device), pixels=pixels, features=features)
+        pixels = None if self.pixels is None else on_device(self.pixels, device)
+        features = tuple(on_device(level, device) for level in self.features)
+        return replace(self, grid=on_device(self.grid, device), pixels=pixels, features=features)
 
     def as_floats(self) -> Vision:
         """The same with pixels as the tower takes them: float32 [patches, values * repeat]."""
@@ -123,6 +125,9 @@ def join(parts: Sequence[Vision]) -> tuple[Vision, ...]:
     for kind in KEYS:
         if not (own := [part for part in parts if part.kind == kind]):
             continue
+        if len(own) == 1:
+            joined += own
+            continue
         grid = torch.cat([part.grid for part in own])
         if len({part.normalization for part in own}) > 1:  # our bytes beside stock floats
             own = [part.as_floats() for part in own]
@@ -143,4 +148,4 @@ def _one_device(parts: Sequence[Tensor]) -> Tensor:
     """One behind the other, on the accelerator if any is there, else on the host."""
     # the host's come to the device and not the other way: the model reads them there
     device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
-    return torch.cat([part.to(device, non_blocking=True) for part in parts])
+    return torch.cat([on_device(part, device) for part in parts])

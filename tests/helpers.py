@@ -20,8 +20,11 @@ from btok.data.records import Pair
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_embeddings, add_to_tokenizer
+from train.microbatches import Packing
 from train.pocket import data as pocket
 from train.recipes import Recipe
+from train.sampler import Step
+from train.step import train_step
 
 IMAGE, VIDEO, VISION_START, VISION_END = 110, 111, 112, 113
 BTOKS = (100, 101, 102, 103, 104, 105, 106, 107)
@@ -307,3 +310,13 @@ def gloo(folder: str, rank: int, world: int) -> Iterator[None]:
     yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+def one_step(model: Any, processor: Any, recipe: Recipe, pairs: Any, samples: Any, *at: Any) -> Any:
+    """`train_step` of these samples; `at` are the step and whether it is captioning, by default 0
+    and False.
+    """
+    number, captioning, *_ = *at, *(0, False)[len(at) :]
+    packing = Packing.of(model, processor, recipe, captioning)
+    packed = packing(Step(pairs, [], samples, [], list(range(len(samples)))))
+    return train_step(model, recipe, pairs, packed.microbatches, number, captioning)

@@ -221,6 +221,8 @@ class PretendCuda(TorchFunctionMode):
         replaced: dict[str, Any] = {
             "torch.autocast": Autocast,
             "torch.nn.Module.to": module_to,
+            "torch.Tensor.pin_memory": _pinned,
+            "torch.Tensor.is_pinned": lambda t, *_: getattr(t, "pinned", False),
             "torch.cuda.is_available": lambda: True,
             "torch.cuda.is_initialized": lambda: True,
             "torch.cuda.current_device": lambda: 0,
@@ -256,6 +258,12 @@ def move(module: nn.Module) -> nn.Module:
                     moved[id(tensor)] = there
                 held[name] = moved[id(tensor)]
     return module
+
+
+def _pinned(t: Any) -> Any:
+    copied = t.clone()
+    copied.pinned = True
+    return copied
 
 
 def _values(t: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, VISION, tiny_module
+from helpers import FAMILIES, VISION, one_step, tiny_module
 from pretend_cuda import Cuda, PretendCuda
 from test_step import PAIRS, model_with
 
@@ -19,7 +19,6 @@ from btok.encoder import BTokEncoder
 from btok.kernels import CondensedLayout, condensed_attention
 from train.main import main
 from train.recipes import Recipe
-from train.step import train_step
 
 
 def picture(height, width, seed):
@@ -168,7 +167,7 @@ def step(
     samples = pair_samples(pairs, processor, generate=generate)
     model.to(device)
     torch.manual_seed(7)
-    losses, *_ = train_step(model, processor, recipe, pairs, samples, 0, captioning)
+    losses, *_ = one_step(model, processor, recipe, pairs, samples, 0, captioning)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert all(isinstance(g, Cuda) == (device == "cuda") for g in found.values())
     found = {name: g.values if isinstance(g, Cuda) else g for name, g in found.items()}

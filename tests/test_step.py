@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from helpers import (
     BTOKS,
     FAMILIES,
-    IMAGE,
     PREFIX,
     SUFFIX,
     VISION,
     gloo,
     gradients,
-    text,
+    one_step,
     tiny_backbone,
     tiny_module,
     worst_gradient,
@@ -35,10 +34,12 @@ from btok import adapters, label_loss
 from btok.data.records import NTP_SIDES, Pair, Side
 from btok.data.samples import pair_samples
 from btok.model import BTokModel
-from btok.packing import count_labels, group_by_tokens, pack
+from btok.packing import group_by_tokens
 from btok.vision import vision_of
+from train.microbatches import Packing
 from train.recipes import Recipe, build
-from train.step import count_patches, model_flops, train_step
+from train.sampler import Step
+from train.step import count_patches, model_flops
 
 BASE = Recipe(
     caption_steps=0, negatives="batch", ntp_weight=0.7, groups_per_batch=4, reuse_vision=False
@@ -106,7 +107,7 @@ def run(
     generate = captioning or recipe.ntp_weight > 0
     samples = pair_samples(pairs, processor, generate=generate)
     torch.manual_seed(7)
-    done = train_step(model, processor, recipe, pairs, samples, 0, captioning)
+    done = one_step(model, processor, recipe, pairs, samples, 0, captioning)
     losses, tokens, flops = done
     assert tokens > 100 and flops > 0
     return gradients(model), [float(loss) for loss in losses]
@@ -181,7 +182,7 @@ def test_bfloat16_with_adapters():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(F, "linear", watched)
             products.clear()
-            losses = train_step(model, processor, recipe, PAIRS, samples, 0).losses
+            losses = one_step(model, processor, recipe, PAIRS, samples, 0).losses
         assert set(products) == {getattr(torch, dtype)}
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
         assert grads.dtype == torch.float32
@@ -266,7 +267,7 @@ def test_the_step_of_the_reference(family):
     model = BTokModel.from_backbone(backbone, btok_token_ids=BTOKS[:4]).train()
     recipe = dataclasses.replace(BASE, chunk_tokens=40, gradcache=True)
     samples = pair_samples(pairs, Given(sides))
-    losses = train_step(model, Given(sides), recipe, pairs, samples, 0).losses
+    losses = one_step(model, Given(sides), recipe, pairs, samples, 0).losses
 
     z, ntp, _ = two_pass(stock, samples, 4, "reference", True)
     query, positive = z.chunk(2)
@@ -338,7 +339,10 @@ def test_operations_of_a_step(train_all):
     assert both == 10 * weights * (6 if train_all else 2)
     samples = pair_samples(PAIRS, processor)
     sides = {id(s): s for sample in samples for s in sample if s}.values()
-    assert count_patches(samples) == sum(len(v.pixels) for s in sides for v in vision_of(s))
+    packing = Packing.of(model, processor, dataclasses.replace(BASE, gradcache=True))
+    packed = packing(Step(PAIRS, [], samples, [], list(range(len(samples)))))
+    expected = sum(len(v.pixels) for s in sides for v in vision_of(s))
+    assert count_patches(packed.microbatches) == expected
 
 
 def test_turns_within_a_budget():
@@ -351,10 +355,16 @@ def test_features_stand_for_pixels(family):
     """Those of Qwen3-VL's first layers, too; a batch takes either, not both."""
     model = BTokModel.from_backbone(tiny_backbone(family=family), btok_token_ids=BTOKS[:4])
     samples = samples_of(family)
-    seen = [
-        tuple(None if s is None else model.encode_vision([s])[0] for s in pair) for pair in samples
-    ]
-    assert not any(key in s for s, _ in seen for key in ("pixel_values", "pixel_values_videos"))
+    config = model.backbone.config
+
+    def encoded(side):
+        if side is None:
+            return None
+        found = model.encode_vision(model.family.shown(side, config))
+        assert all(vision.pixels is None and vision.features for vision in found)
+        return {**side, "vision": found}
+
+    seen = [tuple(encoded(side) for side in pair) for pair in samples]
     with torch.no_grad():
         want, got = (packed(model, some)[1] for some in (samples, seen))
     assert (got.embeddings - want.embeddings).abs().max() < 1e-6
@@ -363,30 +373,20 @@ def test_features_stand_for_pixels(family):
         packed(model, [seen[0], samples[1]])
 
 
-def test_labels_are_counted_as_packed():
-    config = tiny_backbone().config
-    targets = [text(n, n) for n in range(1, 5)] + [{"input_ids": [IMAGE] * 2}]  # none in the last
-    target = {"prefix_ids": PREFIX, "suffix_ids": (), "backbone_config": config}
-    counts = count_labels(targets, **target)
-    target["backbone_config"] = tiny_backbone(family="qwen2").config
-    batch = pack([(text(3, 3), t) for t in targets[:4]], btok_token_ids=BTOKS[:4], **target)
-    assert counts == (batch.num_targets, len(batch.labels)) == (4, 1 + 2 + 3 + 4)
-
-
 def test_the_contrastive_loss_meets_its_ids_on_the_models_device(monkeypatch):
     """The device `meta` refuses tensors of the host, as CUDA does; what it embeds stands in."""
     model, processor = model_with()
     model.backbone.to("meta")
     samples = pair_samples(PAIRS, processor)
 
-    def embed(forward, microbatches, contrast, weigh):
+    def embed(forward, microbatches, contrast, weigh, backward):
         return weigh(contrast(torch.empty(len(samples), 64, device="meta")), None)
 
     monkeypatch.setattr("train.step.at_once", embed)
     # autocast knows no meta device
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     recipe = dataclasses.replace(BASE, gradcache=False)
-    losses = train_step(model, processor, recipe, PAIRS, samples, 0).losses
+    losses = one_step(model, processor, recipe, PAIRS, samples, 0).losses
     assert losses.contrastive.device.type == "meta"
 
 
@@ -402,7 +402,7 @@ def updates(weights, dtype, steps=300):
         pairs = [
             Pair(Side(words(rng, 6)), Side(words(rng, 2)), positive_id=str(i)) for i in range(6)
         ]
-        train_step(model, processor, recipe, pairs, pair_samples(pairs, processor), number)
+        one_step(model, processor, recipe, pairs, pair_samples(pairs, processor), number)
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach().float() - first[name] for name, p in model.named_parameters()}

@@ -78,7 +78,7 @@ def test_bytes_and_a_stock_processors_floats_meet_in_a_batch(family):
     want = model(model.pack(floats)).embeddings
     for sides in (bytes_, [bytes_[0], floats[1]], [floats[0], bytes_[1]]):
         assert torch.equal(model(model.pack(sides)).embeddings, want)
-    features = model.encode_vision(bytes_)
+    features = [side | {"vision": model.encode_vision(side["vision"])} for side in bytes_]
     assert all(vision.pixels is None for side in features for vision in side["vision"])
     assert torch.equal(model(model.pack(features)).embeddings, want)
 

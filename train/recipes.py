@@ -89,6 +89,14 @@ class Recipe:
     """Keep the activations of one pass at a time; embeds everything once more."""
     checkpoint_activations: bool = False
     """Make each layer's activations again in the backward instead of keeping them."""
+    freeze_vision: bool = False
+    """The vision tower does not train; with adapters it never does."""
+    shard: bool = False
+    """Lay a whole model's weights, gradients and moments over all GPUs (FSDP2)."""
+    replicas: int = 1
+    """Groups of GPUs that hold the whole model each, with `shard`; nodes, say."""
+    max_pixels: int | None = None
+    """The most pixels an image is shown with; None for the model's own bound."""
     reuse_vision: bool = True
     """Run a frozen vision tower once per image and step."""
     vision_memory: int = 1 << 30
@@ -106,6 +114,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1, "chunk_tokens": 1}
+        lows |= {"replicas": 1, "max_pixels": 1}
         from_zero = ["num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps"]
         from_zero += ["warmup_steps", "weight_decay", "muon_rate", "vision_memory", "lora_rank"]
         lows |= dict.fromkeys([*from_zero, "workers", "max_skipped"], 0)

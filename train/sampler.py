@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain, product
+from itertools import chain, islice, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from btok.packing import Sample
 from btok.processing import Processor
 from train.recipes import Recipe
 
+PIECE = 64  # pairs that a worker reads and packs at a time
 TRIES = 16  # pairs that may be tried in the place of one that cannot be read
 
 
@@ -82,17 +83,20 @@ class Skipped(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A rank's part of a step: its pairs (without pictures, videos and negatives), their rows in
-    their data sets, their samples as `pair_samples` gives them, and what was skipped."""
+    """A rank's part of a step, or a piece of that: its pairs (without pictures, videos and
+    negatives), their rows in their data sets, their samples, what was skipped, and the samples'
+    places among those that `pair_samples` gives for all of the rank's pairs."""
 
     pairs: list[Pair]
     rows: list[int]
     samples: list[Sample]
     skipped: list[Skipped]
+    places: list[int]
 
 
 class TrainSet(Dataset[Step]):
-    """The steps of a run on one rank: `steps[i]` is read, decoded and processed when asked for.
+    """The steps of a run on one rank: `steps[i]` is read, decoded and processed when asked for;
+    `steps[i, p]` is the piece p of `pieces` of it.
 
     In the place of a row that cannot be read comes one of its data set that no group of the step
     has, from the far end of the epoch: the same whatever the ranks. Its own turn comes as well.
@@ -124,6 +128,14 @@ class TrainSet(Dataset[Step]):
         count, size = recipe.groups_per_batch, recipe.group_size
         drawn = partial(step_groups, lengths, weights, recipe.seed, count=count, size=size)
         self.groups = groups or drawn
+        places = list(product(range(count), range(size)))
+        self.mine = [at for at in places if at[0] % world == rank]
+        if count % world:  # the whole batch is one: cut anywhere
+            cut = [len(places) * which // world for which in (rank, rank + 1)]
+            self.mine = places[slice(*cut)]
+        # one pass takes all at once
+        self.piece = PIECE if recipe.chunk_tokens is not None else max(len(self.mine), 1)
+        self.pieces = -(-len(self.mine) // self.piece)
         for source in sources:
             if len(source) < recipe.group_size:
                 raise ValueError(
@@ -140,7 +152,11 @@ class TrainSet(Dataset[Step]):
     def __len__(self) -> int:
         return self.recipe.steps
 
-    def __getitem__(self, step: int) -> Step:
+    def __getitem__(self, at: int | tuple[int, int]) -> Step:
+        step, first, last = at, 0, len(self.mine)
+        if isinstance(at, tuple):
+            step, first = at[0], at[1] * self.piece
+            last = min(last, first + self.piece)
         recipe, groups, skipped = self.recipe, self.groups(step), list[Skipped]()
         generate = recipe.objective.weight(step) > 0
 
@@ -166,16 +182,16 @@ class TrainSet(Dataset[Step]):
             name, row, reason = skipped[-1]
             raise ValueError(f"data set {name}: too little of it can be read; row {row}: {reason}")
 
-        places = list(product(range(recipe.groups_per_batch), range(recipe.group_size)))
-        mine = [at for at in places if at[0] % self.world == self.rank]
-        if recipe.groups_per_batch % self.world:  # the whole batch is one: cut anywhere
-            cut = [len(places) * rank // self.world for rank in (self.rank, self.rank + 1)]
-            mine = places[slice(*cut)]
-        found = [read(number, place) for number, place in mine]
+        found = [read(number, place) for number, place in self.mine[first:last]]
         pairs, rows, parts = zip(*found, strict=True)
         # all queries, then all positives, then every one's first hard negative, ...
         ordered = list(chain.from_iterable(zip(*parts, strict=True)))
-        return Step(list(pairs), list(rows), ordered, skipped)
+        places = [
+            kind * len(self.mine) + place
+            for kind in range(len(parts[0]))
+            for place in range(first, last)
+        ]
+        return Step(list(pairs), list(rows), ordered, skipped, places)
 
     def _tries(self, groups: Sequence[Group], number: int, place: int) -> Iterator[tuple[int, int]]:
         """A row of a group, by data set and index, and those to be tried in its place."""
@@ -188,12 +204,16 @@ class TrainSet(Dataset[Step]):
             yield which, int(spares[turn % len(spares)])
 
 
-def load_steps(steps: TrainSet, first: int, workers: int = 0) -> Iterator[tuple[int, Step]]:
+def load_steps(
+    steps: TrainSet, first: int, workers: int = 0, pack: Callable[[Step], Any] | None = None
+) -> Iterator[tuple[int, Any]]:
     """The steps from `first` on, with their numbers; torch's random state is left alone.
 
     Args:
-        workers: processes that make them ahead, two steps each in shared memory; 0: this one does,
+        workers: processes that make them ahead, two pieces each in shared memory; 0: this one does,
             when asked for. They leave signals to this process.
+        pack: applied to each piece, by the workers; it gives a tuple of lists, whose lists are
+            joined over the pieces.
 
     Raises:
         ValueError, ImportError: as `steps[i]`.
@@ -201,14 +221,18 @@ def load_steps(steps: TrainSet, first: int, workers: int = 0) -> Iterator[tuple[
     loader = DataLoader(
         steps,
         batch_size=None,
-        sampler=range(first, len(steps)),
+        sampler=product(range(first, len(steps)), range(steps.pieces)),
         num_workers=workers,
-        collate_fn=_unchanged,
+        collate_fn=pack or _unchanged,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),
     )
     try:
-        yield from enumerate(loader, first)
+        made = iter(loader)
+        for number in range(first, len(steps)):
+            pieces = list(islice(made, steps.pieces))
+            fields = (list(chain(*parts)) for parts in zip(*pieces, strict=True))
+            yield number, type(pieces[0])(*fields)
     except (ValueError, ImportError) as error:  # a worker's has its whole traceback as its text
         kind = type(error)
         raise kind(

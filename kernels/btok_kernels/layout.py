@@ -194,7 +194,7 @@ class CondensedLayout:
 
     def to(self, device: torch.device | str) -> CondensedLayout:
         """The same layout with its index tensors on `device`."""
-        tiles = self.tiles.to(device)
+        tiles = on_device(self.tiles, device)
         if tiles.device == self.device:
             return self
         moved = copy.copy(self)
@@ -281,6 +281,14 @@ class CondensedLayout:
         owner = np.full(self.num_rows, len(taken))
         owner[taken] = np.arange(len(taken))
         return Halves(calls, torch.from_numpy(owner).to(self.device))
+
+
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor.to(device)`, for which the host does not wait where that is a GPU."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        # from pageable memory the call would return when the copy is over
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _cut(begin: np.ndarray, end: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -1,0 +1,126 @@
+"""A step's samples as packed passes, made in the processes that read them.
+
+Samples are grouped to at most so many tokens, the largest first, and packed twice where GradCache
+needs them twice: as `[x ; B ; T]`, and as `[x ; B]` to be embedded first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from btok.data.records import Pair, Side
+from btok.families import named_family
+from btok.model import BTokModel
+from btok.packing import PackedBatch, Sample, group_by_tokens, pack
+from btok.processing import Processor
+from train.recipes import Recipe
+from train.sampler import Skipped, Step
+
+
+class Microbatch(NamedTuple):
+    """Samples of one packed pass.
+
+    Args:
+        places: of its samples among those of the step; a sample behind them has none.
+        batch: the samples with what they must generate.
+        sources: the samples alone; None where nothing embeds them first.
+    """
+
+    places: list[int]
+    batch: PackedBatch
+    sources: PackedBatch | None
+
+
+class PackedStep(NamedTuple):
+    """A rank's part of a step, or a piece of that, as `train.sampler.Step` has it, but packed."""
+
+    pairs: list[Pair]
+    rows: list[int]
+    microbatches: list[Microbatch]
+    skipped: list[Skipped]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a run packs its samples; `packing(step)` does it, where the samples were read.
+
+    Args:
+        options: keyword arguments of `btok.packing.pack`.
+        tokens: of a packed pass, at most; None for one pass.
+        twice: whether the samples are embedded before they are trained on.
+        captioning: samples without a target are left out.
+        filler: a sample of no consequence, for `empty`; with `everywhere` also put into each pass
+            that shows nothing, so that a vision tower whose weights lie on all ranks runs on all.
+    """
+
+    options: Mapping[str, Any]
+    tokens: int | None
+    twice: bool = False
+    captioning: bool = False
+    filler: Sample | None = None
+    everywhere: bool = False
+
+    @classmethod
+    def of(
+        cls, model: BTokModel, processor: Processor, recipe: Recipe, captioning: bool = False
+    ) -> Packing:
+        """That of a run; while `captioning`, of plain causal rows without bottleneck tokens."""
+        options = {
+            "btok_token_ids": () if captioning else model.btok_token_ids,
+            "prefix_ids": processor.prefix_ids,
+            "suffix_ids": processor.suffix_ids,
+            "backbone_config": model.backbone.config,
+            "target_positions": model.settings.target_positions,
+            "condense": recipe.condense and not captioning,
+        }
+        filler, everywhere = None, False
+        if recipe.shard:
+            sees = model.family.vision is not None
+            blank = np.full((28, 28, 3), 255, np.uint8)
+            filler = processor(Side("", [blank]) if sees else Side(".")), None
+            everywhere = sees and not recipe.freeze_vision
+        twice = recipe.gradcache and not captioning
+        return cls(options, recipe.chunk_tokens, twice, captioning, filler, everywhere)
+
+    def __call__(self, step: Step) -> PackedStep:
+        """The step, its samples grouped and packed."""
+        config, seen = self.options["backbone_config"], dict[int, Any]()
+
+        def once(side: Any) -> Any:
+            """With what it shows as an object of its own, wherever it stands."""
+            if side is not None and id(side) not in seen:
+                shown = named_family(config.model_type, "").shown(side, config)
+                seen[id(side)] = {**side, "vision": shown}
+            return side if side is None else seen[id(side)]
+
+        samples = [(once(source), once(target)) for source, target in step.samples]
+        placed = list(zip(step.places, samples, strict=True))
+        if self.captioning:
+            placed = [(place, sample) for place, sample in placed if sample[1] is not None]
+        turns = [range(len(placed))] if placed else []
+        if self.tokens is not None:
+            placed.sort(key=lambda each: -self._length(each[1]))
+            turns = group_by_tokens([self._length(sample) for _, sample in placed], self.tokens)
+        some = [[placed[at] for at in turn] for turn in turns]
+        microbatches = [self._pack(*map(list, zip(*turn, strict=True))) for turn in some]
+        return PackedStep(step.pairs, step.rows, microbatches, step.skipped)
+
+    def empty(self) -> Microbatch:
+        """What a rank runs that has fewer microbatches than another; no loss depends on it."""
+        return self._pack([], [])
+
+    def _pack(self, places: list[int], samples: list[Sample]) -> Microbatch:
+        batch = pack(samples or [self.filler], **self.options)
+        if samples and self.everywhere and not batch.vision:
+            return self._pack(places, [*samples, self.filler])
+        sources = [(source, None) for source, _ in samples or [self.filler]]
+        return Microbatch(places, batch, pack(sources, **self.options) if self.twice else None)
+
+    def _length(self, sample: Sample) -> int:
+        own = sum(np.asarray(side["input_ids"]).size for side in sample if side is not None)
+        around = ("prefix_ids", "suffix_ids") if sample[1] is not None else ()
+        return own + sum(len(self.options[name]) for name in ("btok_token_ids", *around))
