@@ -263,7 +263,7 @@ class BTokModel(nn.Module):
         if vision.pixels is None:
             return vision.features
         assert self.family.vision is not None  # or `pack` would have refused the pixels
-        return self.family.vision.features(self.backbone.model, vision)
+        return self.family.vision.features(self.backbone.model, vision.as_floats())
 
     @torch.no_grad()
     def encode_vision(self, shown: Sequence[Vision]) -> list[Vision]:

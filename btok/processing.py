@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from btok.data.records import Side
 from btok.families import FAMILIES, named_family
@@ -100,14 +99,13 @@ class Processor:
             for name, own in self.image_processor.files().items():
                 write_json(Path(folder) / name, own)
 
-    def __call__(self, side: Side) -> dict[str, Tensor]:
+    def __call__(self, side: Side) -> dict[str, Any]:
         """Token ids and patches of one side.
 
         Returns:
-            `input_ids` int64 [L]; where there are images `pixel_values` fp32 [patches, values] and
-            `image_grid_thw` int64 [images, 3]; for a video `pixel_values_videos` and
-            `video_grid_thw`; what else the family's positions take (Qwen2.5-VL's
-            `second_per_grid_ts` [1]).
+            `input_ids` int64 [L]; where there are images or a video `vision`, a
+            `btok.vision.Vision` of each kind, its pixels uint8; what else the family's positions
+            take (Qwen2.5-VL's `second_per_grid_ts` [1]).
 
         Raises:
             TypeError, ValueError: an image that is no picture, times that are not one per frame,
@@ -120,7 +118,7 @@ class Processor:
                 raise ValueError(had)
             seen = self.image_processor(side)
         ids = seen.ids + (self.encode(seen.gap + side.text) if side.text else [])
-        return {"input_ids": torch.tensor(ids), **seen.tensors}
+        return {"input_ids": torch.tensor(ids), **seen.shown}
 
     @property
     def has_vision(self) -> bool:

@@ -1,14 +1,15 @@
 """What a side shows: its images or its video, as patches or as what the vision tower made of them.
 
-A processor's mapping has them by name: `pixel_values` + `image_grid_thw` for images,
-`pixel_values_videos` + `video_grid_thw` for a video. Under `vision` it may have `Vision`s instead.
+Our processor's mapping has `Vision`s under `vision`, whose pixels are bytes until the tower takes
+them: an eighth of an image's floats on the way there. A stock processor's has floats by name:
+`pixel_values` + `image_grid_thw` for images, `pixel_values_videos` + `video_grid_thw` for a video.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,20 @@ KEYS: dict[Kind, tuple[str, str]] = {
 }
 
 
+class Normalization(NamedTuple):
+    """What bytes of pixels become: (byte / 255 - mean) / std, in fp32.
+
+    Args:
+        mean, std: of each of the three channels, of values in [0, 1].
+        repeat: how often the tower takes each channel of a patch, one behind the other: twice for
+            a still image where its patches span two frames.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    repeat: int = 1
+
+
 @dataclass(frozen=True)
 class Vision:
     """The images, or the videos, of one side or of a packed row.
@@ -29,14 +44,18 @@ class Vision:
     Args:
         kind: which placeholder stands for them, the backbone's `<kind>_token_id`.
         grid: int64 [n, 3], time, height and width of each, in patches.
-        pixels: [patches, values]; None where there are features.
+        pixels: [patches, values], floats as the tower takes them (channel, frame, row, column), or
+            uint8 with a `normalization` (frame, row, column, channel); None where there are
+            features.
         features: the vision tower's, [tokens, D] of each of its levels.
+        normalization: what uint8 `pixels` become; None for floats.
     """
 
     kind: Kind
     grid: Tensor
     pixels: Tensor | None = None
     features: tuple[Tensor, ...] = ()
+    normalization: Normalization | None = None
 
     @property
     def patches(self) -> list[int]:
@@ -48,6 +67,22 @@ class Vision:
         pixels = None if self.pixels is None else on_device(self.pixels, device)
         features = tuple(on_device(level, device) for level in self.features)
         return replace(self, grid=on_device(self.grid, device), pixels=pixels, features=features)
+
+    def as_floats(self) -> Vision:
+        """The same with pixels as the tower takes them: float32 [patches, values * repeat]."""
+        if self.normalization is None or self.pixels is None:
+            return self
+        mean, std, repeat = self.normalization
+        colours = self.pixels.view(len(self.pixels), 1, -1, 3).permute(0, 3, 1, 2)
+        values = colours.to(torch.float32, memory_format=torch.contiguous_format)
+        # divisors lie on the device: by a Python number CUDA divides with its reciprocal, which
+        # rounds otherwise; `new_full` makes them there, so that the host need not wait
+        values /= values.new_full((), 255)
+        for channel, of_mean, of_std in zip(values.unbind(1), mean, std, strict=True):
+            channel -= of_mean
+            channel /= values.new_full((), of_std)
+        pixels = values.expand(-1, -1, repeat, -1).flatten(1)
+        return replace(self, pixels=pixels, normalization=None)
 
 
 def vision_of(side: Mapping[str, Any]) -> list[Vision]:
@@ -71,6 +106,15 @@ def vision_of(side: Mapping[str, Any]) -> list[Vision]:
     return found
 
 
+def by_name(side: Mapping[str, Any]) -> dict[str, Any]:
+    """A side of ours as a stock processor of Qwen's returns it: floats and grids by name."""
+    named = {key: value for key, value in side.items() if key != "vision"}
+    for shown in side.get("vision", ()):
+        pixels, grid = KEYS[shown.kind]
+        named |= {pixels: shown.as_floats().pixels, grid: shown.grid}
+    return named
+
+
 def join(parts: Sequence[Vision]) -> tuple[Vision, ...]:
     """Those of many sides as one of each kind, in their order.
 
@@ -85,9 +129,12 @@ def join(parts: Sequence[Vision]) -> tuple[Vision, ...]:
             joined += own
             continue
         grid = torch.cat([part.grid for part in own])
+        if len({part.normalization for part in own}) > 1:  # our bytes beside stock floats
+            own = [part.as_floats() for part in own]
         pixels = [part.pixels for part in own if part.pixels is not None]
         if len(pixels) == len(own):
-            joined.append(Vision(kind, grid, torch.cat(pixels)))
+            normalization = own[0].normalization
+            joined.append(Vision(kind, grid, torch.cat(pixels), normalization=normalization))
         elif pixels:
             name = KEYS[kind][0]
             raise ValueError(f"pack: {name} are features in some samples, pixels in others")

@@ -28,6 +28,7 @@ from bench.bench_inference import Shape, multiply_adds
 from btok.encoder import BTokEncoder
 from btok.inputs import as_side
 from btok.kernels import CondensedLayout
+from btok.vision import by_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Shape(hidden=64, heads=4, key_heads=2, mlp=96, vocabulary=300, layers=3)
@@ -311,7 +312,7 @@ def test_multiply_adds_of_pictures_are_those_torch_counts(encoders):
             call(*arguments)
         return counter.get_total_flops() // 2
 
-    samples = [encoders.processor(as_side(picture)) for picture in pictures]
+    samples = [by_name(encoders.processor(as_side(picture))) for picture in pictures]
     pixels, grids = (
         torch.cat([sample[key] for sample in samples]) for key in ("pixel_values", "image_grid_thw")
     )

@@ -17,6 +17,7 @@ from PIL import Image
 from btok.data.records import Side
 from btok.families.qwen_images import smart_size
 from btok.processing import Processor
+from btok.vision import by_name
 
 TOKENIZER = tiny_tokenizer()
 
@@ -44,14 +45,14 @@ def test_pixels_equal_the_stock_image_processor(family, settings):
     for case in range(8):
         image = picture(rng.randrange(20, 600), rng.randrange(20, 600), case)
         expected = stock(Image.fromarray(image), return_tensors="pt")
-        got = ours(Side(images=[image]))
+        got = by_name(ours(Side(images=[image])))
         assert torch.equal(got["image_grid_thw"], expected["image_grid_thw"])
         assert torch.allclose(got["pixel_values"], expected["pixel_values"], atol=1e-6)
 
 
 def test_a_video_is_two_frames_per_patch():
     frames = [picture(28, 56, seed) for seed in range(3)]
-    got = Processor(TOKENIZER, min_pixels=28 * 28)(Side(video=frames))
+    got = by_name(Processor(TOKENIZER, min_pixels=28 * 28)(Side(video=frames)))
     assert got["video_grid_thw"].tolist() == [[2, 2, 4]]
     patches = got["pixel_values_videos"].reshape(2, 2, 2, 2, 3, 2, 14, 14)
     #       time, block column, row in block, column in block, channel, frame, y, x
@@ -92,7 +93,7 @@ def test_qwen3_vl_tells_the_time_of_each_two_frames():
     slot = "<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
 
     def tokens(**side):
-        got = processor(Side("a", **side))
+        got = by_name(processor(Side("a", **side)))
         assert "second_per_grid_ts" not in got
         return got["video_grid_thw"].tolist(), TOKENIZER.decode(got["input_ids"])
 
@@ -221,7 +222,8 @@ def test_the_stock_processors_read_our_files(family, tmp_path, monkeypatch):
     rng = random.Random(0)
     for case in range(20):
         frame = picture(rng.randrange(8, 300), rng.randrange(8, 300), case)
-        expected, got = stock(Image.fromarray(frame), return_tensors="pt"), ours(Side("", [frame]))
+        expected = stock(Image.fromarray(frame), return_tensors="pt")
+        got = by_name(ours(Side("", [frame])))
         assert torch.equal(got["image_grid_thw"], expected["image_grid_thw"])
         assert torch.allclose(got["pixel_values"], expected["pixel_values"], atol=1e-6)
 
@@ -239,7 +241,7 @@ def test_the_stock_processors_read_our_files(family, tmp_path, monkeypatch):
         options["cap_pixels_per_frame"] = stock.cap_pixels_per_frame
         size = stock.resize(frames, stock.size, **options)
         clip = [np.zeros((*shape, 3), np.uint8)] * count
-        (grid,) = ours(Side(video=clip))["video_grid_thw"].tolist()
+        (grid,) = ours(Side(video=clip))["vision"][0].grid.tolist()
         assert (grid[1] * unit // 2, grid[2] * unit // 2) == size, (count, shape)
 
     height, width = 2 * unit, 4 * unit
@@ -248,7 +250,7 @@ def test_the_stock_processors_read_our_files(family, tmp_path, monkeypatch):
     mean, std = (torch.tensor(x)[:, None, None] for x in (stock.image_mean, stock.image_std))
     sizes = {name: video[name] for name in ("patch_size", "merge_size", "temporal_patch_size")}
     patches, *grid = stock.patchify(((values - mean) / std)[None], **sizes)
-    got = ours(Side(video=clip))
+    got = by_name(ours(Side(video=clip)))
     assert got["video_grid_thw"].tolist() == [grid]
     assert torch.allclose(got["pixel_values_videos"], patches[0], atol=1e-6)
 
@@ -287,10 +289,10 @@ def test_paths_bytes_pil_images_and_arrays_are_one(tmp_path):
     image = picture(56, 84)
     Image.fromarray(image).save(tmp_path / "a.png")
     processor = Processor(TOKENIZER)
-    expected = processor(Side(images=[image]))["pixel_values"]
+    expected = processor(Side(images=[image]))["vision"][0].pixels
     path = tmp_path / "a.png"
     for other in (Image.fromarray(image), path, str(path), path.read_bytes()):
-        assert torch.equal(processor(Side(images=[other]))["pixel_values"], expected)
+        assert torch.equal(processor(Side(images=[other]))["vision"][0].pixels, expected)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):
@@ -315,8 +317,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         Processor.from_pretrained(tmp_path, max_pixels=50_000).image_processor.max_pixels == 50_000
     )
     side = Side("abc", images=[picture(300, 200)])
-    for key, value in processor(side).items():
-        assert torch.equal(again(side)[key], value)
+    (was,), (now,) = processor(side)["vision"], again(side)["vision"]
+    assert torch.equal(was.pixels, now.pixels) and was.normalization == now.normalization
     assert again.tokenizer.convert_tokens_to_ids("<|btok_1|>") == len(TOKENIZER) + 1
     stock = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert stock["image_processor_type"] == "Qwen2VLImageProcessor"

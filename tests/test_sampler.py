@@ -16,6 +16,7 @@ from PIL import Image
 from btok.data.samples import pair_samples, positive_ids
 from btok.data.sources import open_source
 from btok.processing import Processor
+from btok.vision import by_name, vision_of
 from train.pocket.source import train_set
 from train.recipes import Recipe
 from train.sampler import TRIES, TrainSet, load_steps, step_groups
@@ -56,7 +57,11 @@ def equal(a, b):
     """Whether two samples, or one side of each, hold the same tensors."""
     if isinstance(a, tuple):
         return all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return (a is b is None) or (a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a))
+    if a is None or b is None:
+        return a is b
+    assert all(v.pixels.dtype == torch.uint8 for side in (a, b) for v in vision_of(side))
+    a, b = by_name(a), by_name(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def merged(parts):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import pickle
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,8 @@ from PIL import Image
 
 from btok.data import sources
 from btok.data.records import Pair, Side
-from btok.data.sources import open_source
+from btok.data.sources import Schema, open_source
+from btok.files import sha256
 from btok.inputs import FRAMES
 
 
@@ -126,6 +131,164 @@ def test_a_setting_out_of_range_is_refused(tmp_path, settings, message):
         open_source(path, **settings)
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """A schema that counts the rows that were checked."""
+    rows = []
+
+    def pair(row, root):
+        rows.append(row)
+        return sources._pair(row, root)
+
+    monkeypatch.setattr(sources, "PAIRS", sources.PAIRS._replace(pair=pair))
+    return rows
+
+
+def settle(path, ago=60):
+    """As if the file had been written some seconds ago."""
+    os.utime(path, ns=(time.time_ns() - ago * 10**9,) * 2)
+
+
+def test_rows_are_checked_once(tmp_path, counted):
+    path = write(tmp_path / "a.jsonl", [{"query": f"q{i}", "positive": "p"} for i in range(5)])
+    settle(path)
+    digest = sha256(path)
+    for opening in range(3):
+        for rows in (None, 2):
+            counted.clear()
+            source = open_source(path, rows=rows)
+            assert len(counted) == (0 if opening or rows else 5)
+            assert len(source) == (rows or 5) and source.digest == digest
+            assert [source[i].query.text for i in range(len(source))][1] == "q1"
+    assert isinstance(source.rows.starts, np.memmap) and source.rows.starts.dtype == np.int64
+    settle(path, ago=30)  # copied or touched: what is in it counts
+    counted.clear()
+    assert open_source(path).digest == digest and not counted
+    (index,) = tmp_path.glob("a.jsonl.*")
+    made = index.stat().st_mtime_ns
+    assert open_source(path).digest == digest and index.stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize("ago", [0, 30])
+def test_a_changed_file_is_read_again(tmp_path, counted, ago):
+    """Of the same size too, and within the resolution of its time."""
+    path = write(tmp_path / "a.jsonl", [GOOD] * 3)
+    settle(path, ago=60 if ago else 0)
+    before = open_source(path).digest
+    for text in ("Q", "longer"):
+        write(path, [GOOD, {"query": text, "positive": "p"}, GOOD])
+        settle(path, ago)
+        counted.clear()
+        source = open_source(path)
+        assert source[1].query.text == text and source.digest == sha256(path) != before
+        assert len(counted) == 3 + 1  # and the one that was asked for
+
+
+def damage_cut(index):
+    index.write_bytes(index.read_bytes()[:-10])
+
+
+def damage_bit(index):
+    content = bytearray(index.read_bytes())
+    content[140] ^= 1
+    index.write_bytes(content)
+
+
+def damage_version(index):
+    index.write_bytes(index.read_bytes().replace(b'"kind": "1 ', b'"kind": "0 '))
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_bit, damage_version, Path.touch, None])
+def test_a_damaged_index_is_made_again(tmp_path, counted, damage):
+    path = write(tmp_path / "a.jsonl", [{"query": f"q{i}", "positive": "p"} for i in range(9)])
+    settle(path)
+    open_source(path)
+    (index,) = tmp_path.glob("a.jsonl.*")
+    whole = index.read_bytes()
+    counted.clear()
+    if damage is None:
+        index.write_bytes(b"")
+    else:
+        damage(index)
+    assert open_source(path)[8].query.text == "q8"
+    assert len(counted) == (1 if damage is Path.touch else 9 + 1) and index.read_bytes() == whole
+
+
+def test_a_check_that_is_stopped_leaves_no_index(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [GOOD] * 4)
+    stopping = iter([False, False, True])
+
+    def pair(row, root):
+        if next(stopping):
+            raise KeyboardInterrupt
+        return sources._pair(row, root)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sources, "PAIRS", sources.PAIRS._replace(pair=pair))
+        open_source(path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(open_source(path)) == 4
+    mapped = open_source(path)
+    assert pickle.loads(pickle.dumps(mapped))[3] == mapped[3]
+
+
+def test_rows_and_negatives_of_one_index(tmp_path, counted):
+    counts = (2, 2, 1, 2, 0)
+    rows = [{**GOOD, "negatives": ["n"] * count} for count in counts]
+    path = write(tmp_path / "a.jsonl", rows)
+    with open(path, "a") as file:
+        file.write("\n{\n")
+    for _ in range(2):
+        assert [open_source(path, rows=n).negatives for n in (1, 2)] == [2, 2]
+        assert len(open_source(path, rows=5, negatives=0)) == 5
+        assert len(open_source(path, rows=4, negatives=1)) == 4
+        for settings, line, message in (
+            ({"rows": 3}, 3, r"rows have \[1, 2\] negatives, expected one number"),
+            ({"rows": 4, "negatives": 2}, 3, r"rows have \[1, 2\] negatives, expected at least 2"),
+            ({"rows": 5, "negatives": 1}, 5, r"rows have \[0, 1, 2\] negatives, expected at least"),
+            ({"rows": 6, "negatives": 0}, 7, "expected a JSON object"),
+            ({"negatives": 0}, 7, "expected a JSON object"),
+        ):
+            with pytest.raises(ValueError, match=rf"a\.jsonl:{line}: {message}"):
+                open_source(path, **settings)
+    assert len(counted) == 5
+
+
+def test_each_schema_of_a_file_has_an_index(tmp_path):
+    path = write(tmp_path / "a.jsonl", [GOOD] * 2)
+    other = Schema("other", ("query",), lambda row, root: Pair(Side(row["query"]), Side("o")))
+    for _ in range(2):
+        assert open_source(path, schema=other)[0].positive.text == "o"
+        assert open_source(path)[0].positive.text == "p"
+    assert len(list(tmp_path.glob("*.index"))) == 2
+
+
+def test_where_no_index_can_be_kept_one_line_says_so(tmp_path, counted, caplog):
+    path = write(tmp_path / "a.jsonl", [GOOD] * 2)
+    (tmp_path / "a.jsonl.pairs.index").mkdir()
+    for _ in range(2):
+        assert len(open_source(path)) == 2
+    assert len(counted) == 4 and len(caplog.messages) == 2
+    assert "every start will read all of a.jsonl" in caplog.messages[0]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def opened(path, ready):
+    ready.wait()
+    source = open_source(path)
+    return len(source), source[len(source) - 1].query.text
+
+
+def test_processes_that_build_at_once_do_not_harm_each_other(tmp_path):
+    rows = [{"query": f"q{i}", "positive": "p"} for i in range(2000)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with multiprocessing.Manager() as manager, ProcessPoolExecutor(4) as pool:
+        ready = manager.Barrier(4)
+        found = list(pool.map(opened, [path] * 4, [ready] * 4))
+    assert found == [(2000, "q1999")] * 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.pairs.index"]
+
+
 def test_files_that_are_none(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="data set empty: rows is 0, expected at least 1"):
@@ -154,6 +317,11 @@ def test_parquet_with_paths_and_bytes(tmp_path, monkeypatch):
     assert pair.positive.images == [stored] and pair.target is None
     again = pickle.loads(pickle.dumps(source))[3]
     assert again == pair
+    digest = open_source(tmp_path / "*.parquet").digest
+    assert digest == source.digest == open_source(tmp_path / "a.parquet", rows=1).digest
+    rows[2]["query"] = "Q2"
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert open_source(tmp_path / "a.parquet").digest != digest
 
     features = datasets.Features(
         query={"images": datasets.List(datasets.Image())}, positive=datasets.Value("string")

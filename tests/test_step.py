@@ -35,6 +35,7 @@ from btok.data.records import NTP_SIDES, Pair, Side
 from btok.data.samples import pair_samples
 from btok.model import BTokModel
 from btok.packing import group_by_tokens
+from btok.vision import vision_of
 from train.microbatches import Packing
 from train.recipes import Recipe, load
 from train.sampler import Step
@@ -291,8 +292,7 @@ def test_the_vision_tower_runs_once_an_image(monkeypatch):
     monkeypatch.setattr(BTokModel, "_features", counted)
     _, processor = tiny_module()
     sides = [processor(side) for pair in PAIRS for side in (pair.query, pair.positive)]
-    keys = ("pixel_values", "pixel_values_videos")
-    once = sum(len(side[key]) for side in sides for key in keys if key in side)
+    once = sum(len(vision.pixels) for side in sides for vision in vision_of(side))
     for gradcache in (False, True):
         options = {"chunk_tokens": 120, "gradcache": gradcache}
         patches.clear()
@@ -338,11 +338,10 @@ def test_operations_of_a_step(train_all):
     both = model_flops(model, tokens, 10) - model_flops(model, tokens, 0)
     assert both == 10 * weights * (6 if train_all else 2)
     samples = pair_samples(PAIRS, processor)
-    keys = ("pixel_values", "pixel_values_videos")
     sides = {id(s): s for sample in samples for s in sample if s}.values()
     packing = Packing.of(model, processor, dataclasses.replace(BASE, gradcache=True))
     packed = packing(Step(PAIRS, [], samples, [], list(range(len(samples)))))
-    expected = sum(len(s[k]) for s in sides for k in keys if k in s)
+    expected = sum(len(v.pixels) for s in sides for v in vision_of(s))
     assert count_patches(packed.microbatches) == expected
 
 

@@ -17,6 +17,7 @@ from btok.data.records import Side
 from btok.families import FAMILIES
 from btok.model import BTokModel
 from btok.processing import Processor
+from btok.vision import by_name
 
 KINDS = ("idefics3", "smolvlm")
 TOKENIZER = tiny_tokenizer()
@@ -67,7 +68,7 @@ def test_ids_and_pixels_are_those_of_the_stock_processor(kind, split):
         config = types.SimpleNamespace(vision_config=types.SimpleNamespace(patch_size=4))
         (stock_seen,) = FAMILIES[kind].vision.read(expected, config)
         assert torch.equal(seen.grid, stock_seen.grid)
-        assert torch.equal(seen.pixels, stock_seen.pixels)
+        assert torch.equal(seen.as_floats().pixels, stock_seen.pixels)
         counts.add(len(seen.grid))
     assert counts == ({1, 2} if not split else counts) and len(counts) >= (6 if split else 2)
 
@@ -81,7 +82,7 @@ def test_an_embedding_is_the_stock_models_last_state(kind):
     stock.set_attn_implementation("sdpa")
     for seed, (height, width) in enumerate([(20, 30), (60, 10), (5, 5)]):
         side = processor(Side("a text", [picture(height, width, seed)]))
-        inputs = TINY[kind].stock(side)
+        inputs = TINY[kind].stock(by_name(side))
         ids = torch.cat([side["input_ids"], torch.tensor(model.btok_token_ids)])
         states = stock.model(input_ids=ids[None], **inputs).last_hidden_state[0, -4:]
         expected = F.normalize(states.mean(0), dim=0)
@@ -142,7 +143,8 @@ def test_a_video_is_told_as_smolvlm_has_it(monkeypatch):
         told = processing_smolvlm.SmolVLMProcessor.replace_video_token(stock, inputs, 0)
         got = processor(Side("a text", video=frames, frame_seconds=seconds))
         assert TOKENIZER.decode(got["input_ids"]) == told + "a text"
-        assert got["image_grid_thw"].tolist() == [[1, 4, 4]] * count
+        (shown,) = got["vision"]
+        assert shown.grid.tolist() == [[1, 4, 4]] * count
         # a frame is squared as a picture is that is not cut
         whole = Processor(
             TOKENIZER,
@@ -150,7 +152,7 @@ def test_a_video_is_told_as_smolvlm_has_it(monkeypatch):
             do_image_splitting=False,
             **SETTINGS | {"longest_edge": 16},
         )
-        assert torch.equal(got["pixel_values"], whole(Side(images=frames))["pixel_values"])
+        assert torch.equal(shown.pixels, whole(Side(images=frames))["vision"][0].pixels)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,7 +172,7 @@ def test_stock_processors_read_our_files_and_we_read_theirs(kind, tmp_path):
         assert getattr(again.image_processor, name) == getattr(ours.image_processor, name), name
     expected = stock(Image.fromarray(image), return_tensors="pt")
     tiles = FAMILIES[kind].vision.read(expected, model.backbone.config)
-    assert torch.equal(tiles[0].pixels, again(Side(images=[image]))["pixel_values"])
+    assert torch.equal(tiles[0].pixels, by_name(again(Side(images=[image])))["pixel_values"])
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from btok.encoder import BTokEncoder
+from btok.files import sha256
 from btok.model import BTokModel
 from btok.objective import Losses
 from train import checkpoint
@@ -492,6 +493,16 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
 
     assert main([*command, "--output", str(tmp_path / "none"), "--max-skipped", "0"]) == 2
     assert "1 pairs could not be read, over max_skipped 0" in capsys.readouterr().err
+    config = parts / "config.json"
+    settings = json.loads(config.read_text())
+    ((*entry, digest),) = settings["data sets"]
+    assert entry == ["pairs", 24, 1.0] and digest == sha256(data)
+    data.write_text(data.read_text().replace("number 23", "number 32"))
+    assert main([*command, "--output", str(parts)]) == 2
+    assert "a run whose data set pairs had another content; give the" in capsys.readouterr().err
+    config.write_text(json.dumps(settings | {"data sets": [entry]}))  # as before there were digests
+    assert main([*command, "--output", str(parts)]) == 0
+
     with open(data, "a") as file:
         file.write('{"query": "cut off')
     assert main([*command, "--output", str(tmp_path / "cut")]) == 2

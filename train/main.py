@@ -155,10 +155,19 @@ def check(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
             not divide among the processes.
     """
     settings = {**recipe.described(), "processes": world()}
-    settings["data sets"] = [[s.name, len(s), s.weight] for s in sources]
+    sets = settings["data sets"] = [[s.name, len(s), s.weight, s.digest] for s in sources]
     config = recipe.output / "config.json"
     saved = json.loads(config.read_text()) if config.exists() else settings
     saved = {**Recipe().described(), **saved}  # of before there was a setting
+    before = saved.get("data sets", [])
+    if [entry[:3] for entry in before] == [entry[:3] for entry in sets]:
+        for (name, _, _, *was), now in zip(before, sets, strict=True):
+            if was not in ([], now[3:]):  # a run of an older version has no digests
+                raise ValueError(
+                    f"{recipe.output} holds a run whose data set {name} had another content; give "
+                    "the same file or another --output"
+                )
+        saved["data sets"] = sets
     for name in sorted(settings.keys() - MAY_CHANGE):
         if saved.get(name) != settings[name]:
             raise ValueError(

@@ -160,18 +160,12 @@ def _hound(row: Row, root: Path, *, retrieval: bool) -> Pair:
     return Pair(Side(prompt, video=video), Side(answer), positive_id=answer)
 
 
-MMEB = Schema(("qry", "qry_image_path", "pos_text", "pos_image_path"), _mmeb)
-COLPALI = Schema(("query", "image", "answer", "options"), _colpali)
-VISRAG_IN = Schema(("query", "image", "source"), _visrag)
-HOUND = Schema(("conversations", "video"), partial(_hound, retrieval=False))
-HOUND_RETRIEVAL = Schema(("conversations", "video"), partial(_hound, retrieval=True))
-SCHEMAS = {
-    "mmeb": MMEB,
-    "colpali": COLPALI,
-    "visrag": VISRAG_IN,
-    "hound": HOUND,
-    "hound_retrieval": HOUND_RETRIEVAL,
-}
+MMEB = Schema("mmeb", ("qry", "qry_image_path", "pos_text", "pos_image_path"), _mmeb)
+COLPALI = Schema("colpali", ("query", "image", "answer", "options"), _colpali)
+VISRAG_IN = Schema("visrag", ("query", "image", "source"), _visrag)
+HOUND = Schema("hound", ("conversations", "video"), partial(_hound, retrieval=False))
+HOUND_RETRIEVAL = Schema("hound_retrieval", HOUND.columns, partial(_hound, retrieval=True))
+SCHEMAS = {each.name: each for each in (MMEB, COLPALI, VISRAG_IN, HOUND, HOUND_RETRIEVAL)}
 
 
 def _paper() -> tuple[dict[str, tuple[str, str, Schema, dict[str, Any]]], dict[str, Any]]:

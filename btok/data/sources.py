@@ -9,26 +9,34 @@ object of `bytes` and `path` as the datasets library writes it. Pictures are not
 
 from __future__ import annotations
 
-import json
+import glob
+import hashlib
 import math
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from btok.data.jsonl import JsonLines, Row
 from btok.data.records import NTP_SIDES, NtpSide, Pair, Side
 from btok.inputs import FRAMES, IMAGES, as_side
 
-Row = Mapping[str, Any]
-
 
 class Schema(NamedTuple):
-    """The columns a row must have; (row, folder of its paths) -> pair, or a ValueError that says
-    what is wrong with the row."""
+    """What rows are.
 
+    Args:
+        name: one word, by which a JSONL file's index knows what its rows were checked for.
+        columns: that a row must have.
+        pair: (row, folder of its paths) -> pair, or a ValueError that says what is wrong with the
+            row.
+    """
+
+    name: str
     columns: Sequence[str]
     pair: Callable[[Row, Path], Pair]
 
@@ -39,37 +47,6 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
-
-
-class JsonLines:
-    """The objects of a JSONL file, read when asked for; blank lines are passed over.
-
-    `check` gets every one of the first `rows` now; the ValueErrors are `file:line: why`.
-    """
-
-    def __init__(self, path: Path, rows: int | None, check: Callable[[Row], None]) -> None:
-        self.path, at = path, 0
-        starts: list[int] = []
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if len(starts) == rows:
-                    break
-                if line.strip():
-                    try:
-                        check(_object(line))
-                    except ValueError as error:
-                        raise ValueError(f"{path}:{number}: {error}") from error
-                    starts.append(at)
-                at += len(line)
-        self.starts = np.array(starts, np.int64)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> Row:
-        with open(self.path, "rb") as file:
-            file.seek(self.starts[index])
-            return _object(file.readline())
 
 
 class Table:
@@ -109,6 +86,7 @@ class Source:
         query_instruction, positive_instruction: put before the text of the query, of the positive
             and negatives.
         negatives: how many of a row's hard negatives are taken.
+        digest: of the data set's content, so that a replaced file is noticed; "" for none.
 
     Raises:
         ValueError: no rows, a setting out of range.
@@ -123,6 +101,7 @@ class Source:
     query_instruction: str = ""
     positive_instruction: str = ""
     negatives: int = 0
+    digest: str = ""
 
     def __post_init__(self) -> None:
         for key, had, right, expected in (
@@ -166,8 +145,9 @@ def open_source(
     negatives: int | None = None,
     **settings: Any,
 ) -> Source:
-    """Open a data set and look at it: at every line of a JSONL file, at a parquet file's columns,
-    first row and numbers of negatives.
+    """Open a data set and look at it: at every line of a JSONL file, if its index does not say what
+    was found (`btok/data/jsonl.py`); at a parquet file's columns, first row and numbers of
+    negatives.
 
     Args:
         data: the path of a `.jsonl` or `.parquet` file, a pattern of the latter (`part-*.parquet`),
@@ -193,31 +173,42 @@ def open_source(
         raise ValueError(f"data set {name}: rows is {rows}, expected at least 1")
     counts: set[int] = set()
 
-    def check(row: Row) -> None:
+    def check(row: Row) -> int:
         if missing := [column for column in schema.columns if column not in row]:
             raise ValueError(f"it has no {', '.join(missing)}, its columns are {', '.join(row)}")
-        counts.add(len(schema.pair(row, folder).negatives))
+        return len(schema.pair(row, folder).negatives)
+
+    def count(more: int) -> None:
+        counts.add(more)
         if len(counts) > 1 if negatives is None else min(counts) < negatives:
             expected = "one number" if negatives is None else f"at least {negatives}"
             raise ValueError(f"rows have {sorted(counts)} negatives, expected {expected}")
 
     found: JsonLines | Table
     if path and path.suffix == ".jsonl":
-        found = JsonLines(path, rows, check)
+        found = JsonLines(path, rows, " ".join([schema.name, *schema.columns]), check)
+        for number, line in found.negatives.items():
+            try:
+                count(number)
+            except ValueError as error:
+                raise ValueError(f"{path}:{line}: {error}") from error
+        digest = found.digest
     elif path and path.suffix != ".parquet":
         raise ValueError(f"data set {name}: {path} is neither .jsonl nor .parquet")
     else:
         if path:
             data = load_dataset("parquet", data_files=str(path), split="train")
+        digest = _footers(path) if path else data._fingerprint
         found = Table(data, rows)
         try:
-            counts |= found.negatives() if schema is PAIRS else set()
+            if schema is PAIRS:
+                counts |= found.negatives()
             if len(found):
-                check(found[0])
+                count(check(found[0]))
         except ValueError as error:
             raise ValueError(f"data set {name}: {error}") from error
     taken = min(counts, default=0) if negatives is None else negatives
-    return Source(name, found, schema, folder, negatives=taken, **settings)
+    return Source(name, found, schema, folder, negatives=taken, digest=digest, **settings)
 
 
 def load_dataset(*arguments: Any, **options: Any) -> Any:
@@ -229,6 +220,18 @@ def load_dataset(*arguments: Any, **options: Any) -> Any:
     return datasets.load_dataset(*arguments, **options)
 
 
+def _footers(pattern: Path) -> str:
+    """The sha256 of parquet files' sizes and footers, which say where each column's parts lie, how
+    large and between which values; the content itself is not read."""
+    digest = hashlib.sha256()
+    for path in sorted(glob.glob(str(pattern), recursive=True)):
+        with open(path, "rb") as file:
+            end = file.seek(-8, os.SEEK_END)
+            file.seek(max(end - int.from_bytes(file.read(4), "little"), 0))
+            digest.update(b"%d" % end + file.read())
+    return digest.hexdigest()
+
+
 def picture(value: Any, root: Path) -> Path | bytes:
     """A picture of a row: a path below `root`, or a file's bytes; a ValueError for what is none."""
     if isinstance(value, dict):
@@ -236,16 +239,6 @@ def picture(value: Any, root: Path) -> Path | bytes:
     if not isinstance(value, str | bytes) or not value:
         raise ValueError(f"a picture is {value!r:.60}, expected a path")
     return value if isinstance(value, bytes) else root / value
-
-
-def _object(line: bytes) -> Row:
-    try:
-        row = json.loads(line.decode())
-    except ValueError as error:
-        raise ValueError(f"expected a JSON object: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"it is {row!r:.60}, expected a JSON object")
-    return row
 
 
 def _pair(row: Row, root: Path) -> Pair:
@@ -262,7 +255,7 @@ def _pair(row: Row, root: Path) -> Pair:
     return Pair(query, positive, hard, target=target, positive_id=positive_id)
 
 
-PAIRS = Schema(("query", "positive"), _pair)
+PAIRS = Schema("pairs", ("query", "positive"), _pair)
 PARTS = ("text", "images", "video", "frame_seconds")
 
 

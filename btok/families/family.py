@@ -36,13 +36,12 @@ class Seen(NamedTuple):
     Args:
         ids: the tokens that stand for them.
         gap: what comes between these and the side's text.
-        tensors: patches and grids, by the names that `btok/vision.py` has for them, and whatever
-            else the family's positions take.
+        shown: what it shows under `vision`, and whatever else the family's positions take.
     """
 
     ids: list[int]
     gap: str
-    tensors: dict[str, Tensor]
+    shown: dict[str, Any]
 
 
 class ImageProcessor(ABC):
@@ -55,7 +54,6 @@ class ImageProcessor(ABC):
     SETTINGS: ClassVar[tuple[str, ...]]
     BOUNDS: ClassVar[tuple[str, ...]]
     stock: ClassVar[str]  # the stem of transformers' names, as in `Qwen2VLProcessor`
-    levels: np.ndarray  # of `levels_of`
 
     @abstractmethod
     def __init__(self, tokenizer: Any, **settings: Any) -> None: ...
@@ -81,10 +79,6 @@ class ImageProcessor(ABC):
     def files(self) -> dict[str, dict[str, Any]]:
         """What these settings are in files that the stock processors read, by their names."""
 
-    def normalized(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [F, H, W, 3] -> float32 [F, 3, H, W], less the mean and over the spread."""
-        return np.stack([self.levels[c][frames[..., c]] for c in range(3)], axis=1)
-
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text as it is, special tokens in it recognised."""
@@ -99,11 +93,24 @@ def special_token(tokenizer: Any, token: str, whose: str) -> int:
     return found
 
 
-def levels_of(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """(byte / 255 - mean) / std of every byte, float32 [3, 256]: exact, and one look-up a pixel."""
-    of_mean, of_std = (np.array(x, np.float32) for x in (mean, std))
-    levels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
-    return ((levels - of_mean) / of_std).T.copy()
+def patches_of(slots: np.ndarray, patch: int, merge: int = 1) -> Tensor:
+    """Pictures cut into patches: merged tokens in row order, the patches of each together.
+
+    Args:
+        slots: uint8 [n, frames, H, W, 3], the frames of a slot being one patch's; H and W are
+            multiples of `patch * merge` pixels.
+        patch: pixels per patch side; merge: patches per token side.
+
+    Returns:
+        uint8 [patches, frames * patch * patch * 3]: frame, row, column, channel.
+    """
+    n, frames, height, width, _ = slots.shape
+    rows, columns = height // patch // merge, width // patch // merge
+    # whole rows of a patch move, not bytes: the channels are put first on the device
+    lines = np.ascontiguousarray(slots).reshape(-1, 3 * patch).view(f"V{3 * patch}")
+    lines = lines.reshape(n, frames, rows, merge, patch, columns, merge)
+    lines = lines.transpose(0, 2, 5, 3, 6, 1, 4).copy("C")
+    return torch.from_numpy(lines.view(np.uint8).reshape(-1, frames * patch * patch * 3))
 
 
 def _stock_features(model: Any, vision: Vision) -> Sequence[Tensor]:

@@ -28,11 +28,11 @@ from btok.families.family import (
     Seen,
     VisionRules,
     encode_text,
-    levels_of,
+    patches_of,
     special_token,
 )
 from btok.inputs import frame_seconds, resized, rgb_array
-from btok.vision import KEYS, Vision, vision_of
+from btok.vision import KEYS, Normalization, Vision, vision_of
 
 MOST = 4096  # pixels of a picture's longer edge, at most
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
@@ -85,7 +85,6 @@ class TileImageProcessor(ImageProcessor):
         self.do_image_splitting = do_image_splitting
         self.patch_size, self.merge_size = patch_size, merge_size
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
-        self.levels = levels_of(image_mean, image_std)
         self.around, self.image = (
             special_token(tokenizer, name, "Idefics3's")
             for name in ("<fake_token_around_image>", "<image>")
@@ -121,13 +120,15 @@ class TileImageProcessor(ImageProcessor):
                 ids += [*self._tile("<global-img>"), self.around]
                 tiles.append(self._whole(rgb_array(frame), self.tile))
                 before = ""
-        pixels, grid = KEYS["image"]
         edge = self.tile // self.patch_size
-        out = {
-            pixels: _patches(torch.from_numpy(self.normalized(np.stack(tiles))), self.patch_size)
-        }
-        out[grid] = torch.tensor([[1, edge, edge]] * len(tiles))
-        return Seen(ids, "\n\n" if len(side.video) else "", out)
+        whole = edge * self.patch_size
+        shown = Vision(
+            "image",
+            torch.tensor([[1, edge, edge]] * len(tiles)),
+            patches_of(np.stack(tiles)[:, None, :whole, :whole], self.patch_size),
+            normalization=Normalization(self.image_mean, self.image_std),
+        )
+        return Seen(ids, "\n\n" if len(side.video) else "", {"vision": [shown]})
 
     def estimate(self, pixels: Sequence[int], frames: int) -> int:
         cut = math.ceil(self.longest_edge / self.tile) ** 2 if self.do_image_splitting else 0

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from btok.vision import KEYS, vision_of
+
 
 def mrope(input_ids: Any, grids: Mapping[int, Sequence[Sequence[Any]]], merge: int) -> np.ndarray:
     """Positions of text and grids in the order of their tokens.
@@ -72,9 +74,13 @@ def rows(grid: Any) -> list[Any]:
 
 def arguments(side: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """What every rule of Qwen's takes, of a side and the backbone's configuration."""
+    shown = vision_of(side)
+    grids = {
+        grid: [row for vision in shown if vision.kind == kind for row in vision.grid.tolist()]
+        for kind, (_, grid) in KEYS.items()
+    }
     return {
-        "image_grid_thw": side.get("image_grid_thw"),
-        "video_grid_thw": side.get("video_grid_thw"),
+        **grids,
         "image_token_id": config.image_token_id,
         "video_token_id": config.video_token_id,
         "spatial_merge_size": config.vision_config.spatial_merge_size,

@@ -21,11 +21,11 @@ from btok.families.family import (
     ImageProcessor,
     Seen,
     encode_text,
-    levels_of,
+    patches_of,
     special_token,
 )
 from btok.inputs import frame_seconds, resized, rgb_array
-from btok.vision import KEYS, Kind
+from btok.vision import Kind, Normalization, Vision
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 TEMPORAL_PATCH = 2
@@ -52,8 +52,8 @@ class QwenImageProcessor(ImageProcessor):
     SETTINGS = (*BOUNDS, "patch_size", "merge_size", "image_mean", "image_std")
     stock = stock_video = "Qwen2VL"
     patch_size = 14
-    image_mean: Sequence[float] = CLIP[0]
-    image_std: Sequence[float] = CLIP[1]
+    image_mean: tuple[float, ...] = CLIP[0]
+    image_std: tuple[float, ...] = CLIP[1]
     bounds_of_all_frames = False  # the bounds on a video's pixels are on all its frames together
     timed_slots = False  # each two frames are bracketed on their own, behind their time as text
     needs_seconds = False  # positions take `second_per_grid_ts`, the seconds between two slots
@@ -93,11 +93,10 @@ class QwenImageProcessor(ImageProcessor):
             special_token(tokenizer, f"<|{name}|>", "Qwen2-VL's") for name in names
         )
         self.pads: dict[Kind, int] = {"image": image, "video": video}
-        self.levels = levels_of(self.image_mean, self.image_std)
 
     def __call__(self, side: Side) -> Seen:
         ids: list[int] = []
-        out: dict[str, Tensor] = {}
+        out: dict[str, Any] = {"vision": []}
         seconds = frame_seconds(side)
         seconds += seconds[-1:] * (len(seconds) % TEMPORAL_PATCH)  # an odd last frame, twice
         clips: dict[Kind, list[Any]] = {"image": [[image] for image in side.images]}
@@ -106,8 +105,8 @@ class QwenImageProcessor(ImageProcessor):
             if not of_kind:
                 continue
             video, pad = kind == "video", self.pads[kind]
-            patches = [self._patchify(clip, video) for clip in of_kind]
-            for _, (t, h, w) in patches:
+            pixels, grids = zip(*(self._patchify(clip, video) for clip in of_kind), strict=True)
+            for t, h, w in grids:
                 merged = h * w // self.merge_size**2
                 if video and self.timed_slots:
                     slot = [self.start, *[pad] * merged, self.end]
@@ -116,9 +115,11 @@ class QwenImageProcessor(ImageProcessor):
                         ids += [*encode_text(self.tokenizer, time), *slot]
                 else:
                     ids += [self.start, *[pad] * (t * merged), self.end]
-            pixels, grid = KEYS[kind]
-            out[pixels] = torch.from_numpy(np.concatenate([flat for flat, _ in patches]))
-            out[grid] = torch.tensor([thw for _, thw in patches])
+            # a still image's frame travels once and is doubled where it is looked at
+            repeat = 1 if video else TEMPORAL_PATCH
+            norm = Normalization(self.image_mean, self.image_std, repeat)
+            shown = Vision(kind, torch.tensor(grids), torch.cat(pixels), normalization=norm)
+            out["vision"].append(shown)
             if video and self.needs_seconds:
                 gap = (seconds[-1] - seconds[0]) / max(len(side.video) - 1, 1)
                 out["second_per_grid_ts"] = torch.tensor([TEMPORAL_PATCH * gap])
@@ -171,8 +172,9 @@ class QwenImageProcessor(ImageProcessor):
             video["max_video_tokens"] = self.max_frame_pixels // unit**2
         return {IMAGE_FILE: shared | image, VIDEO_FILE: shared | video}
 
-    def _patchify(self, frames: Sequence[Any], video: bool) -> tuple[np.ndarray, list[int]]:
-        """[patches, 3 * 2 * p * p] and (t, h, w); an odd last frame is shown twice."""
+    def _patchify(self, frames: Sequence[Any], video: bool) -> tuple[Tensor, list[int]]:
+        """uint8 [patches, 3 * p * p], of a video 3 * 2 * p * p, its odd last frame shown twice; and
+        (t, h, w)."""
         height, width, _ = rgb_array(frames[0]).shape
         unit = self.patch_size * self.merge_size
         low, high, together = self.min_pixels, self.max_pixels, 1
@@ -183,14 +185,11 @@ class QwenImageProcessor(ImageProcessor):
             high = high // unit**2 * unit**2 * together
         height, width = smart_size(height, width, unit, low, high, together)
         clip = np.stack([resized(rgb_array(frame), height, width, "BICUBIC") for frame in frames])
-        if len(clip) % TEMPORAL_PATCH:
+        if video and len(clip) % TEMPORAL_PATCH:
             clip = np.concatenate([clip, clip[-1:]])
-        m, p = self.merge_size, self.patch_size
-        t, h, w = len(clip) // TEMPORAL_PATCH, height // p, width // p
-        blocks = self.normalized(clip).reshape(t, TEMPORAL_PATCH, 3, h // m, m, p, w // m, m, p)
-        # merged tokens in row order, the patches of each together, then channel, time, row, column
-        flat = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1)
-        return np.ascontiguousarray(flat), [t, h, w]
+        slots = clip.reshape(-1, TEMPORAL_PATCH if video else 1, height, width, 3)
+        pixels = patches_of(slots, self.patch_size, self.merge_size)
+        return pixels, [len(slots), height // self.patch_size, width // self.patch_size]
 
 
 def smart_size(

@@ -20,7 +20,7 @@ from btok.files import read_json
 from btok.inputs import as_side, with_frames
 from btok.model import BTokModel, use_condensed_attention
 from btok.processing import Processor
-from btok.vision import KEYS
+from btok.vision import KEYS, by_name
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -117,9 +117,10 @@ class BTokTransformer(InputModule):
                     features[key] = torch.cat(parts)
         return features
 
-    def _read(self, value: Any, prompt: str | None) -> dict[str, Tensor]:
+    def _read(self, value: Any, prompt: str | None) -> dict[str, Any]:
         try:
-            return self.processor(with_frames(as_side(_side(value), prompt)))
+            # by name, as the losses of sentence-transformers cut them into minibatches
+            return by_name(self.processor(with_frames(as_side(_side(value), prompt))))
         except Exception as error:  # of a TypeError sentence-transformers would try again
             raise ValueError(f"BTokTransformer: input {value!r:.80}: {error}") from error
 

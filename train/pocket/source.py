@@ -54,7 +54,7 @@ def _pair(row: Row, root: Path) -> Pair:
 
 def train_set(recipe: Recipe, processor: Processor, rank: int = 0, world: int = 1) -> TrainSet:
     """The steps of a run on the pocket benchmark; arguments as `TrainSet` has them."""
-    schema, size, seed = Schema(("pair",), _pair), recipe.group_size, recipe.seed
+    schema, size, seed = Schema("pocket", ("pair",), _pair), recipe.group_size, recipe.seed
     sources = [
         Source(task, Rows(task, size, seed), schema, Path(), ntp_side=NTP_SIDE[task])
         for task in TASKS
