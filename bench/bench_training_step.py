@@ -43,6 +43,7 @@ from btok.data.samples import pair_samples
 from btok.model import BTokModel
 from btok.objective import Losses
 from btok.packing import Sample, pack
+from btok.vision import Vision
 from train.microbatches import Packing
 from train.recipes import Recipe
 from train.sampler import Step
@@ -304,6 +305,8 @@ def make_pairs(shape: Shape, image: int) -> tuple[list[Pair], dict[str, dict[str
             pixels = torch.randn(height * width, 3 * 2 * 14 * 14, generator=generator)
             processed["pixel_values"] = pixels
             processed["image_grid_thw"] = torch.tensor([[1, height, width]])
+            # as an object, so that the step knows one image where it stands twice
+            processed["vision"] = [Vision("image", processed["image_grid_thw"], pixels)]
             processed["input_ids"] = [image] * (height * width // 4) + ids
         sides[name] = processed
         return Side(text=name)

@@ -196,6 +196,7 @@ class BTokModel(nn.Module):
             getattr(self.backbone, f"{name}enable")({"use_reentrant": False})
         else:
             getattr(self.backbone, f"{name}disable")()
+            self.backbone.disable_input_require_grads()  # which transformers leaves behind
 
     def pack(self, sources: Sequence[Mapping[str, Any]]) -> PackedBatch:
         """Samples to embed, each as a processor returns it, as one batch without targets."""

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from btok.data.records import Pair, Side
-from btok.families import named_family
 from btok.model import BTokModel
 from btok.packing import PackedBatch, Sample, group_by_tokens, pack
 from btok.processing import Processor
@@ -88,17 +87,7 @@ class Packing:
 
     def __call__(self, step: Step) -> PackedStep:
         """The step, its samples grouped and packed."""
-        config, seen = self.options["backbone_config"], dict[int, Any]()
-
-        def once(side: Any) -> Any:
-            """With what it shows as an object of its own, wherever it stands."""
-            if side is not None and id(side) not in seen:
-                shown = named_family(config.model_type, "").shown(side, config)
-                seen[id(side)] = {**side, "vision": shown}
-            return side if side is None else seen[id(side)]
-
-        samples = [(once(source), once(target)) for source, target in step.samples]
-        placed = list(zip(step.places, samples, strict=True))
+        placed = list(zip(step.places, step.samples, strict=True))
         if self.captioning:
             placed = [(place, sample) for place, sample in placed if sample[1] is not None]
         turns = [list(range(len(placed)))] if placed else []
