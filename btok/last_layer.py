@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from btok_kernels.layout import CondensedLayout
+from btok_kernels.layout import CondensedLayout, on_device
 
 
 def pooled_rows_only(language_model: Any, num_rows: int) -> Any:
@@ -58,7 +58,8 @@ def _pooled_rows(
     """A decoder layer for the last rows of each sequence: [1, T, D] -> [1, N * R, D]."""
     attention = layer.self_attn
     ends = layout.bounds[:, 3:].long()
-    rows = (ends + torch.arange(-num_rows, 0)).flatten().to(hidden.device)  # [N * R]
+    rows = (ends + torch.arange(-num_rows, 0)).flatten()
+    rows = on_device(rows, hidden.device)  # [N * R]
     cos, sin = (t[0][:, None] for t in position_embeddings)  # [T, 1, head dim]
     residual, states = hidden[0, rows], layer.input_layernorm(hidden)[0]
     heads = (-1, attention.head_dim)
@@ -81,6 +82,10 @@ def _attend(
     A sequence's keys are laid in a power of two of columns, the last key in the last column; from
     512 on in as many as there are.
     """
+
+    def there(array: np.ndarray) -> Tensor:
+        return on_device(torch.from_numpy(array), q.device)
+
     start, end = layout.bounds.numpy().astype(np.int64)[:, [0, 3]].T[..., None]  # [N, 1]
     by_size: dict[int, list[int]] = defaultdict(list)
     for index, length in enumerate((end - start)[:, 0].tolist()):
@@ -92,10 +97,10 @@ def _attend(
         columns = end[members] - size + np.arange(size)  # [S, L]
         seen = columns[:, None] - end[members, None] <= np.arange(-num_rows, 0)[:, None]
         seen &= (columns >= start[members])[:, None]  # [S, R, L]
-        mask = torch.from_numpy(seen[:, None].repeat(per_key, 2)).to(q.device)
-        keys = torch.from_numpy(columns.clip(start[members])).to(q.device)  # none of another's
+        mask = there(seen[:, None].repeat(per_key, 2))
+        keys = there(columns.clip(start[members]))  # none of another's
         out = F.scaled_dot_product_attention(
-            q[members].permute(0, 2, 1, 3, 4).flatten(2, 3),  # [S, Hkv, R * G, D]
+            q[there(np.array(members))].permute(0, 2, 1, 3, 4).flatten(2, 3),  # [S, Hkv, R * G, D]
             k[keys].transpose(1, 2),  # [S, Hkv, L, D]
             v[keys].transpose(1, 2),
             attn_mask=mask,  # [S, 1, R * G, L]
@@ -104,7 +109,7 @@ def _attend(
         out = out.unflatten(2, (num_rows, per_key)).permute(0, 2, 1, 3, 4)
         outputs.append(out.flatten(2, 3))  # [S, R, Hq, D]
     back = np.argsort([index for members in by_size.values() for index in members])
-    return torch.cat(outputs)[torch.from_numpy(back).to(q.device)].flatten(0, 1)  # [N * R, Hq, D]
+    return torch.cat(outputs)[there(back)].flatten(0, 1)  # [N * R, Hq, D]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -242,22 +242,20 @@ class BTokModel(nn.Module):
 
     def _embed(self, batch: PackedBatch) -> tuple[Tensor, dict[str, Any]]:
         """Token embeddings with the vision features in place [T, D]; what a family's language model
-        takes besides: features that go onto its first layers' outputs, and their rows.
+        takes besides: features that go onto its first layers' outputs.
         """
         embeds = self.backbone.model.get_input_embeddings()(batch.input_ids)
         levels: list[Tensor] = []  # [T, D] each
-        seen = torch.zeros_like(batch.input_ids, dtype=torch.bool)
         for vision in join(batch.vision):
             features, *deep = self._features(vision)
             at = batch.input_ids == getattr(self.backbone.config, f"{vision.kind}_token_id")
             embeds = _place(embeds, at, features)
             levels = levels or [torch.zeros_like(embeds) for _ in deep]
             levels = [_place(level, at, f) for level, f in zip(levels, deep, strict=True)]
-            seen |= at
         rules = self.family.vision
         if not levels or rules is None or rules.onto_layers is None:
             return embeds, {}
-        return embeds, rules.onto_layers(seen, [level[seen] for level in levels])
+        return embeds, rules.onto_layers(levels)
 
     def _features(self, vision: Vision) -> Sequence[Tensor]:
         """What the vision tower makes of pixels, [tokens, D] of each level, if it has not yet."""
@@ -333,7 +331,8 @@ class BTokModel(nn.Module):
         losses = label_losses(self.backbone.lm_head, hidden[batch.label_rows], batch.labels)
         if self.settings.ntp_reduction == "token_mean":
             return losses.mean()
-        counts = batch.label_samples.bincount(minlength=len(batch))
+        counts = torch.zeros(len(batch), device=losses.device)
+        counts.index_add_(0, batch.label_samples, torch.ones_like(losses, dtype=counts.dtype))
         return (losses / counts[batch.label_samples]).sum() / batch.num_targets
 
 
@@ -353,8 +352,10 @@ def use_condensed_attention(backbone: Any) -> None:
         )
     AttentionInterface.register("condensed", _condensed_for_transformers)
     parts = {"text_config": "condensed", "vision_config": "sdpa"}
-    sees = family_of(backbone.config).vision is not None
-    backbone.set_attn_implementation(parts if sees else "condensed")
+    rules = family_of(backbone.config).vision
+    backbone.set_attn_implementation(parts if rules else "condensed")
+    if rules and rules.prepare:
+        rules.prepare(backbone)
 
 
 def _condensed_for_transformers(

@@ -43,7 +43,7 @@ class Vision:
 
     Args:
         kind: which placeholder stands for them, the backbone's `<kind>_token_id`.
-        grid: int64 [n, 3], time, height and width of each, in patches.
+        grid: int64 [n, 3] on the host, time, height and width of each, in patches.
         pixels: [patches, values], floats as the tower takes them (channel, frame, row, column), or
             uint8 with a `normalization` (frame, row, column, channel); None where there are
             features.
@@ -63,10 +63,10 @@ class Vision:
         return self.grid.prod(dim=1).tolist()
 
     def to(self, device: torch.device | str) -> Vision:
-        """The same with every tensor on `device`."""
+        """The same with pixels and features on `device`; the grid stays on the host, which asks."""
         pixels = None if self.pixels is None else on_device(self.pixels, device)
         features = tuple(on_device(level, device) for level in self.features)
-        return replace(self, grid=on_device(self.grid, device), pixels=pixels, features=features)
+        return replace(self, pixels=pixels, features=features)
 
     def as_floats(self) -> Vision:
         """The same with pixels as the tower takes them: float32 [patches, values * repeat]."""

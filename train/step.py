@@ -22,6 +22,7 @@ from btok.model import BTokModel, BTokOutput
 from btok.objective import Losses
 from btok.packing import PackedBatch, group_by_tokens
 from btok.vision import Vision
+from btok_kernels.layout import on_device
 from btok_kernels.ranks import rank, world
 from train import parallel
 from train.checkpoint import random_state, set_random_state
@@ -74,7 +75,7 @@ def train_step(
     counts = sum(model.ntp_count(m.batch) for m in microbatches)
     # all ranks' mean, so that a target weighs the same on a rank that has few of them
     count = max(float(parallel.mean_over_ranks(torch.tensor(float(counts)).double())), 1e-9)
-    ids = positive_ids(pairs, rank()).to(model.backbone.device)  # where the embeddings are
+    ids = on_device(positive_ids(pairs, rank()), model.backbone.device)
     groups = recipe.groups_per_batch // world()
     forward = partial(_forward, model, recipe, count)
     contrast = partial(recipe.objective.contrastive, ids=ids, num_groups=groups)
@@ -155,13 +156,15 @@ def by_gradcache(
     contrastive = contrast(embeddings)
     contrastive.backward()
     assert embeddings.grad is not None
+    gradients = embeddings.grad[on_device(_order(microbatches), embeddings.device)]
+    shares = gradients.split([len(m.places) for m in microbatches])
     ntps = []
-    for number, (m, state) in enumerate(zip(microbatches, states, strict=True), 1):
+    for number, (m, state, share) in enumerate(zip(microbatches, states, shares, strict=True), 1):
         if dropping:
             set_random_state(state)
         part, ntp = forward(m.batch, m.places)
         # in the contrastive loss's place, what has its gradients of this part
-        loss = weigh((part * embeddings.grad[m.places]).sum(), ntp).total
+        loss = weigh((part * share).sum(), ntp).total
         backward(loss, is_last=number == len(microbatches))
         ntps.append(None if ntp is None else ntp.detach())
     return weigh(contrastive.detach(), _sum(ntps))
@@ -184,8 +187,11 @@ def caption(
 def _as_they_came(parts: Sequence[Tensor], microbatches: Sequence[Microbatch]) -> Tensor:
     """The microbatches' embeddings in the order of the step's samples."""
     # of one microbatch too: its samples are sorted by length
-    order = torch.tensor([place for m in microbatches for place in m.places])
-    return torch.cat(list(parts))[order.argsort().to(parts[0].device)]
+    return torch.cat(list(parts))[on_device(_order(microbatches).argsort(), parts[0].device)]
+
+
+def _order(microbatches: Sequence[Microbatch]) -> Tensor:
+    return torch.tensor([place for m in microbatches for place in m.places])
 
 
 def _sum(values: Sequence[Tensor | None]) -> Tensor | None:

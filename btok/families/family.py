@@ -113,11 +113,6 @@ def patches_of(slots: np.ndarray, patch: int, merge: int = 1) -> Tensor:
     return torch.from_numpy(lines.view(np.uint8).reshape(-1, frames * patch * patch * 3))
 
 
-def _stock_features(model: Any, vision: Vision) -> Sequence[Tensor]:
-    found = getattr(model, f"get_{vision.kind}_features")(vision.pixels, vision.grid)
-    return [torch.cat(tuple(found.pooler_output))]
-
-
 def _merge_size(config: Any) -> int:
     return config.vision_config.spatial_merge_size
 
@@ -136,22 +131,24 @@ class VisionRules:
 
     Args:
         image_processor: the class of its image processor.
-        read: what a side shows, of what the stock processor returns or ours, and the backbone's
-            configuration.
         features: the vision tower's, of the backbone's `model` and images or videos: [tokens, D]
             for each level. The first goes in the place of tokens, the others onto outputs of the
             first layers.
-        onto_layers: the language model's keyword arguments for those others, from the rows [T]
-            that are vision and the features [rows, D] of each level.
+        read: what a side shows, of what the stock processor returns or ours, and the backbone's
+            configuration.
+        prepare: called with a backbone before it is used.
+        onto_layers: the language model's keyword arguments for those others, from each level
+            [T, D], which is zero in rows that are not vision.
         num_levels: how many others there are, by the vision configuration.
         merge_size: patches per token along height and along width, by the configuration.
         tower: the attribute of the backbone's `model` that is the vision tower.
     """
 
     image_processor: type[ImageProcessor]
+    features: Callable[[Any, Vision], Sequence[Tensor]]
     read: Callable[[Mapping[str, Any], Any], list[Vision]] = _by_name
-    features: Callable[[Any, Vision], Sequence[Tensor]] = _stock_features
-    onto_layers: Callable[[Tensor, Sequence[Tensor]], dict[str, Any]] | None = None
+    prepare: Callable[[Any], None] | None = None
+    onto_layers: Callable[[Sequence[Tensor]], dict[str, Any]] | None = None
     num_levels: Callable[[Any], int] = _no_more
     merge_size: Callable[[Any], int] = _merge_size
     tower: str = "visual"

@@ -277,9 +277,7 @@ class _SmolVLMImageProcessor(TileImageProcessor):
 def _family(model: str, images: type[ImageProcessor]) -> Family:
     return Family(
         f"{model}ForConditionalGeneration",
-        VisionRules(
-            images, read=_read, features=_features, merge_size=_merge_size, tower="vision_model"
-        ),
+        VisionRules(images, _features, read=_read, merge_size=_merge_size, tower="vision_model"),
         language_model="text_model",
     )
 

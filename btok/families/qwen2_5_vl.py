@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from btok.families import qwen_tower
 from btok.families.family import Family, VisionRules
 from btok.families.mrope import arguments, mrope, rows
 from btok.families.qwen_images import QwenImageProcessor
@@ -59,6 +62,14 @@ def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndar
     )
 
 
+def _windows(tower: Any, grid: Tensor) -> dict[str, Tensor]:
+    from transformers.vision_utils import get_vision_window_index
+
+    sizes = tower.spatial_merge_size, tower.window_size, tower.patch_size
+    index, begins = get_vision_window_index(grid, *sizes)
+    return {"window_index": index, "cu_window_seqlens": begins}
+
+
 class _ImageProcessor(QwenImageProcessor):
     stock = "Qwen2_5_VL"
     needs_seconds = True
@@ -66,7 +77,11 @@ class _ImageProcessor(QwenImageProcessor):
 
 QWEN2_5_VL = Family(
     "Qwen2_5_VLForConditionalGeneration",
-    VisionRules(_ImageProcessor),
+    VisionRules(
+        _ImageProcessor,
+        partial(qwen_tower.features, more=_windows),
+        prepare=qwen_tower.use_in,
+    ),
     _positions,
     language_model="language_model",
 )

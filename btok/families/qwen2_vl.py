@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from btok.families import qwen_tower
 from btok.families.family import Family, VisionRules
 from btok.families.mrope import arguments, mrope, rows
 from btok.families.qwen_images import QwenImageProcessor
@@ -47,7 +48,7 @@ def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndar
 
 QWEN2_VL = Family(
     "Qwen2VLForConditionalGeneration",
-    VisionRules(QwenImageProcessor),
+    VisionRules(QwenImageProcessor, qwen_tower.features, prepare=qwen_tower.use_in),
     _positions,
     language_model="language_model",
 )

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from btok.families import qwen_tower
 from btok.families.family import Family, VisionRules
 from btok.families.mrope import arguments, mrope, rows
 from btok.families.qwen_images import QwenImageProcessor
-from btok.vision import Vision
 
 
 def qwen3_vl_positions(
@@ -46,14 +46,31 @@ def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndar
     return qwen3_vl_positions(ids, **arguments(side, config))
 
 
-def _features(model: Any, vision: Vision) -> list[Tensor]:
-    found = getattr(model, f"get_{vision.kind}_features")(vision.pixels, vision.grid)
-    levels = [found.pooler_output, *found.deepstack_features]
-    return [torch.cat(tuple(level)) for level in levels]
+def _interpolation(tower: Any, grid: Tensor) -> dict[str, Tensor]:
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid,
+        num_grid_per_side=tower.num_grid_per_side,
+        mode=tower.interpolation_mode,
+        align_corners=tower.interpolation_align_corners,
+        spatial_merge_size=tower.config.spatial_merge_size,
+    )
+    return {"interp_indices": indices, "interp_weights": weights}
 
 
-def _onto_layers(at: Tensor, levels: Sequence[Tensor]) -> dict[str, Any]:
-    return {"visual_pos_masks": at[None], "deepstack_visual_embeds": list(levels)}
+def _prepare(backbone: Any) -> None:
+    qwen_tower.use_in(backbone)
+    backbone.model.language_model._deepstack_process = _add
+
+
+def _add(hidden: Tensor, at: None, level: Tensor) -> Tensor:
+    # transformers' own picks the rows by a mask, and the host waits for how many there are
+    return hidden + level.to(hidden.dtype)
+
+
+def _onto_layers(levels: Sequence[Tensor]) -> dict[str, Any]:
+    return {"visual_pos_masks": None, "deepstack_visual_embeds": list(levels)}
 
 
 def _num_levels(vision_config: Any) -> int:
@@ -71,7 +88,11 @@ class _ImageProcessor(QwenImageProcessor):
 QWEN3_VL = Family(
     "Qwen3VLForConditionalGeneration",
     VisionRules(
-        _ImageProcessor, features=_features, onto_layers=_onto_layers, num_levels=_num_levels
+        _ImageProcessor,
+        partial(qwen_tower.features, more=_interpolation),
+        prepare=_prepare,
+        onto_layers=_onto_layers,
+        num_levels=_num_levels,
     ),
     _positions,
     language_model="language_model",

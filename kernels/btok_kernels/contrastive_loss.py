@@ -120,7 +120,10 @@ class _Batch:
         shards, *ids = ranks.shards(shard, *(() if call.key_ids is None else (call.key_ids,)))
         self.candidates = join(shards).to(dtype)  # [M, E, D]
         self.key_ids = join(ids[0]) if ids else None  # [M]
-        tau = torch.as_tensor(call.temperature, dtype=dtype, device=call.query.device)
+        tau = call.temperature
+        if not isinstance(tau, Tensor):  # filled in there: a copy would have the host wait
+            tau = torch.full((), tau, dtype=dtype, device=call.query.device)
+        tau = tau.to(call.query.device, dtype)
         self.tau, self.scale = tau.reshape(()), 1 / tau.reshape(())
         logits = _TILE_LOGITS * (16 if call.query.device.type == "cuda" else 1)
         height = max(1, logits // self.candidates.shape[:2].numel())

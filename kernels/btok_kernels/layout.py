@@ -138,7 +138,7 @@ class CondensedLayout:
             raise ValueError(
                 f"CondensedLayout: max_sequences is {self.max_sequences}, bounds has {len(self)}"
             )
-        tiles = self._build_tiles().to(self.device)
+        tiles = on_device(self._build_tiles(), self.device)
         # that of the tensors: "cuda" is cuda:0 there, and is compared with theirs
         self.__dict__.update(tiles=tiles, device=tiles.device)
 
@@ -231,7 +231,7 @@ class CondensedLayout:
         for start, first, border, end in self.bounds.tolist():
             row_first[start:border] = start
             row_first[border:end] = first
-        return row_first.to(self.device)
+        return on_device(row_first, self.device)
 
     @cached_property
     def segments(self) -> Segments:
@@ -257,7 +257,7 @@ class CondensedLayout:
                 at += length
         index = np.concatenate(rows)
         in_place = len(shapes) == 1 and np.array_equal(index, np.arange(self.num_rows))
-        there = [torch.from_numpy(x).to(self.device) for x in (index, owner)]
+        there = [on_device(torch.from_numpy(x), self.device) for x in (index, owner)]
         return Segments(there[0], shapes, there[1], in_place)
 
     @cached_property
@@ -273,14 +273,16 @@ class CondensedLayout:
                 keys = np.concatenate(list(map(np.arange, key, stop)))
                 row_lens, key_lens = stop - row, stop - key
                 ends = (np.append(0, np.cumsum(x)).astype(np.int32) for x in (row_lens, key_lens))
-                each = (torch.from_numpy(x).to(self.device) for x in (rows[-1], keys, *ends))
+                each = (
+                    on_device(torch.from_numpy(x), self.device) for x in (rows[-1], keys, *ends)
+                )
                 of_rows, of_keys, row_ends, key_ends = each
                 lens = row_lens.tolist(), key_lens.tolist()
                 calls.append(Half(of_rows, of_keys, *lens, row_ends, key_ends))
         taken = np.concatenate(rows)
         owner = np.full(self.num_rows, len(taken))
         owner[taken] = np.arange(len(taken))
-        return Halves(calls, torch.from_numpy(owner).to(self.device))
+        return Halves(calls, on_device(torch.from_numpy(owner), self.device))
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -1,0 +1,104 @@
+"""The vision towers of Qwen's models, called so that the host need not wait for the device.
+
+All that follows from the sizes of images (positions, where each begins, windows) is made on the
+host and copied; all images are one call of torch's attention for sequences of any length, where
+the device has it, and one each elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from btok.vision import Vision
+from btok_kernels.layout import on_device
+
+ATTENTION = "flash_varlen_vision"  # transformers asks the name whether it takes all in one call
+
+
+def nothing_more(tower: Any, grid: Tensor) -> dict[str, Tensor]:
+    """What a tower takes besides of grids [n, 3]: nothing."""
+    return {}
+
+
+def features(
+    model: Any,
+    vision: Vision,
+    more: Callable[[Any, Tensor], Mapping[str, Tensor]] = nothing_more,
+) -> list[Tensor]:
+    """The tower's features [tokens, D], and those of its levels, if any.
+
+    Args:
+        model: the backbone's `model`.
+        vision: its `grid` on the host.
+        more: of the tower and the grids, what else it takes, on the host.
+    """
+    from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+
+    tower, grid = model.visual, vision.grid
+    plan = {
+        "position_ids": get_vision_position_ids(grid, tower.spatial_merge_size),
+        "cu_seqlens": get_vision_cu_seqlens(grid),
+        **more(tower, grid),
+    }
+    assert vision.pixels is not None
+    there: dict[str, Any] = {
+        name: on_device(value, vision.pixels.device) for name, value in plan.items()
+    }
+    lengths = {
+        id(there[name]): plan[name].diff().tolist()
+        for name in ("cu_seqlens", "cu_window_seqlens")
+        if name in plan
+    }
+    for name, begins in (("max_seqlen", "cu_seqlens"), ("max_window_seqlen", "cu_window_seqlens")):
+        if begins in plan:
+            there[name] = max(lengths[id(there[begins])])
+    # not get_image_features, which cuts the result into images again
+    found = tower(vision.pixels.to(tower.dtype), grid, lengths=lengths, **there)
+    return [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
+
+
+def use_in(backbone: Any) -> None:
+    """Make `attention` that of a backbone's vision tower."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attention)
+    backbone.set_attn_implementation({"vision_config": ATTENTION})
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    lengths: Mapping[int, Sequence[int]] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Every patch sees those of its image, frame or window: [1, H, T, D] each -> [1, T, H, D].
+
+    Args:
+        cu_seq_lens_q: int32, where each begins, and T.
+        max_length_q: patches of the longest.
+        lengths: patches of each, by the identity of `cu_seq_lens_q`; None to read that.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half and torch.cuda.get_device_capability(query.device) >= (8, 0):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        out: Any = varlen_attn(q, k, v, *ends, scale=scaling)
+        return out[None], None
+    sizes = cu_seq_lens_q.diff().tolist() if lengths is None else lengths[id(cu_seq_lens_q)]
+    each = [
+        nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+        for q, k, v in zip(*(t.split(list(sizes), dim=2) for t in (query, key, value)), strict=True)
+    ]
+    return torch.cat(each, dim=2).transpose(1, 2), None
