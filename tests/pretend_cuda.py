@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda", 0)
+MEMORY = 80 << 30  # bytes
 aten = torch.ops.aten
 COPIES = (aten.copy_.default,)  # between devices
 INDEXED = (  # whose indices may be the host's: they are copied, and the host waits
@@ -227,6 +229,9 @@ class PretendCuda(TorchFunctionMode):
             "torch.cuda.is_initialized": lambda: True,
             "torch.cuda.current_device": lambda: 0,
             "torch.cuda.set_device": lambda device: None,
+            "torch.cuda.get_device_properties": lambda device=None: SimpleNamespace(
+                total_memory=MEMORY
+            ),
             "torch.cuda.get_device_name": lambda device=None: "pretend",
             "torch.cuda.get_device_capability": lambda device=None: (7, 0),
             "torch.cuda.get_rng_state": lambda device=None: torch.get_rng_state(),
