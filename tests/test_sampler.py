@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from helpers import pocket_pairs, tiny_tokenizer
+from helpers import pocket_pairs, tiny_module, tiny_tokenizer
 from PIL import Image
 
 from btok.data.samples import pair_samples, positive_ids
 from btok.data.sources import open_source
 from btok.processing import Processor
 from btok.vision import by_name, vision_of
+from train.microbatches import Packing
 from train.pocket.source import train_set
 from train.recipes import Recipe
-from train.sampler import TRIES, TrainSet, load_steps, step_groups
+from train.sampler import TRIES, TrainSet, load_steps, shared_memory, step_groups
 
 COUNT, SIZE = 4, 4
 RECIPE = Recipe(
@@ -308,3 +310,42 @@ def test_a_row_drawn_twice_into_a_step_is_no_negative_of_itself(sources, process
     same = np.array(texts)[:, None] == np.array(texts)
     assert same.sum() > len(texts)
     assert np.array_equal(same, (ids[:, None] == ids).numpy())
+
+
+def test_a_shared_memory_that_is_too_small_is_refused(sources, monkeypatch):
+    model, processor = tiny_module()
+    recipe = dataclasses.replace(RECIPE, chunk_tokens=100)
+    steps = TrainSet(recipe, processor, sources)
+    pack = Packing.of(model, processor, recipe)
+    size = shared_memory(steps, pack, 0, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert shared_memory(steps, pack, 0, 2) == 8 * size
+    assert shared_memory(steps, pack, 0, 0) == shared_memory(steps, pack, len(steps), 2) == 0
+    pixels = sum(v.pixels.nbytes for m in pack(steps[0]).microbatches for v in m.batch.vision)
+    assert size > (2 * 2 + steps.pieces) * pixels > 0
+    usage = shutil.disk_usage("/")._replace(free=8 * size - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"workers is 2: .* shared memory, /dev/shm has 0\.\d+"):
+        shared_memory(steps, pack, 0, 2)
+
+
+def test_a_step_in_pieces_is_the_step(sources, monkeypatch):
+    """Whatever its workers; each of their pieces is packed on its own."""
+    model, processor = tiny_module()
+    monkeypatch.setattr("train.sampler.PIECE", 3)
+    recipe = dataclasses.replace(RECIPE, chunk_tokens=100)
+    steps = TrainSet(recipe, processor, sources)
+    assert steps.pieces == -(-COUNT * SIZE // 3) > 1
+    pack = Packing.of(model, processor, recipe)
+    for workers in (0, 2):
+        number, found = next(load_steps(steps, 2, workers, pack))
+        whole = steps[2]
+        assert number == 2 and found.rows == whole.rows and found.pairs == whole.pairs
+        places = [place for m in found.microbatches for place in m.places]
+        assert sorted(places) == whole.places == list(range(len(whole.samples)))
+        assert len(found.microbatches) > steps.pieces
+        for m in found.microbatches:
+            assert len(m.batch) == len(m.places) and len(m.batch.input_ids) <= 100
+            for place, (start, _, border, _) in zip(m.places, m.batch.layout.bounds, strict=True):
+                own = torch.as_tensor(whole.samples[place][0]["input_ids"])
+                assert torch.equal(m.batch.input_ids[start : border - 4], own)

@@ -38,7 +38,7 @@ from train.microbatches import PackedStep, Packing
 from train.pocket import source as pocket
 from train.pocket.evaluation import evaluate, show
 from train.recipes import RECIPES, Recipe, load
-from train.sampler import TrainSet, load_steps
+from train.sampler import TrainSet, load_steps, shared_memory
 from train.step import train_step
 
 # in a run that goes on
@@ -87,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         captions = pocket.captions(recipe, model, processor, first) if first < before else ()
         packing = Packing.of(model, processor, recipe)
         filler = packing.empty() if recipe.shard else None
-        drawn = load_steps(train_set, max(first - before, 0), recipe.workers, packing)
+        start = max(first - before, 0)
+        if ahead := shared_memory(train_set, packing, start, recipe.workers):
+            say(f"{recipe.workers} workers a process hold {ahead / 2**30:.2f} GiB of shared memory")
+        drawn = load_steps(train_set, start, recipe.workers, packing)
         checkpoints = checkpoint.Checkpoints(recipe.output)
         model.train()
         stop.in_step, stopping = True, False

@@ -9,11 +9,15 @@ is left out. Draws come from raw Philox bits, which no version of numpy may chan
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from io import BytesIO
 from itertools import chain, islice, product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -240,6 +244,28 @@ def load_steps(
         raise kind(
             str(error).strip().splitlines()[-1].removeprefix(f"{kind.__name__}: ")
         ) from error
+
+
+def shared_memory(steps: TrainSet, pack: Callable[[Step], Any], step: int, workers: int) -> int:
+    """Bytes of this machine's shared memory that `load_steps` takes, about: by one piece of a step,
+    which is made for it. Each worker is two pieces ahead, and the trainer holds a step.
+
+    Raises:
+        ValueError: more than there is.
+    """
+    if not workers or step >= len(steps):
+        return 0
+    torch.save(pack(steps[step, 0]), piece := BytesIO())
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size = piece.tell() * (2 * workers + steps.pieces) * ranks
+    folder = Path("/dev/shm")
+    if folder.is_dir() and size > (free := shutil.disk_usage(folder).free):
+        raise ValueError(
+            f"workers is {workers}: what they hand over takes about {size / 2**30:.2f} GiB of "
+            f"shared memory, {folder} has {free / 2**30:.2f}; give fewer workers, a lower "
+            "max_pixels, or the machine more (docker run --shm-size)"
+        )
+    return size
 
 
 def _unchanged(step: Any) -> Any:
