@@ -54,10 +54,13 @@ def _numel(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _results(layer: Any, hidden: int) -> int:
-    """Numbers that a decoder layer keeps of each token for its backward: its products' inputs and
-    results, and those of norms, rotation and activation."""
-    outputs = [m.out_features for m in layer.modules() if isinstance(m, nn.Linear)]
-    return 4 * hidden + sum(outputs) + 2 * layer.mlp.gate_proj.out_features
+    """Numbers in the products' precision that a decoder layer keeps of each token."""
+    attention = layer.self_attn
+    q, k = attention.q_proj.out_features, attention.k_proj.out_features
+    # a norm keeps its input in fp32 and what it normalised; its result is a product's input
+    norms = 2 * 4 * hidden + (3 * (q + k) if hasattr(attention, "q_norm") else 0)
+    # gate, up, the gate's activation and their product
+    return norms + 2 * q + 2 * k + 4 * layer.mlp.gate_proj.out_features
 
 
 def refuse_too_small(model: BTokModel, recipe: Recipe, device: torch.device) -> None:
