@@ -175,8 +175,12 @@ def step(
     return found, [float(loss) for loss in losses]
 
 
-def test_a_run_stopped_and_resumed(tmp_path, capsys):
+def test_a_run_stopped_and_resumed(tmp_path, capsys, monkeypatch):
     """`train/main.py` from its command line on: log, weights and moments are the CPU's bytes."""
+    # the optimizer that a GPU has, on both
+    options = {"fused": True}
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr("torch.optim.AdamW", lambda *a, **k: adamw(*a, **{**k, **options}))
     words = "--steps 2 --caption-steps 1 --eval-queries 0 --group-size 4 --chunk-tokens 300"
     words += " --checkpoint-every 1 --gradcache true --muon-rate 0 --output"
     assert main([*words.split(), str(tmp_path / "cpu")]) == 0

@@ -100,6 +100,24 @@ def test_a_step_is_that_of_one_process(tmp_path, world):
     assert uneven  # else nothing has filled up
 
 
+def half_on_a_rank(rank, folder):
+    torch.set_num_threads(1)
+    with gloo(folder, rank, 2):
+        size = len(PAIRS) // 2
+        pairs = PAIRS[rank * size : (rank + 1) * size]
+        torch.save(step(pairs, True, dtype="bfloat16", **CHUNKS), f"{folder}/{rank}.pt")
+
+
+def test_products_in_bf16_of_weights_in_fp32(tmp_path):
+    mp.spawn(half_on_a_rank, (str(tmp_path),), nprocs=2)
+    want, exact, _ = step(PAIRS, False, **CHUNKS)
+    got, rounded, _ = torch.load(tmp_path / "0.pt")
+    assert {g.dtype for g in got.values()} == {torch.float32} and got.keys() == want.keys()
+    flat = [torch.cat([g[name].flatten() for name in want]) for g in (got, want)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.98
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.05)
+
+
 def values(rank, folder, family):
     with gloo(folder, rank, 2):
         model, _ = tiny_module(family)

@@ -41,7 +41,7 @@ from btok.objective import Losses
 from train import checkpoint
 from train.log import TrainLog, peak_flops
 from train.main import main, make_optimizers
-from train.parallel import FITS
+from train.parallel import FITS, Processes, same_folder
 from train.pocket.source import train_set
 from train.recipes import RECIPES, Recipe
 from train.sampler import step_groups
@@ -383,6 +383,9 @@ def test_stopped_and_started_again_it_ends_the_same_bit_for_bit(tmp_path):
         assert (parts / name).stat().st_size > 10_000
 
 
+SMALL = ["--muon-rate", "0", "--caption-steps", "0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -394,6 +397,11 @@ def test_stopped_and_started_again_it_ends_the_same_bit_for_bit(tmp_path):
         (["--eval-queries", "10"], "eval_queries is 10"),
         (["pockett"], "recipe is 'pockett', expected one of ['btok-qwen2_5vl-7b', "),
         (["--model", "no/such/folder"], "no/such/folder"),
+        (["--shard", "true"], "shard is true and muon_rate is 3.0: Muon needs whole matrices"),
+        (["--shard", "true", *SMALL, "--lora-rank", "8"], "lora_rank is 8: what trains is small"),
+        (["--shard", "true", *SMALL], "shard is true with 1 processes and replicas 1, expected"),
+        (["--replicas", "2"], "replicas is 2, which needs shard"),
+        (["--max-pixels", "9"], "max_pixels is 9, expected at least the model's lowest"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -427,6 +435,22 @@ def test_an_error_of_the_run_is_one_line_too(tmp_path, capsys, monkeypatch, erro
     monkeypatch.setenv("BTOK_DEBUG", "1")
     with pytest.raises(type(error)):
         main(["--output", str(tmp_path)])
+
+
+def test_a_process_without_a_gpu_of_its_own(monkeypatch):
+    processes = Processes()
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="LOCAL_RANK is 3, this machine has 2 GPUs"):
+        processes.join()
+
+
+def test_a_folder_that_is_not_shared(tmp_path):
+    same_folder(tmp_path)
+    with pytest.raises(ValueError, match="output is .*/away, which process 0 does not see"):
+        same_folder(tmp_path / "away")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):

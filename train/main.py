@@ -248,7 +248,9 @@ def make_optimizers(model: BTokModel, recipe: Recipe) -> dict[str, torch.optim.O
         if p.requires_grad:
             names["muon" if inside and recipe.muon_rate else "adamw"].append(p)
     decay = recipe.weight_decay
-    adamw = torch.optim.AdamW(names["adamw"], betas=(0.9, recipe.beta2), weight_decay=decay)
+    options: dict[str, Any] = {"betas": (0.9, recipe.beta2), "weight_decay": decay}
+    fused = all(p.is_cuda for p in names["adamw"])  # one kernel for all of its operations
+    adamw = torch.optim.AdamW(names["adamw"], **options, fused=fused)
     if not names["muon"]:
         return {"adamw": adamw}
     muon = torch.optim.Muon(names["muon"], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
