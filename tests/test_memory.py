@@ -64,6 +64,9 @@ def test_real_configurations(name):
     found = memory_of(model, WHOLE, 8)
     whole = sum(found[part] for part in ("weights", "gradients", "moments"))
     assert whole / GIB == pytest.approx(over_eight, abs=0.1)
+    alone = memory_of(model, dataclasses.replace(WHOLE, shard=False), 1)
+    copies = alone["weights in bfloat16"]
+    assert copies == 2 * sum(p.numel() for p in model.parameters())
     more = memory_of(model, dataclasses.replace(WHOLE, replicas=2), 8)
     assert more["moments"] == 2 * found["moments"]
     model.requires_grad_(False)

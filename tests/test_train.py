@@ -449,7 +449,7 @@ def test_a_process_without_a_gpu_of_its_own(monkeypatch):
 
 def test_a_folder_that_is_not_shared(tmp_path):
     same_folder(tmp_path)
-    with pytest.raises(ValueError, match="output is .*/away, which process 0 does not see"):
+    with pytest.raises(ValueError, match=r"output is .*/away, which process 0 does not see"):
         same_folder(tmp_path / "away")
 
 

@@ -37,6 +37,8 @@ def memory_of(model: BTokModel, recipe: Recipe, ranks: int) -> dict[str, float]:
         # two layers at a time; embedding, head and tower from the forward to the backward's end
         gathered = 2 * layer + _numel(trained) - inside
         found["gathered weights"] = width * gathered
+    elif width == 2:
+        found["weights in bfloat16"] = width * numbers  # autocast keeps them through a pass
     tokens = recipe.chunk_tokens or 0
     inputs = tokens * config.hidden_size * width
     within = tokens * width * _results(decoder.layers[0], config.hidden_size)
