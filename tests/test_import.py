@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from graphlib import CycleError
 from pathlib import Path
 
 import pytest
 
+import btok
 from bench.imports import check, import_graph, imports_at_once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,15 @@ def test_an_import_is_light(module):
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert said.stdout.strip() == "[]", said.stdout + said.stderr
+
+
+def test_the_version_is_said_once():
+    """Where the build reads it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    asked = tomllib.loads(text)
+    assert asked["project"]["dynamic"] == ["version"] and btok.__version__ not in text
+    said = (ROOT / asked["tool"]["hatch"]["version"]["path"]).read_text()
+    assert said.count(f'__version__ = "{btok.__version__}"\n') == 1
 
 
 @pytest.mark.parametrize(
