@@ -182,7 +182,7 @@ class Family:
 
         Raises:
             ValueError: some, for a model of text alone; grids, pixels and placeholders that do not
-                agree.
+                agree; patches of another size than the model's.
         """
         if self.vision is None:
             if vision_of(side):
@@ -191,6 +191,16 @@ class Family:
                 )
             return []
         shown = self.vision.read(side, config)
+        edge = config.vision_config.patch_size
+        values = 3 * getattr(config.vision_config, "temporal_patch_size", 1) * edge**2
+        for vision in shown:
+            repeat = vision.normalization.repeat if vision.normalization else 1
+            had = values if vision.pixels is None else vision.pixels.shape[1:].numel() * repeat
+            if had != values:
+                raise ValueError(
+                    f"pack: {KEYS[vision.kind][0]} has {had} values per patch, expected {values} "
+                    f"for the model's patch_size {edge}"
+                )
         ids = np.asarray(side["input_ids"])
         for kind in KEYS:
             patches = sum(sum(vision.patches) for vision in shown if vision.kind == kind)
