@@ -15,6 +15,7 @@ from btok.data.records import Side
 from btok.vision import KEYS, Vision, vision_of
 
 IMAGE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
+CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
 
 
 def text_positions(input_ids: Any) -> np.ndarray:
@@ -142,6 +143,7 @@ class VisionRules:
         num_levels: how many others there are, by the vision configuration.
         merge_size: patches per token along height and along width, by the configuration.
         tower: the attribute of the backbone's `model` that is the vision tower.
+        per_video: names of what the positions take besides, a row per video.
     """
 
     image_processor: type[ImageProcessor]
@@ -152,6 +154,7 @@ class VisionRules:
     num_levels: Callable[[Any], int] = _no_more
     merge_size: Callable[[Any], int] = _merge_size
     tower: str = "visual"
+    per_video: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,12 +169,15 @@ class Family:
             alone.
         language_model: the attribute of the backbone's `model` that is its decoder; None where
             that is the decoder itself.
+        turns: what opens and what closes a generated target; the first whose end is in a
+            tokenizer's vocabulary is taken, else the last.
     """
 
     architecture: str
     vision: VisionRules | None = None
     mrope: Callable[[np.ndarray, Mapping[str, Any], Any], np.ndarray] | None = None
     language_model: str | None = None
+    turns: tuple[tuple[str, str], ...] = (CHATML,)
 
     def positions(self, ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
         """int64 [3, L]: `mrope`, or 0, 1, 2, ... on all axes."""

@@ -279,6 +279,7 @@ def _family(model: str, images: type[ImageProcessor]) -> Family:
         f"{model}ForConditionalGeneration",
         VisionRules(images, _features, read=_read, merge_size=_merge_size, tower="vision_model"),
         language_model="text_model",
+        turns=(("\nAssistant:", "<end_of_utterance>"),),
     )
 
 
