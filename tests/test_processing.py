@@ -171,7 +171,9 @@ def test_what_a_family_says_stands_with_the_families():
         for node in nodes:
             text = node.value if isinstance(node, ast.Constant) and id(node) not in docs else None
             if isinstance(text, str):
-                named = text in FAMILIES or re.search(r"<\|(?!btok_|image_1)|<\w+_\w+>|_per_grid", text)
+                named = text in FAMILIES or re.search(
+                    r"<\|(?!btok_|image_1)|<\w+_\w+>|_per_grid", text
+                )
                 assert not named, f"{file}: {text!r}"
 
 

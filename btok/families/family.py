@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from btok.data.records import Side
 from btok.vision import KEYS, Vision, vision_of
@@ -143,6 +143,7 @@ class VisionRules:
         num_levels: how many others there are, by the vision configuration.
         merge_size: patches per token along height and along width, by the configuration.
         tower: the attribute of the backbone's `model` that is the vision tower.
+        connector: that of what its features go through next; None where the tower has it.
         per_video: names of what the positions take besides, a row per video.
     """
 
@@ -154,6 +155,7 @@ class VisionRules:
     num_levels: Callable[[Any], int] = _no_more
     merge_size: Callable[[Any], int] = _merge_size
     tower: str = "visual"
+    connector: str | None = None
     per_video: tuple[str, ...] = ()
 
 
@@ -227,3 +229,16 @@ class Family:
     def tower(self, backbone: Any) -> Any:
         """The vision tower of a backbone of this family; None where it has none."""
         return None if self.vision is None else getattr(backbone.model, self.vision.tower)
+
+    def vision_parts(self, backbone: Any) -> dict[nn.Module, int]:
+        """The modules that vision features go through, in order: patches that are a row in each."""
+        parts = {self.tower(backbone): 1} if self.vision is not None else {}
+        if self.vision is not None and self.vision.connector is not None:
+            merged = self.vision.merge_size(backbone.config) ** 2
+            parts[getattr(backbone.model, self.vision.connector)] = merged
+        return parts
+
+    def vision_trains(self, backbone: Any) -> bool:
+        """Whether vision features need gradients."""
+        parts = self.vision_parts(backbone)
+        return any(p.requires_grad for part in parts for p in part.parameters())
