@@ -139,6 +139,22 @@ def test_tools_are_imported_by_who_uses_them():
     assert found == DOORS
 
 
+def test_the_core_calls_a_tool_under_names_of_users_alone():
+    """What it does itself needs none, so that a tool may change without it."""
+    found = set()
+    for file in sorted((ROOT / "btok").rglob("*.py")):
+        nodes = ast.walk(ast.parse(file.read_text())) if "tools" not in file.parts else ()
+        for function in (node for node in nodes if isinstance(node, ast.FunctionDef)):
+            if any(f"{n}.".startswith("btok.tools.") for n in imports_at_once(function)):
+                found.add((file.relative_to(ROOT / "btok").as_posix(), function.name))
+    assert found == {
+        ("__init__.py", "load_sentence_transformer"),
+        ("encoder.py", "encode_to"),
+        ("evaluation/mteb.py", "__getattr__"),  # a path of before, and the next one
+        ("sentence.py", "__getattr__"),
+    }
+
+
 def test_no_file_imports_itself_by_way_of_others_or_one_of_a_layer_above():
     """Whichever is read first, all that it names is there."""
     graph = import_graph()

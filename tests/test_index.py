@@ -20,9 +20,9 @@ from PIL import Image
 
 from btok import BTokEncoder, Side
 from btok.adapters import Lora
-from btok.model import BTokModel
+from btok.model import BTokModel, model_digest
 from btok.tools import index as index_module
-from btok.tools.index import model_digest, open_index
+from btok.tools.index import open_index
 
 TEXTS = [f"text {i} " + "x" * (7 * i % 31) for i in range(22)]
 IDS = [f"id {i}" for i in range(22)]

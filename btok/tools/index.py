@@ -26,10 +26,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from btok import adapters
-from btok.config import CONFIG_NAME
 from btok.encoder import BTokEncoder
-from btok.files import find, read_json, rename, sha256, whole, write_text
+from btok.files import rename, whole, write_text
 from btok_kernels.ranks import rank, world
 
 FORMAT_VERSION = 2
@@ -135,8 +133,9 @@ def encode_to(
 ) -> Index:
     """Make `folder` the index of exactly these inputs, in order; encode what it lacks.
 
-    A killed call goes on where it was, to the same bytes; inputs that cannot be read are left out
-    and named in `meta["unreadable"]`. In a process group the ranks share the work and the folder.
+    A killed call goes on where it was, to the same bytes. Inputs that cannot be read are left out
+    and named in the index's `meta["unreadable"]`, by "path" where an item has one, else by "id". In
+    a process group the ranks share the work and the folder.
 
     Args:
         encoder: from `BTokEncoder.from_pretrained`.
@@ -185,26 +184,6 @@ def encode_to(
     if rows or broken:
         write_part()
     return _commit(index, order)
-
-
-def model_digest(checkpoint: str | Path) -> str:
-    """sha256 of a checkpoint's weights (safetensors) and `btok_config.json`; 3 s for 4 GB.
-
-    Of adapters also what scales them, and the base model they name.
-    """
-    total = hashlib.sha256()
-    files = sorted(Path(checkpoint).glob("*model*.safetensors"))
-    if not files:
-        raise ValueError(f"checkpoint {checkpoint} holds no weights as *model*.safetensors")
-    for path in [*files, Path(checkpoint) / CONFIG_NAME]:
-        if path.exists():
-            total.update(bytes.fromhex(sha256(path)))
-    if base := adapters.base_of(checkpoint):
-        lora = read_json(checkpoint, adapters.CONFIG_NAME)
-        total.update(repr([lora.get(name) for name in ("r", "lora_alpha", "use_dora")]).encode())
-        folder = find(base, "config.json")
-        total.update(model_digest(folder.parent if folder else base).encode())
-    return total.hexdigest()
 
 
 def _part(folder: Path, name: str, holds: bytes) -> Path:
