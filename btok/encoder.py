@@ -22,7 +22,7 @@ from tqdm import tqdm
 from btok.config import CONFIG_NAME
 from btok.files import find
 from btok.inputs import as_side, estimate_tokens, with_frames
-from btok.model import BTokModel
+from btok.model import BTokModel, model_digest
 from btok.packing import PackedBatch
 from btok.processing import Processor
 
@@ -147,8 +147,6 @@ class BTokEncoder:
     @cached_property
     def digest(self) -> str:
         """sha256 of the checkpoint, by which an index knows its model; read once, 3 s for 4 GB."""
-        from btok.tools.index import model_digest
-
         if self.checkpoint is None:
             raise ValueError("BTokEncoder: checkpoint is None; use BTokEncoder.from_pretrained")
         return model_digest(self.checkpoint)
@@ -158,29 +156,16 @@ class BTokEncoder:
         folder: str | Path,
         inputs: Iterable[Any],
         items: Iterable[str | Mapping[str, Any]],
-        instruction: str | None = None,
-        batch_tokens: int = 16384,
-        show_progress: bool = True,
+        *settings: Any,
+        **named: Any,
     ) -> Index:
-        """Make `folder` the index of exactly these inputs, in order; encode what it lacks.
+        """Make `folder` the index of exactly these inputs and their ids; encode what it lacks.
 
-        A killed call goes on where it was, to the same bytes. Inputs that cannot be read are left
-        out and named in the index's `meta["unreadable"]`, by "path" where an item has one, else by
-        "id". In a process group the ranks share the work and the folder.
-        The work is done in `btok/tools/index.py`.
-
-        Args:
-            inputs, instruction, batch_tokens, show_progress: as `encode` takes them.
-            items: per input its id, or a mapping for JSON with its "id", all different. A vector
-                of the same id is not computed again, so an id must change with the content.
-
-        Raises:
-            ValueError: what `open_index` refuses; an id twice; no input that can be read.
+        `btok.tools.index.encode_to(encoder, ...)`, which says what else it takes and refuses.
         """
-        from btok.tools import index  # in here: an encoder needs no disk
+        from btok.tools.index import encode_to  # users call it so; all it does is the tool's
 
-        arguments = (inputs, items, instruction, batch_tokens, show_progress)
-        return index.encode_to(self, folder, *arguments)
+        return encode_to(self, folder, inputs, items, *settings, **named)
 
     def _batches(
         self, inputs: Iterable[Any], instruction: str | None, budget: int, window: int, strict: bool

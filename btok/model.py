@@ -7,6 +7,7 @@ ntp    = mean over samples of the mean over its labels of -log softmax(lm_head(h
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from btok import adapters
 from btok.config import CONFIG_NAME, BTokConfig, check_choice
 from btok.families import family_of, named_family
+from btok.files import find, read_json, sha256
 from btok.gated_mlp import use_gated_mlps
 from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
@@ -386,3 +388,23 @@ def _condensed_for_transformers(
 def _place(embeds: Tensor, at: Tensor, features: Tensor) -> Tensor:
     """Put vision features [tokens, D] where `at` [T] is True."""
     return embeds.masked_scatter(at[:, None], features.to(embeds.dtype))
+
+
+def model_digest(checkpoint: str | Path) -> str:
+    """sha256 of a checkpoint's weights (safetensors) and `btok_config.json`; 3 s for 4 GB.
+
+    Of adapters also what scales them, and the base model they name.
+    """
+    total = hashlib.sha256()
+    files = sorted(Path(checkpoint).glob("*model*.safetensors"))
+    if not files:
+        raise ValueError(f"checkpoint {checkpoint} holds no weights as *model*.safetensors")
+    for path in [*files, Path(checkpoint) / CONFIG_NAME]:
+        if path.exists():
+            total.update(bytes.fromhex(sha256(path)))
+    if base := adapters.base_of(checkpoint):
+        lora = read_json(checkpoint, adapters.CONFIG_NAME)
+        total.update(repr([lora.get(name) for name in ("r", "lora_alpha", "use_dora")]).encode())
+        folder = find(base, "config.json")
+        total.update(model_digest(folder.parent if folder else base).encode())
+    return total.hexdigest()

@@ -12,18 +12,10 @@ from typing import Any
 import torch
 
 from btok.data.records import Side
-from btok.families import FAMILIES, named_family
+from btok.families import DEFAULT, FAMILIES, named_family
 from btok.families.family import IMAGE_FILE, VIDEO_FILE, Seen, encode_text
 from btok.files import read_json, write_json
 from btok.tokens import add_to_tokenizer
-
-# around a generated target, by the first token of these that a tokenizer has: a turn of its format
-_TURNS = {
-    # Idefics3's, before Llama 3's: one of its tokenizers is that with more tokens
-    "<end_of_utterance>": ("\nAssistant:", "<end_of_utterance>"),
-    "<|start_header_id|>": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
-    "<|im_start|>": ("<|im_start|>assistant\n", "<|im_end|>"),
-}
 
 
 class Processor:
@@ -42,22 +34,21 @@ class Processor:
         TypeError: a setting that it does not have.
     """
 
-    def __init__(self, tokenizer: Any, *, model_type: str = "qwen2_vl", **settings: Any) -> None:
-        vision = named_family(model_type, "Processor: model_type").vision
+    def __init__(self, tokenizer: Any, *, model_type: str = DEFAULT, **settings: Any) -> None:
+        family = named_family(model_type, "Processor: model_type")
         self.tokenizer, self.model_type = tokenizer, model_type
         self.image_processor = None
-        if vision is not None:
-            known = vision.image_processor.SETTINGS
+        if family.vision is not None:
+            known = family.vision.image_processor.SETTINGS
             if unknown := settings.keys() - set(known):
                 raise TypeError(
                     f"Processor: {', '.join(sorted(unknown))} is no setting of a {model_type}, "
                     f"expected {', '.join(known)}"
                 )
-            self.image_processor = vision.image_processor(tokenizer, **settings)
+            self.image_processor = family.vision.image_processor(tokenizer, **settings)
         vocabulary = tokenizer.get_vocab()
-        turn = next((turn for token, turn in _TURNS.items() if token in vocabulary), None)
-        prefix, suffix = turn or _TURNS["<|im_start|>"]
-        self.prefix_ids, self.suffix_ids = self.encode(prefix), self.encode(suffix)
+        turn = next((turn for turn in family.turns if turn[1] in vocabulary), family.turns[-1])
+        self.prefix_ids, self.suffix_ids = map(self.encode, turn)
 
     @classmethod
     def from_pretrained(
@@ -83,7 +74,7 @@ class Processor:
             if family.vision
         }
         config = read_json(name_or_path, "config.json")
-        kind = config.get("model_type", by_class.get(written_for, "qwen2_vl"))
+        kind = config.get("model_type", by_class.get(written_for, DEFAULT))
         kind = settings.pop("model_type", kind)
         vision = named_family(kind, "Processor: model_type").vision
         saved = vision.image_processor.read(image, video, config) if vision else {}

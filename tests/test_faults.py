@@ -225,7 +225,7 @@ def test_it_goes_on_and_ends_on_the_same_bits(tmp_path, model, whole, kind, worl
             (line,) = errors(said)
             (step,) = re.findall(rf"{trainer.run}/checkpoint-(\d+) cannot be written", line)
             assert done - EVERY <= int(step) <= done  # training goes on while it is written
-            assert "free space there and give the same command again" in line
+            assert "raise the limit on a file's size and give the same command again" in line
             assert not list(trainer.run.glob(".*")), "a draft is left"
             codes = [(tmp_path / f"{rank}.code").read_text() for rank in range(world)]
             assert codes == ["2"] * world

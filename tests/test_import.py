@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from graphlib import CycleError
 from pathlib import Path
 
 import pytest
 
+import btok
 from bench.imports import check, import_graph, imports_at_once
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +28,15 @@ def test_an_import_is_light(module):
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert said.stdout.strip() == "[]", said.stdout + said.stderr
+
+
+def test_the_version_is_said_once():
+    """Where the build reads it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    asked = tomllib.loads(text)
+    assert asked["project"]["dynamic"] == ["version"] and btok.__version__ not in text
+    said = (ROOT / asked["tool"]["hatch"]["version"]["path"]).read_text()
+    assert said.count(f'__version__ = "{btok.__version__}"\n') == 1
 
 
 @pytest.mark.parametrize(
@@ -126,6 +137,22 @@ def test_tools_are_imported_by_who_uses_them():
             if any(f"{n}.".startswith("btok.tools.") for n in names) and "/tools/" not in name:
                 found.add(name)
     assert found == DOORS
+
+
+def test_the_core_calls_a_tool_under_names_of_users_alone():
+    """What it does itself needs none, so that a tool may change without it."""
+    found = set()
+    for file in sorted((ROOT / "btok").rglob("*.py")):
+        nodes = ast.walk(ast.parse(file.read_text())) if "tools" not in file.parts else ()
+        for function in (node for node in nodes if isinstance(node, ast.FunctionDef)):
+            if any(f"{n}.".startswith("btok.tools.") for n in imports_at_once(function)):
+                found.add((file.relative_to(ROOT / "btok").as_posix(), function.name))
+    assert found == {
+        ("__init__.py", "load_sentence_transformer"),
+        ("encoder.py", "encode_to"),
+        ("evaluation/mteb.py", "__getattr__"),  # a path of before, and the next one
+        ("sentence.py", "__getattr__"),
+    }
 
 
 def test_no_file_imports_itself_by_way_of_others_or_one_of_a_layer_above():

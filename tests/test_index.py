@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,14 +20,15 @@ import torch.multiprocessing as mp
 from helpers import gloo, tiny_checkpoint
 from PIL import Image
 
-from btok import BTokEncoder, Side
+from btok import BTokEncoder, Side, files
 from btok.adapters import Lora
-from btok.model import BTokModel
+from btok.model import BTokModel, model_digest
 from btok.tools import index as index_module
-from btok.tools.index import model_digest, open_index
+from btok.tools.index import open_index
 
 TEXTS = [f"text {i} " + "x" * (7 * i % 31) for i in range(22)]
 IDS = [f"id {i}" for i in range(22)]
+NOISE = random.Random(0).randbytes(5000)
 COUNTED: list[str] = []  # texts that were prepared
 
 
@@ -399,6 +402,72 @@ def test_parts_that_another_process_took_are_missed(encoder, tmp_path):
     assert len(encoder.encode_to(tmp_path / "store", TEXTS, IDS).items) == 22
 
 
+def test_files_that_another_process_removed_first(encoder, tmp_path, monkeypatch):
+    """What is to be removed may be gone; for what is to be kept there is a line."""
+    unlink, rename = Path.unlink, files.rename
+
+    def second(path, missing_ok=False):
+        unlink(path, missing_ok=True)
+        unlink(path, missing_ok=missing_ok)
+
+    def robbed(path, target):
+        if "vectors" in target.name:
+            unlink(path)
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "unlink", second)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "rename", robbed)
+        with pytest.raises(ValueError, match=r"store: .*No such file.*; if another process writes"):
+            encoder.encode_to(tmp_path / "store", TEXTS, IDS)
+    assert len(encoder.encode_to(tmp_path / "store", TEXTS, IDS).items) == 22
+
+
+def test_a_damaged_part_is_named(encoder, tmp_path):
+    """With what to do, after which the same call ends on the same bytes."""
+
+    def breaking():
+        yield from TEXTS[:10]
+        raise KeyError("gone")
+
+    encoder.encode_to(tmp_path / "whole", TEXTS, IDS)
+    with pytest.raises(KeyError):
+        encoder.encode_to(tmp_path / "store", breaking(), IDS)
+    part = min((tmp_path / "store/parts").glob("*.npz"))
+    good = part.read_bytes()
+    rows = good.index(b"rows.npy") + 200  # a bit of a vector
+    array, others = io.BytesIO(), io.BytesIO()
+    np.save(array, np.zeros(3))
+    np.savez(others, text=np.zeros(3, np.uint8))
+    damaged = [b"", NOISE, good[:-9], good[: len(good) // 2], array.getvalue(), others.getvalue()]
+    for bytes_ in (*damaged, good[:rows] + bytes([good[rows] ^ 1]) + good[rows + 1 :]):
+        part.write_bytes(bytes_)
+        text = rf"^\S*{part.name} cannot be read \(.*\); delete it, and the same command makes its"
+        with pytest.raises(ValueError, match=text):
+            encoder.encode_to(tmp_path / "store", TEXTS, IDS)
+        assert open_index(encoder, tmp_path / "store").meta["count"] == 0
+    part.unlink()
+    encoder.encode_to(tmp_path / "store", TEXTS, IDS)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_vectors_that_no_manifest_names_are_not_trusted(encoder, tmp_path, monkeypatch):
+    """Those of a call that was killed before its manifest was there, then damaged."""
+    encoder.encode_to(tmp_path / "whole", TEXTS, IDS)
+    zeros = io.BytesIO()
+    np.save(zeros, np.zeros((22, 64), np.float32))
+    for case, damage in enumerate([b"", NOISE, zeros.getvalue()]):
+        store = tmp_path / str(case)
+        open_index(encoder, store)
+        with monkeypatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(index_module, "write_text", None)
+            encoder.encode_to(store, TEXTS, IDS)
+        (vectors,) = (store / "parts").glob("vectors-*")
+        vectors.write_bytes(damage)
+        encoder.encode_to(store, TEXTS, IDS)
+        assert content(store) == content(tmp_path / "whole")
+
+
 def test_a_store_of_something_else_is_refused(encoder, tmp_path):
     store = tmp_path / "store"
     encoder.encode_to(store, TEXTS[:2], IDS[:2])
@@ -543,10 +612,15 @@ def test_a_damaged_index_is_refused(encoder, tmp_path):
     for case, (file, change, message) in enumerate(
         [
             (meta["vectors"], lambda path: path.unlink(), "No such file"),
-            (meta["vectors"], lambda path: os.truncate(path, 0), "No data left"),
+            (meta["vectors"], lambda path: os.truncate(path, 0), "expected 8 bytes got 0"),
+            (meta["vectors"], lambda path: path.write_bytes(NOISE), "magic string"),
             (meta["vectors"], lambda path: os.truncate(path, 300), "mmap length"),
             (meta["items"], lambda path: os.truncate(path, 20), "Expecting|Unterminated"),
             (meta["items"], lambda path: os.truncate(path, 15), "3 vectors and 1 items, exp"),
+            (meta["items"], lambda path: path.write_text("{}\n" * 3), "'id'"),
+            (meta["items"], lambda path: path.write_text("3\n" * 3), "not subscriptable"),
+            (meta["items"], lambda path: path.write_bytes(NOISE), "decode"),
+            ("meta.json", lambda path: path.write_bytes(NOISE), "decode"),
             ("meta.json", lambda path: path.write_text("{}"), "'format_version'"),
             ("meta.json", lambda path: path.write_text("[]"), "list indices"),
             (
@@ -559,6 +633,8 @@ def test_a_damaged_index_is_refused(encoder, tmp_path):
         folder = tmp_path / str(case)
         shutil.copytree(tmp_path / "whole", folder)
         change(folder / file)
-        text = f"{case} holds no index that can be read .*({message}).*; delete it or give another"
+        text = (
+            rf"{case} holds no index that can be read \({file}: .*({message}).*; delete it or give"
+        )
         with pytest.raises(ValueError, match=text):
             open_index(encoder, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -9,15 +10,20 @@ from helpers import (
     IMAGE,
     PREFIX,
     SUFFIX,
+    TINY,
     VIDEO,
+    VISION,
     VISION_END,
     VISION_START,
     text,
     tiny_backbone,
+    tiny_module,
     vision,
 )
 
+from btok.data.records import Side
 from btok.packing import pack
+from btok.processing import Processor
 from btok.vision import Vision, join
 
 CONFIG = tiny_backbone().config
@@ -126,6 +132,20 @@ def test_features_of_two_devices_are_joined_on_the_accelerator(order):
 def test_bad_samples_are_refused(samples, options, message):
     with pytest.raises(ValueError, match=message):
         pack(samples, **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_patches_of_another_size_than_the_models_are_refused(family):
+    """The grid and the placeholders agree: all is as that size has it."""
+    model, processor = tiny_module(family)
+    settings = TINY[family].settings | {"patch_size": 8}
+    other = Processor(processor.tokenizer, model_type=family, **settings)
+    frames = [np.zeros((32, 32, 3), np.uint8)] * 2
+    for side in (Side(images=frames), Side(video=frames)):
+        model.pack([processor(side)])
+        message = r"pixel_values\w* has \d+ values per patch, expected \d+ .* patch_size 4$"
+        with pytest.raises(ValueError, match=message):
+            model.pack([other(side)])
 
 
 def test_positions_follow_the_backbones_family():

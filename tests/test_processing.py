@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import random
+import re
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,9 @@ import torch
 from helpers import MROPE, tiny_tokenizer
 from PIL import Image
 
+import btok
 from btok.data.records import Side
+from btok.families import FAMILIES
 from btok.families.qwen_images import smart_size
 from btok.processing import Processor
 from btok.vision import by_name
@@ -142,13 +147,34 @@ def test_a_model_without_vision_takes_text_alone(tmp_path):
         Processor(TOKENIZER, model_type="bert")
 
 
-def test_a_turn_of_llama_3():
+def test_a_turn_is_the_familys():
+    """Whatever else its tokenizer has; of Llama, where it has them, Llama 3's."""
     tokenizer = tiny_tokenizer()
-    names = ("start_header_id", "end_header_id", "eot_id")
-    tokenizer.add_tokens([f"<|{name}|>" for name in names], special_tokens=True)
-    processor = Processor(tokenizer, model_type="llama")
-    said = tokenizer.decode(processor.prefix_ids + processor.suffix_ids)
-    assert said == "<|start_header_id|>assistant<|end_header_id|>\n\n<|eot_id|>"
+    chatml = "<|im_start|>assistant\n<|im_end|>"
+    llama_3 = "<|start_header_id|>assistant<|end_header_id|>\n\n<|eot_id|>"
+    names = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<end_of_utterance>"]
+    for more, llamas in (([], chatml), (names, llama_3)):
+        tokenizer.add_tokens(more, special_tokens=True)
+        for family, expected in (("llama", llamas), ("qwen3", chatml), ("qwen2_vl", chatml)):
+            processor = Processor(tokenizer, model_type=family)
+            assert tokenizer.decode(processor.prefix_ids + processor.suffix_ids) == expected
+
+
+def test_what_a_family_says_stands_with_the_families():
+    """A new one is a file: no other has a model type, or a token of a family's, in its code."""
+    folder = Path(btok.__file__).parent
+    for file in folder.rglob("*.py"):
+        if file.parent.name == "families":
+            continue
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            text = node.value if isinstance(node, ast.Constant) and id(node) not in docs else None
+            if isinstance(text, str):
+                named = text in FAMILIES or re.search(
+                    r"<\|(?!btok_|image_1)|<\w+_\w+>|_per_grid", text
+                )
+                assert not named, f"{file}: {text!r}"
 
 
 def test_files_of_a_stock_qwen3_vl_checkpoint(tmp_path):

@@ -17,7 +17,6 @@ from PIL import Image
 
 import btok
 from btok import BTokEncoder, Side
-from btok.tools.index import model_digest
 
 pytest.importorskip(
     "sentence_transformers", reason="the extra `sentence-transformers` is not installed"
@@ -26,6 +25,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 
 from btok.inputs import as_side
+from btok.model import model_digest
 from btok.tools.sentence import BTokTransformer, _side, unpad
 from btok.vision import by_name
 

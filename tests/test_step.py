@@ -303,6 +303,27 @@ def test_the_vision_tower_runs_once_an_image(monkeypatch):
         assert sum(patches) > once * (2 if gradcache else 1)
 
 
+@pytest.mark.parametrize("family", VISION)
+def test_what_vision_features_go_through_trains_whichever_part_of_it_does(family):
+    """Each module beside the decoder alone, the others frozen; reused features change nothing."""
+    model, processor = model_with(train_all=True, family=family)
+    decoder = model.family.decoder(model.backbone)
+    parts = [part for part in model.backbone.model.children() if part is not decoder]
+    recipe = dataclasses.replace(BASE, ntp_weight=0.0)
+    samples = pair_samples(PAIRS, processor, generate=False)
+    for part in parts:
+        found = []
+        for other in parts:
+            other.requires_grad_(other is part)
+        for reuse in (False, True):
+            model.zero_grad()
+            recipe = dataclasses.replace(recipe, reuse_vision=reuse)
+            one_step(model, processor, recipe, PAIRS, samples)
+            found.append(gradients(model))
+        assert any(bool(p.grad.any()) for p in part.parameters())
+        assert worst_gradient(found[1], found[0])[0] < 1e-5
+
+
 def test_the_logits_of_many_labels_are_made_in_parts(monkeypatch):
     want = run(train_all=True)
     monkeypatch.setattr(label_loss, "LOGITS", 120 * 9)
@@ -343,6 +364,25 @@ def test_operations_of_a_step(train_all):
     packed = packing(Step(PAIRS, [], samples, [], list(range(len(samples)))))
     expected = sum(len(v.pixels) for s in sides for v in vision_of(s))
     assert count_patches(packed.microbatches) == expected
+
+
+def test_operations_of_what_stands_between_tower_and_language_model():
+    """It has a row per token, and gradients go on through it where the tower trains."""
+    model, _ = model_with(train_all=True, family="idefics3")
+    connector, tower = model.backbone.model.connector, model.backbone.model.vision_model
+    states = torch.randn(3, 16, 32, requires_grad=True)  # tiles of 16 patches, 4 tokens
+    weights = sum(p.numel() for p in tower.parameters() if p.ndim > 1)
+    model.family.decoder(model.backbone).requires_grad_(False)
+    for both, times in ((True, 6), (False, 2)):
+        tower.requires_grad_(both)
+        with FlopCounterMode(display=False) as counter:
+            connector(states).sum().backward()
+        assert model_flops(model, 0, 48) == counter.get_total_flops() + 48 * weights * times
+    connector.requires_grad_(False)
+    tower.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        connector(states).sum().backward()
+    assert model_flops(model, 0, 48) == counter.get_total_flops() + 48 * weights * 6
 
 
 def test_turns_within_a_budget():

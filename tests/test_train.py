@@ -225,6 +225,26 @@ def test_a_disk_that_is_full_leaves_the_older_checkpoints_and_no_draft(tmp_path,
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
 
 
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EDQUOT, "free space there"),
+        (errno.EACCES, "make it writable"),
+        (errno.EROFS, "make it writable"),
+        (errno.EFBIG, "raise the limit on a file's size"),
+        (errno.EIO, "mend that"),
+    ],
+)
+def test_what_to_do_is_what_the_error_asks_for(number, remedy):
+    """Python's errors, and those of safetensors and tokenizers, which have a text alone."""
+    text = os.strerror(number)
+    for error in (OSError(number, text), RuntimeError(f"I/O error: {text} (os error {number})")):
+        said = checkpoint.unwritable(Path("run"), error)
+        assert said.endswith(f"{error}); {remedy} and give the same command again")
+    said = checkpoint.unwritable(Path("run"), ValueError("a tensor on meta"))
+    assert said.endswith("a tensor on meta); mend that and give the same command again")
+
+
 RESULT = StepResult(Losses(*map(torch.tensor, (4.5, 1.5, 2.25))), tokens=100, flops=0.0)
 
 

@@ -9,7 +9,9 @@ so that any number of ranks can read them.
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -32,6 +34,11 @@ from btok_kernels.ranks import rank, world
 from train.parallel import from_first, gather, total_over_ranks
 
 MANIFEST, WEIGHTS, MOMENTS = "manifest.json", "model", "optimizer"
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
+    errno.EFBIG: "raise the limit on a file's size",
+}
 
 
 class Checkpoints:
@@ -174,9 +181,12 @@ def _index(folder: Path, parts: list[Path]) -> dict[str, str]:
 
 def unwritable(path: Path, error: Exception) -> str:
     """What to tell where a run could not write."""
+    # in the text: safetensors and tokenizers have errors of their own, without `errno`
+    number = re.search(r"(?:\[Errno|os error) (\d+)", str(error))
+    remedy = REMEDIES.get(int(number[1]) if number else 0, "mend that")
     return (
-        f"{path} cannot be written ({type(error).__name__}: {error}); free space there and give "
-        "the same command again"
+        f"{path} cannot be written ({type(error).__name__}: {error}); {remedy} and give the same "
+        "command again"
     )
 
 

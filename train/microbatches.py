@@ -81,7 +81,7 @@ class Packing:
             sees = model.family.vision is not None
             blank = np.full((28, 28, 3), 255, np.uint8)
             filler = [(processor(Side("", [blank]) if sees else Side(".")), None)]
-            everywhere = sees and not recipe.freeze_vision
+            everywhere = model.family.vision_trains(model.backbone)
         twice = recipe.gradcache and not captioning
         return cls(options, recipe.chunk_tokens, twice, captioning, filler, everywhere)
 

@@ -215,24 +215,24 @@ def model_flops(model: BTokModel, tokens: int, patches: int) -> float:
     for the gradient that goes on, 2 for the weight's own where it trains. Whatever is computed
     twice (GradCache, checkpointing), attention's square and the logits are left out.
     """
-    tower = model.family.tower(model.backbone)
-    parts = [(model.family.decoder(model.backbone).layers, tokens)]
-    parts += [(tower, patches)] if tower is not None else []
-    total = 0.0
+    vision = model.family.vision_parts(model.backbone)
+    parts = [(part, patches // merged) for part, merged in vision.items()]
+    parts += [(model.family.decoder(model.backbone).layers, tokens)]
+    total, below = 0.0, False  # what comes before it trains
     for part, count in parts:
         weights = [p for p in part.parameters() if p.ndim > 1]
         every, trained = (
             sum(p.numel() for p in some)
             for some in (weights, [p for p in weights if p.requires_grad])
         )
-        total += count * (2 * every + 2 * trained + (2 * every if trained else 0))
+        below = below or trained > 0
+        total += count * (2 * every + 2 * trained + (2 * every if below else 0))
     return total
 
 
 def is_frozen(model: BTokModel) -> bool:
-    """Whether there is a vision tower and nothing in it trains."""
-    tower = model.family.tower(model.backbone)
-    return tower is not None and not any(p.requires_grad for p in tower.parameters())
+    """Whether the model sees, and nothing that vision features go through trains."""
+    return model.family.vision is not None and not model.family.vision_trains(model.backbone)
 
 
 def cache_vision_features(

@@ -26,6 +26,7 @@ FAMILIES: dict[str, Family] = {  # by a configuration's `model_type`
     "idefics3": IDEFICS3,
     "smolvlm": SMOLVLM,
 }
+DEFAULT = "qwen2_vl"  # of a processor that nothing says a family of
 
 _WINDOW = (
     "most of its layers see a window of keys that moves with the row, and the condensation mask"

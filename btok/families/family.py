@@ -9,12 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from btok.data.records import Side
 from btok.vision import KEYS, Vision, vision_of
 
 IMAGE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
+CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
 
 
 def text_positions(input_ids: Any) -> np.ndarray:
@@ -142,6 +143,8 @@ class VisionRules:
         num_levels: how many others there are, by the vision configuration.
         merge_size: patches per token along height and along width, by the configuration.
         tower: the attribute of the backbone's `model` that is the vision tower.
+        connector: that of what its features go through next; None where the tower has it.
+        per_video: names of what the positions take besides, a row per video.
     """
 
     image_processor: type[ImageProcessor]
@@ -152,6 +155,8 @@ class VisionRules:
     num_levels: Callable[[Any], int] = _no_more
     merge_size: Callable[[Any], int] = _merge_size
     tower: str = "visual"
+    connector: str | None = None
+    per_video: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,12 +171,15 @@ class Family:
             alone.
         language_model: the attribute of the backbone's `model` that is its decoder; None where
             that is the decoder itself.
+        turns: what opens and what closes a generated target; the first whose end is in a
+            tokenizer's vocabulary is taken, else the last.
     """
 
     architecture: str
     vision: VisionRules | None = None
     mrope: Callable[[np.ndarray, Mapping[str, Any], Any], np.ndarray] | None = None
     language_model: str | None = None
+    turns: tuple[tuple[str, str], ...] = (CHATML,)
 
     def positions(self, ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
         """int64 [3, L]: `mrope`, or 0, 1, 2, ... on all axes."""
@@ -182,7 +190,7 @@ class Family:
 
         Raises:
             ValueError: some, for a model of text alone; grids, pixels and placeholders that do not
-                agree.
+                agree; patches of another size than the model's.
         """
         if self.vision is None:
             if vision_of(side):
@@ -191,6 +199,16 @@ class Family:
                 )
             return []
         shown = self.vision.read(side, config)
+        edge = config.vision_config.patch_size
+        values = 3 * getattr(config.vision_config, "temporal_patch_size", 1) * edge**2
+        for vision in shown:
+            repeat = vision.normalization.repeat if vision.normalization else 1
+            had = values if vision.pixels is None else vision.pixels.shape[1:].numel() * repeat
+            if had != values:
+                raise ValueError(
+                    f"pack: {KEYS[vision.kind][0]} has {had} values per patch, expected {values} "
+                    f"for the model's patch_size {edge}"
+                )
         ids = np.asarray(side["input_ids"])
         for kind in KEYS:
             patches = sum(sum(vision.patches) for vision in shown if vision.kind == kind)
@@ -211,3 +229,16 @@ class Family:
     def tower(self, backbone: Any) -> Any:
         """The vision tower of a backbone of this family; None where it has none."""
         return None if self.vision is None else getattr(backbone.model, self.vision.tower)
+
+    def vision_parts(self, backbone: Any) -> dict[nn.Module, int]:
+        """The modules that vision features go through, in order: patches that are a row in each."""
+        parts = {self.tower(backbone): 1} if self.vision is not None else {}
+        if self.vision is not None and self.vision.connector is not None:
+            merged = self.vision.merge_size(backbone.config) ** 2
+            parts[getattr(backbone.model, self.vision.connector)] = merged
+        return parts
+
+    def vision_trains(self, backbone: Any) -> bool:
+        """Whether vision features need gradients."""
+        parts = self.vision_parts(backbone)
+        return any(p.requires_grad for part in parts for p in part.parameters())

@@ -277,8 +277,16 @@ class _SmolVLMImageProcessor(TileImageProcessor):
 def _family(model: str, images: type[ImageProcessor]) -> Family:
     return Family(
         f"{model}ForConditionalGeneration",
-        VisionRules(images, _features, read=_read, merge_size=_merge_size, tower="vision_model"),
+        VisionRules(
+            images,
+            _features,
+            read=_read,
+            merge_size=_merge_size,
+            tower="vision_model",
+            connector="connector",
+        ),
         language_model="text_model",
+        turns=(("\nAssistant:", "<end_of_utterance>"),),
     )
 
 

@@ -81,6 +81,7 @@ QWEN2_5_VL = Family(
         _ImageProcessor,
         partial(qwen_tower.features, more=_windows),
         prepare=qwen_tower.use_in,
+        per_video=("second_per_grid_ts",),
     ),
     _positions,
     language_model="language_model",

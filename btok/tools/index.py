@@ -26,16 +26,15 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from btok import adapters
-from btok.config import CONFIG_NAME
 from btok.encoder import BTokEncoder
-from btok.files import find, read_json, rename, sha256, whole, write_text
+from btok.files import rename, whole, write_text
 from btok_kernels.ranks import rank, world
 
 FORMAT_VERSION = 2
 FORMAT_1 = ("vectors.npy", "items.jsonl", "meta.json")  # still read; the next change renews it
 PART = 256  # inputs of a part, encoded together
 BLOCK = 1 << 16  # rows of a product
+SHARED = "if another process writes to this folder, let it end; then the same command does the rest"
 
 
 class Index:
@@ -53,20 +52,24 @@ class Index:
         self.folder = folder
         self.items: list[dict[str, Any]] = []
         self.vectors = np.empty((0, 0), np.float32)
+        file = "meta.json"
         try:
-            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+            self.meta: dict[str, Any] = json.loads((folder / file).read_text())
             if (version := self.meta["format_version"]) not in (1, FORMAT_VERSION):
                 raise ValueError(f"format_version is {version!r}, expected {FORMAT_VERSION}")
             names = self.meta.get("vectors", FORMAT_1[0]), self.meta.get("items", FORMAT_1[1])
             self.files = [folder / name for name in names]
             if count := self.meta["count"]:
-                self.vectors = np.load(self.files[0], mmap_mode="r")
+                file = names[0]
+                self.vectors = np.lib.format.open_memmap(self.files[0], mode="r")
+                file = names[1]
                 self.items = [json.loads(line) for line in self.files[1].read_bytes().splitlines()]
-                if not count == len(self.vectors) == len(self.items):
-                    found = f"{len(self.vectors)} vectors and {len(self.items)} items"
+                ids = {item["id"] for item in self.items}
+                if not count == len(self.vectors) == len(ids):
+                    found = f"{len(self.vectors)} vectors and {len(ids)} items"
                     raise ValueError(f"{found}, expected {count}")
-        except (FileNotFoundError, EOFError, KeyError, TypeError, ValueError) as error:
-            why = f"{folder} holds no index that can be read ({error})"
+        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+            why = f"{folder} holds no index that can be read ({file}: {error})"
             raise ValueError(f"{why}; delete it or give another folder") from error
 
     def search(self, queries: np.ndarray, top: int = 5) -> list[list[tuple[float, int]]]:
@@ -135,8 +138,9 @@ def encode_to(
 ) -> Index:
     """Make `folder` the index of exactly these inputs, in order; encode what it lacks.
 
-    A killed call goes on where it was, to the same bytes; inputs that cannot be read are left out
-    and named in `meta["unreadable"]`. In a process group the ranks share the work and the folder.
+    A killed call goes on where it was, to the same bytes. Inputs that cannot be read are left out
+    and named in the index's `meta["unreadable"]`, by "path" where an item has one, else by "id". In
+    a process group the ranks share the work and the folder.
 
     Args:
         encoder: from `BTokEncoder.from_pretrained`.
@@ -184,27 +188,10 @@ def encode_to(
             write_part()
     if rows or broken:
         write_part()
-    return _commit(index, order)
-
-
-def model_digest(checkpoint: str | Path) -> str:
-    """sha256 of a checkpoint's weights (safetensors) and `btok_config.json`; 3 s for 4 GB.
-
-    Of adapters also what scales them, and the base model they name.
-    """
-    total = hashlib.sha256()
-    files = sorted(Path(checkpoint).glob("*model*.safetensors"))
-    if not files:
-        raise ValueError(f"checkpoint {checkpoint} holds no weights as *model*.safetensors")
-    for path in [*files, Path(checkpoint) / CONFIG_NAME]:
-        if path.exists():
-            total.update(bytes.fromhex(sha256(path)))
-    if base := adapters.base_of(checkpoint):
-        lora = read_json(checkpoint, adapters.CONFIG_NAME)
-        total.update(repr([lora.get(name) for name in ("r", "lora_alpha", "use_dora")]).encode())
-        folder = find(base, "config.json")
-        total.update(model_digest(folder.parent if folder else base).encode())
-    return total.hexdigest()
+    try:
+        return _commit(index, order)
+    except FileNotFoundError as error:
+        raise ValueError(f"{index.folder}: {error}; {SHARED}") from error
 
 
 def _part(folder: Path, name: str, holds: bytes) -> Path:
@@ -213,11 +200,19 @@ def _part(folder: Path, name: str, holds: bytes) -> Path:
     return folder / "parts" / name.format(hashlib.sha256(holds).hexdigest()[:24])
 
 
-def _parts(folder: Path) -> Iterator[tuple[Mapping[str, Any], list[str], dict[str, str]]]:
-    """Of each part that is done its arrays, the ids of its rows, and reasons by id."""
+def _parts(folder: Path, vectors: bool = False) -> Iterator[tuple[Any, list[str], dict[str, str]]]:
+    """Of each part that is done its vectors, if wanted, the ids of its rows, and reasons by id."""
     for path in sorted(folder.glob("parts/*.npz")):
-        with np.load(path) as part:
-            yield part, *json.loads(part["text"].tobytes())
+        try:
+            with np.load(path) as part:
+                rows = part["rows"] if vectors else None
+                ids, reasons = json.loads(part["text"].tobytes())
+        except FileNotFoundError:  # another process has it; what is missing then will be told
+            continue
+        except Exception as error:  # of numpy, of its zip files and of JSON
+            why = f"{path} cannot be read ({error}); delete it, and the same command makes its"
+            raise ValueError(f"{why} vectors again") from error
+        yield rows, ids, reasons
 
 
 def _commit(index: Index, order: list[Mapping[str, Any]]) -> Index:
@@ -237,7 +232,7 @@ def _commit(index: Index, order: list[Mapping[str, Any]]) -> Index:
             lines = "".join(json.dumps(item) + "\n" for item in kept)
             vectors = _part(folder, "vectors-{}.npy", json.dumps(list(row_of)).encode())
             items = _part(folder, "items-{}.jsonl", lines.encode())
-            if not vectors.exists():
+            if vectors != index.files[0]:  # that one was read; another may be any file
                 _write_vectors(vectors, index, row_of)
             write_text(items, lines)
             meta = index.meta | {"format_version": FORMAT_VERSION, "count": len(kept)}
@@ -247,7 +242,7 @@ def _commit(index: Index, order: list[Mapping[str, Any]]) -> Index:
         named = {folder / "meta.json", *index.files}
         for pattern in ("parts/*", "meta.json.*", *FORMAT_1, ".draft/*"):  # there format 1 wrote
             for path in set(folder.glob(pattern)) - named:
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may be at it too
     _all_here()
     if not kept:
         first = f", the first: {next(iter(unreadable.values()))}" if unreadable else ""
@@ -257,12 +252,12 @@ def _commit(index: Index, order: list[Mapping[str, Any]]) -> Index:
 
 def _write_vectors(path: Path, index: Index, row_of: Mapping[str, int]) -> None:
     """Write the vectors of these ids, out of the index and of parts, each in its row."""
-    own: Iterable[Any] = [({"rows": index.vectors}, [item["id"] for item in index.items], {})]
+    own: Iterable[Any] = [(index.vectors, [item["id"] for item in index.items], {})]
     missing, out = set(row_of), None
     with whole(path) as draft:
-        for part, ids, _ in chain(own, _parts(index.folder)):
+        for rows, ids, _ in chain(own, _parts(index.folder, vectors=True)):
             if pairs := [(row_of[name], row) for row, name in enumerate(ids) if name in row_of]:
-                rows, (there, here) = part["rows"], map(list, zip(*pairs, strict=True))
+                there, here = map(list, zip(*pairs, strict=True))
                 if out is None:
                     shape = (len(row_of), rows.shape[1])
                     out = np.lib.format.open_memmap(draft, "w+", np.float32, shape)
@@ -271,8 +266,7 @@ def _write_vectors(path: Path, index: Index, row_of: Mapping[str, int]) -> None:
         if missing or out is None:
             raise ValueError(
                 f"{index.folder}: {len(row_of) - len(missing)} of {len(row_of)} vectors are there; "
-                "if another process writes to this folder, let it end; then the same command does "
-                "the rest"
+                + SHARED
             )
         out.flush()
 

@@ -31,8 +31,6 @@ except ImportError as error:
         'pip install "btok[sentence-transformers]"'
     ) from error
 
-_OTHERS = {"image": (), "video": ("second_per_grid_ts",)}  # a row per video, beside its grid
-
 
 def load_sentence_transformer(
     name_or_path: str | Path, *, device: str | None = None, **settings: Any
@@ -111,10 +109,8 @@ class BTokTransformer(InputModule):
             "input_ids": pad_sequence(ids, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
         }
-        for kind, keys in KEYS.items():
-            for key in (*keys, *_OTHERS[kind]):
-                if parts := [sample[key] for sample in samples if key in sample]:
-                    features[key] = torch.cat(parts)
+        for key in {key for sample in samples for key in sample} - {"input_ids"}:
+            features[key] = torch.cat([sample[key] for sample in samples if key in sample])
         return features
 
     def _read(self, value: Any, prompt: str | None) -> dict[str, Any]:
@@ -161,7 +157,7 @@ def unpad(features: Mapping[str, Any], config: Any) -> list[dict[str, Tensor]]:
     for kind, (patches, grid) in KEYS.items():
         if vision is None or features.get(grid) is None:
             continue
-        others = (grid, *_OTHERS[kind])
+        others = (grid, *(vision.per_video if kind == "video" else ()))
         merged = vision.merge_size(config) ** 2
         token = getattr(config, f"{kind}_token_id")
         sizes = [merged * int((ids == token).sum()) for ids in rows]  # patches of each sample
