@@ -41,12 +41,31 @@ CASES = {  # of four ranks the third has no images
     "qwen3_vl": {**CHUNKS, "family": "qwen3_vl"},
     "idefics3": {**CHUNKS, "family": "idefics3"},
     "text": {**CHUNKS, "family": "qwen2"},
+    "a head of its own": {**CHUNKS, "untied": True},
+    "frozen tower, a connector that trains": {
+        **CHUNKS,
+        "family": "idefics3",
+        "freeze_vision": True,
+    },
 }
 
 
-def step(pairs, shard, lora=False, dora=False, checkpoint=False, family="qwen2_vl", **settings):
+def step(
+    pairs,
+    shard,
+    *,
+    lora=False,
+    dora=False,
+    checkpoint=False,
+    family="qwen2_vl",
+    untied=False,
+    **settings,
+):
     """Gradients, losses and the number of microbatches of this rank's pairs."""
     model, processor = model_with(0.0, checkpoint, not lora, family, dora)
+    if untied:  # some passes have no target: on that rank the head then takes no part
+        head = model.backbone.lm_head
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
     recipe = dataclasses.replace(BASE, **settings, shard=shard, muon_rate=0.0)
     if recipe.freeze_vision:
         model.family.tower(model.backbone).requires_grad_(False)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from btok.model import BTokModel
+from btok.model import BTokModel, BTokOutput
 from btok_kernels.ranks import rank, world
 from train.recipes import Recipe
 
@@ -277,6 +277,7 @@ def shard(model: BTokModel, recipe: Recipe) -> None:
         fully_shard(tower, reshard_after_forward=False, **options)
     for layer in model.family.decoder(model.backbone).layers:
         fully_shard(layer, **options)
+    model.register_forward_hook(_take_part)  # before FSDP's own, which ends the pass
     still = {p for p in model.parameters() if not p.requires_grad}
     fully_shard(model, reshard_after_forward=False, ignored_params=still, **options)
     model.to_empty(device=device)
@@ -287,6 +288,18 @@ def shard(model: BTokModel, recipe: Recipe) -> None:
         if rank() == 0:
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, 0)
+
+
+def _take_part(model: nn.Module, arguments: Any, output: BTokOutput) -> BTokOutput:
+    """Have every weight outside the units in the graph, times zero: a rank that has no use for one
+    in a pass, as of a head without targets, must still add to its gradient when the others do.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    units = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
+    inside = {p for unit in units for p in unit.parameters()}
+    outside = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    return output._replace(embeddings=output.embeddings + 0 * sum(p[:1].sum() for p in outside))
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
