@@ -66,7 +66,7 @@ def step(
     if untied:  # some passes have no target: on that rank the head then takes no part
         head = model.backbone.lm_head
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    recipe = dataclasses.replace(BASE, **settings, shard=shard, muon_rate=0.0)
+    recipe = dataclasses.replace(BASE, **settings, shard=shard, muon_rate=0.0, eval_queries=0)
     if recipe.freeze_vision:
         model.family.tower(model.backbone).requires_grad_(False)
     packing = Packing.of(model, processor, recipe)
@@ -143,7 +143,7 @@ def values(rank, folder, family):
         if rank:
             model = BTokModel.from_pretrained(folder, empty=True, dtype=torch.float32)
             assert all(p.is_meta for p in model.parameters())
-        parallel.shard(model, Recipe(shard=True, caption_steps=0, muon_rate=0))
+        parallel.shard(model, Recipe(shard=True, caption_steps=0, muon_rate=0, eval_queries=0))
         whole = {name: weight.full_tensor() for name, weight in model.state_dict().items()}
         buffers = dict(model.named_buffers())
         head, embedding = model.backbone.lm_head, model.backbone.get_input_embeddings()
@@ -199,7 +199,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, worlds):
                 query["images"] = [f"{i}.png"]
             file.write(json.dumps({"query": query, "positive": f"it is number {i}"}) + "\n")
     words = "--group-size 4 --groups-per-batch 4 --negatives batch --muon-rate 0 --seed 1"
-    words += " --caption-steps 0 --warmup-steps 1 --checkpoint-every 2 --steps"
+    words += " --eval-queries 0 --caption-steps 0 --warmup-steps 1 --checkpoint-every 2 --steps"
     words += f" {2 * len(worlds)} --chunk-tokens 150 --gradcache true --learning-rate 1e-4"
     command = ["--model", str(model), "--data", str(data), *words.split(), "--output"]
     whole, shards = tmp_path / "whole", tmp_path / "shards"

@@ -403,7 +403,7 @@ def test_stopped_and_started_again_it_ends_the_same_bit_for_bit(tmp_path):
         assert (parts / name).stat().st_size > 10_000
 
 
-SMALL = ["--muon-rate", "0", "--caption-steps", "0"]
+SMALL = ["--muon-rate", "0", "--caption-steps", "0", "--eval-queries", "0"]
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ class Recipe:
             (self.lora_rank, "lora_rank is {}: what trains is small, and the same on every GPU"),
             (self.muon_rate, "muon_rate is {}: Muon needs whole matrices; give 0"),
             (self.caption_steps, "caption_steps is {}: only training proper is, give 0"),
+            (self.eval_queries, "eval_queries is {}: evaluate its checkpoints, and give 0"),
         ):
             if self.shard and wrong:
                 raise ValueError(f"shard is true and {reason.format(wrong)}")
