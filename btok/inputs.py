@@ -14,6 +14,7 @@ from btok.data.records import Side
 TEXTS = (".txt", ".md")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+KINDS = TEXTS + IMAGES + VIDEOS  # what is looked for in a folder
 CHARACTERS = 8192  # that are read of a text file
 FRAMES = 8  # that are read of a video file
 FRAMES_PER_SECOND = 2.0  # of a video that does not say: the rate the checkpoints' own sampling has

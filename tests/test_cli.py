@@ -15,9 +15,11 @@ import pytest
 from helpers import tiny_checkpoint
 from PIL import Image
 
+from btok import inputs
 from btok.adapters import Lora
 from btok.model import BTokModel
 from btok.processing import Processor
+from btok.tools import cli
 from btok.tools.cli import list_files, main
 
 RNG = np.random.default_rng(0)
@@ -316,3 +318,13 @@ def test_export_merges_adapters(tmp_path, checkpoint, capsys):
     assert "is not empty; name a new folder" in capsys.readouterr().err
     assert main(["export", checkpoint, str(tmp_path / "other")]) == 2
     assert "has no adapters" in capsys.readouterr().err
+
+
+def test_a_folder_is_searched_for_every_kind_of_input(tmp_path):
+    """A new one is a change of `inputs.py` alone."""
+    lists = [value for value in vars(inputs).values() if isinstance(value, tuple)]
+    endings = sorted({ending for value in lists for ending in value})
+    assert len(endings) > 10 and cli.KINDS is inputs.KINDS
+    for ending in endings:
+        (tmp_path / f"a{ending}").touch()
+    assert list_files(tmp_path) == [f"a{ending}" for ending in endings]

@@ -28,14 +28,13 @@ import tyro
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import sha256
-from btok.inputs import IMAGES, TEXTS, VIDEOS, as_side, rgb_array, with_frames
+from btok.inputs import KINDS, as_side, rgb_array, with_frames
 from btok.tools import pictures
 from btok.tools.command_line import parse
 from btok.tools.export import export
 from btok.tools.index import Index, encode_to, open_index
 from btok_kernels.ranks import rank
 
-KINDS = TEXTS + IMAGES + VIDEOS
 SHOWN = 10  # unreadable files that are named
 CAPTION = 60  # characters of a text file that a picture shows
 
