@@ -25,7 +25,7 @@ from train.recipes import Recipe
 
 STEPS, EVERY, SIZE = 12, 3, 2
 LAUNCHER = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from pathlib import Path
 
 rank, generation = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -34,12 +34,14 @@ sys.path[:0] = [".", "kernels"]
 
 import torch
 import train.main
+from btok.processing import Processor
+from train import checkpoint
 
-train_step, load, fault = train.main.train_step, train.main.load, sys.argv.pop(1)
+train_step, load, faults = train.main.train_step, train.main.load, sys.argv.pop(1).split()
 is_last = rank == int(os.environ["WORLD_SIZE"]) - 1
 
 def stop(recipe, *more, **options):
-    if is_last and fault == "stop":
+    if is_last and "stop" in faults:
         os.kill(os.getpid(), signal.SIGTERM)
     return load(recipe, *more, **options)
 
@@ -47,17 +49,53 @@ def hurt(model, recipe, pairs, microbatches, step, *more):
     time.sleep(0.1)  # so that it is not over before it is hurt
     Path(__file__).with_name(f"{rank}.worked").write_text(str(generation))
     embeddings = model.backbone.get_input_embeddings()
-    if not embeddings._forward_hooks:
+    if not embeddings._forward_hooks and "plain" not in faults:
         drop = torch.nn.Dropout(0.1)
         embeddings.register_forward_hook(lambda module, inputs, output: drop(output))
+    if f"until-{recipe.caption_steps + step + 1}" in faults and is_last:
+        os.kill(os.getpid(), signal.SIGTERM)
     if recipe.caption_steps + step == 7 and is_last:  # the run's step
-        if fault == "raise":
+        if "raise" in faults:
             raise ValueError("pair 5 of a set has no positive")
-        if fault == "pass" and not generation:
+        if "pass" in faults and not generation:
             raise OSError("the folder of a set is away")
-        if fault == "nan":
+        if "nan" in faults:
             embeddings.weight.data.fill_(float("nan"))
     return train_step(model, recipe, pairs, microbatches, step, *more)
+
+# a checkpoint takes two seconds to write, and no thread uses the tokenizer while another does
+lock, writing, reads = threading.RLock(), threading.Event(), 0
+write, used = checkpoint.Checkpoints._write, {"__call__": 0.01, "save_pretrained": 0.3}
+
+def write_slowly(*arguments):
+    writing.set()
+    time.sleep(0.3)
+    write(*arguments)
+    writing.clear()
+
+def slow(function):
+    def run(*arguments):
+        time.sleep(0.15 * writing.is_set())
+        return function(*arguments)
+    return run
+
+def alone(function, seconds):
+    def run(*arguments):
+        global reads
+        assert lock.acquire(blocking=False), "two threads use the tokenizer"
+        reads += writing.is_set()
+        time.sleep(seconds)
+        try:
+            return function(*arguments)
+        finally:
+            lock.release()
+    return run
+
+if "slow" in faults:
+    checkpoint.Checkpoints._write = write_slowly
+    checkpoint.save_file, checkpoint.sha256 = slow(checkpoint.save_file), slow(checkpoint.sha256)
+    for name, seconds in used.items():
+        setattr(Processor, name, alone(getattr(Processor, name), seconds))
 
 train.main.train_step, train.main.load = hurt, stop
 train.main.pictures.loss_curve = lambda *arguments: None  # Matplotlib takes a second to load
@@ -65,6 +103,7 @@ if generation and rank:
     time.sleep(2)  # processes that are started again do not come together
 code = train.main.main()
 Path(__file__).with_name(f"{rank}.code").write_text(str(code))
+Path(__file__).with_name(f"{rank}.reads").write_text(str(reads))
 threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 Path(__file__).with_name(f"{rank}.threads").write_text(" ".join(threads))
 sys.exit(code)
@@ -96,7 +135,7 @@ CASES = [
 class Trainer:
     """The trainer under torchrun, in a folder of its own."""
 
-    def __init__(self, folder, model, world, fault="", restarts=0):
+    def __init__(self, folder, model, world, fault="", restarts=0, more=()):
         self.folder, self.run = folder, folder / "run"
         (folder / "launcher.py").write_text(LAUNCHER)
         command = [
@@ -105,7 +144,7 @@ class Trainer:
             *(folder / "launcher.py", fault, "--output", self.run, "--model", model),
             *("--caption-steps", "2", "--steps", STEPS - 2, "--reading-steps", STEPS),
             *("--group-size", SIZE, "--groups-per-batch", world, "--warmup-steps", "2"),
-            *("--checkpoint-every", EVERY, "--eval-queries", "0"),
+            *("--checkpoint-every", EVERY, "--eval-queries", "0", *more),
         ]
         self.process = subprocess.Popen(
             [str(word) for word in command],
@@ -152,8 +191,8 @@ def errors(said):
     return re.findall("^error: .*", said, re.MULTILINE)
 
 
-def damage(folder, kind, rng):
-    path = rng.choice(sorted(p for p in folder.iterdir() if p.is_file()))
+def damage(paths, kind, rng):
+    path = rng.choice(sorted(p for p in paths if p.is_file()))
     data = bytearray(path.read_bytes())
     at = rng.randrange(len(data))
     print(f"{kind}: {path.name}, byte {at}")
@@ -217,7 +256,7 @@ def test_it_goes_on_and_ends_on_the_same_bits(tmp_path, model, whole, kind, worl
         assert done < STEPS, "the fault came too late"
         if damaged:
             folder = trainer.run / f"checkpoint-{saved}"
-            damage(folder, kind, rng)
+            damage(folder.iterdir(), kind, rng)
             saved = max(saved - EVERY, 0)
         elif kind.startswith("stop"):
             assert saved == done

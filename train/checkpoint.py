@@ -192,8 +192,9 @@ def unwritable(path: Path, error: Exception) -> str:
 
 def _moments(optimizers: Mapping[str, torch.optim.Optimizer]) -> Iterable[tuple[str, Tensor]]:
     for which, optimizer in optimizers.items():
-        for index, entries in optimizer.state_dict()["state"].items():
-            for name, value in entries.items():
+        # sorted: after a resume they come in the order of the files
+        for index, entries in sorted(optimizer.state_dict()["state"].items()):
+            for name, value in sorted(entries.items()):
                 yield f"{which}.{index}.{name}", value
 
 
