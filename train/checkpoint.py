@@ -14,7 +14,8 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -121,6 +122,15 @@ class Checkpoints:
                     self.digests[name] = sha256(path)
         except Exception as error:
             self.error = error
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Where what is raised within is raised on all ranks: one that is being written is kept."""
+        try:
+            yield
+        except Exception:
+            self.commit(wait=True)
+            raise
 
     def commit(self, wait: bool = False) -> None:
         """Put what has been written by all ranks into its place; with `wait`, wait for that.

@@ -96,14 +96,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop.in_step, stopping = True, False
         with TrainLog(recipe, first, saved.get("skipped", 0)) as log:
             for step, (number, data) in enumerate(chain(captions, drawn), first):
-                log.count_skipped(data.skipped)
                 captioning = step < before
                 phase = recipe.captions if captioning else recipe
                 result = train_step(
                     model, phase, data.pairs, data.microbatches, number, captioning, filler
                 )
                 norm = clipped_norm(model, recipe.clip_norm)
-                refuse_infinite(recipe, step, data, float(result.losses.total), norm)
+                with checkpoints.kept():
+                    log.count_skipped(data.skipped)
+                    refuse_infinite(recipe, step, data, float(result.losses.total), norm)
                 rate = phase.learning_rate_at(number)
                 update(optimizers, {"adamw": rate, "muon": rate * recipe.muon_rate})
                 log.write(step, captioning, result, rate, norm)
