@@ -116,7 +116,8 @@ def assert_same_bits(trainer, expected):
 def assert_same_numbers(trainer, expected):
     for a, b in zip(trainer.rows(), expected.rows(), strict=True):
         assert a.pop("phase") == b.pop("phase")
-        assert a.pop("gradient_norm") == pytest.approx(b.pop("gradient_norm"), rel=1e-5), a
+        for name in ("contrastive", "gradient_norm"):  # errors of similarities, magnified
+            assert a.pop(name) == pytest.approx(b.pop(name), rel=1e-5), name
         assert a == pytest.approx(b, rel=1e-6), a
 
 
