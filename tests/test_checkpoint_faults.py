@@ -272,7 +272,7 @@ def test_a_full_disk_of_another_rank_ends_all(tmp_path, model, undisturbed, worl
     assert code != 0
     (line,) = errors(said)
     (step,) = re.findall(rf"^error: {trainer.run}/checkpoint-(\d+) cannot be written", line)
-    assert "free space there and give the same command again" in line
+    assert "raise the limit on a file's size and give the same command again" in line
     assert [(tmp_path / f"{rank}.code").read_text() for rank in range(world)] == ["2"] * world
     assert not list(trainer.run.glob(".*")), "a draft is left"
     assert steps_of(trainer.run)[-1] == int(step) - EVERY
