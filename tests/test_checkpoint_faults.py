@@ -251,10 +251,7 @@ def test_a_run_goes_on_with_other_ranks_or_shards(tmp_path, model, undisturbed, 
     assert_same_numbers(trainer, undisturbed(1, False, "plain"))
 
 
-DISK_FULL = [
-    (2, 1, 5_000),
-    *(pytest.param(*c, marks=full) for c in [(2, 1, 250_000), (4, 2, 5_000)]),
-]
+DISK_FULL = [pytest.param(*c, marks=full) for c in [(2, 1, 5_000), (2, 1, 250_000), (4, 2, 5_000)]]
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="no prlimit: files are not bounded")

@@ -151,7 +151,7 @@ def values(rank, folder, family):
     torch.save((whole, buffers), f"{folder}/{rank}.pt")
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_vl", pytest.param("qwen3_vl", marks=pytest.mark.full)])
 def test_all_weights_are_those_of_the_first_rank(tmp_path, family):
     """The other has the architecture alone."""
     model, _ = tiny_module(family)
