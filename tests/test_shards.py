@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 
@@ -21,6 +22,7 @@ import train.main
 from btok.data.samples import pair_samples
 from btok.encoder import BTokEncoder
 from btok.model import BTokModel
+from btok.tools.export import export
 from train import checkpoint, parallel
 from train.microbatches import Packing
 from train.recipes import Recipe
@@ -70,7 +72,7 @@ def step(
     if recipe.freeze_vision:
         model.family.tower(model.backbone).requires_grad_(False)
     packing = Packing.of(model, processor, recipe)
-    samples = pair_samples(pairs, processor)
+    samples = pair_samples(pairs, processor, generate=recipe.ntp_weight > 0)
     packed = packing(Step(pairs, [], samples, [], list(range(len(samples)))))
     if shard:
         parallel.shard(model, recipe)
@@ -117,6 +119,28 @@ def test_a_step_is_that_of_one_process(tmp_path, world):
             error, tensor = worst_gradient(gradients, want[0])
             assert error < 1e-5, f"{name}, {tensor}: {error:.1e}"
     assert uneven  # else nothing has filled up
+
+
+def unused_on_a_rank(rank, folder):
+    torch.set_num_threads(1)
+    with gloo(folder, rank, 2):
+        for shard in (False, True):
+            found = step(TEXTS[rank * 2 : rank * 2 + 2], shard, **UNUSED)[0]
+            torch.save(sorted(found), f"{folder}/{rank}-{shard}.pt")
+
+
+TEXTS = [p for p in PAIRS if not (p.query.images or len(p.positive.video))][:4]
+UNUSED = {**CHUNKS, "untied": True, "ntp_weight": 0.0}
+
+
+def test_what_no_rank_uses_has_no_gradient(tmp_path):
+    """A tower without pictures, a head without targets: zeros would have them decay."""
+    mp.spawn(unused_on_a_rank, (str(tmp_path),), nprocs=2)
+    want = sorted(step(TEXTS, False, **UNUSED)[0])
+    assert not any("visual" in name or "lm_head" in name for name in want) and len(want) > 10
+    for rank in range(2):
+        for shard in (False, True):
+            assert torch.load(tmp_path / f"{rank}-{shard}.pt") == want
 
 
 def half_on_a_rank(rank, folder):
@@ -215,6 +239,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, worlds):
         # a plain checkpoint, whatever wrote it
         vectors = BTokEncoder.from_pretrained(shards / f"checkpoint-{2 * turn}").encode(["seven"])
         assert vectors.shape == (1, 64)
+        if world > 1:
+            export(shards / f"checkpoint-{2 * turn}", tmp_path / "one")
+            one, parts = (
+                BTokModel.from_pretrained(f).state_dict()
+                for f in (tmp_path / "one", shards / f"checkpoint-{2 * turn}")
+            )
+            assert all(torch.equal(one[name], weight) for name, weight in parts.items())
+            names = {p.name for p in (tmp_path / "one").iterdir()}
+            assert "model.safetensors" in names and "tokenizer.json" in names
+            assert not names & {"trainer.json", "manifest.json", "model.safetensors.index.json"}
+            shutil.rmtree(tmp_path / "one")
     logs = [(folder / "log.jsonl").read_text().splitlines() for folder in (whole, shards)]
     want, found = ([json.loads(line) for line in log] for log in logs)
     assert [row["step"] for row in found] == [row["step"] for row in want]

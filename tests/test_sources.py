@@ -195,7 +195,7 @@ def damage_bit(index):
 
 
 def damage_version(index):
-    index.write_bytes(index.read_bytes().replace(b'"kind": "1 ', b'"kind": "0 '))
+    index.write_bytes(index.read_bytes().replace(b'"kind": "2 ', b'"kind": "1 '))
 
 
 @pytest.mark.parametrize("damage", [damage_cut, damage_bit, damage_version, Path.touch, None])

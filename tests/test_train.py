@@ -139,6 +139,27 @@ def saved_run(tmp_path, step=3):
     return checkpoints.final, model, optimizers
 
 
+def save_on_a_rank(rank, folder):
+    save, write = checkpoint.save_file, checkpoint.Checkpoints._write
+
+    def slow(tensors, path, *more):
+        path.write_bytes(b"half of it")
+        time.sleep(2)
+        save(tensors, path, *more)
+
+    with gloo(folder, rank, 2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", slow)
+        late = lambda *a: time.sleep(rank) or write(*a)  # noqa: E731
+        patch.setattr(checkpoint.Checkpoints, "_write", late)
+        saved_run(Path(folder))
+
+
+def test_only_who_writes_a_file_says_what_is_in_it(tmp_path):
+    """Rank 0 writes a model that is not sharded; the other must not look at it meanwhile."""
+    mp.spawn(save_on_a_rank, (str(tmp_path),), nprocs=2)
+    assert checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
+
+
 def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path, monkeypatch):
     """While a thread writes, training goes on."""
     begun, go_on = threading.Event(), threading.Event()

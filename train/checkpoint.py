@@ -114,8 +114,9 @@ class Checkpoints:
             elif shards:
                 weights = revert_weight_conversion(model.backbone, weights)
                 save_file(weights, self.draft / f"{WEIGHTS}{part}", {"format": "pt"})
-            if rank() == 0 or shards:
-                save_file(moments, self.draft / f"{MOMENTS}{part}")
+            if rank() and not shards:
+                return
+            save_file(moments, self.draft / f"{MOMENTS}{part}")
             for path in self.draft.rglob("*" if rank() == 0 else f"*{part}"):
                 name = str(path.relative_to(self.draft))
                 if path.is_file() and ("-of-" not in name or name.endswith(part)):

@@ -178,6 +178,11 @@ def check(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
                 f"{recipe.output} holds a run with {name} {saved.get(name)}, this command asks "
                 f"for {settings[name]}; give the same settings or another --output"
             )
+    if recipe.groups_per_batch * recipe.group_size < world():
+        raise ValueError(
+            f"group_size is {recipe.group_size} and groups_per_batch {recipe.groups_per_batch}, "
+            f"expected a pair for each of the {world()} processes"
+        )
     if recipe.shard and (world() == 1 or world() % recipe.replicas):
         raise ValueError(
             f"shard is true with {world()} processes and replicas {recipe.replicas}, expected "

@@ -37,7 +37,9 @@ def memory_of(model: BTokModel, recipe: Recipe, ranks: int) -> dict[str, float]:
         # two layers at a time; embedding, head and tower from the forward to the backward's end
         gathered = 2 * layer + _numel(trained) - inside
         found["gathered weights"] = width * gathered
-    elif width == 2:
+    elif ranks > 1:
+        found["gradients on their way"] = 4 * numbers
+    if width == 2 and not recipe.shard:
         found["weights in bfloat16"] = width * numbers  # autocast keeps them through a pass
     tokens = recipe.chunk_tokens or 0
     inputs = tokens * config.hidden_size * width
@@ -75,15 +77,20 @@ def refuse_too_small(model: BTokModel, recipe: Recipe, device: torch.device) -> 
     total = sum(found.values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.items())
     need = f"about {total / GIB:.1f} GiB on each device by arithmetic ({parts})"
+    need += "" if recipe.chunk_tokens else ", and activations: without --chunk-tokens as they come"
     if rank() == 0 and recipe.model != "pocket":
         print(f"training takes {need}")
     if device.type != "cuda":
         return
     there = torch.cuda.get_device_properties(device).total_memory
     if total > there:
-        turn = [] if recipe.checkpoint_activations else ["--checkpoint-activations true"]
-        turn += [] if recipe.shard or recipe.lora_rank else ["--shard true", "--lora-rank 16"]
-        turn += ["a lower --chunk-tokens", *(["more GPUs"] if recipe.shard else [])]
-        raise ValueError(
-            f"{recipe.model} needs {need}, this one has {there / GIB:.1f}; try {', '.join(turn)}"
-        )
+        turn = {
+            "--checkpoint-activations true": not recipe.checkpoint_activations,
+            "--gradcache true": not recipe.gradcache,
+            "a lower --chunk-tokens": recipe.chunk_tokens,
+            "--lora-rank 16": not (recipe.shard or recipe.lora_rank),
+            "--shard true": not (recipe.shard or recipe.lora_rank) and world() > 1,
+            "more GPUs": recipe.shard,
+        }
+        told = " or ".join(setting for setting, helps in turn.items() if helps)
+        raise ValueError(f"{recipe.model} needs {need}, this one has {there / GIB:.1f}; try {told}")

@@ -72,9 +72,12 @@ def train_step(
     if filler is not None:
         more = parallel.most_of_ranks(len(microbatches)) - len(microbatches)
         microbatches = [*microbatches, *[filler] * more]
-    counts = sum(model.ntp_count(m.batch) for m in microbatches)
+    targets = sum(model.ntp_count(m.batch) for m in microbatches)
+    shows = any(m.batch.vision for m in microbatches if len(m.batch) == len(m.places))
     # all ranks' mean, so that a target weighs the same on a rank that has few of them
-    count = max(float(parallel.mean_over_ranks(torch.tensor(float(counts)).double())), 1e-9)
+    agreed = parallel.mean_over_ranks(torch.tensor([targets, shows], dtype=torch.float64))
+    targets, shows = agreed.tolist()
+    count = max(targets, 1e-9)
     ids = on_device(positive_ids(pairs, rank()), model.backbone.device)
     groups = recipe.groups_per_batch // world()
     forward = partial(_forward, model, recipe, count)
@@ -89,6 +92,12 @@ def train_step(
         else:
             losses = at_once(forward, microbatches, contrast, weigh, backward)
     backward.finish()
+    # what no rank had a use for has no gradient, as in one process: zeros would let it decay
+    unused = [] if shows else list(model.family.vision_parts(model.backbone))
+    head, embedding = model.backbone.lm_head, model.backbone.get_input_embeddings()
+    unused += [] if targets or head.weight is embedding.weight else [head]
+    for p in (p for part in unused for p in part.parameters()):
+        p.grad = None
     worked = torch.tensor([tokens, model_flops(model, tokens, patches)], dtype=torch.float64)
     total, flops = (parallel.mean_over_ranks(worked) * world()).tolist()
     means = parallel.mean_over_ranks(torch.stack(losses).detach())

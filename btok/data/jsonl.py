@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from btok.files import sha256, whole
 
-VERSION = 1  # of the index and of what rows are checked for: one of another is made again
+VERSION = 2  # of the index and of what rows are checked for: one of another is made again
 SEAL = 64  # the last bytes of an index
 TICK = 2_000_000_000  # nanoseconds that a change may leave a file's time as it was, on any disk
 Row = Mapping[str, Any]
@@ -105,9 +105,13 @@ def _index(path: Path, kind: str, check: Callable[[Row], int]) -> tuple[np.ndarr
 
 
 def _stamp(path: Path) -> list[int]:
-    """A file's size and time of change in nanoseconds; 0 where it may change within that time."""
+    """A file's size, and times of change in nanoseconds; 0 where it may change within the first.
+
+    The second is the system's own: a copy that keeps the first does not keep that.
+    """
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns if time.time_ns() - stat.st_mtime_ns > TICK else 0]
+    old = time.time_ns() - stat.st_mtime_ns > TICK
+    return [stat.st_size, stat.st_mtime_ns if old else 0, stat.st_ctime_ns]
 
 
 def _read(index: Path) -> tuple[np.ndarray, dict[str, Any]]:
