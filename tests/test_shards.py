@@ -121,6 +121,17 @@ def test_a_step_is_that_of_one_process(tmp_path, world):
     assert uneven  # else nothing has filled up
 
 
+def test_every_pass_shows_something_where_a_tower_lies_on_all_ranks():
+    """Also where the target does, and the source does not."""
+    model, processor = tiny_module()
+    recipe = dataclasses.replace(BASE, **CHUNKS, shard=True, muon_rate=0.0, eval_queries=0)
+    packing, samples = Packing.of(model, processor, recipe), pair_samples(PAIRS, processor)
+    packed = packing(Step(PAIRS, [], samples, [], list(range(len(samples)))))
+    alone = [m for m in packed.microbatches if len(m.batch) > len(m.places)]
+    assert alone and any(len(m.batch.vision) > 1 for m in alone)
+    assert all(m.batch.vision and m.sources.vision for m in (*packed.microbatches, packing.empty()))
+
+
 def unused_on_a_rank(rank, folder):
     torch.set_num_threads(1)
     with gloo(folder, rank, 2):

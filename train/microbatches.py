@@ -104,11 +104,12 @@ class Packing:
 
     def _pack(self, places: list[int], samples: list[Sample]) -> Microbatch:
         samples = samples or list(self.filler)
-        batch = pack(samples, **self.options)
-        if self.everywhere and not batch.vision:
+        batch, sources = pack(samples, **self.options), None
+        if self.twice:
+            sources = pack([(source, None) for source, _ in samples], **self.options)
+        if self.everywhere and not (batch if sources is None else sources).vision:
             return self._pack(places, [*samples, *self.filler])
-        sources = [(source, None) for source, _ in samples]
-        return Microbatch(places, batch, pack(sources, **self.options) if self.twice else None)
+        return Microbatch(places, batch, sources)
 
     def _length(self, sample: Sample) -> int:
         own = sum(np.asarray(side["input_ids"]).size for side in sample if side is not None)

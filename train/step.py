@@ -73,7 +73,8 @@ def train_step(
         more = parallel.most_of_ranks(len(microbatches)) - len(microbatches)
         microbatches = [*microbatches, *[filler] * more]
     targets = sum(model.ntp_count(m.batch) for m in microbatches)
-    shows = any(m.batch.vision for m in microbatches if len(m.batch) == len(m.places))
+    # a filler shows one picture
+    shows = any(len(m.batch.vision) > len(m.batch) - len(m.places) for m in microbatches)
     # all ranks' mean, so that a target weighs the same on a rank that has few of them
     agreed = parallel.mean_over_ranks(torch.tensor([targets, shows], dtype=torch.float64))
     targets, shows = agreed.tolist()
