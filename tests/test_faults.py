@@ -106,7 +106,8 @@ Path(__file__).with_name(f"{rank}.code").write_text(str(code))
 Path(__file__).with_name(f"{rank}.reads").write_text(str(reads))
 threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 Path(__file__).with_name(f"{rank}.threads").write_text(" ".join(threads))
-sys.exit(code)
+sys.stdout.flush()
+os._exit(code)  # as train/main.py ends
 """
 
 # how the run is hurt, and on how many seeds with 2 and with 4 ranks

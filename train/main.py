@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from itertools import chain
@@ -285,4 +286,8 @@ def refuse_infinite(recipe: Recipe, step: int, data: PackedStep, loss: float, no
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    # sharded weights keep the process group, whose threads may abort a process while Python ends
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
