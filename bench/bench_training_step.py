@@ -46,7 +46,6 @@ from btok.packing import Sample, pack
 from btok.vision import Vision
 from train.microbatches import Packing
 from train.recipes import Recipe
-from train.sampler import Step
 from train.step import train_step
 
 K = 4
@@ -145,9 +144,8 @@ class Contestants:
         recipe = dataclasses.replace(self.recipe, **changed)
         self.btok.checkpoint_activations(recipe.checkpoint_activations)
         processor: Any = self.processor
-        packing = Packing.of(self.btok, processor, recipe)
-        packed = packing(Step(self.pairs, [], self.samples, [], list(range(len(self.samples)))))
-        return train_step(self.btok, recipe, self.pairs, packed.microbatches, 0).losses
+        microbatches = Packing.of(self.btok, processor, recipe).microbatches(self.samples)
+        return train_step(self.btok, recipe, self.pairs, microbatches, 0).losses
 
     def padded(self, label_rows: bool = False, vision_once: bool = False) -> Losses:
         """GradCache over padded chunks, in two passes each."""

@@ -168,12 +168,9 @@ class BTokModel(nn.Module):
         """
         if hasattr(self.backbone, "peft_config"):
             return adapters.state_of(self.backbone)
-        names, once = (
-            {name for name, _ in self.backbone.named_parameters(remove_duplicate=alone)}
-            for alone in (False, True)
-        )
+        again = {name for _, *others in shared_weights(self.backbone) for name in others}
         state = self.backbone.state_dict()
-        return {name: weight for name, weight in state.items() if name not in names - once}
+        return {name: weight for name, weight in state.items() if name not in again}
 
     def save_pretrained(
         self, folder: str | Path, state: Mapping[str, Tensor] | None = None
@@ -336,6 +333,14 @@ class BTokModel(nn.Module):
         counts = torch.zeros(len(batch), device=losses.device)
         counts.index_add_(0, batch.label_samples, torch.ones_like(losses, dtype=counts.dtype))
         return (losses / counts[batch.label_samples]).sum() / batch.num_targets
+
+
+def shared_weights(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several, as of an embedding that is the head too."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    return [of_one for of_one in names.values() if len(of_one) > 1]
 
 
 def use_condensed_attention(backbone: Any) -> None:

@@ -23,7 +23,6 @@ from btok.tokens import add_to_embeddings, add_to_tokenizer
 from train.microbatches import Packing
 from train.pocket import data as pocket
 from train.recipes import Recipe
-from train.sampler import Step
 from train.step import train_step
 
 IMAGE, VIDEO, VISION_START, VISION_END = 110, 111, 112, 113
@@ -317,6 +316,5 @@ def one_step(model: Any, processor: Any, recipe: Recipe, pairs: Any, samples: An
     and False.
     """
     number, captioning, *_ = *at, *(0, False)[len(at) :]
-    packing = Packing.of(model, processor, recipe, captioning)
-    packed = packing(Step(pairs, [], samples, [], list(range(len(samples)))))
-    return train_step(model, recipe, pairs, packed.microbatches, number, captioning)
+    microbatches = Packing.of(model, processor, recipe, captioning).microbatches(samples)
+    return train_step(model, recipe, pairs, microbatches, number, captioning)

@@ -18,10 +18,9 @@ import time
 
 import pytest
 from helpers import tiny_checkpoint
-from test_faults import EVERY, STEPS, Trainer, damage, errors
+from test_faults import EVERY, STEPS, Trainer, assert_same_bits, damage, errors, resumed, steps_of
 
 from btok.files import sha256
-from train import checkpoint
 
 # of a run whose weights may lie on all ranks; four groups go to one rank, two or four
 ONE_PHASE = ("--caption-steps", "0", "--steps", STEPS, "--muon-rate", "0")
@@ -77,21 +76,9 @@ def stopped(undisturbed, tmp_path):
     return of
 
 
-def steps_of(run):
-    """The steps of a run's checkpoints."""
-    names = [path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
 def contents(folder):
     """What each file below holds, as a digest."""
     return {str(path): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def resumed(said):
-    """The step that a run went on from, 0 for its beginning."""
-    found = re.search(r"going on from \S+checkpoint-(\d+)", said)
-    return int(found[1]) if found else 0
 
 
 def wait_for_draft(trainer, step):
@@ -100,17 +87,6 @@ def wait_for_draft(trainer, step):
     while trainer.process.poll() is None and not draft.exists():
         time.sleep(0.005)
     return draft
-
-
-def assert_same_bits(trainer, expected):
-    assert trainer.rows() == expected.rows()
-    assert checkpoint.newest_valid(trainer.run).name == f"checkpoint-{STEPS}"
-    assert not list(trainer.run.glob(".*")), "a draft is left"
-    manifests = [
-        json.loads((t.run / f"checkpoint-{STEPS}/manifest.json").read_text())
-        for t in (trainer, expected)
-    ]
-    assert manifests[0] == manifests[1]
 
 
 def assert_same_numbers(trainer, expected):

@@ -180,10 +180,32 @@ class Trainer:
         return self.process.returncode, said
 
 
+def steps_of(run):
+    """The steps of a run's checkpoints."""
+    names = [path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 def newest(run):
     """The step of the newest checkpoint, 0 for none."""
-    names = [p.name.removeprefix("checkpoint-") for p in run.glob("checkpoint-*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max(steps_of(run), default=0)
+
+
+def resumed(said):
+    """The step that a run went on from, 0 for its beginning."""
+    found = re.search(r"going on from \S+checkpoint-(\d+)", said)
+    return int(found[1]) if found else 0
+
+
+def assert_same_bits(trainer, expected):
+    assert trainer.rows() == expected.rows()
+    assert checkpoint.newest_valid(trainer.run).name == f"checkpoint-{STEPS}"
+    assert not list(trainer.run.glob(".*")), "a draft is left"
+    manifests = [
+        json.loads((t.run / f"checkpoint-{STEPS}/manifest.json").read_text())
+        for t in (trainer, expected)
+    ]
+    assert manifests[0] == manifests[1]
 
 
 def errors(said):
@@ -277,20 +299,11 @@ def test_it_goes_on_and_ends_on_the_same_bits(tmp_path, model, whole, kind, worl
     # a thread of the process group that outlives it may abort the process while Python ends
     threads = [(tmp_path / f"{rank}.threads").read_text() for rank in range(world)]
     assert not any("gloo" in names for names in threads)
-    found = re.search(r"going on from \S+checkpoint-(\d+)", said)
-    resumed = int(found[1]) if found else 0
     if not restarts:
-        assert resumed == saved
+        assert resumed(said) == saved
     # a checkpoint is written while the steps up to the next one are taken
-    assert done - resumed <= EVERY * (3 if damaged else 2)
-
-    assert trainer.rows() == expected.rows()
-    assert checkpoint.newest_valid(trainer.run).name == f"checkpoint-{STEPS}"
-    manifests = [
-        json.loads((t.run / f"checkpoint-{STEPS}/manifest.json").read_text())
-        for t in (trainer, expected)
-    ]
-    assert manifests[0] == manifests[1]
+    assert done - resumed(said) <= EVERY * (3 if damaged else 2)
+    assert_same_bits(trainer, expected)
 
 
 @pytest.mark.full

@@ -26,7 +26,6 @@ from btok.tools.export import export
 from train import checkpoint, parallel
 from train.microbatches import Packing
 from train.recipes import Recipe
-from train.sampler import Step
 from train.step import train_step
 
 CHUNKS = {"gradcache": True, "chunk_tokens": 120}
@@ -73,17 +72,17 @@ def step(
         model.family.tower(model.backbone).requires_grad_(False)
     packing = Packing.of(model, processor, recipe)
     samples = pair_samples(pairs, processor, generate=recipe.ntp_weight > 0)
-    packed = packing(Step(pairs, [], samples, [], list(range(len(samples)))))
+    microbatches = packing.microbatches(samples)
     if shard:
         parallel.shard(model, recipe)
     filler = packing.empty() if shard else None
-    losses = train_step(model, recipe, pairs, packed.microbatches, 0, filler=filler).losses
+    losses = train_step(model, recipe, pairs, microbatches, 0, filler=filler).losses
     gradients = {
         name: p.grad.full_tensor() if shard and hasattr(p.grad, "full_tensor") else p.grad
         for name, p in model.named_parameters()
         if p.grad is not None
     }
-    return gradients, [float(loss) for loss in losses], len(packed.microbatches)
+    return gradients, [float(loss) for loss in losses], len(microbatches)
 
 
 def pairs_of(case):
@@ -126,10 +125,10 @@ def test_every_pass_shows_something_where_a_tower_lies_on_all_ranks():
     model, processor = tiny_module()
     recipe = dataclasses.replace(BASE, **CHUNKS, shard=True, muon_rate=0.0, eval_queries=0)
     packing, samples = Packing.of(model, processor, recipe), pair_samples(PAIRS, processor)
-    packed = packing(Step(PAIRS, [], samples, [], list(range(len(samples)))))
-    alone = [m for m in packed.microbatches if len(m.batch) > len(m.places)]
+    microbatches = packing.microbatches(samples)
+    alone = [m for m in microbatches if len(m.batch) > len(m.places)]
     assert alone and any(len(m.batch.vision) > 1 for m in alone)
-    assert all(m.batch.vision and m.sources.vision for m in (*packed.microbatches, packing.empty()))
+    assert all(m.batch.vision and m.sources.vision for m in (*microbatches, packing.empty()))
 
 
 def unused_on_a_rank(rank, folder):

@@ -38,7 +38,6 @@ from btok.packing import group_by_tokens
 from btok.vision import vision_of
 from train.microbatches import Packing
 from train.recipes import Recipe, load
-from train.sampler import Step
 from train.step import count_patches, model_flops
 
 BASE = Recipe(
@@ -361,9 +360,8 @@ def test_operations_of_a_step(train_all):
     samples = pair_samples(PAIRS, processor)
     sides = {id(s): s for sample in samples for s in sample if s}.values()
     packing = Packing.of(model, processor, dataclasses.replace(BASE, gradcache=True))
-    packed = packing(Step(PAIRS, [], samples, [], list(range(len(samples)))))
     expected = sum(len(v.pixels) for s in sides for v in vision_of(s))
-    assert count_patches(packed.microbatches) == expected
+    assert count_patches(packing.microbatches(samples)) == expected
 
 
 def test_operations_of_what_stands_between_tower_and_language_model():

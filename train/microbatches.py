@@ -87,7 +87,14 @@ class Packing:
 
     def __call__(self, step: Step) -> PackedStep:
         """The step, its samples grouped and packed."""
-        placed = list(zip(step.places, step.samples, strict=True))
+        microbatches = self.microbatches(step.samples, step.places)
+        return PackedStep(step.pairs, step.rows, microbatches, step.skipped)
+
+    def microbatches(
+        self, samples: Sequence[Sample], places: Sequence[int] | None = None
+    ) -> list[Microbatch]:
+        """Samples grouped and packed; their places in the step, None for one after the other."""
+        placed = list(zip(range(len(samples)) if places is None else places, samples, strict=True))
         if self.captioning:
             placed = [(place, sample) for place, sample in placed if sample[1] is not None]
         turns = [list(range(len(placed)))] if placed else []
@@ -95,8 +102,7 @@ class Packing:
             placed.sort(key=lambda each: -self._length(each[1]))
             turns = group_by_tokens([self._length(sample) for _, sample in placed], self.tokens)
         some = [[placed[at] for at in turn] for turn in turns]
-        microbatches = [self._pack(*map(list, zip(*turn, strict=True))) for turn in some]
-        return PackedStep(step.pairs, step.rows, microbatches, step.skipped)
+        return [self._pack(*map(list, zip(*turn, strict=True))) for turn in some]
 
     def empty(self) -> Microbatch:
         """What a rank runs that has fewer microbatches than another; no loss depends on it."""

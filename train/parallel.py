@@ -6,7 +6,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from btok.model import BTokModel, BTokOutput
+from btok.model import BTokModel, BTokOutput, shared_weights
 from btok_kernels.ranks import rank, world
 from train.recipes import Recipe
 
@@ -258,7 +259,7 @@ def shard(model: BTokModel, recipe: Recipe) -> None:
     """
     state = model.state_dict() if rank() == 0 else {}
     buffers = dict(model.named_buffers())
-    tied = _tied(model)
+    tied = shared_weights(model)
     model.to("meta")
     _tie(model, tied)  # a move makes a shared weight two
     shape: tuple[int, ...] = (world(),)
@@ -271,13 +272,19 @@ def shard(model: BTokModel, recipe: Recipe) -> None:
         "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
         "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False),
     }
+    units = list(model.family.decoder(model.backbone).layers)
+    for layer in units:
+        fully_shard(layer, **options)
     tower = model.family.tower(model.backbone)
     if tower is not None and any(p.requires_grad for p in tower.parameters()):
         # images and videos are a call each; a rank that has one of them alone must still agree
         fully_shard(tower, reshard_after_forward=False, **options)
-    for layer in model.family.decoder(model.backbone).layers:
-        fully_shard(layer, **options)
-    model.register_forward_hook(_take_part)  # before FSDP's own, which ends the pass
+        units.append(tower)
+    inside = {p for unit in units for p in unit.parameters()}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    outside = [name for name, p in trained if p not in inside]
+    # before FSDP's own, which ends the pass
+    model.register_forward_hook(partial(_take_part, outside))
     still = {p for p in model.parameters() if not p.requires_grad}
     fully_shard(model, reshard_after_forward=False, ignored_params=still, **options)
     model.to_empty(device=device)
@@ -290,24 +297,17 @@ def shard(model: BTokModel, recipe: Recipe) -> None:
         dist.broadcast(buffer, 0)
 
 
-def _take_part(model: nn.Module, arguments: Any, output: BTokOutput) -> BTokOutput:
-    """Have every weight outside the units in the graph, times zero: a rank that has no use for one
-    in a pass, as of a head without targets, must still add to its gradient when the others do.
+def _take_part(
+    names: Sequence[str], model: nn.Module, arguments: Any, output: BTokOutput
+) -> BTokOutput:
+    """Have these weights, those outside the units, in the graph, times zero: a rank that has no use
+    for one in a pass, as of a head without targets, must still add to its gradient when the others
+    do.
     """
     if not torch.is_grad_enabled():
         return output
-    units = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
-    inside = {p for unit in units for p in unit.parameters()}
-    outside = [p for p in model.parameters() if p.requires_grad and p not in inside]
-    return output._replace(embeddings=output.embeddings + 0 * sum(p[:1].sum() for p in outside))
-
-
-def _tied(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(p, []).append(name)
-    return [of_one for of_one in names.values() if len(of_one) > 1]
+    nothing = 0 * sum(model.get_parameter(name)[:1].sum() for name in names)
+    return output._replace(embeddings=output.embeddings + nothing)
 
 
 def _tie(model: nn.Module, tied: list[list[str]]) -> None:

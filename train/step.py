@@ -211,13 +211,13 @@ def _sum(values: Sequence[Tensor | None]) -> Tensor | None:
 
 def count_patches(microbatches: Sequence[Microbatch]) -> int:
     """Patches of all images and videos, each counted once, wherever it stands."""
-    return sum(sum(vision.patches) for vision in _shown(microbatches).values())
+    return sum(sum(vision.patches) for vision in _shown(microbatches))
 
 
-def _shown(microbatches: Sequence[Microbatch]) -> dict[int, Vision]:
-    """By identity what each side shows, in whichever rows it stands."""
+def _shown(microbatches: Sequence[Microbatch]) -> list[Vision]:
+    """What each side shows, once, in however many rows it stands."""
     batches = [batch for m in microbatches for batch in (m.batch, m.sources) if batch is not None]
-    return {id(vision): vision for batch in batches for vision in batch.vision}
+    return list({id(vision): vision for batch in batches for vision in batch.vision}.values())
 
 
 def model_flops(model: BTokModel, tokens: int, patches: int) -> float:
@@ -257,17 +257,15 @@ def cache_vision_features(
         memory: bytes of features that stay on the device; later ones wait on the host.
         tokens: of which the tower makes as many in one pass, at most; a larger side is alone.
     """
-    if not (shown := _shown(microbatches)):
-        return list(microbatches)
     rules = model.family.vision
     assert rules is not None
     patches = (tokens or 1 << 13) * rules.merge_size(model.backbone.config) ** 2
-    names, found = list(shown), dict[int, Vision]()
-    for turn in group_by_tokens([sum(shown[name].patches) for name in names], patches):
-        made = model.encode_vision([shown[names[i]] for i in turn])
-        for i, vision in zip(turn, made, strict=True):
+    shown, found = _shown(microbatches), dict[int, Vision]()
+    for turn in group_by_tokens([sum(vision.patches) for vision in shown], patches):
+        some = [shown[i] for i in turn]
+        for seen, vision in zip(some, model.encode_vision(some), strict=True):
             memory -= sum(level.nbytes for level in vision.features)
-            found[names[i]] = vision if memory >= 0 else vision.to("cpu")
+            found[id(seen)] = vision if memory >= 0 else vision.to("cpu")
 
     def features(batch: PackedBatch) -> PackedBatch:
         return replace(batch, vision=tuple(found[id(v)] for v in batch.vision))

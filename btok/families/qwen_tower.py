@@ -48,14 +48,11 @@ def features(
     there: dict[str, Any] = {
         name: on_device(value, vision.pixels.device) for name, value in plan.items()
     }
-    lengths = {
-        id(there[name]): plan[name].diff().tolist()
-        for name in ("cu_seqlens", "cu_window_seqlens")
-        if name in plan
-    }
-    for name, begins in (("max_seqlen", "cu_seqlens"), ("max_window_seqlen", "cu_window_seqlens")):
+    lengths: dict[int, list[int]] = {}
+    for begins, most in (("cu_seqlens", "max_seqlen"), ("cu_window_seqlens", "max_window_seqlen")):
         if begins in plan:
-            there[name] = max(lengths[id(there[begins])])
+            sizes = lengths[id(there[begins])] = plan[begins].diff().tolist()
+            there[most] = max(sizes)
     # not get_image_features, which cuts the result into images again
     found = tower(vision.pixels.to(tower.dtype), grid, lengths=lengths, **there)
     return [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
