@@ -6,7 +6,7 @@ inputs -> windows, each sorted by length -> packed batches (made in a thread, ah
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import cached_property
@@ -171,21 +171,36 @@ class BTokEncoder:
         self, inputs: Iterable[Any], instruction: str | None, budget: int, window: int, strict: bool
     ) -> Iterator[_Batch]:
         """Windows of inputs, longest first, packed to the budget."""
+        broken: dict[int, str] = {}
+
+        def read(i: int, value: Any, how: Callable[[Any], Any]) -> Any:
+            """What input i becomes; None for one that cannot be read."""
+            try:
+                return how(value)
+            except Exception as error:  # a decoder of a broken file may raise anything
+                if strict:
+                    kinds = (TypeError, ImportError)
+                    kind = next((k for k in kinds if isinstance(error, k)), ValueError)
+                    raise kind(f"BTokEncoder: input {i}: {error}") from error
+                broken[i] = str(error)
+
         numbered = enumerate(inputs)
         while held := dict(islice(numbered, window)):
             indices: list[int] = []
             samples: list[Mapping[str, Any]] = []
-            broken: dict[int, str] = {}
+            broken = {}
             tokens = 0
-            for i in sorted(held, key=lambda i: -estimate_tokens(held[i], self.processor)):
-                try:
-                    sample = self.processor(with_frames(as_side(held[i], instruction)))
-                except Exception as error:  # a decoder of a broken file may raise anything
-                    if strict:
-                        kinds = (TypeError, ImportError)
-                        kind = next((k for k in kinds if isinstance(error, k)), ValueError)
-                        raise kind(f"BTokEncoder: input {i}: {error}") from error
-                    broken[i] = str(error)
+            sides = {
+                i: read(i, value, lambda v: as_side(v, instruction)) for i, value in held.items()
+            }
+            lengths = {
+                i: estimate_tokens(side, self.processor)
+                for i, side in sides.items()
+                if side is not None
+            }
+            for i in sorted(lengths, key=lambda i: -lengths[i]):
+                sample = read(i, sides.pop(i), lambda side: self.processor(with_frames(side)))
+                if sample is None:
                     continue
                 length = len(sample["input_ids"]) + len(self.model.btok_token_ids)
                 if samples and tokens + length > budget:

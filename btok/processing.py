@@ -15,7 +15,9 @@ from btok.data.records import Side
 from btok.families import DEFAULT, FAMILIES, named_family
 from btok.families.family import IMAGE_FILE, VIDEO_FILE, Seen, encode_text
 from btok.files import read_json, write_json
-from btok.tokens import add_to_tokenizer
+from btok.inputs import rgb_array as rgb_array  # where it was to be had before
+from btok.tokens import STEM, add_to_tokenizer
+from btok.vision import Processed
 
 
 class Processor:
@@ -48,7 +50,11 @@ class Processor:
             self.image_processor = family.vision.image_processor(tokenizer, **settings)
         vocabulary = tokenizer.get_vocab()
         turn = next((turn for turn in family.turns if turn[1] in vocabulary), family.turns[-1])
-        self.prefix_ids, self.suffix_ids = map(self.encode, turn)
+        self.prefix_ids, self.suffix_ids = (
+            tokenizer.encode(part, add_special_tokens=False) for part in turn
+        )
+        reserved = self.image_processor.reserved if self.image_processor else frozenset[int]()
+        self.reserved = reserved | {i for name, i in vocabulary.items() if name.startswith(STEM)}
 
     @classmethod
     def from_pretrained(
@@ -96,7 +102,8 @@ class Processor:
         Returns:
             `input_ids` int64 [L]; where there are images or a video `vision`, a
             `btok.vision.Vision` of each kind, its pixels uint8; what else the family's positions
-            take (Qwen2.5-VL's `second_per_grid_ts` [1]).
+            take (Qwen2.5-VL's `second_per_grid_ts` [1]). Asked for `pixel_values` or
+            `image_grid_thw`, or a video's, it gives floats and grids as Qwen's processors do.
 
         Raises:
             TypeError, ValueError: an image that is no picture, times that are not one per frame,
@@ -109,7 +116,7 @@ class Processor:
                 raise ValueError(had)
             seen = self.image_processor(side)
         ids = seen.ids + (self.encode(seen.gap + side.text) if side.text else [])
-        return {"input_ids": torch.tensor(ids), **seen.shown}
+        return Processed({"input_ids": torch.tensor(ids), **seen.shown})
 
     @property
     def has_vision(self) -> bool:
@@ -117,5 +124,17 @@ class Processor:
         return self.image_processor is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens in it recognised."""
-        return encode_text(self.tokenizer, text)
+        """Token ids of a text as it is: what spells a special token stays text.
+
+        Raises:
+            ValueError: the tokenizer finds a placeholder or bottleneck token all the same, as one
+                does that has it among its ordinary entries.
+        """
+        ids = encode_text(self.tokenizer, text)
+        if found := self.reserved.intersection(ids):
+            names = self.tokenizer.convert_ids_to_tokens(sorted(found))
+            raise ValueError(
+                f"a text has {', '.join(names)}, which this tokenizer takes for the places of "
+                "pictures or bottleneck tokens, expected none"
+            )
+        return ids

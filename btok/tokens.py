@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 Init = Literal["checkpoint", "eos"]
+STEM = "<|btok_"  # of the names of bottleneck tokens
 
 
 def add_to_tokenizer(tokenizer: Any, num_btoks: int) -> list[int]:
@@ -22,7 +23,7 @@ def add_to_tokenizer(tokenizer: Any, num_btoks: int) -> list[int]:
     """
     if num_btoks < 0:
         raise ValueError(f"add_to_tokenizer: num_btoks is {num_btoks}, expected at least 0")
-    names = [f"<|btok_{index}|>" for index in range(num_btoks)]
+    names = [f"{STEM}{index}|>" for index in range(num_btoks)]
     tokenizer.add_tokens(names, special_tokens=True)
     return tokenizer.convert_tokens_to_ids(names)
 

@@ -106,6 +106,15 @@ def vision_of(side: Mapping[str, Any]) -> list[Vision]:
     return found
 
 
+class Processed(dict[str, Any]):
+    """What a processor of ours makes of a side; it also answers to a stock processor's names."""
+
+    def __missing__(self, key: str) -> Any:
+        if any(key in names for names in KEYS.values()):
+            return by_name(self)[key]
+        raise KeyError(key)
+
+
 def by_name(side: Mapping[str, Any]) -> dict[str, Any]:
     """A side of ours as a stock processor of Qwen's returns it: floats and grids by name."""
     named = {key: value for key, value in side.items() if key != "vision"}

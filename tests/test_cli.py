@@ -106,8 +106,9 @@ def test_only_new_and_changed_files_are_encoded(checkpoint, folder, capsys, enco
 
 
 def test_files_of_one_content_are_each_found(checkpoint, folder, capsys, encoded):
-    for name in ("a.png", "sub/z.png", "a.txt"):  # the last one read as a text
+    for name in ("a.png", "sub/z.png"):
         shutil.copy(folder / "sub/1.png", folder / name)
+    shutil.copy(folder / "note.txt", folder / "a.md")  # the same, read as another kind
     assert main(["encode", checkpoint, str(folder)]) == 0
     image = folder / "sub/1.png"
 
@@ -207,16 +208,18 @@ def test_links_and_hidden_files_are_not_followed(folder, tmp_path):
     (folder / ".hidden.txt").write_text("no")
     (folder / ".git").mkdir()
     (folder / ".git/a.txt").write_text("no")
-    (folder / "program.py").write_text("no")
+    (folder / "packed.zip").write_text("no")
     os.mkfifo(folder / "pipe.txt")
     expected = ["note.txt", *(f"sub/{i}.png" for i in range(4)), "sub/READ.md"]
-    assert list_files(folder) == expected
+    found = list_files(folder)
+    assert found.paths == expected and found.unreadable == {}
+    assert found.others == {"links": 3, "hidden": 2, ".zip": 1, "no ordinary files": 1}
 
 
 def test_names_that_are_no_utf8(checkpoint, folder, capsys):
     (Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.txt"))).write_text("an odd name")
     paths, _ = search(capsys, checkpoint, folder, "an odd name")
-    assert paths[0] == "??.txt"
+    assert paths[0] == "\\udcff\\udcfe.txt"
 
 
 def test_the_index_may_lie_elsewhere(checkpoint, folder, tmp_path, capsys, encoded):
@@ -246,7 +249,7 @@ def test_a_contact_sheet(checkpoint, folder, tmp_path, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["encode", "MODEL", "no/such"], "folder is no/such, expected a folder"),
-        (["encode", "MODEL", "EMPTY"], "has no file ending in .txt .md .png"),
+        (["encode", "MODEL", "EMPTY"], "has no file that can be encoded; expected one ending in .txt .md"),
         (["encode", "MODEL", "BROKEN"], "none of 2 inputs can be read, the first: image"),
         (["encode", "no/such/model", "MINE"], "no/such/model"),
         (["encode", "MODEL", "MINE", "--batch-tokens", "0"], "batch_tokens is 0"),
@@ -321,10 +324,10 @@ def test_export_merges_adapters(tmp_path, checkpoint, capsys):
 
 
 def test_a_folder_is_searched_for_every_kind_of_input(tmp_path):
-    """A new one is a change of `inputs.py` alone."""
-    lists = [value for value in vars(inputs).values() if isinstance(value, tuple)]
+    """A new one is a change of `inputs` alone."""
+    lists = [inputs.TEXTS, inputs.DOCUMENTS, inputs.IMAGES, inputs.VIDEOS]
     endings = sorted({ending for value in lists for ending in value})
     assert len(endings) > 10 and cli.KINDS is inputs.KINDS
     for ending in endings:
         (tmp_path / f"a{ending}").touch()
-    assert list_files(tmp_path) == [f"a{ending}" for ending in endings]
+    assert list_files(tmp_path).paths == [f"a{ending}" for ending in endings]

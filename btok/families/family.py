@@ -54,6 +54,7 @@ class ImageProcessor(ABC):
 
     SETTINGS: ClassVar[tuple[str, ...]]
     BOUNDS: ClassVar[tuple[str, ...]]
+    reserved: frozenset[int]  # tokens that say where pictures are, so that no text may hold them
     stock: ClassVar[str]  # the stem of transformers' names, as in `Qwen2VLProcessor`
 
     @abstractmethod
@@ -82,8 +83,8 @@ class ImageProcessor(ABC):
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text as it is, special tokens in it recognised."""
-    return tokenizer.encode(text, add_special_tokens=False)
+    """Token ids of a text as it is: the spelling of a special token is text like any other."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def special_token(tokenizer: Any, token: str, whose: str) -> int:

@@ -89,6 +89,7 @@ class TileImageProcessor(ImageProcessor):
             special_token(tokenizer, name, "Idefics3's")
             for name in ("<fake_token_around_image>", "<image>")
         )
+        self.reserved = frozenset((self.around, self.image))
 
     @property
     def tokens(self) -> int:

@@ -93,6 +93,7 @@ class QwenImageProcessor(ImageProcessor):
             special_token(tokenizer, f"<|{name}|>", "Qwen2-VL's") for name in names
         )
         self.pads: dict[Kind, int] = {"image": image, "video": video}
+        self.reserved = frozenset((self.start, self.end, image, video))
 
     def __call__(self, side: Side) -> Seen:
         ids: list[int] = []
@@ -175,7 +176,8 @@ class QwenImageProcessor(ImageProcessor):
     def _patchify(self, frames: Sequence[Any], video: bool) -> tuple[Tensor, list[int]]:
         """uint8 [patches, 3 * p * p], of a video 3 * 2 * p * p, its odd last frame shown twice; and
         (t, h, w)."""
-        height, width, _ = rgb_array(frames[0]).shape
+        shown = [rgb_array(frame) for frame in frames]
+        height, width, _ = shown[0].shape
         unit = self.patch_size * self.merge_size
         low, high, together = self.min_pixels, self.max_pixels, 1
         if video:
@@ -184,7 +186,7 @@ class QwenImageProcessor(ImageProcessor):
             together = max(len(frames), TEMPORAL_PATCH)
             high = high // unit**2 * unit**2 * together
         height, width = smart_size(height, width, unit, low, high, together)
-        clip = np.stack([resized(rgb_array(frame), height, width, "BICUBIC") for frame in frames])
+        clip = np.stack([resized(frame, height, width, "BICUBIC") for frame in shown])
         if video and len(clip) % TEMPORAL_PATCH:
             clip = np.concatenate([clip, clip[-1:]])
         slots = clip.reshape(-1, TEMPORAL_PATCH if video else 1, height, width, 3)

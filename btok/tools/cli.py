@@ -4,11 +4,11 @@
     python -m btok search CHECKPOINT FOLDER "a red seven" [--top 5] [--picture hits.png]
     python -m btok export CHECKPOINT OUT
 
-Images, pages as images, text files (.txt, .md; their first 8,192 characters) and, with the extra
-`video`, videos. Either command encodes what is new or changed, though not what only has another
-name, and forgets what was deleted. An index is `meta.json` (settings, what could not be read) and
-the files of vectors and items that it names. `torchrun -m btok encode ...` shares the work among
-processes.
+Images, text files (.txt, .md, source code, ...; their first 8,192 characters) and, with the extras
+`video`, `pdf`, `heif` and `text`, videos, the pages of PDFs, HEIC, HTML and .docx. Either command
+encodes what is new or changed, though not what only has another name, and forgets what was deleted.
+An index is `meta.json` (settings, what could not be read) and the files of vectors and items that
+it names. `torchrun -m btok encode ...` shares the work among processes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +28,16 @@ import tyro
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import sha256
-from btok.inputs import KINDS, as_side, rgb_array, with_frames
+from btok.inputs import DOCUMENTS, KINDS, Page, as_side, pages, rgb_array, with_frames
+from btok.inputs.documents import at_page
 from btok.tools import pictures
 from btok.tools.command_line import parse
 from btok.tools.export import export
-from btok.tools.index import Index, encode_to, open_index
+from btok.tools.index import Index, encode_to, item_name, open_index
 from btok_kernels.ranks import rank
 
+READING = 2  # of files; another makes all vectors again
+SHA256 = 64  # hexadecimal digits
 SHOWN = 10  # unreadable files that are named
 CAPTION = 60  # characters of a text file that a picture shows
 
@@ -101,24 +104,36 @@ Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 for a mistake in it, told in a line (BTOK_DEBUG=1 shows where)."""
+    store: dist.Store = dist.HashStore()  # by which processes agree who tells of a mistake
     try:
         argv = list(sys.argv[1:] if argv is None else argv)
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        if several:
+            store, number, count = next(dist.rendezvous("env://"))
         command = parse(Command, argv, "python -m btok")
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if several:
             # before the group: see `join` in train/main.py
             import torch.distributed.nn.functional  # noqa: F401
 
-            dist.init_process_group("gloo")
+            group = dist.PrefixStore("group", store)
+            dist.init_process_group("gloo", store=group, rank=number, world_size=count)
         run(command)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("BTOK_DEBUG"):
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if store.add("failed", 1) == 1:
+            print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)
         return 130
+    except RuntimeError:  # of a collective that another process has left with a mistake
+        if not dist.is_initialized() or not store.add("failed", 0):
+            raise
+        return 2
     if dist.is_initialized():
         dist.barrier()  # a rank that leaves early may take the others down
         dist.destroy_process_group()
@@ -137,40 +152,89 @@ def run(command: Encode | Export) -> None:
             raise ValueError(f"top is {command.top}, expected at least 1")
         if not command.query.strip() and command.image is None:
             raise ValueError("query is empty, expected words or an --image")
-        if command.image is not None and not command.image.is_file():
-            raise ValueError(f"image is {command.image}, expected a file")
-        query = Side(command.query, images=[command.image] if command.image else [])
+        if command.image is not None:
+            image = at_page(command.image)
+            if not (image.path if isinstance(image, Page) else image).is_file():
+                raise ValueError(f"image is {command.image}, expected a file")
+            query = as_side(image)
+        query = replace(query, text=command.query or query.text)
     if not command.folder.is_dir():
         raise ValueError(f"folder is {command.folder}, expected a folder")
     root = command.folder.resolve()
-    paths = list_files(root)
-    if not paths:
-        raise ValueError(f"folder {command.folder} has no file ending in {' '.join(KINDS)}")
-    encoder = load(command.checkpoint)
     output = command.output or root / ".btok"
-    index = update(encoder, root, paths, output, command.instruction, command.batch_tokens)
+    listed = list_files(root, output)
+    if not listed.paths:
+        why = [f"{name}: {why}" for name, why in listed.unreadable.items()]
+        had = f"no file that can be encoded{listed.passed_over()}{'; '.join(['', *why])}"
+        raise ValueError(
+            f"folder {command.folder} has {had}; expected one ending in {' '.join(KINDS)}"
+        )
+    encoder = load(command.checkpoint)
+    index = update(encoder, root, listed, output, command.instruction, command.batch_tokens)
     if isinstance(command, Search) and rank() == 0:
         vectors = encoder.encode([query], command.query_instruction, show_progress=False)
         (found,) = index.search(vectors, command.top)
-        hits = [(score, index.items[row]["path"]) for score, row in found]
-        for place, (score, path) in enumerate(hits, 1):
-            print(f"{place:>3}  {score:6.3f}  {_printable(path)}")
+        hits = [(score, index.items[row]) for score, row in found]
+        for place, (score, item) in enumerate(hits, 1):
+            print(f"{place:>3}  {score:6.3f}  {printable(item_name(item))}")
         if command.picture is not None:
             draw(query, root, hits, command.picture)
 
 
-def list_files(root: Path) -> list[str]:
-    """Paths, relative to the folder, of the files of the kinds we embed, sorted.
+@dataclass
+class Listing:
+    """What there is in a folder.
 
-    Neither hidden ones nor symbolic links, which may lead out of the folder or in circles.
+    Args:
+        paths: of the files of the kinds that are embedded, relative to the folder, sorted.
+        others: how many files of each other ending there are, and of links and hidden things.
+        unreadable: folders that cannot be read, relative to it, and why.
     """
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in KINDS and path.is_file() and not path.is_symlink():
-                found.append(path.relative_to(root).as_posix())
-    return sorted(found)
+
+    paths: list[str]
+    others: Counter[str]
+    unreadable: dict[str, str]
+
+    def passed_over(self) -> str:
+        """In words, the most frequent first; empty for nothing."""
+        said = ", ".join(f"{count} {what}" for what, count in self.others.most_common())
+        return said and f"; passed over: {said}"
+
+
+def list_files(root: Path, output: Path | None = None) -> Listing:
+    """Look through a folder, but for an index in it.
+
+    Hidden things are passed over, which an index and what macOS leaves on other disks are, too, and
+    symbolic links, which may lead out of the folder or in circles.
+    """
+    found = Listing([], Counter(), {})
+    own = None if output is None else output.resolve()
+
+    def name(path: str | Path) -> str:
+        return Path(path).relative_to(root).as_posix()
+
+    def unreadable(error: OSError) -> None:
+        found.unreadable[name(error.filename)] = error.strerror or str(error)
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        for each in list(folders):
+            path = Path(folder, each)
+            if path == own or each.startswith(".") or path.is_symlink():
+                folders.remove(each)
+                if path != own:
+                    found.others["links" if path.is_symlink() else "hidden"] += 1
+        for path in (Path(folder, each) for each in names):
+            if path.name.startswith("."):
+                found.others["hidden"] += 1
+            elif path.is_symlink():
+                found.others["links"] += 1
+            elif path.suffix.lower() not in KINDS or not path.is_file():
+                ending = path.suffix.lower() if path.suffix else "without an ending"
+                found.others[printable(ending) if path.is_file() else "no ordinary files"] += 1
+            else:
+                found.paths.append(name(path))
+    found.paths.sort()
+    return found
 
 
 def load(checkpoint: str) -> BTokEncoder:
@@ -187,70 +251,119 @@ def load(checkpoint: str) -> BTokEncoder:
 def update(
     encoder: BTokEncoder,
     root: Path,
-    paths: Sequence[str],
+    listed: Listing,
     output: Path,
     instruction: str,
     batch_tokens: int,
 ) -> Index:
-    """Make the index hold just these files of a folder, and say what was done."""
-    old = {item["path"]: item for item in open_index(encoder, output, instruction).items}
-    items = describe(root, paths, old)
-    inputs = [root / path for path in paths]
+    """Make the index hold just these files of a folder, and say what was done.
+
+    What lies in a folder that cannot be read now stays as it was.
+    """
+    old: dict[str, list[dict[str, Any]]] = {}
+    for item in open_index(encoder, output, instruction).items:
+        old.setdefault(item["path"], []).append(item)
+    lost = [
+        path
+        for path in old
+        if any(Path(path).is_relative_to(folder) for folder in listed.unreadable)
+    ]
+    items = describe(root, sorted({*listed.paths, *lost}), old, set(lost))
+    inputs = [
+        Page(root / item["path"], item["page"]) if "page" in item else root / item["path"]
+        for item in items
+    ]
     index = encode_to(encoder, output, inputs, items, instruction, batch_tokens)
     now, unreadable = {item["id"] for item in index.items}, index.meta["unreadable"]
     if rank() == 0:
-        new = len(now - {item["id"] for item in old.values()})
-        gone = sum(old[path]["id"] not in now for path in old.keys() - set(paths))
-        said = f"{len(now)} files, {new} of them new or changed"
-        said += f", {gone} gone, {len(unreadable)} unreadable"
-        print(f"{output}: {said}", file=sys.stderr)
-        for name, why in list(unreadable.items())[:SHOWN]:
-            print(_printable(f"  {name}: {why}"), file=sys.stderr)
-        if len(unreadable) > SHOWN:
+        had = {item["id"] for of_path in old.values() for item in of_path}
+        files = len({item["path"] for item in index.items})
+        pages = f", {len(now)} items" if len(now) > files else ""
+        there = {item["path"] for item in items}
+        gone = sum(item["id"] not in now for path in old.keys() - there for item in old[path])
+        said = f"{files} files{pages}, {len(now - had)} of them new or changed"
+        said += f", {gone} gone, {len(unreadable) + len(listed.unreadable)} unreadable"
+        print(f"{output}: {said}{listed.passed_over()}", file=sys.stderr)
+        told = {
+            f"{folder}/": f"{why}; what was known of it stays"
+            for folder, why in listed.unreadable.items()
+        }
+        told |= unreadable
+        for name, why in list(told.items())[:SHOWN]:
+            print(printable(f"  {name}: {why}"), file=sys.stderr)
+        if len(told) > SHOWN:
             print(f"  ... and the rest in {output / 'meta.json'}", file=sys.stderr)
     return index
 
 
 def describe(
-    root: Path, paths: Sequence[str], old: Mapping[str, dict[str, Any]]
+    root: Path,
+    paths: Sequence[str],
+    old: Mapping[str, Sequence[Mapping[str, Any]]],
+    lost: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Files as items; a content is looked at where size or time are not those of the old item.
+    """Files as items, a document's pages each as one; a content is looked at where size or time are
+    not those of the old items. Lost files stay as they were.
 
-    An id is the content, the ending that says how to read it, and which file of these it is: the
-    same after a file was renamed.
+    An id is the content, the ending that says how to read it, which way of reading that was, which
+    file of these it is, and which page: the same after a file was renamed.
     """
     items: list[dict[str, Any]] = []
     count: Counter[str] = Counter()
+    taken = {item["id"].partition("#")[0] for path in lost for item in old[path]}
     for path in paths:
+        if path in lost:
+            items += map(dict, old[path])
+            continue
         item: dict[str, Any] = {"path": path}
+        known = dict(next(iter(old.get(path, ())), {}))
+        number = known.get("pages", 0)
+        ending = Path(path).suffix.lower()
         try:
             stat = (root / path).stat()
             item |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-            known = old.get(path, {})
             if item.items() <= known.items():
-                content = known["id"].rpartition("-")[0]
+                content = known["id"][:SHA256]
             else:
-                content = sha256(root / path)
-                content += Path(path).suffix.lower()
-        except OSError:  # the encoder will say what is wrong
+                content, number = sha256(root / path), 0
+            content += f"{ending}@{READING}"
+            if ending in DOCUMENTS and not number:
+                number = len(pages(root / path))
+        except (OSError, ValueError, ImportError):  # the encoder will say what is wrong
             content = path
         count[content] += 1
-        items.append({"id": f"{content}-{count[content]}", **item})
+        while f"{content}-{count[content]}" in taken:
+            count[content] += 1
+        name = f"{content}-{count[content]}"
+        if number > 1:
+            item["pages"] = number
+            items += [{"id": f"{name}#{n}", **item, "page": n} for n in range(1, number + 1)]
+        else:
+            items.append({"id": name, **item, **({"pages": 1} if number else {})})
     return items
 
 
-def draw(query: Side, root: Path, hits: Sequence[tuple[float, str]], path: Path) -> None:
+def draw(
+    query: Side, root: Path, hits: Sequence[tuple[float, Mapping[str, Any]]], path: Path
+) -> None:
     """A contact sheet of what a query found."""
     sides = []
-    for score, name in hits:
-        side = with_frames(as_side(root / name))
-        text = _printable(f"{score:.3f} {name} {side.text[:CAPTION]}")
-        sides.append(Side(text, [rgb_array(image) for image in side.images], side.video))
-    query = Side(query.text, [rgb_array(image) for image in query.images])
-    title = f"the {len(hits)} nearest files of {_printable(root.name)}"
-    pictures.contact_sheet([pictures.SheetRow(query, sides, None)], path, title)
+    for score, item in hits:
+        file = root / item["path"]
+        side = with_frames(as_side(Page(file, item["page"]) if "page" in item else file))
+        text = printable(f"{score:.3f} {item_name(item)} {side.text[:CAPTION]}")
+        sides.append(_drawn(replace(side, text=text)))
+    title = f"the {len(hits)} nearest of {printable(root.name)}"
+    rows = [pictures.SheetRow(_drawn(with_frames(query)), sides, None)]
+    pictures.contact_sheet(rows, path, title)
 
 
-def _printable(text: str) -> str:
-    """Without the parts of file names that are no UTF-8."""
-    return text.encode(errors="replace").decode()
+def _drawn(side: Side) -> Side:
+    return replace(side, images=[rgb_array(image) for image in side.images])
+
+
+def printable(text: str) -> str:
+    """A text on one line: what is no printable character, as in a file's name, is escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

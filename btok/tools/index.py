@@ -127,6 +127,12 @@ def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None
     return index
 
 
+def item_name(item: Mapping[str, Any]) -> str:
+    """What people call an item: its "path", with its "page" where it has one; else its "id"."""
+    page = f", page {item['page']}" if item.get("page") else ""
+    return item.get("path", item["id"]) + page
+
+
 def encode_to(
     encoder: BTokEncoder,
     folder: str | Path,
@@ -139,8 +145,8 @@ def encode_to(
     """Make `folder` the index of exactly these inputs, in order; encode what it lacks.
 
     A killed call goes on where it was, to the same bytes. Inputs that cannot be read are left out
-    and named in the index's `meta["unreadable"]`, by "path" where an item has one, else by "id". In
-    a process group the ranks share the work and the folder.
+    and named in the index's `meta["unreadable"]` by `item_name`. In a process group the ranks share
+    the work and the folder.
 
     Args:
         encoder: from `BTokEncoder.from_pretrained`.
@@ -225,7 +231,7 @@ def _commit(index: Index, order: list[Mapping[str, Any]]) -> Index:
     if twice := [item["id"] for row, item in enumerate(kept) if row_of[item["id"]] != row]:
         raise ValueError(f"{folder}: the id {twice[0]!r} came twice, expected all different")
     left_out = (item for item in order if item["id"] in reasons)
-    unreadable = {item.get("path", item["id"]): reasons[item["id"]] for item in left_out}
+    unreadable = {item_name(item): reasons[item["id"]] for item in left_out}
     _all_here()  # every rank has read the parts
     if rank() == 0:
         if kept and (kept != index.items or unreadable != index.meta["unreadable"]):

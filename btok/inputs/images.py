@@ -1,0 +1,128 @@
+"""Image files as people see them: upright, on white, greys scaled; animations as frames."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MOVING = (".gif", ".webp", ".png", ".apng", ".avif")  # may hold a still image or an animation
+HEIF = (".heic", ".heif")
+BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+TIFF = (".tif", ".tiff")
+IMAGES = (*MOVING, *HEIF, *TIFF, ".jpg", ".jpeg", ".jfif", ".bmp", ".jp2", ".ppm", ".pgm", ".pbm")
+# what a file may be taken for: for others Pillow starts programs (EPS) or guesses
+FORMATS = ["PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM"]
+UNTIMED = 0.1  # seconds that browsers show a frame which says 0
+MOST = 1 << 32  # pixels of all frames of an animation
+
+
+@contextmanager
+def opened(file: str | bytes | Path) -> Iterator[Any]:
+    """An image file, by its path or as its bytes, in Pillow.
+
+    Raises:
+        ValueError: what is no readable image, also where that shows later, within the block.
+        ImportError: HEIC without pillow-heif (the extra `heif`).
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    name = f"of {len(file)} bytes" if isinstance(file, bytes) else str(file)
+    if _is_heif(file):
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError as error:
+            raise ImportError('HEIC files need pillow-heif: pip install "btok[heif]"') from error
+        register_heif_opener()
+    try:
+        Image.init()
+        known = [form for form in FORMATS if form in Image.OPEN]
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", known) as image:
+            yield image
+    except (ImportError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:  # its text may hold an address
+        raise ValueError(f"image {name} cannot be read: it is of no known format") from error
+    except Exception as error:  # plug-ins of Pillow raise nearly anything
+        raise ValueError(f"image {name} cannot be read: {error}") from error
+
+
+def _is_heif(file: str | bytes | Path) -> bool:
+    """By its first bytes: what telephones export as .jpg may be one."""
+    start = file[:12] if isinstance(file, bytes) else b""
+    if not isinstance(file, bytes):
+        with suppress(OSError, ValueError), open(file, "rb") as opened_file:
+            start = opened_file.read(12)
+    return start[4:8] == b"ftyp" and start[8:12] in BRANDS
+
+
+def rgb_of(image: Any) -> np.ndarray:
+    """A PIL image as it is shown: uint8 [height, width, 3].
+
+    EXIF orientation is applied and transparency put on white, as transformers' `load_image` and its
+    image processors do. These clip greys of more than 8 bits to 0 .. 255; here they are scaled: of
+    16 bits from 0 .. 65,535; of 32 from that or from 0 .. 255, floats from [0, 1] or 0 .. 255, the
+    first that holds all, and where none does from their lowest to their highest.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        return np.repeat(_grey(np.asarray(image))[..., None], 3, axis=2)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def _grey(values: np.ndarray) -> np.ndarray:
+    """Greys of more than 8 bits [height, width] as uint8."""
+    ends = {"u2": (65535,), "i4": (255, 65535), "f4": (1, 255)}[values.dtype.str[1:]]
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    fitting = [end for end in ends if low >= 0 and high <= end]
+    low, high = (0.0, float(fitting[0])) if fitting else (low, max(high, low + 1e-9))
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    return np.round((values - low) / (high - low) * 255).astype(np.uint8)
+
+
+def is_animated(path: Path) -> bool:
+    """Whether an image file holds frames one after the other; False for what cannot be read."""
+    if path.suffix.lower() not in MOVING:
+        return False
+    try:
+        with opened(path) as image:
+            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except (ValueError, ImportError):  # reading it will say what is wrong
+        return False
+
+
+def read_animation(path: Path, moments: int) -> tuple[list[np.ndarray], list[float]]:
+    """Frames of an animation, evenly over its time, as `read_video` takes them; their seconds.
+
+    Raises:
+        ValueError: no readable image; more than 4 billion pixels in all.
+    """
+    with opened(path) as image:
+        count, size = getattr(image, "n_frames", 1), image.width * image.height
+        if count * size > MOST:
+            raise ValueError(f"it has {count} frames of {size} pixels, expected {MOST} in all")
+        lasting = []
+        for number in range(count):
+            image.seek(number)
+            lasting.append(image.info.get("duration", 0) / 1000 or UNTIMED)
+        ends = list(accumulate(lasting))
+        wanted = [ends[-1] * (i + 0.5) / moments for i in range(moments)]
+        taken = sorted({int(np.searchsorted(ends, at, side="right")) for at in wanted})
+        frames = []
+        for number in taken:
+            image.seek(number)
+            frames.append(rgb_of(image))
+        return frames, [ends[number] - lasting[number] for number in taken]

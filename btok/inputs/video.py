@@ -1,0 +1,126 @@
+"""Video files through PyAV: frames evenly over the time, upright, with their true times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+OTHERS = (".3gp", ".ogv", ".m2ts", ".mts", ".ts")
+VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", *OTHERS)
+FRAMES = 8  # that are read of a video file
+PACKET = 188  # bytes of an MPEG transport stream's packets, each of which starts with "G"
+
+
+def is_transport_stream(path: Path) -> bool:
+    """Whether a file named .ts is a video, and not a program's text."""
+    with open(path, "rb") as file:
+        return file.read(2 * PACKET)[::PACKET] == b"GG"
+
+
+def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray], list[float]]:
+    """At most so many frames, uint8 [height, width, 3], evenly over a video's time; their seconds.
+
+    The time is cut into equal parts, and what is shown in the middle of each is taken, once. A
+    frame is turned as the file's display matrix says. Seconds count from the first frame.
+
+    Raises:
+        ImportError: PyAV is missing (the extra `video`).
+        ValueError: a file that is no readable video, or holds sound alone.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('video files need PyAV: pip install "btok[video]"') from error
+    try:
+        with av.open(str(path)) as container:
+            stream = _moving(container)
+            start, end = _stored_span(container, stream) or _scanned_span(container, stream)
+            found = _at(container, stream, start, end, frames)
+            if len(found) < frames:  # a short video, or one that is shorter than its file says
+                start, end = _scanned_span(container, stream)
+                found = _at(container, stream, start, end, frames)
+    except (av.FFmpegError, ValueError) as error:
+        raise ValueError(f"video {path} cannot be read: {error}") from error
+    if not found:
+        raise ValueError(f"video {path} cannot be read: it has no frame")
+    return list(found.values()), list(found)
+
+
+def _moving(container: Any) -> Any:
+    """The stream of moving pictures; not the cover of a record."""
+    streams = container.streams.video
+    moving = [each for each in streams if not each.disposition & each.disposition.attached_pic]
+    if not moving:
+        kinds = sorted({each.type for each in container.streams if each not in streams})
+        cover = ["a still cover"] if streams else []
+        raise ValueError(f"it holds {' and '.join(kinds + cover) or 'nothing'}, no moving pictures")
+    return moving[0]
+
+
+def _stored_span(container: Any, stream: Any) -> tuple[float, float] | None:
+    """Where a file says that a stream starts and ends, in seconds; None where it does not."""
+    tick = float(stream.time_base or 1e-6)
+    length = (stream.duration or 0) * tick or (container.duration or 0) / 1_000_000
+    start = (stream.start_time or 0) * tick
+    return (start, start + length) if length > 0 else None
+
+
+def _scanned_span(container: Any, stream: Any) -> tuple[float, float]:
+    """Where a stream starts and ends by its packets, none of which is decoded, in seconds."""
+    container.seek(0)
+    tick = float(stream.time_base or 1e-6)
+    gap = int(1 / (stream.average_rate or 25) / tick)  # ticks of a packet that does not say
+    first, last = [], []
+    for packet in container.demux(stream):
+        at = packet.pts if packet.pts is not None else packet.dts
+        if at is not None and packet.size:
+            first.append(at)
+            last.append(at + (packet.duration or gap))
+    return min(first, default=0) * tick, max(last, default=0) * tick
+
+
+def _at(
+    container: Any, stream: Any, start: float, end: float, frames: int
+) -> dict[float, np.ndarray]:
+    """What is shown in the middle of each of so many parts of a span, by seconds from its start."""
+    import av
+
+    found: dict[float, np.ndarray] = {}
+    for i in range(frames):
+        until = start + (end - start) * (i + 0.5) / frames
+        try:
+            frame = _shown(container, stream, until, until)
+            if frame is not None and frame.time > until:  # the key frame was not before it
+                frame = _shown(container, stream, start, until)
+        except av.FFmpegError:  # a damaged part: others may be whole
+            continue
+        if frame is not None and (at := max(frame.time - start, 0.0)) not in found:
+            found[at] = _upright(frame)
+    return found
+
+
+def _shown(container: Any, stream: Any, seek: float, until: float) -> Any:
+    """The last frame of a time up to `until`, or the first; looked for from `seek` on."""
+    container.seek(int(seek / float(stream.time_base or 1e-6)), stream=stream)  # a key frame before
+    shown = None
+    for frame in container.decode(stream):
+        if frame.time is None:
+            continue
+        if shown is not None and frame.time > until:
+            break
+        shown = frame
+    return shown
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """A frame as its display matrix has it shown, uint8 [height, width, 3]."""
+    pixels = frame.to_ndarray(format="rgb24")
+    if (side := frame.side_data.get("DISPLAYMATRIX")) is None:
+        return pixels
+    # x' = a x + c y and y' = b x + d y, in 1 / 65,536
+    a, b, _, c, d, *_ = np.frombuffer(bytes(side), np.int32)
+    if abs(int(b)) > abs(int(a)):
+        pixels, a, d = pixels.transpose(1, 0, 2), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
