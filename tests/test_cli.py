@@ -216,6 +216,176 @@ def test_links_and_hidden_files_are_not_followed(folder, tmp_path):
     assert found.others == {"links": 3, "hidden": 2, ".zip": 1, "no ordinary files": 1}
 
 
+def test_what_is_passed_over_is_counted(checkpoint, folder, capsys):
+    for name in ("a.zip", "b.ZIP", "c.exe", "Makefile", ".hidden", "._note.txt", ".DS_Store"):
+        (folder / name).write_text("no")
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "6 files, 6 of them new" in said
+    assert said.endswith("; passed over: 3 hidden, 2 .zip, 1 .exe, 1 without an ending\n")
+    assert main(["encode", checkpoint, str(folder), "--output", str(folder / "own")]) == 0
+    capsys.readouterr()
+    assert main(["encode", checkpoint, str(folder), "--output", str(folder / "own")]) == 0
+    said = capsys.readouterr().err  # the index's own files are not counted, or read
+    assert "6 files, 0 of them new" in said and "4 hidden" in said  # the other index is hidden
+
+
+@pytest.mark.parametrize(
+    "why", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "gone")]
+)
+def test_what_lies_in_a_folder_that_cannot_be_read_is_kept(
+    checkpoint, folder, capsys, encoded, monkeypatch, why
+):
+    (folder / "sub/deep").mkdir()
+    shutil.copy(folder / "note.txt", folder / "sub/deep/same.txt")
+    shutil.copy(folder / "note.txt", folder / "z.txt")
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    capsys.readouterr()
+    encoded.clear()
+    scandir = os.scandir
+
+    def unreadable(path):
+        if Path(path) == folder / "sub":
+            raise type(why)(*why.args, str(path))
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", unreadable)
+        (folder / "z.txt").rename(folder / "a.txt")
+        paths, said = search(capsys, checkpoint, folder, "milk, bread and a red seven")
+    assert set(paths[:3]) == {"a.txt", "note.txt", "sub/deep/same.txt"} and len(encoded) == 1
+    assert "8 files, 0 of them new or changed, 0 gone, 1 unreadable" in said
+    assert f"\n  sub/: {why.strerror}; what was known of it stays\n" in said
+    assert "8 files, 0 of them new" in search(capsys, checkpoint, folder, "x")[1]
+    shutil.rmtree(folder / "sub")
+    assert "2 files, 0 of them new or changed, 6 gone" in search(capsys, checkpoint, folder, "x")[1]
+
+
+def test_a_folder_of_which_nothing_can_be_read(checkpoint, folder, capsys, monkeypatch):
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", unreadable)
+    assert main(["encode", checkpoint, str(folder)]) == 2
+    assert "no file that can be encoded; .: Permission denied; expected" in capsys.readouterr().err
+
+
+def test_a_name_cannot_forge_a_line(checkpoint, folder, capsys):
+    names = ["a\n  1   1.000  forged.txt", "b\x1b[2K\r.txt", "c\u202etxt.exe.txt", "ä ñ 猫.txt"]
+    for name in names:
+        (folder / name).write_text(f"words of {name!r}")
+    (folder / "d\n.png").write_bytes(b"no picture")
+    paths, said = search(capsys, checkpoint, folder, "x", "--top", "99")
+    assert {r"a\n  1   1.000  forged.txt", r"b\x1b[2K\r.txt", r"c\u202etxt.exe.txt"} < set(paths)
+    assert "ä ñ 猫.txt" in paths and len(paths) == 10
+    assert r"  d\n.png: image " in said and said.count("\n") == 2
+
+
+def test_the_pages_of_documents_are_found(checkpoint, folder, tmp_path, capsys, monkeypatch):
+    """A page of a scan and of a PDF by its own picture; only what changed is rendered again."""
+    pypdfium2 = pytest.importorskip("pypdfium2", reason="the extra `pdf` is not installed")
+    seeds = range(5)
+    scans = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 40, 3), np.uint8))
+        for i in seeds
+    ]
+    scans[0].save(folder / "scan.tif", save_all=True, append_images=scans[1:3])
+    scans[0].save(folder / "report.pdf", save_all=True, append_images=scans[1:])
+    scans[4].save(folder / "one.PDF")
+    rendered = []
+    render = pypdfium2.PdfPage.render
+    monkeypatch.setattr(
+        pypdfium2.PdfPage, "render", lambda *a, **k: rendered.append(a) or render(*a, **k)
+    )
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    assert "9 files, 15 items, 15 of them new or changed" in capsys.readouterr().err
+    assert len(rendered) == 6
+    for number in (1, 3, 4):
+        image = f"{folder}/report.pdf#page={number}"
+        paths, said = search(capsys, checkpoint, folder, "--image", image, "--top", "2")
+        assert paths[0] == f"report.pdf, page {number}" and "0 of them new or changed" in said
+    scans[1].save(tmp_path / "page.png")
+    paths, _ = search(capsys, checkpoint, folder, "--image", tmp_path / "page.png", "--top", "1")
+    assert paths == ["scan.tif, page 2"]
+    arguments = [checkpoint, folder, "--image", folder / "one.PDF", "--top", "2"]
+    paths, _ = search(capsys, *arguments, "--picture", tmp_path / "hits.png")
+    assert set(paths) == {"one.PDF", "report.pdf, page 5"}
+    with Image.open(tmp_path / "hits.png") as sheet:
+        assert sheet.width > 700
+    del rendered[:]
+    (folder / "report.pdf").rename(folder / "renamed.pdf")
+    scans[2].save(folder / "one.PDF", save_all=True, append_images=scans[3:])
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    assert "9 files, 17 items, 3 of them new or changed, 0 gone" in capsys.readouterr().err
+    assert len(rendered) == 3
+    assert main(["search", checkpoint, str(folder), "--image", str(folder / "renamed.pdf")]) == 2
+    assert "renamed.pdf has 5 pages, expected one" in capsys.readouterr().err
+
+
+def test_documents_that_cannot_be_read_are_named(checkpoint, folder, capsys):
+    raw = pytest.importorskip("pypdfium2.raw", reason="the extra `pdf` is not installed")
+    pages = [Image.new("RGB", (40, 60), (90 * i, 0, 0)) for i in range(3)]
+    pages[0].save(folder / "good.pdf", save_all=True, append_images=pages[1:])
+    whole = (folder / "good.pdf").read_bytes()
+    (folder / "damaged.pdf").write_bytes(b"%PDF-1.4 and nothing")
+    (folder / "empty.pdf").write_bytes(b"")
+    marked = whole.replace(
+        b"trailer\n<<",
+        b"trailer\n<< /Encrypt << /Filter /Standard /V 1 /R 2 "
+        b"/O (" + b"x" * 32 + b") /U (" + b"y" * 32 + b") /P -4 >>",
+        1,
+    )
+    assert raw and marked != whole
+    (folder / "locked.pdf").write_bytes(marked)
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "7 files, 9 items" in said and "3 unreadable" in said
+    assert "locked.pdf cannot be read: it is encrypted, and needs a password" in said
+    assert "  damaged.pdf: document" in said and "  empty.pdf: document" in said
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(checkpoint, folder):
+    """As `| head` is one."""
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), f"{ROOT}:{ROOT}/kernels")))
+    with subprocess.Popen(
+        [sys.executable, "-m", "btok", "search", checkpoint, folder, "milk"],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        running.stdout.close()
+        said = running.stderr.read()
+    assert running.returncode == 0 and said.count("\n") == 1, said
+
+
+def test_a_mistake_of_another_process_is_told_once(checkpoint, folder, tmp_path):
+    """Its own, as a vector that is not finite; and one that every process makes."""
+    model, processor = BTokModel.from_pretrained(checkpoint), Processor.from_pretrained(checkpoint)
+    (tilde,) = processor.encode("~")
+    model.backbone.get_input_embeddings().weight.data[tilde] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    processor.save_pretrained(tmp_path / "broken")
+    shutil.rmtree(folder / "sub")
+    for i in range(258):
+        (folder / f"{i:03}.txt").write_text(f"file {i}" + " ~" * (i == 257))  # in the second's part
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), f"{ROOT}:{ROOT}/kernels")))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for arguments, message in (
+        ([tmp_path / "broken", folder], "is not finite"),
+        ([tmp_path / "broken", tmp_path / "no"], "expected a folder"),
+    ):
+        said = subprocess.run(
+            [*start, "-m", "btok", "encode", *arguments],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        errors = [line for line in said.stderr.splitlines() if line.startswith("error: ")]
+        assert said.returncode and len(errors) == 1 and message in errors[0], said.stderr
+
+
 def test_names_that_are_no_utf8(checkpoint, folder, capsys):
     (Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.txt"))).write_text("an odd name")
     paths, _ = search(capsys, checkpoint, folder, "an odd name")
@@ -249,7 +419,10 @@ def test_a_contact_sheet(checkpoint, folder, tmp_path, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["encode", "MODEL", "no/such"], "folder is no/such, expected a folder"),
-        (["encode", "MODEL", "EMPTY"], "has no file that can be encoded; expected one ending in .txt .md"),
+        (
+            ["encode", "MODEL", "EMPTY"],
+            "has no file that can be encoded; expected one ending in .txt .md",
+        ),
         (["encode", "MODEL", "BROKEN"], "none of 2 inputs can be read, the first: image"),
         (["encode", "no/such/model", "MINE"], "no/such/model"),
         (["encode", "MODEL", "MINE", "--batch-tokens", "0"], "batch_tokens is 0"),

@@ -197,7 +197,8 @@ class Listing:
 
     def passed_over(self) -> str:
         """In words, the most frequent first; empty for nothing."""
-        said = ", ".join(f"{count} {what}" for what, count in self.others.most_common())
+        most = sorted(self.others.items(), key=lambda other: (-other[1], other[0]))
+        said = ", ".join(f"{count} {what}" for what, count in most)
         return said and f"; passed over: {said}"
 
 
