@@ -314,7 +314,8 @@ def test_the_pages_of_documents_are_found(checkpoint, folder, tmp_path, capsys, 
         assert sheet.width > 700
     del rendered[:]
     (folder / "report.pdf").rename(folder / "renamed.pdf")
-    scans[2].save(folder / "one.PDF", save_all=True, append_images=scans[3:])
+    two, *others = (scan.copy() for scan in scans[2:])  # Pillow keeps options with a picture
+    two.save(folder / "one.PDF", save_all=True, append_images=others)
     assert main(["encode", checkpoint, str(folder)]) == 0
     assert "9 files, 17 items, 3 of them new or changed, 0 gone" in capsys.readouterr().err
     assert len(rendered) == 3
