@@ -17,6 +17,11 @@ CHARACTERS = 8192  # that are read of a text file
 PARSED = 1 << 21  # bytes of HTML or JSON that are parsed
 UNPACKED = 1 << 26  # bytes of a .docx, unpacked, at most
 SURE = 0.12  # chardet's confidence from which on it was always right, for 253 short texts
+UNTOLD = (
+    "is binary, or in an encoding that cannot be told for sure; if it is text, save it as UTF-8"
+)
+CONTROL = ("Cc", "Cn", "Co", "Cs")  # of Unicode's categories
+ALLOWED = "\t\n\r\f\v\b\x1b\x85"  # of them; the escape is a terminal's
 BOMS = {  # those of 32 bits begin like those of 16
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -76,28 +81,34 @@ def decode(data: bytes, whole: bool, name: object, declared: str | None = None) 
         tried = ["utf-8", declared] if not data.isascii() else [declared, "utf-8"]
         texts = (_decoded(data, encoding, whole) for encoding in tried if encoding)
         text = next((text for text in texts if text is not None), None)
-        if text is None and (damaged := _damaged_utf8(data)) is not None:
-            text = damaged
-        if text is None:
-            encoding = _detected(data, name)
-            text = _decoded(data, encoding, whole)
+        if text is None and (text := _damaged_utf8(data)) is None:
+            text = _decoded(data, _detected(data, name), whole)
     if text is None:
-        raise ValueError(f"text {name} is no {encoding}, as its first bytes or chardet say")
-    return _checked(text, name)
+        raise ValueError(f"text {name} {UNTOLD}")
+    return text
 
 
 def _decoded(data: bytes, encoding: str, whole: bool) -> str | None:
+    """The text; None where it is none in this encoding."""
     try:
-        return codecs.getincrementaldecoder(encoding)().decode(data, final=whole)
+        text = codecs.getincrementaldecoder(encoding)().decode(data, final=whole)
     except (UnicodeDecodeError, LookupError):
         return None
+    return text if _is_text(text) else None
+
+
+def _is_text(text: str) -> bool:
+    """Control characters and unassigned ones are a binary file's, or of another encoding."""
+    seen = text[:CHARACTERS]
+    odd = sum(c not in ALLOWED and unicodedata.category(c) in CONTROL for c in seen)
+    return "\0" not in seen and odd <= len(seen) / 100 + 1
 
 
 def _damaged_utf8(data: bytes) -> str | None:
     """UTF-8 in which little is broken, as in a log that several programs write."""
     text = data.decode("utf-8", "replace")
     broken = text.count("\ufffd")
-    return text if sum(c > "\x7f" for c in text) > 5 * broken else None
+    return text if sum(c > "\x7f" for c in text) > 5 * broken and _is_text(text) else None
 
 
 def _detected(data: bytes, name: object) -> str:
@@ -110,23 +121,8 @@ def _detected(data: bytes, name: object) -> str:
         ) from error
     found = chardet.detect(data, encoding_era=chardet.EncodingEra.MODERN_WEB)
     if found["encoding"] is None or found["confidence"] < SURE:
-        raise ValueError(
-            f"text {name} is binary, or in an encoding that cannot be told for sure; "
-            "if it is text, save it as UTF-8"
-        )
+        raise ValueError(f"text {name} {UNTOLD}")
     return found["encoding"]
-
-
-def _checked(text: str, name: object) -> str:
-    """The text, if it is one: control characters and unassigned ones are a binary file's."""
-    odd = sum(
-        unicodedata.category(c) in ("Cc", "Cn", "Co", "Cs")
-        and c not in "\t\n\r\f\v\b\x1b\x85\u2028"
-        for c in text[:CHARACTERS]
-    )
-    if "\0" in text or odd > len(text) / 100 + 1:
-        raise ValueError(f"text {name} is binary, expected text")
-    return text
 
 
 def _html(data: bytes, whole: bool, path: Path) -> str:
