@@ -9,6 +9,7 @@ import pickle
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,22 @@ def test_a_folder_of_frames_is_a_video(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / f"f_{number}.png")
     (tmp_path / "notes.txt").touch()
     path = write(tmp_path / "a.jsonl", [{"query": {"video": "."}, "positive": "p"}])
+    for hidden in ("._f_1.png", ".f_0.png", ".DS_Store"):  # as a Mac leaves them
+        (tmp_path / hidden).write_bytes(b"\0\5\x16\7Mac OS X")
+    (tmp_path / "f_0.png").mkdir()
     frames = open_source(path)[0].query.video
     taken = [1 + int(at * 19 / (FRAMES - 1)) for at in range(FRAMES)]
     assert [frame.name for frame in frames] == [f"f_{number}.png" for number in taken]
+    for count in (20, 3):  # seconds of all frames go with those that are taken
+        video = {"video": ".", "frame_seconds": [at / 4 for at in range(count)]}
+        source = open_source(write(path, [{"query": video, "positive": "p"}]))
+        if count == 20:
+            assert source[0].query.frame_seconds == [(number - 1) / 4 for number in taken]
+        else:
+            with pytest.raises(ValueError, match="20 frames and 3 frame_seconds, expected as many"):
+                source[0]
     (tmp_path / "none").mkdir()
+    (tmp_path / "none/._1.png").touch()
     for video, error in (("none", ValueError), ("gone", FileNotFoundError)):
         source = open_source(write(path, [{"query": {"video": video}, "positive": "p"}]))
         with pytest.raises(error, match=video):
@@ -88,6 +101,24 @@ def test_a_folder_of_frames_is_a_video(tmp_path):
 
 
 GOOD = {"query": "q", "positive": "p"}
+
+
+def test_frames_of_one_number_are_in_order_of_their_names(tmp_path, monkeypatch):
+    names = ["1.jpg", "1.png", "01.png", "x\u00b2_1.png", "2.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    listed = os.scandir
+    orders = []
+    for turn in (sorted, lambda found, key: sorted(found, key=key, reverse=True)):
+
+        @contextmanager
+        def scandir(folder, turn=turn):
+            with listed(folder) as entries:
+                yield turn(entries, key=lambda entry: entry.name)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        orders.append([path.name for path in sources._frames(Side(video=tmp_path)).video])
+    assert orders == [["1.jpg", "01.png", "1.png", "2.png", "x\u00b2_1.png"]] * 2
 
 
 @pytest.mark.parametrize(

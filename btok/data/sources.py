@@ -283,16 +283,25 @@ def _part(row: Row, key: str, kind: type) -> Any:
 
 
 def _frames(side: Side) -> Side:
-    """A folder of frames as pictures: in order of their numbers, at most so many, evenly."""
+    """A folder of frames as pictures: in order of their numbers, at most so many, evenly; hidden
+    files, which a Mac leaves beside those that it copies, are none."""
     folder = side.video
     if not isinstance(folder, Path) or folder.is_file():
         return side
 
-    def order(path: Path) -> list[Any]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    def order(path: Path) -> tuple[list[Any], str]:
+        parts = re.split(r"(\d+)", path.name)
+        return [int(p) if p.isdecimal() else p for p in parts], path.name  # 1.png beside 01.png
 
-    found = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGES), key=order)
+    with os.scandir(folder) as entries:
+        shown = [Path(e) for e in entries if e.name[0] != "." and e.is_file()]
+    found = sorted((path for path in shown if path.suffix.lower() in IMAGES), key=order)
     if not found:
         raise ValueError(f"video {folder} has no frames")
     taken = np.linspace(0, len(found) - 1, min(FRAMES, len(found))).astype(int)
-    return replace(side, video=[found[at] for at in taken])
+    seconds = side.frame_seconds
+    if seconds and len(seconds) != len(found):
+        had = f"video {folder} has {len(found)} frames and {len(seconds)} frame_seconds"
+        raise ValueError(f"{had}, expected as many or none")
+    times = [seconds[at] for at in taken] if seconds else []
+    return replace(side, video=[found[at] for at in taken], frame_seconds=times)
