@@ -211,6 +211,24 @@ def test_visrag_from_the_hub(tmp_path, datasets, png, monkeypatch):
         open_public("visrag-indomain", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "row", "message"),
+    [
+        ("WebQA", "WebQA/original-0", mmeb_row(pos_text=3), "pos_text is 3, expected a str"),
+        ("colpali_train_set", "data/train-0", {"options": 4}, "options is 4, expected a str"),
+        ("visrag-indomain", "data/train-0", {"query": 5}, "query is 5, expected a str"),
+        ("visrag-indomain", "data/train-0", {"source": 6}, "source is 6, expected a str"),
+    ],
+)
+def test_a_public_row_of_other_types_is_told(tmp_path, datasets, png, name, part, row, message):
+    path = tmp_path / PUBLIC[name][0].rpartition("/")[2] / f"{part}.parquet"
+    path.parent.mkdir(parents=True)
+    columns = dict.fromkeys(PUBLIC[name][2].columns) | {"image": {"bytes": png, "path": None}}
+    datasets.Dataset.from_list([columns | row] * 2).to_parquet(path)
+    with pytest.raises(ValueError, match=f"data set {name}, row 0: {message}"):
+        open_public(name, tmp_path)
+
+
 def test_llava_hound(tmp_path, monkeypatch):
     copy = tmp_path / "train_video_and_instruction"
     lines = copy / "video_instruction/train/sft"

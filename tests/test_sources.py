@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +122,10 @@ def test_frames_of_one_number_are_in_order_of_their_names(tmp_path, monkeypatch)
     assert orders == [["1.jpg", "01.png", "1.png", "2.png", "x\u00b2_1.png"]] * 2
 
 
+VIDEO = '{"positive": "p", "query": {"video": ["a", "b"], "frame_seconds": %s}}'
+ORDER = "expected seconds from a video's start on, in order"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -137,6 +142,45 @@ def test_frames_of_one_number_are_in_order_of_their_names(tmp_path, monkeypatch)
         ('{"query": "q", "positive": "p", "target": 4}', "target is 4"),
         ('{"query": "q", "positive": "p", "negatives": ["n"]}', r"\[0, 1\] negatives"),
         ('{"query": "q\xff", "positive": "p"}', "can't decode byte 0xff"),
+        (VIDEO % '["a", "b"]', rf"frame_seconds is \['a', 'b'\], {ORDER}"),
+        (VIDEO % "[NaN, NaN]", rf"frame_seconds is \[nan, nan\], {ORDER}"),
+        (VIDEO % "[0, Infinity]", rf"frame_seconds is \[0, inf\], {ORDER}"),
+        (VIDEO % "[false, true]", rf"frame_seconds is \[False, True\], {ORDER}"),
+        (VIDEO % "[null, null]", rf"frame_seconds is \[None, None\], {ORDER}"),
+        (VIDEO % f"[0, {10**400}]", rf"frame_seconds is \[0, 1000000.*, {ORDER}"),
+        (VIDEO % "[-1, 0]", rf"frame_seconds is \[-1, 0\], {ORDER}"),
+        (VIDEO % "[1.5, 1]", rf"frame_seconds is \[1.5, 1\], {ORDER}"),
+        (VIDEO % "[1.5]", "query has 2 frames and 1 frame_seconds, expected as many or none"),
+        (
+            '{"positive": {"text": "p", "frame_seconds": [1]}, "query": "q"}',
+            "positive has 0 frames",
+        ),
+        ('{"query": {"video": []}, "positive": "p"}', "query is empty"),
+        (
+            '{"query": {"images": [{"bytes": "aGk="}]}, "positive": "p"}',
+            "a picture is {'bytes': 'a",
+        ),
+        *(
+            (row.replace("?", r"a \ud83d b"), r"'a \\ud83d' ends in half of a surrogate pair")
+            for row in (
+                '{"query": "?", "positive": "p"}',
+                '{"query": "q", "positive": {"text": "?"}}',
+                '{"query": "q", "positive": "p", "target": "?"}',
+                '{"query": "q", "positive": "p", "positive_id": "?"}',
+                '{"query": "q", "positive": "p", "negatives": ["?"]}',
+                '{"query": {"images": ["?"]}, "positive": "p"}',
+                '{"query": {"video": "?"}, "positive": "p"}',
+            )
+        ),
+        (
+            r'{"query": {"images": ["a\u0000"]}, "positive": "p"}',
+            r"a path is 'a\\x00', expected none",
+        ),
+        (r'{"query": {"video": "a\u0000"}, "positive": "p"}', r"a path is 'a\\x00', expected none"),
+        ('{"query": "q", "positive": "p", "positive_id": 4}', "positive_id is 4, expected a str"),
+        (f'{{"query": {"[" * 9999}{"]" * 9999}}}', "JSON object: maximum recursion depth"),
+        (f'{{"query": {"9" * 9999}}}', "JSON object: Exceeds the limit"),
+        ("\0" * 20, "it is UTF-16 .* or damaged, expected UTF-8"),
     ],
 )
 def test_a_wrong_line_is_told_with_file_and_line(tmp_path, line, message):
@@ -226,7 +270,7 @@ def damage_bit(index):
 
 
 def damage_version(index):
-    index.write_bytes(index.read_bytes().replace(b'"kind": "2 ', b'"kind": "1 '))
+    index.write_bytes(index.read_bytes().replace(b'"kind": "3 ', b'"kind": "2 '))
 
 
 @pytest.mark.parametrize("damage", [damage_cut, damage_bit, damage_version, Path.touch, None])
@@ -320,6 +364,33 @@ def test_processes_that_build_at_once_do_not_harm_each_other(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.pairs.index"]
 
 
+def test_files_of_other_systems(tmp_path):
+    path, two = (
+        tmp_path / "a.jsonl",
+        [json.dumps({**GOOD, "query": f"q{i} \u00e9"}) for i in (0, 1)],
+    )
+    for text, encoding in (
+        ("\n".join(two), "utf-8-sig"),
+        ("\ufeff\n" + "\r\n".join(two), "utf-8"),
+        (two[0] + "\n\ufeff" + two[1] + "\r", "utf-8"),
+    ):
+        path.write_bytes(text.encode(encoding))
+        for _ in range(2):  # the second time by the index
+            assert [open_source(path)[i].query.text for i in (0, 1)] == ["q0 \u00e9", "q1 \u00e9"]
+    path.write_bytes("\r".join(two).encode())
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: its lines end in \\r alone, expected"):
+        open_source(path)
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        path.write_bytes("\n".join(two).encode(encoding))
+        with pytest.raises(
+            ValueError, match=r"a\.jsonl:1: it is UTF-16 \(iconv -f UTF-16 -t UTF-8"
+        ):
+            open_source(path)
+    path.write_bytes("\n\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: it is UTF-16"):
+        open_source(path)
+
+
 def test_files_that_are_none(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="data set empty: rows is 0, expected at least 1"):
@@ -370,10 +441,171 @@ def test_parquet_with_paths_and_bytes(tmp_path, monkeypatch):
         ]
     ):
         datasets.Dataset.from_list(bad).to_parquet(tmp_path / f"bad{number}.parquet")
-        with pytest.raises(ValueError, match=f"data set bad{number}: .*{message}"):
+        with pytest.raises(ValueError, match=f"data set bad{number}(, row 0)?: .*{message}"):
             open_source(tmp_path / f"bad{number}.parquet")
     with pytest.raises(FileNotFoundError):
         open_source(tmp_path / "gone.parquet")
+
+
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    """Writes rows, or a pyarrow table, as a parquet file."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def write(name, rows, **options):
+        if isinstance(rows, list):
+            columns = dict.fromkeys(key for row in rows for key in row)
+            rows = pyarrow.Table.from_pylist([columns | row for row in rows])
+        write_table(rows, tmp_path / name, **options)
+        return tmp_path / name
+
+    return write
+
+
+def with_video(seconds, video=("a", "b"), text=None):
+    return {**GOOD, "query": {"video": list(video), "frame_seconds": seconds, "text": text}}
+
+
+def with_picture(stored, path=None):
+    return {**GOOD, "query": {"images": [{"bytes": stored, "path": path}]}}
+
+
+FINE = [
+    with_video([0.0, 1.5]),
+    with_video(None),
+    with_video([], (), "t"),
+    with_picture(b"x"),
+    with_picture(None, "a.png"),
+    {**GOOD, "query": {"video": "a.mp4", "frame_seconds": [1.0]}},
+    {**GOOD, "target": "t", "positive_id": "i", "negatives": ["n", "m"]},
+    {**GOOD, "target": None, "positive_id": None, "negatives": None},
+]
+WRONG: list[tuple[list[Any], Any, str]] = [  # behind which good rows
+    ([GOOD], {**GOOD, "query": None}, "query is None, expected a text"),
+    ([GOOD], {**GOOD, "positive": " \n"}, "positive is empty"),
+    ([GOOD], {**GOOD, "negatives": [" "]}, "a negative is empty"),
+    ([GOOD], {**GOOD, "negatives": [None]}, "a negative is None"),
+    ([GOOD], {**GOOD, "target": 3}, "target is 3, expected a str"),
+    ([GOOD], {**GOOD, "positive_id": 3}, "positive_id is 3, expected a str"),
+    (FINE[:3], with_video([0.0, float("nan")]), rf"frame_seconds is \[0.0, nan\], {ORDER}"),
+    (FINE[:3], with_video([0.0, None]), rf"frame_seconds is \[0.0, None\], {ORDER}"),
+    (FINE[:3], with_video([1.7e9, 1.8e9]), rf"frame_seconds is .*, {ORDER}"),
+    (FINE[:3], with_video([1.0, 0.5]), rf"frame_seconds is \[1.0, 0.5\], {ORDER}"),
+    (FINE[:3], with_video([1.0]), "query has 2 frames and 1 frame_seconds"),
+    (FINE[:3], with_video([1.0], (), "t"), "query has 0 frames and 1 frame_seconds"),
+    ([], with_video(["1", "2"]), rf"frame_seconds is \['1', '2'\], {ORDER}"),
+    (FINE[:3], with_video(None, ("a", None)), "a picture is None"),
+    (FINE[:3], with_video(None, ("a", "b\0")), r"a path is 'b\\x00'"),
+    (FINE[:3], with_video(None, ()), "query is empty"),
+    (FINE[3:5], with_picture(None), "a picture is {'bytes': None"),
+    (FINE[3:5], with_picture(b"", ""), "a picture is {'bytes': b''"),
+    (FINE[5:6], {**GOOD, "query": {"video": "a\0"}}, r"a path is 'a\\x00'"),
+    ([], {**GOOD, "query": {"video": "", "text": "t"}}, "video is ''"),
+    ([], {**GOOD, "query": {"text": 3, "images": ["a"]}}, "text is 3"),
+]
+
+
+@pytest.mark.parametrize(("good", "row", "message"), WRONG)
+def test_a_wrong_row_of_parquet_is_told_before_it_is_drawn(parquet, good, row, message):
+    path = parquet("a.parquet", [*good, row, row])
+    with pytest.raises(ValueError, match=rf"data set a, row {len(good)}: {message}"):
+        open_source(path, negatives=0)
+    if good:
+        assert len(open_source(path, rows=len(good), negatives=0)) == len(good)
+
+
+def test_right_rows_of_parquet_are_in_no_doubt(parquet):
+    from btok.data.parquet import Table
+
+    for row in FINE:
+        negatives = len(row.get("negatives") or ())
+        rows = open_source(parquet("a.parquet", [row, row]), negatives=negatives).rows
+        assert isinstance(rows, Table) and rows.in_doubt() == []
+    import datasets
+
+    data = datasets.Dataset.from_list([GOOD, {**GOOD, "query": " "}, GOOD, {**GOOD, "query": "x"}])
+    assert open_source(data.select([3, 0]))[0].query.text == "x"
+    with pytest.raises(ValueError, match="data set data, row 2: query is empty"):
+        open_source(data.select([3, 0, 1]))
+
+
+def test_parquet_texts_that_are_none(parquet):
+    import pyarrow as pa
+
+    texts = pa.array([b"good", b"\xff"], pa.binary()).view(pa.string())
+    with pytest.raises(ValueError, match=r"data set a, row 1: .*can't decode byte 0xff"):
+        open_source(parquet("a.parquet", pa.table({"query": texts, "positive": ["a", "b"]})))
+    views = pa.table({"query": pa.array(["a", " "], pa.string_view()), "positive": ["a", "b"]})
+    with pytest.raises(ValueError, match="data set a, row 1: query is empty"):
+        open_source(parquet("a.parquet", views))
+
+
+def test_parquet_files_that_cannot_be_read(tmp_path, parquet):
+    whole = parquet(
+        "part-0.parquet", [{"query": f"q{i}" * 99, "positive": "p"} for i in range(999)]
+    )
+    good, second = whole.read_bytes(), tmp_path / "part-1.parquet"
+    pages = good[:500] + b"\x77" * 2000 + good[2500:]
+    for content in (b"", b"PAR1", b"no parquet at all", good[:300], good[:-9], pages):
+        second.write_bytes(content)
+        for path in (second, tmp_path / "part-*.parquet"):
+            with pytest.raises(
+                ValueError, match=r"/part-1\.parquet cannot be read as parquet: .*;"
+            ):
+                open_source(path)
+    parquet("part-1.parquet", [{"q": "q", "positive": "p"}])
+    had = (
+        r"part-1\.parquet has the columns q, positive, .*part-0\.parquet query, positive; expected"
+    )
+    with pytest.raises(ValueError, match=had):
+        open_source(tmp_path / "part-*.parquet")
+    parquet("part-1.parquet", [{"query": {"text": "q"}, "positive": "p"}])
+    with pytest.raises(
+        ValueError, match=r"part-\*\.parquet: parquet cannot be read: TypeError: Could"
+    ):
+        open_source(tmp_path / "part-*.parquet")
+    import pyarrow as pa
+
+    none = pa.table({"query": pa.array([], pa.string()), "positive": pa.array([], pa.string())})
+    empty = parquet("part-1.parquet", none)
+    with pytest.raises(ValueError, match=r"data set part-1: .*part-1\.parquet has no rows"):
+        open_source(empty)
+    (tmp_path / "._part-2.parquet").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert len(open_source(tmp_path / "part-*.parquet")) == 999  # an empty part has nothing to give
+    (tmp_path / "a[1].parquet").write_bytes(good)
+    assert len(open_source(tmp_path / "a[1].parquet")) == 999
+    (tmp_path / "folder.parquet").mkdir()
+    for name, what in (
+        ("folder", "a folder, whose files are"),
+        ("none-*", "no file, expected one"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"{what}.* a pattern like .*/\\*.parquet"):
+            open_source(tmp_path / f"{name}.parquet")
+    second.unlink()
+    second.symlink_to("gone")
+    with pytest.raises(FileNotFoundError, match=r"part-1\.parquet"):
+        open_source(tmp_path / "part-*.parquet")
+
+
+def test_a_replaced_parquet_file_of_the_same_size_and_time(parquet):
+    """As an archive unpacks it: neither its digest nor the rows are the other's."""
+    rows = [{"query": f"q{i:03}", "positive": "p"} for i in range(99)]
+    found, sizes = [], set()
+    for word in ("q0x0", "q0y0"):
+        rows[50]["query"] = word
+        path = parquet("a.parquet", rows, compression="none", use_dictionary=False)
+        os.utime(path, (1, 1))
+        sizes.add(path.stat().st_size)
+        source = open_source(path)
+        found.append((source.digest, source[50].query.text))
+    assert len(sizes) == 1 and [word for _, word in found] == ["q0x0", "q0y0"]
+    assert found[0][0] != found[1][0]
+    moved = path.rename(path.with_name("b.parquet"))
+    assert open_source(moved).digest == found[1][0]
 
 
 def test_without_the_datasets_library_the_extra_is_named(tmp_path, monkeypatch):
@@ -386,5 +618,5 @@ def test_a_picture_of_a_row():
     assert sources.picture("a.png", Path("x")) == Path("x/a.png")
     assert sources.picture({"bytes": None, "path": "a.png"}, Path("x")) == Path("x/a.png")
     assert sources.picture({"bytes": b"1", "path": "a.png"}, Path("x")) == b"1"
-    with pytest.raises(ValueError, match="a picture is None"):
+    with pytest.raises(ValueError, match=r"a picture is {'bytes': None, 'path': None}"):
         sources.picture({"bytes": None, "path": None}, Path("x"))

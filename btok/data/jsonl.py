@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from array import array
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from btok.files import sha256, whole
 
-VERSION = 2  # of the index and of what rows are checked for: one of another is made again
+VERSION = 3  # of the index and of what rows are checked for: one of another is made again
 SEAL = 64  # the last bytes of an index
 TICK = 2_000_000_000  # nanoseconds that a change may leave a file's time as it was, on any disk
 Row = Mapping[str, Any]
@@ -71,8 +72,13 @@ class JsonLines:
 
 def _object(line: bytes) -> Row:
     try:
-        row = json.loads(line.decode())
-    except ValueError as error:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        if b"\0" in line or line.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            convert = "iconv -f UTF-16 -t UTF-8"
+            raise ValueError(f"it is UTF-16 ({convert}) or damaged, expected UTF-8") from error
+        if b"\r" in line.strip():
+            raise ValueError(r"its lines end in \r alone, expected \n or \r\n") from error
         raise ValueError(f"expected a JSON object: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"it is {row!r:.60}, expected a JSON object")
@@ -139,11 +145,11 @@ def _check(path: Path, kind: str, check: Callable[[Row], int]) -> tuple[np.ndarr
     ):
         for number, line in enumerate(file, 1):
             digest.update(line)
-            if wrong is None and line.strip():
+            if wrong is None and line.removeprefix(BOM_UTF8).strip():
                 try:
                     negatives.setdefault(check(_object(line)), [len(starts), number])
                     starts.append(at)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:  # a value's too, if it is shown
                     wrong = number, str(error)
             at += len(line)
             bar.update(len(line))

@@ -28,7 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from btok.data.records import Pair, Side
-from btok.data.sources import Row, Schema, Source, load_dataset, open_source, picture
+from btok.data.sources import (
+    Row,
+    Schema,
+    Source,
+    below,
+    characters,
+    load_dataset,
+    open_source,
+    part,
+    picture,
+)
 
 TEXTS = "path public folder name root ntp_side query_instruction positive_instruction"
 SETTINGS: dict[str, Any] = dict.fromkeys(TEXTS.split(), str)
@@ -113,15 +123,15 @@ def open_public(public: str, folder: str | Path, **settings: Any) -> Source:
     return open_source(data, schema=schema, **options)
 
 
-def _line(text: Any) -> str:
-    text = (text or "").replace("<|image_1|>", "").replace("<video>", "").strip()
+def _line(text: str) -> str:
+    text = text.replace("<|image_1|>", "").replace("<video>", "").strip()
     return text and f"{text}\n"
 
 
 def _mmeb(row: Row, root: Path) -> Pair:
     def side(text: str, image: str) -> Side:
-        path = row.get(image)
-        return Side(_line(row.get(text)), [root / path] if path else [])
+        path = part(row, image, str)
+        return Side(_line(part(row, text, str)), [below(root, path)] if path else [])
 
     query, positive = side("qry", "qry_image_path"), side("pos_text", "pos_image_path")
     negative = side("neg_text", "neg_image_path")
@@ -130,9 +140,9 @@ def _mmeb(row: Row, root: Path) -> Pair:
 
 
 def _colpali(row: Row, root: Path) -> Pair:
-    query, answer, options = row["query"] or "", row["answer"] or "", row["options"]
+    query, answer, options = (part(row, key, str) for key in ("query", "answer", "options"))
     try:
-        listed = ast.literal_eval(options or "")
+        listed = ast.literal_eval(options)
     except (ValueError, SyntaxError):
         listed = None
     if isinstance(listed, list) and listed:
@@ -145,16 +155,20 @@ def _colpali(row: Row, root: Path) -> Pair:
 
 
 def _visrag(row: Row, root: Path) -> Pair:
-    query, page = VISRAG.get(row["source"], ("", ""))
-    return Pair(Side(_line(query + row["query"])), Side(_line(page), [picture(row["image"], root)]))
+    query, page = VISRAG.get(part(row, "source", str), ("", ""))
+    query += part(row, "query", str)
+    return Pair(Side(_line(query)), Side(_line(page), [picture(row["image"], root)]))
 
 
 def _hound(row: Row, root: Path, *, retrieval: bool) -> Pair:
     try:
-        prompt, answer = (_line(turn["value"]) for turn in row["conversations"][:2])
-        video = root / row["video"]
+        prompt, answer = (
+            _line(characters(turn["value"] or "")) for turn in row["conversations"][:2]
+        )
+        video = below(root, row["video"])
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError("expected conversations with two values, and a video's name") from error
+        expected = "expected conversations with two values, and a video's name"
+        raise ValueError(f"{expected}: {error}") from error
     if retrieval:
         return Pair(Side(answer), Side(video=video), positive_id=row["video"])
     return Pair(Side(prompt, video=video), Side(answer), positive_id=answer)

@@ -9,13 +9,12 @@ object of `bytes` and `path` as the datasets library writes it. Pictures are not
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -47,29 +46,6 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Row: ...
-
-
-class Table:
-    """Rows of a `datasets.Dataset`; pictures stay the bytes or paths that they are stored as."""
-
-    def __init__(self, data: Any, rows: int | None) -> None:
-        self.data = data.with_format("arrow")
-        self.count = len(data) if rows is None else min(rows, len(data))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Row:
-        return self.data[index].to_pylist()[0]
-
-    def negatives(self) -> set[int]:
-        """The numbers of hard negatives that rows have."""
-        if "negatives" not in self.data.column_names:
-            return {0}
-        from pyarrow.compute import list_value_length
-
-        lists = self.data.select_columns("negatives")[: self.count].column(0)
-        return {count or 0 for count in list_value_length(lists).unique().to_pylist()}
 
 
 @dataclass(frozen=True)
@@ -146,8 +122,8 @@ def open_source(
     **settings: Any,
 ) -> Source:
     """Open a data set and look at it: at every line of a JSONL file, if its index does not say what
-    was found (`btok/data/jsonl.py`); at a parquet file's columns, first row and numbers of
-    negatives.
+    was found (`btok/data/jsonl.py`); at all of a parquet file's columns but pictures' bytes, or, of
+    another schema than this module's, at its first row.
 
     Args:
         data: the path of a `.jsonl` or `.parquet` file, a pattern of the latter (`part-*.parquet`),
@@ -160,8 +136,9 @@ def open_source(
         settings: the others of `Source`.
 
     Raises:
-        ValueError: another kind of file, a line that is wrong (`file:line: why`), missing columns,
-            unequal or too small numbers of negatives, what `Source` refuses.
+        ValueError: another kind of file, a line or a row that is wrong (`file:line: why`; rows
+            count from 0), one that cannot be read, missing columns, unequal or too small numbers of
+            negatives, what `Source` refuses.
         OSError: no such file.
         ImportError: parquet without the datasets library (the extra `data`).
     """
@@ -184,65 +161,92 @@ def open_source(
             expected = "one number" if negatives is None else f"at least {negatives}"
             raise ValueError(f"rows have {sorted(counts)} negatives, expected {expected}")
 
-    found: JsonLines | Table
+    found: Rows
     if path and path.suffix == ".jsonl":
-        found = JsonLines(path, rows, " ".join([schema.name, *schema.columns]), check)
-        for number, line in found.negatives.items():
+        lines = JsonLines(path, rows, " ".join([schema.name, *schema.columns]), check)
+        for number, line in lines.negatives.items():
             try:
                 count(number)
             except ValueError as error:
                 raise ValueError(f"{path}:{line}: {error}") from error
-        digest = found.digest
+        found, digest = lines, lines.digest
     elif path and path.suffix != ".parquet":
         raise ValueError(f"data set {name}: {path} is neither .jsonl nor .parquet")
     else:
-        if path:
-            data = load_dataset("parquet", data_files=str(path), split="train")
-        digest = _footers(path) if path else data._fingerprint
-        found = Table(data, rows)
+        where = f"data set {name}"
         try:
+            _library()  # before pyarrow, which comes with it
+            from btok.data.parquet import Table, open_files
+
+            data, digest = open_files(path) if path else (data, data._fingerprint)
+            found = table = Table(data, rows)
+            looked = [0] * (len(table) > 0)
             if schema is PAIRS:
-                counts |= found.negatives()
-            if len(found):
-                count(check(found[0]))
+                counts |= table.negatives()
+                looked += table.in_doubt()
+            for row in looked:
+                where = f"data set {name}, row {row}"
+                counts.add(check(table[row]))
+            where = f"data set {name}"
+            for number in sorted(counts):
+                count(number)
         except ValueError as error:
-            raise ValueError(f"data set {name}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     taken = min(counts, default=0) if negatives is None else negatives
     return Source(name, found, schema, folder, negatives=taken, digest=digest, **settings)
 
 
-def load_dataset(*arguments: Any, **options: Any) -> Any:
-    """That of the datasets library; where it is missing an ImportError that names the extra."""
+def _library() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ImportError('parquet and public data sets need pip install "btok[data]"') from error
-    return datasets.load_dataset(*arguments, **options)
+    return datasets
 
 
-def _footers(pattern: Path) -> str:
-    """The sha256 of parquet files' sizes and footers, which say where each column's parts lie, how
-    large and between which values; the content itself is not read."""
-    digest = hashlib.sha256()
-    for path in sorted(glob.glob(str(pattern), recursive=True)):
-        with open(path, "rb") as file:
-            end = file.seek(-8, os.SEEK_END)
-            file.seek(max(end - int.from_bytes(file.read(4), "little"), 0))
-            digest.update(b"%d" % end + file.read())
-    return digest.hexdigest()
+def load_dataset(*arguments: Any, **options: Any) -> Any:
+    """That of the datasets library; where it is missing an ImportError that names the extra, where
+    data cannot be read a ValueError."""
+    library = _library()
+    try:
+        return library.load_dataset(*arguments, **options)
+    except library.exceptions.DatasetGenerationError as error:  # its cause says what it does not
+        cause = error.__cause__ or error
+        why = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        raise ValueError(f"{arguments[0]} cannot be read: {why}") from error
+
+
+def characters(text: str) -> str:
+    """The text; a ValueError for half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(error.start - 20, 0) : error.start + 1]
+        why = "ends in half of a surrogate pair, expected whole characters"
+        raise ValueError(f"{near!r} {why}") from error
+    return text
+
+
+def below(root: Path, path: str) -> Path:
+    """A path that starts from `root`; a ValueError for what no file can be named."""
+    if "\0" in path:
+        raise ValueError(f"a path is {path!r:.60}, expected none with a NUL")
+    return root / characters(path)
 
 
 def picture(value: Any, root: Path) -> Path | bytes:
     """A picture of a row: a path below `root`, or a file's bytes; a ValueError for what is none."""
+    given = value
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+        stored = value.get("bytes")
+        value = stored if stored and isinstance(stored, bytes) else value.get("path")
     if not isinstance(value, str | bytes) or not value:
-        raise ValueError(f"a picture is {value!r:.60}, expected a path")
-    return value if isinstance(value, bytes) else root / value
+        raise ValueError(f"a picture is {given!r:.60}, expected a path")
+    return value if isinstance(value, bytes) else below(root, value)
 
 
 def _pair(row: Row, root: Path) -> Pair:
-    negatives = _part(row, "negatives", list)
+    negatives = part(row, "negatives", list)
     query, positive, *hard = (
         _side(side, where, root)
         for side, where in [
@@ -251,12 +255,13 @@ def _pair(row: Row, root: Path) -> Pair:
             *((side, "a negative") for side in negatives),
         ]
     )
-    target, positive_id = (_part(row, key, str) or None for key in ("target", "positive_id"))
+    target, positive_id = (part(row, key, str) or None for key in ("target", "positive_id"))
     return Pair(query, positive, hard, target=target, positive_id=positive_id)
 
 
 PAIRS = Schema("pairs", ("query", "positive"), _pair)
 PARTS = ("text", "images", "video", "frame_seconds")
+LATEST = 1e9  # seconds that a frame's time is below: a date in seconds is not
 
 
 def _side(value: Any, where: str, root: Path) -> Side:
@@ -267,19 +272,28 @@ def _side(value: Any, where: str, root: Path) -> Side:
         )
     video = given.get("video") or []
     if not isinstance(video, str):
-        video = [picture(frame, root) for frame in _part(given, "video", list)]
-    images = [picture(image, root) for image in _part(given, "images", list)]
-    text = _part(given, "text", str)
+        video = [picture(frame, root) for frame in part(given, "video", list)]
+    images = [picture(image, root) for image in part(given, "images", list)]
+    text = part(given, "text", str)
     if not text.strip() and not images and not video:
         raise ValueError(f"{where} is empty, expected a text, a picture or a video")
-    seconds = _part(given, "frame_seconds", list)
-    return Side(text, images, root / video if isinstance(video, str) else video, seconds)
+    seconds = part(given, "frame_seconds", list)
+    if seconds:
+        numbers = all(type(at) in (int, float) and 0 <= at < LATEST for at in seconds)
+        if not numbers or any(b < a for a, b in pairwise(seconds)):
+            expected = "seconds from a video's start on, in order"
+            raise ValueError(f"frame_seconds is {seconds!r:.60}, expected {expected}")
+        if not isinstance(video, str) and len(seconds) != len(video):
+            had = f"{where} has {len(video)} frames and {len(seconds)} frame_seconds"
+            raise ValueError(f"{had}, expected as many or none")
+    return Side(text, images, below(root, video) if isinstance(video, str) else video, seconds)
 
 
-def _part(row: Row, key: str, kind: type) -> Any:
+def part(row: Row, key: str, kind: type) -> Any:
+    """A row's value, an empty one for null or none; a ValueError for one of another type."""
     if (value := row.get(key)) is not None and not isinstance(value, kind):
         raise ValueError(f"{key} is {value!r:.60}, expected a {kind.__name__}")
-    return value or kind()
+    return characters(value) if value and isinstance(value, str) else value or kind()
 
 
 def _frames(side: Side) -> Side:
