@@ -34,13 +34,14 @@ from helpers import (
 from PIL import Image
 from safetensors.torch import load_file
 
+from btok.data.mixture import load_mixture
 from btok.encoder import BTokEncoder
 from btok.files import sha256
 from btok.model import BTokModel
 from btok.objective import Losses
 from train import checkpoint
 from train.log import TrainLog, peak_flops
-from train.main import main, make_optimizers
+from train.main import check, main, make_optimizers
 from train.parallel import FITS, Processes, same_folder
 from train.pocket.source import train_set
 from train.recipes import RECIPES, Recipe
@@ -531,6 +532,52 @@ def test_a_run_folder_of_other_settings_is_refused(tmp_path, capsys):
     assert f"holds a run with {message}" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_over_the_same_data_under_another_name_alone(tmp_path):
+    """Whatever the kind of file; the other settings of a data set are as they were, too."""
+    (tmp_path / "run").mkdir()
+    mixture, data = tmp_path / "mix.toml", tmp_path / "a.jsonl"
+    rows = [json.dumps({"query": f"q{i}", "positive": "p"}) for i in range(9)]
+
+    def described(settings="", name="a", path=None, lines=rows):
+        tmp_path.joinpath(f"{name}.jsonl").write_text("\n".join(lines))
+        mixture.write_text(f'[[dataset]]\npath = "{name}.jsonl"\n{settings}')
+        recipe = Recipe(
+            output=tmp_path / "run", data=path or mixture, caption_steps=0, eval_queries=0
+        )
+        return check(recipe, load_mixture(recipe.data))
+
+    config = tmp_path / "run/config.json"
+    config.write_text(json.dumps(described()))
+    described(name="renamed")
+    described(path=data)
+    for settings in ('ntp_side = "query"', 'query_instruction = "Find:"', "weight = 2", "rows = 8"):
+        with pytest.raises(ValueError, match="holds a run with data sets"):
+            described(settings)
+    for name in ("a", "renamed"):
+        with pytest.raises(ValueError, match="whose data set a had another content"):
+            described(name=name, lines=[*rows[:5], rows[5].replace("q5", "q6"), *rows[6:]])
+    ((*entry, _, _),) = json.loads(config.read_text())["data sets"]
+    config.write_text(json.dumps({**described(), "data sets": [entry]}))  # of an older version
+    described()
+    with pytest.raises(ValueError, match="holds a run with data"):
+        described(name="renamed")
+
+
+def test_damaged_data_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"query": f"q{i}" * 99, "positive": "p"} for i in range(99)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "part-0.parquet")
+    whole = (tmp_path / "part-0.parquet").read_bytes()
+    for content in (whole[:300], whole[:500] + bytes(500) + whole[1000:]):
+        (tmp_path / "part-1.parquet").write_bytes(content)
+        command = ["--data", str(tmp_path / "part-*.parquet"), "--output", str(tmp_path / "run")]
+        assert main([*command, "--caption-steps", "0", "--eval-queries", "0"]) == 2
+        (line,) = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error: ")]
+        assert f"{tmp_path}/part-1.parquet cannot be read as parquet: " in line
+        assert not (tmp_path / "run").exists()
+
+
 def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
     """All levers and dropout, read ahead by a worker; stopped in the middle, the same bits."""
     model, data = tiny_checkpoint(tmp_path / "model"), tmp_path / "pairs.jsonl"
@@ -573,7 +620,7 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
     assert "1 pairs could not be read, over max_skipped 0" in capsys.readouterr().err
     config = parts / "config.json"
     settings = json.loads(config.read_text())
-    ((*entry, digest),) = settings["data sets"]
+    ((*entry, digest, _),) = settings["data sets"]
     assert entry == ["pairs", 24, 1.0] and digest == sha256(data)
     data.write_text(data.read_text().replace("number 23", "number 32"))
     assert main([*command, "--output", str(parts)]) == 2

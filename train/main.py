@@ -45,6 +45,7 @@ from train.step import train_step
 # in a run that goes on
 MAY_CHANGE = {"output", "checkpoint_every", "workers", "max_skipped", "tensorboard"}
 MAY_CHANGE |= {"processes", "shard", "replicas"}
+OF_A_SET = ("ntp_side", "negatives", "query_instruction", "positive_instruction")  # may not
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,19 +161,32 @@ def check(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
             not divide among the processes.
     """
     settings = {**recipe.described(), "processes": world()}
-    sets = settings["data sets"] = [[s.name, len(s), s.weight, s.digest] for s in sources]
+    sets = settings["data sets"] = [
+        [
+            s.name,
+            len(s),
+            s.weight,
+            s.digest,
+            [s.schema.name, *(getattr(s, key) for key in OF_A_SET)],
+        ]
+        for s in sources
+    ]
     config = recipe.output / "config.json"
     saved = json.loads(config.read_text()) if config.exists() else settings
     saved = {**Recipe().described(), **saved}  # of before there was a setting
     before = saved.get("data sets", [])
-    if [entry[:3] for entry in before] == [entry[:3] for entry in sets]:
-        for (name, _, _, *was), now in zip(before, sets, strict=True):
-            if was not in ([], now[3:]):  # a run of an older version has no digests
+    if [entry[1:3] for entry in before] == [entry[1:3] for entry in sets]:
+        for i, (was, now) in enumerate(zip(before, sets, strict=True)):
+            if was[3:4] not in ([], now[3:4]):  # a run of an older version has no digests
                 raise ValueError(
-                    f"{recipe.output} holds a run whose data set {name} had another content; give "
-                    "the same file or another --output"
+                    f"{recipe.output} holds a run whose data set {was[0]} had another content; "
+                    "give the same file or another --output"
                 )
-        saved["data sets"] = sets
+            known = was[3:4] == now[3:4] != [""]  # by its content: it may have another name
+            if (known or was[0] == now[0]) and was[4:] in ([], now[4:]):
+                before[i] = now
+        if before == sets and all(digest for *_, digest, _ in sets):
+            saved["data"] = settings["data"]
     for name in sorted(settings.keys() - MAY_CHANGE):
         if saved.get(name) != settings[name]:
             raise ValueError(
