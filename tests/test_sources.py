@@ -21,7 +21,7 @@ from btok.data import sources
 from btok.data.records import Pair, Side
 from btok.data.sources import Schema, open_source
 from btok.files import sha256
-from btok.inputs import FRAMES
+from btok.inputs import FRAMES, Page, rgb_array
 
 
 def write(path, rows):
@@ -63,6 +63,23 @@ def test_every_part_of_a_row_becomes_its_part_of_the_pair(tmp_path):
     assert source[0] == pickle.loads(pickle.dumps(source))[0]
     assert open_source(path)[2].query.video == tmp_path / "clip.mp4"
     assert len(open_source(path, rows=2)) == 2 and len(open_source(path, rows=9)) == 3
+
+
+def test_a_picture_may_be_a_page_of_a_document(tmp_path):
+    scans = [Image.new("RGB", (8, 8), (90 * i, 0, 0)) for i in range(3)]
+    scans[0].save(tmp_path / "scan.tif", save_all=True, append_images=scans[1:])
+    scans[1].save(tmp_path / "a#page=1.png")
+    names = ["scan.tif#page=3", "scan.tif#page=4", "scan.tif", "a#page=1.png"]
+    rows = [{"query": {"images": [name]}, "positive": "a scan"} for name in names]
+    source = open_source(write(tmp_path / "mine.jsonl", rows))
+    read = [source[i].query.images[0] for i in range(4)]
+    assert read[0] == Page(tmp_path / "scan.tif", 3)
+    assert rgb_array(read[0]).tolist() == np.asarray(scans[2]).tolist()
+    with pytest.raises(ValueError, match=r"page 4: .*scan.tif has 3 pages"):
+        rgb_array(read[1])
+    with pytest.raises(ValueError, match=r"scan.tif has 3 pages, expected one: .*scan.tif#page=1"):
+        rgb_array(read[2])
+    assert rgb_array(read[3]).max() == 90
 
 
 def test_instructions_and_negatives(tmp_path):

@@ -3,8 +3,9 @@
 A row has `query` and `positive`, each a side, and may have `negatives` (a list of sides), `target`
 (a text) and `positive_id` (a text); other columns are passed over. A side is a text or an object of
 `text`, `images` (a list of pictures), `video` (a file, a folder of frames, or a list of pictures)
-and `frame_seconds` (a number per frame). A picture is a path; in parquet also a file's bytes, or an
-object of `bytes` and `path` as the datasets library writes it. Pictures are not opened here.
+and `frame_seconds` (a number per frame). A picture is a path, of a page `report.pdf#page=7`; in
+parquet also a file's bytes, or an object of `bytes` and `path` as the datasets library writes it.
+Pictures are not opened here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 
 from btok.data.jsonl import JsonLines, Row
 from btok.data.records import NTP_SIDES, NtpSide, Pair, Side
-from btok.inputs import FRAMES, IMAGES, as_side
+from btok.inputs import FRAMES, IMAGES, Page, as_side
+from btok.inputs.documents import at_page
 
 
 class Schema(NamedTuple):
@@ -234,15 +236,16 @@ def below(root: Path, path: str) -> Path:
     return root / characters(path)
 
 
-def picture(value: Any, root: Path) -> Path | bytes:
-    """A picture of a row: a path below `root`, or a file's bytes; a ValueError for what is none."""
+def picture(value: Any, root: Path) -> Path | Page | bytes:
+    """A picture of a row: a path below `root`, a page there, or a file's bytes; a ValueError for
+    what is none."""
     given = value
     if isinstance(value, dict):
         stored = value.get("bytes")
         value = stored if stored and isinstance(stored, bytes) else value.get("path")
     if not isinstance(value, str | bytes) or not value:
         raise ValueError(f"a picture is {given!r:.60}, expected a path")
-    return value if isinstance(value, bytes) else below(root, value)
+    return value if isinstance(value, bytes) else at_page(below(root, value))
 
 
 def _pair(row: Row, root: Path) -> Pair:
