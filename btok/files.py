@@ -1,4 +1,4 @@
-"""Files: a checkpoint's small ones, digests, and writing that a kill leaves whole."""
+"""Files: a checkpoint's small ones, digests, writing that a kill leaves whole, names on a line."""
 
 from __future__ import annotations
 
@@ -84,3 +84,10 @@ def rename(path: Path, target: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def printable(text: str) -> str:
+    """A text on one line: what is no printable character, as in a file's name, is escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
+from btok.files import printable
 from btok_kernels.ranks import rank, world
 from train.checkpoint import unwritable
 from train.parallel import total_over_ranks
@@ -71,7 +72,8 @@ class TrainLog:
             ValueError: more than the recipe's `max_skipped`.
         """
         for pair in found:
-            tqdm.write(f"{pair.dataset}, row {pair.row}: {pair.reason}", file=sys.stderr)
+            told = printable(f"{pair.dataset}, row {pair.row}: {pair.reason}")
+            tqdm.write(told, file=sys.stderr)
         self.skipped += round(total_over_ranks(len(found)))
         if self.skipped > self.most:
             raise ValueError(

@@ -27,7 +27,7 @@ import tyro
 
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
-from btok.files import sha256
+from btok.files import printable, sha256
 from btok.inputs import DOCUMENTS, KINDS, Page, as_side, pages, rgb_array, with_frames
 from btok.inputs.documents import at_page
 from btok.tools import pictures
@@ -361,10 +361,3 @@ def draw(
 
 def _drawn(side: Side) -> Side:
     return replace(side, images=[rgb_array(image) for image in side.images])
-
-
-def printable(text: str) -> str:
-    """A text on one line: what is no printable character, as in a file's name, is escaped."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
