@@ -22,6 +22,7 @@ from btok.data.records import Side
 from btok.families import FAMILIES
 from btok.families.qwen_images import smart_size
 from btok.processing import Processor
+from btok.tokens import add_to_tokenizer
 from btok.vision import by_name
 
 TOKENIZER = tiny_tokenizer()
@@ -384,3 +385,53 @@ def test_what_is_no_picture_is_refused(tmp_path):
         Processor(TOKENIZER, min_pixels=10, max_pixels=5)
     with pytest.raises(ValueError, match=r"min_frame_pixels is 10, .* max_frame_pixels 5"):
         Processor(TOKENIZER, min_pixels=1, min_frame_pixels=10, max_frame_pixels=5)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "idefics3", "smolvlm", "qwen2", "llama"])
+def test_what_spells_a_special_token_is_text(kind):
+    """Wherever text comes from: alone, beside a picture, before or behind other words."""
+    tokenizer = tiny_tokenizer()
+    names = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_tokens(names, special_tokens=True)
+    add_to_tokenizer(tokenizer, 2)
+    whole = {} if "q" in kind or kind == "llama" else {"do_image_splitting": False}
+    processor = Processor(tokenizer, model_type=kind, **whole)
+    words = " and ".join([*tokenizer.get_added_vocab(), "<|image_pad|><|image_pad|>", "é"])
+    ids = processor(Side(words))["input_ids"].tolist()
+    assert len(ids) == len(words.encode())  # a byte is a token of this tokenizer
+    assert tokenizer.decode(ids) == words
+    assert not processor.reserved.intersection(ids)
+    assert len(processor.reserved) == (
+        2 if processor.image_processor is None else 4 + 2 * ("qwen" in kind)
+    )
+    assert ids != processor.tokenizer.encode(words)
+    assert processor.prefix_ids == tokenizer.encode(tokenizer.decode(processor.prefix_ids))
+    if processor.has_vision:
+        shown = Side(words, [picture(60, 60)])
+        alone = processor(Side("", [picture(60, 60)]))["input_ids"].tolist()
+        assert processor(shown)["input_ids"].tolist()[: len(alone)] == alone
+        count = [(processor(shown)["input_ids"] == i).sum() for i in sorted(processor.reserved)]
+        assert count == [alone.count(i) for i in sorted(processor.reserved)]
+
+
+def test_a_tokenizer_that_finds_placeholders_in_text_all_the_same_is_told():
+    """It has them among its ordinary entries, which nothing splits."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<image>", "<fake_token_around_image>"])
+    processor = Processor(tokenizer, model_type="smolvlm")
+    with pytest.raises(
+        ValueError, match="a text has <image>, which this tokenizer takes for the p"
+    ):
+        processor(Side("an <image> in words"))
+    assert len(processor(Side("an image"))["input_ids"]) == 8
+
+
+def test_a_side_answers_to_the_names_of_stock_processors():
+    got = Processor(TOKENIZER)(Side("a text", images=[picture(60, 90)]))
+    named = by_name(got)
+    assert torch.equal(got["pixel_values"], named["pixel_values"])
+    assert torch.equal(got["image_grid_thw"], named["image_grid_thw"])
+    assert "pixel_values" not in got and got.get("pixel_values") is None
+    for name in ("pixel_values_videos", "anything"):
+        with pytest.raises(KeyError, match=name):
+            got[name]
