@@ -7,6 +7,7 @@ import json
 import unicodedata
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 HTML = (".html", ".htm", ".xhtml")
 CODE = ".py .js .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .go .rs .rb .php .swift .lua"
@@ -22,6 +23,8 @@ UNTOLD = (
 )
 CONTROL = ("Cc", "Cn", "Co", "Cs")  # of Unicode's categories
 ALLOWED = "\t\n\r\f\v\b\x1b\x85"  # of them; the escape is a terminal's
+# quotes, dashes, an ellipsis, signs such as that of a copyright
+QUOTES = b"\x82\x84\x85\x91\x92\x93\x94\x95\x96\x97\x99\xa0\xa9\xab\xae\xb0\xb7\xbb"
 BOMS = {  # those of 32 bits begin like those of 16
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -29,8 +32,9 @@ BOMS = {  # those of 32 bits begin like those of 16
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
-BLOCKS = "address article aside blockquote br dd div dl dt figcaption footer form h1 h2 h3 h4 h5 h6"
-BLOCKS += " header hr li main nav ol p pre section table td th title tr ul"
+BLOCKS = "address article aside blockquote br caption dd details div dl dt fieldset figcaption"
+BLOCKS += " figure footer form h1 h2 h3 h4 h5 h6 header hr legend li main nav ol option p pre"
+BLOCKS += " section summary table td th title tr ul"
 
 
 def read_text(path: Path) -> str:
@@ -56,7 +60,8 @@ def read_text(path: Path) -> str:
     text = decode(data, whole, path)
     if kind == ".json" and whole:
         with suppress(ValueError, RecursionError):  # as it stands, then
-            text = json.dumps(json.loads(text), ensure_ascii=False, indent=1)
+            plain = json.dumps(json.loads(text), ensure_ascii=False, indent=1)
+            text = plain.encode().decode()  # half a pair of surrogates is no text
     return text[:CHARACTERS]
 
 
@@ -82,7 +87,8 @@ def decode(data: bytes, whole: bool, name: object, declared: str | None = None) 
         texts = (_decoded(data, encoding, whole) for encoding in tried if encoding)
         text = next((text for text in texts if text is not None), None)
         if text is None and (text := _damaged_utf8(data)) is None:
-            text = _decoded(data, _detected(data, name), whole)
+            encoding = "cp1252" if _windows_quotes(data) else _detected(data, name)
+            text = _decoded(data, encoding, whole)
     if text is None:
         raise ValueError(f"text {name} {UNTOLD}")
     return text
@@ -111,6 +117,12 @@ def _damaged_utf8(data: bytes) -> str | None:
     return text if sum(c > "\x7f" for c in text) > 5 * broken and _is_text(text) else None
 
 
+def _windows_quotes(data: bytes) -> bool:
+    """Whether all that is not ASCII is what every Windows code page has in the same place."""
+    others = data.translate(None, bytes(range(128)))
+    return len(others) < len(data) / 10 and not others.translate(None, QUOTES)
+
+
 def _detected(data: bytes, name: object) -> str:
     """The encoding that chardet is sure of."""
     try:
@@ -137,6 +149,7 @@ def _html(data: bytes, whole: bool, path: Path) -> str:
     for tag in soup(["script", "style", "template", "noscript"]):
         tag.decompose()
     for tag in soup(BLOCKS.split()):
+        tag.insert(0, "\n")  # of what a list's item says before it holds another list
         tag.append("\n")
     lines = (" ".join(line.split()) for line in soup.get_text().splitlines())
     return "\n".join(line for line in lines if line)
@@ -156,9 +169,13 @@ def _docx(path: Path) -> str:
             if (size := sum(each.file_size for each in packed.infolist())) > UNPACKED:
                 raise ValueError(f"it unpacks to {size} bytes, expected at most {UNPACKED}")
         lines: list[str] = []
+        told = set[Any]()  # a merged cell stands in each row and column that it takes
         for block in Document(str(path)).iter_inner_content():
             if isinstance(block, Table):
-                lines += ["\t".join(cell.text for cell in row.cells) for row in block.rows]
+                for row in block.rows:
+                    cells = {cell._tc: cell.text for cell in row.cells if cell._tc not in told}
+                    told.update(cells)
+                    lines.append("\t".join(cells.values()))
             else:
                 lines.append(block.text)
             if sum(map(len, lines)) > CHARACTERS:
