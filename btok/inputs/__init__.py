@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from btok.data.records import Side
-from btok.inputs.documents import DOCUMENTS, NOMINAL, Page, only_page, pages
+from btok.inputs.documents import DOCUMENTS, NOMINAL, Page, at_page, only_page, pages
 from btok.inputs.images import IMAGES, is_animated, opened, read_animation, rgb_of
 from btok.inputs.text import TEXTS, read_text
 from btok.inputs.video import FRAMES, VIDEOS, is_transport_stream, read_video
@@ -100,8 +100,10 @@ def rgb_array(image: Any) -> np.ndarray:
                 f"image is an array {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]"
             )
         return image
-    if isinstance(image, str | Path) and Path(image).suffix.lower() in DOCUMENTS:
-        image = only_page(Path(image))
+    if isinstance(image, str | Path):
+        image = at_page(Path(image))
+        if isinstance(image, Path) and image.suffix.lower() in DOCUMENTS:
+            image = only_page(image)
     if isinstance(image, Page):
         return image.rgb_array()
     if isinstance(image, str | bytes | Path):

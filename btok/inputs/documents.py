@@ -51,6 +51,7 @@ class Page:
                     return rgb_of(image)
             with _pdf(self.path) as document:
                 self._check(len(document))
+                document.init_forms()  # else what was filled in would not be drawn
                 page = document[self.number - 1]
                 longer = max(page.get_size())  # points, of 1 / 72 inch
                 scale = min(DPI / 72, LONGEST / max(longer, 1.0))
@@ -112,6 +113,8 @@ def _pdf(path: Path) -> Iterator[Any]:
     with _pdfium:
         document = None
         try:
+            # of a file without pages PDFium tells the last error, maybe that of another file
+            pypdfium2.raw.FPDF_LoadMemDocument64(b"", 0, None)
             document = pypdfium2.PdfDocument(path)
             yield document
         except (pypdfium2.PdfiumError, OSError) as error:
