@@ -73,7 +73,11 @@ def rgb_of(image: Any) -> np.ndarray:
 
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        return np.repeat(_grey(np.asarray(image))[..., None], 3, axis=2)
+        values = np.asarray(image)
+        shown = np.repeat(_grey(values)[..., None], 3, axis=2)
+        if isinstance(clear := image.info.get("transparency"), int):
+            shown[values == clear] = 255
+        return shown
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -117,6 +121,7 @@ def read_animation(path: Path, moments: int) -> tuple[list[np.ndarray], list[flo
         lasting = []
         for number in range(count):
             image.seek(number)
+            image.load()  # of WebP and AVIF the duration is known only then
             lasting.append(image.info.get("duration", 0) / 1000 or UNTIMED)
         ends = list(accumulate(lasting))
         wanted = [ends[-1] * (i + 0.5) / moments for i in range(moments)]
