@@ -10,6 +10,7 @@ import numpy as np
 OTHERS = (".3gp", ".ogv", ".m2ts", ".mts", ".ts")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", *OTHERS)
 FRAMES = 8  # that are read of a video file
+STEPS_BACK = (0.0, 3.0, 12.0, 48.0)  # seconds before a time, from where a key frame is looked for
 PACKET = 188  # bytes of an MPEG transport stream's packets, each of which starts with "G"
 
 
@@ -39,7 +40,7 @@ def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray]
             start, end = _stored_span(container, stream) or _scanned_span(container, stream)
             found = _at(container, stream, start, end, frames)
             if len(found) < frames:  # a short video, or one that is shorter than its file says
-                start, end = _scanned_span(container, stream)
+                start, end = _scanned_span(container, stream, end)
                 found = _at(container, stream, start, end, frames)
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"video {path} cannot be read: {error}") from error
@@ -67,8 +68,9 @@ def _stored_span(container: Any, stream: Any) -> tuple[float, float] | None:
     return (start, start + length) if length > 0 else None
 
 
-def _scanned_span(container: Any, stream: Any) -> tuple[float, float]:
-    """Where a stream starts and ends by its packets, none of which is decoded, in seconds."""
+def _scanned_span(container: Any, stream: Any, said: float = 0.0) -> tuple[float, float]:
+    """Where a stream starts and ends by its packets, none of which is decoded, in seconds; at what
+    its file said, if that lies within what is shown last."""
     container.seek(0)
     tick = float(stream.time_base or 1e-6)
     gap = int(1 / (stream.average_rate or 25) / tick)  # ticks of a packet that does not say
@@ -78,7 +80,11 @@ def _scanned_span(container: Any, stream: Any) -> tuple[float, float]:
         if at is not None and packet.size:
             first.append(at)
             last.append(at + (packet.duration or gap))
-    return min(first, default=0) * tick, max(last, default=0) * tick
+    start, latest, end = (
+        most(at, default=0) * tick for most, at in ((min, first), (max, first), (max, last))
+    )
+    # a packet lasts until the next one stored, which may not be the next one shown
+    return start, min(end, said) if said > latest else end
 
 
 def _at(
@@ -91,9 +97,14 @@ def _at(
     for i in range(frames):
         until = start + (end - start) * (i + 0.5) / frames
         try:
-            frame = _shown(container, stream, until, until)
-            if frame is not None and frame.time > until:  # the key frame was not before it
-                frame = _shown(container, stream, start, until)
+            # where a file has no list of key frames, as of .ts, one after the time may be found
+            for back in STEPS_BACK:
+                frame = _shown(container, stream, until - back, until)
+                if frame is not None and frame.time <= until:
+                    break
+            else:  # behind the end of a file that was cut off there may be hours to decode in vain
+                if frame is not None or until - start < STEPS_BACK[-1]:
+                    frame = _shown(container, stream, None, until)
         except av.FFmpegError:  # a damaged part: others may be whole
             continue
         if frame is not None and (at := max(frame.time - start, 0.0)) not in found:
@@ -101,9 +112,13 @@ def _at(
     return found
 
 
-def _shown(container: Any, stream: Any, seek: float, until: float) -> Any:
-    """The last frame of a time up to `until`, or the first; looked for from `seek` on."""
-    container.seek(int(seek / float(stream.time_base or 1e-6)), stream=stream)  # a key frame before
+def _shown(container: Any, stream: Any, seek: float | None, until: float) -> Any:
+    """The last frame of a time up to `until`, or the first; looked for from `seek` on, or from the
+    file's beginning."""
+    if seek is None:
+        container.seek(0)
+    else:
+        container.seek(int(seek / float(stream.time_base or 1e-6)), stream=stream)
     shown = None
     for frame in container.decode(stream):
         if frame.time is None:
