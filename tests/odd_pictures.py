@@ -323,6 +323,9 @@ def animations() -> Iterator[Odd]:
     yield Odd("uneven.webp", "5 frames, uneven", moving("WEBP", uneven, lossless=True), last)
     yield Odd("uneven.png", "5 frames, uneven", moving("PNG", uneven), last)
     yield Odd("uneven.apng", "5 frames, uneven", moving("PNG", uneven), last)
+    made = moving("PNG", [200] * 4, default_image=True)
+    rest = plays(flat[1:], [0, 0.2, 0.4, 0.6], 0.8)
+    yield Odd("fallback.png", "a picture, before 4 frames, for those who see no more", made, rest)
     made = moving("AVIF", uneven, quality=100, subsampling="4:4:4")
     yield Odd("uneven.avif", "5 frames, uneven", made, last)
     for form, name, opacity, options in (

@@ -23,6 +23,7 @@ SENTENCES = {
     "japanese": "明日は天気がよければ公園へ行って、友達と写真を撮りましょう。カメラを忘れずに。",
     "chinese": "今天天气很好，我们一起去公园散步，然后在湖边的餐馆吃午饭。请不要忘记带上照相机。",
 }
+NEITHER = Refused("is binary, or in an encoding that cannot be told for sure")
 
 
 def special_tokens() -> Iterator[Odd]:
@@ -137,6 +138,8 @@ def pages() -> Iterator[Odd]:
     yield Odd("utf-16.html", "UTF-16 with a mark", made, Says("Straße"))
     table = b"<table><tr><th>a<th>b<tr><td>1<td>2</table>"
     yield Odd("table.html", "tags that are not closed", table, Says("a\nb\n1\n2"))
+    page = "<meta charset=rot13><p>Straße"
+    yield Odd("rot13.html", "a charset that is none", page.encode("cp1252"), NEITHER)
     empty = Refused("it is empty")
     yield Odd("script.html", "a script alone", b"<script>run()</script>", empty)
 

@@ -175,9 +175,11 @@ def videos() -> Iterator[Odd]:
         ("clip.avi", "avi", "mpeg4"),
         ("clip.wmv", "asf", "wmv2"),
         ("clip.flv", "flv", "flv"),
+        ("camera.avi", "avi", "mjpeg"),
         ("clip.3gp", "3gp", "mpeg4"),
     ):
-        yield Odd(name, codec, film(form, codec, twenty, tick=fixed), plays(twenty))
+        pixels = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        yield Odd(name, codec, film(form, codec, twenty, pixels, tick=fixed), plays(twenty))
     dvd = film("mpeg", "mpeg2video", fives, tick=Fraction(1, 25))
     yield Odd("clip.mpg", "MPEG-2", dvd, plays(fives, 0.8))
     stream = film("mpegts", "libx264", twenty)

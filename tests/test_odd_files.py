@@ -9,7 +9,8 @@ import odd_files
 import pytest
 from helpers import tiny_checkpoint
 
-from btok.inputs import pages
+from btok import BTokEncoder, Side
+from btok.inputs import pages, with_frames
 from btok.tools.cli import list_files
 
 for needed in ("av", "pypdfium2", "pillow_heif", "docx", "bs4", "chardet", "sentence_transformers"):
@@ -26,6 +27,15 @@ def test_odd_files_are_read_as_expected_and_the_page_says_so(tmp_path):
     assert wrong.keys() == {each.odd.name for each in rows if each.odd.known}, wrong
     now = odd_files.page(told)
     assert odd_files.PAGE.read_text() == now, f"run {odd_files.COMMAND}"
+
+
+def test_half_a_character_is_shown_as_such(tmp_path):
+    """A row of JSON may have it, and an argument whose bytes are no UTF-8."""
+    assert with_frames(Side("cut \ud83d")).text == "cut \ufffd"
+    assert with_frames(Side("whole \ud83d\ude00")).text == "whole 😀"
+    encoder = BTokEncoder.from_pretrained(tiny_checkpoint(tmp_path))
+    one, other = encoder.encode(["cut \ud83d", "cut \ufffd"], show_progress=False)
+    assert abs(one - other).max() < 1e-6
 
 
 def test_an_error_of_one_pdf_is_not_told_of_another(tmp_path):

@@ -72,6 +72,11 @@ def with_frames(side: Side) -> Side:
         read = read_animation if path.suffix.lower() in IMAGES else read_video
         frames, seconds = read(path, FRAMES)
         side = replace(side, video=frames, frame_seconds=seconds)
+    try:
+        side.text.encode()
+    except UnicodeEncodeError:  # half an emoji, as of a text that was cut: no tokenizer takes it
+        whole = side.text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        side = replace(side, text=whole)
     if _is_empty(side):
         raise ValueError("it is empty, expected a text, an image or a frame")
     return side

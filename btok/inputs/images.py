@@ -118,8 +118,9 @@ def read_animation(path: Path, moments: int) -> tuple[list[np.ndarray], list[flo
         count, size = getattr(image, "n_frames", 1), image.width * image.height
         if count * size > MOST:
             raise ValueError(f"it has {count} frames of {size} pixels, expected {MOST} in all")
+        first = int(image.info.get("default_image", False))  # what those show that cannot move it
         lasting = []
-        for number in range(count):
+        for number in range(first, count):
             image.seek(number)
             image.load()  # of WebP and AVIF the duration is known only then
             lasting.append(image.info.get("duration", 0) / 1000 or UNTIMED)
@@ -128,6 +129,6 @@ def read_animation(path: Path, moments: int) -> tuple[list[np.ndarray], list[flo
         taken = sorted({int(np.searchsorted(ends, at, side="right")) for at in wanted})
         frames = []
         for number in taken:
-            image.seek(number)
+            image.seek(first + number)
             frames.append(rgb_of(image))
         return frames, [ends[number] - lasting[number] for number in taken]

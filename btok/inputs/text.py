@@ -97,8 +97,9 @@ def decode(data: bytes, whole: bool, name: object, declared: str | None = None) 
 def _decoded(data: bytes, encoding: str, whole: bool) -> str | None:
     """The text; None where it is none in this encoding."""
     try:
+        "a".encode(encoding)  # a LookupError for rot13 and such
         text = codecs.getincrementaldecoder(encoding)().decode(data, final=whole)
-    except (UnicodeDecodeError, LookupError):
+    except (UnicodeError, LookupError):  # also where a page names a codec that is none of texts
         return None
     return text if _is_text(text) else None
 
