@@ -17,7 +17,7 @@ TEXTS = (".txt", ".md", ".rst", ".tex", ".log", ".docx", *HTML, *CODE.split(), *
 CHARACTERS = 8192  # that are read of a text file
 PARSED = 1 << 21  # bytes of HTML or JSON that are parsed
 UNPACKED = 1 << 26  # bytes of a .docx, unpacked, at most
-SURE = 0.12  # chardet's confidence from which on it was always right, for 253 short texts
+SURE = 0.13  # chardet's confidence from which on it was always right, for texts of 6 to 258 letters
 UNTOLD = (
     "is binary, or in an encoding that cannot be told for sure; if it is text, save it as UTF-8"
 )
@@ -121,7 +121,7 @@ def _damaged_utf8(data: bytes) -> str | None:
 def _windows_quotes(data: bytes) -> bool:
     """Whether all that is not ASCII is what every Windows code page has in the same place."""
     others = data.translate(None, bytes(range(128)))
-    return len(others) < len(data) / 10 and not others.translate(None, QUOTES)
+    return 0 < len(others) < len(data) / 10 and not others.translate(None, QUOTES)
 
 
 def _detected(data: bytes, name: object) -> str:
