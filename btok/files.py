@@ -39,7 +39,7 @@ def read_json(name_or_path: str | Path, name: str) -> Any:
         return {}
     try:
         return json.loads(found.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for thousands of brackets
         raise ValueError(f"{found} is no JSON ({error}); write the checkpoint again") from error
 
 

@@ -6,6 +6,7 @@ images. This one needs numpy and Pillow, reads and writes the same files, and gi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,27 @@ class Processor:
         `settings`, as the class takes them, go before those in the checkpoint's files, ours or
         stock ones; a stock file's upper bound on a video is not taken. The model type is that of
         `config.json`. No code that comes with a checkpoint is run.
-        """
-        from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        Raises:
+            ValueError: a file of it is damaged, or has a setting out of range.
+            OSError: no such checkpoint.
+        """
+        tokenizer = _tokenizer(name_or_path)
         add_to_tokenizer(tokenizer, num_btoks)
-        both = read_json(name_or_path, "processor_config.json")  # first, as transformers has it
-        image = both.get("image_processor") or read_json(name_or_path, IMAGE_FILE)
-        video = both.get("video_processor") or read_json(name_or_path, VIDEO_FILE)
+
+        def read(name: str) -> Mapping[str, Any]:
+            return _object(name, read_json(name_or_path, name))
+
+        both = read("processor_config.json")  # first, as transformers has it
+        image = _object("image_processor", both.get("image_processor")) or read(IMAGE_FILE)
+        video = _object("video_processor", both.get("video_processor")) or read(VIDEO_FILE)
         written_for = str(both.get("processor_class") or image.get("processor_class"))
         by_class = {
             f"{family.vision.image_processor.stock}Processor": model_type
             for model_type, family in FAMILIES.items()
             if family.vision
         }
-        config = read_json(name_or_path, "config.json")
+        config = read("config.json")
         kind = config.get("model_type", by_class.get(written_for, DEFAULT))
         kind = settings.pop("model_type", kind)
         vision = named_family(kind, "Processor: model_type").vision
@@ -138,3 +145,25 @@ class Processor:
                 "pictures or bottleneck tokens, expected none"
             )
         return ids
+
+
+def _tokenizer(name_or_path: str | Path) -> Any:
+    """A checkpoint's tokenizer, which has encoded something."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        tokenizer.encode("a")  # some settings are looked at here alone
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # of damaged files transformers raises nearly anything
+        why = " ".join(str(error).split())
+        raise ValueError(f"the tokenizer of {name_or_path} cannot be read: {why}") from error
+    return tokenizer
+
+
+def _object(name: str, value: Any) -> Mapping[str, Any]:
+    """What a file or a part of it holds; nothing for null."""
+    if not isinstance(value, Mapping | None):
+        raise ValueError(f"Processor: {name} is {value!r:.60}, expected a JSON object")
+    return value or {}

@@ -64,7 +64,7 @@ def open_files(pattern: Path) -> tuple[Any, str]:
             with _named(name):
                 for _ in ParquetFile(name).iter_batches():
                     pass
-        raise ValueError(f"{pattern}: {error}") from error
+        raise ValueError(f"{pattern}: {' '.join(str(error).split())}") from error
     return data, digest.hexdigest()
 
 
@@ -73,7 +73,7 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        why = f"{name} cannot be read as parquet: {error}"
+        why = f"{name} cannot be read as parquet: {' '.join(str(error).split())}"
         raise ValueError(f"{why}; it is damaged or cut off, copy or write it again") from error
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from btok.data.jsonl import JsonLines, Row
 from btok.data.records import NTP_SIDES, NtpSide, Pair, Side
-from btok.inputs import FRAMES, IMAGES, Page, as_side
+from btok.inputs import FRAMES, IMAGES, LATEST, Page, as_side
 from btok.inputs.documents import at_page
 
 
@@ -264,7 +264,6 @@ def _pair(row: Row, root: Path) -> Pair:
 
 PAIRS = Schema("pairs", ("query", "positive"), _pair)
 PARTS = ("text", "images", "video", "frame_seconds")
-LATEST = 1e9  # seconds that a frame's time is below: a date in seconds is not
 
 
 def _side(value: Any, where: str, root: Path) -> Side:

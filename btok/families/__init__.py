@@ -50,7 +50,7 @@ def family_of(config: Any) -> Family:
 
 def named_family(model_type: str, what: str = "the backbone's model_type") -> Family:
     """The family of a `model_type`; a ValueError says that `what` is none of `FAMILIES`."""
-    if model_type not in FAMILIES:
-        why = f" ({UNFIT[model_type]})" if model_type in UNFIT else ""
-        raise ValueError(f"{what} is {model_type!r}{why}, expected one of {tuple(FAMILIES)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        why = f" ({UNFIT[str(model_type)]})" if str(model_type) in UNFIT else ""
+        raise ValueError(f"{what} is {model_type!r:.60}{why}, expected one of {tuple(FAMILIES)}")
     return FAMILIES[model_type]

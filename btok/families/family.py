@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -85,6 +87,27 @@ class ImageProcessor(ABC):
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text as it is: the spelling of a special token is text like any other."""
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def checked_number(name: str, value: Any, most: int, kind: type = Integral) -> Any:
+    """A setting of an image processor from 1 on, and no absurd one; whole, or of another kind."""
+    if not isinstance(value, kind) or isinstance(value, bool) or not 1 <= value <= most:  # type: ignore[operator]
+        expected = "a whole number" if kind is Integral else "a number"
+        raise ValueError(
+            f"Processor: {name} is {value!r:.60}, expected {expected} from 1 to {most}"
+        )
+    return value
+
+
+def checked_channels(name: str, values: Any, above: float = -math.inf) -> tuple[float, ...]:
+    """A setting of an image processor that is a finite number per channel."""
+    found = tuple(values) if isinstance(values, Sequence) else ()
+    if len(found) != 3 or not all(
+        isinstance(value, Real) and above < float(value) < math.inf for value in found
+    ):
+        bound = "finite" if above == -math.inf else f"finite and above {above:g}"
+        raise ValueError(f"Processor: {name} is {values!r:.60}, expected three numbers, {bound}")
+    return found
 
 
 def special_token(tokenizer: Any, token: str, whose: str) -> int:

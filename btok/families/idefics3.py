@@ -27,6 +27,8 @@ from btok.families.family import (
     ImageProcessor,
     Seen,
     VisionRules,
+    checked_channels,
+    checked_number,
     encode_text,
     patches_of,
     special_token,
@@ -35,6 +37,7 @@ from btok.inputs import frame_seconds, resized, rgb_array
 from btok.vision import KEYS, Normalization, Vision, vision_of
 
 MOST = 4096  # pixels of a picture's longer edge, at most
+MOST_TILES = 64  # along it
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 ONES += " fifteen sixteen seventeen eighteen nineteen"
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
@@ -71,10 +74,17 @@ class TileImageProcessor(ImageProcessor):
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
     ) -> None:
-        if not 0 < tile <= longest_edge <= MOST:
+        for name, value in (
+            ("longest_edge", longest_edge),
+            ("tile", tile),
+            ("patch_size", patch_size),
+            ("merge_size", merge_size),
+        ):
+            checked_number(name, value, MOST)
+        if not tile <= longest_edge <= MOST_TILES * tile:
             raise ValueError(
-                f"Processor: tile is {tile} and longest_edge {longest_edge}, expected above 0, the "
-                f"first at most the second, and that at most {MOST}"
+                f"Processor: tile is {tile} and longest_edge {longest_edge}, expected the "
+                f"second to be 1 to {MOST_TILES} of the first"
             )
         if tile < patch_size or (tile // patch_size) % merge_size:
             raise ValueError(
@@ -84,7 +94,8 @@ class TileImageProcessor(ImageProcessor):
         self.tokenizer, self.longest_edge, self.tile = tokenizer, longest_edge, tile
         self.do_image_splitting = do_image_splitting
         self.patch_size, self.merge_size = patch_size, merge_size
-        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        self.image_mean = checked_channels("image_mean", image_mean)
+        self.image_std = checked_channels("image_std", image_std, above=0)
         self.around, self.image = (
             special_token(tokenizer, name, "Idefics3's")
             for name in ("<fake_token_around_image>", "<image>")

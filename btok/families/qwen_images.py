@@ -7,7 +7,9 @@ and a line break before the text: VLM2Vec's format, no chat template.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ from btok.families.family import (
     VIDEO_FILE,
     ImageProcessor,
     Seen,
+    checked_channels,
+    checked_number,
     encode_text,
     patches_of,
     special_token,
@@ -29,6 +33,8 @@ from btok.vision import Kind, Normalization, Vision
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 TEMPORAL_PATCH = 2
+MOST_EDGE = 1024  # pixels of a merged token's edge
+MOST_PIXELS = 1 << 28  # that an image or a frame has at least
 STOCK_FRAMES = 768  # the most that the stock processors take of a video
 
 
@@ -77,7 +83,9 @@ class QwenImageProcessor(ImageProcessor):
             ("", min_pixels, max_pixels),
             ("frame_", min_frame_pixels, max_frame_pixels),
         ):
-            if not 0 < low <= high:
+            checked_number(f"min_{kind}pixels", low, MOST_PIXELS, Real)
+            checked_number(f"max_{kind}pixels", high, sys.maxsize, Real)
+            if low > high:
                 raise ValueError(
                     f"Processor: min_{kind}pixels is {low}, expected above 0 and at most "
                     f"max_{kind}pixels {high}"
@@ -85,9 +93,10 @@ class QwenImageProcessor(ImageProcessor):
         self.tokenizer = tokenizer
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.min_frame_pixels, self.max_frame_pixels = min_frame_pixels, max_frame_pixels
-        self.patch_size, self.merge_size = patch_size or self.patch_size, merge_size
-        self.image_mean = tuple(image_mean or self.image_mean)
-        self.image_std = tuple(image_std or self.image_std)
+        self.patch_size = checked_number("patch_size", patch_size or self.patch_size, MOST_EDGE)
+        self.merge_size = checked_number("merge_size", merge_size, MOST_EDGE // self.patch_size)
+        self.image_mean = checked_channels("image_mean", image_mean or self.image_mean)
+        self.image_std = checked_channels("image_std", image_std or self.image_std, above=0)
         names = ("vision_start", "vision_end", "image_pad", "video_pad")
         self.start, self.end, image, video = (
             special_token(tokenizer, f"<|{name}|>", "Qwen2-VL's") for name in names
@@ -141,7 +150,8 @@ class QwenImageProcessor(ImageProcessor):
             ("max_pixels", image, "longest_edge"),
             ("min_frame_pixels", video, "shortest_edge"),
         ):
-            if stock in (bounds := file.get("size", {})):
+            bounds = file.get("size")
+            if isinstance(bounds, Mapping) and stock in bounds:
                 found.setdefault(ours, bounds[stock])
         return found
 

@@ -6,6 +6,7 @@ documents.py  the pages of PDF and TIFF      video.py   videos
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ __all__ += ["with_frames"]
 
 KINDS = tuple(dict.fromkeys(TEXTS + DOCUMENTS + IMAGES + VIDEOS))  # looked for in a folder
 FRAMES_PER_SECOND = 2.0  # of a video that does not say: the rate the checkpoints' own sampling has
+LATEST = 10**9  # seconds that a frame's time is below: a date in seconds is not
 
 
 def as_side(value: Any, instruction: str | None = None) -> Side:
@@ -134,9 +136,16 @@ def resized(image: np.ndarray, height: int, width: int, resampling: str) -> np.n
 
 
 def frame_seconds(side: Side) -> list[float]:
-    """The time of each frame of a side's video; ValueError for times that are not one per frame."""
+    """The time of each frame of a side's video; ValueError for what are no times, one per frame."""
     count = len(side.video)
-    seconds = [float(at) for at in side.frame_seconds]
+    seconds: list[float] = []
+    for at in side.frame_seconds:
+        try:
+            seconds.append(float(at))
+        except (TypeError, ValueError, OverflowError):
+            seconds.append(math.nan)
+        if not abs(seconds[-1]) < LATEST:
+            raise ValueError(f"frame_seconds has {at!r:.60}, expected seconds below {LATEST}")
     seconds = seconds or [i / FRAMES_PER_SECOND for i in range(count)]
     if len(seconds) != count:
         raise ValueError(

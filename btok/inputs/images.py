@@ -49,7 +49,8 @@ def opened(file: str | bytes | Path) -> Iterator[Any]:
     except UnidentifiedImageError as error:  # its text may hold an address
         raise ValueError(f"image {name} cannot be read: it is of no known format") from error
     except Exception as error:  # plug-ins of Pillow raise nearly anything
-        raise ValueError(f"image {name} cannot be read: {error}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"image {name} cannot be read: {why}") from error
 
 
 def _is_heif(file: str | bytes | Path) -> bool:

@@ -16,6 +16,7 @@ DATA = ".json .csv .tsv .xml .yaml .yml .toml .ini"
 TEXTS = (".txt", ".md", ".rst", ".tex", ".log", ".docx", *HTML, *CODE.split(), *DATA.split())
 CHARACTERS = 8192  # that are read of a text file
 PARSED = 1 << 21  # bytes of HTML or JSON that are parsed
+TAGS = 50_000  # of HTML that are parsed: each takes more time than any length of text
 UNPACKED = 1 << 26  # bytes of a .docx, unpacked, at most
 SURE = 0.13  # chardet's confidence from which on it was always right, for texts of 6 to 258 letters
 UNTOLD = (
@@ -145,6 +146,8 @@ def _html(data: bytes, whole: bool, path: Path) -> str:
         from bs4.dammit import EncodingDetector
     except ImportError as error:
         raise ImportError('HTML files need beautifulsoup4: pip install "btok[text]"') from error
+    if data.count(b"<") > TAGS:
+        data, whole = b"<".join(data.split(b"<", TAGS)[:TAGS]), False
     declared = EncodingDetector.find_declared_encoding(data, is_html=True)
     soup = BeautifulSoup(decode(data, whole, path, declared), "html.parser")
     for tag in soup(["script", "style", "template", "noscript"]):
@@ -185,4 +188,5 @@ def _docx(path: Path) -> str:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of zip files, of XML, of a part that is not there
-        raise ValueError(f"document {path} cannot be read: {error}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"document {path} cannot be read: {why}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray]
         raise ValueError(f"video {path} cannot be read: {error}") from error
     if not found:
         raise ValueError(f"video {path} cannot be read: it has no frame")
+    found = dict(sorted(found.items()))  # of a damaged stream a later look may come out earlier
     return list(found.values()), list(found)
 
 
@@ -75,7 +78,7 @@ def _scanned_span(container: Any, stream: Any, said: float = 0.0) -> tuple[float
     tick = float(stream.time_base or 1e-6)
     gap = int(1 / (stream.average_rate or 25) / tick)  # ticks of a packet that does not say
     first, last = [], []
-    for packet in container.demux(stream):
+    for packet in _to_the_end(container.demux(stream)):
         at = packet.pts if packet.pts is not None else packet.dts
         if at is not None and packet.size:
             first.append(at)
@@ -120,13 +123,19 @@ def _shown(container: Any, stream: Any, seek: float | None, until: float) -> Any
     else:
         container.seek(int(seek / float(stream.time_base or 1e-6)), stream=stream)
     shown = None
-    for frame in container.decode(stream):
+    for frame in _to_the_end(container.decode(stream)):
         if frame.time is None:
             continue
         if shown is not None and frame.time > until:
             break
         shown = frame
     return shown
+
+
+def _to_the_end(items: Iterator[Any]) -> Iterator[Any]:
+    """Packets or frames; PyAV may end on an IndexError where a file has streams that begin late."""
+    with suppress(IndexError):
+        yield from items
 
 
 def _upright(frame: Any) -> np.ndarray:

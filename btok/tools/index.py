@@ -59,17 +59,29 @@ class Index:
                 raise ValueError(f"format_version is {version!r}, expected {FORMAT_VERSION}")
             names = self.meta.get("vectors", FORMAT_1[0]), self.meta.get("items", FORMAT_1[1])
             self.files = [folder / name for name in names]
+            for name in ("settings", "unreadable"):
+                if not isinstance(self.meta.setdefault(name, {}), dict):
+                    raise ValueError(f"{name} is {self.meta[name]!r:.60}, expected an object")
             if count := self.meta["count"]:
                 file = names[0]
                 self.vectors = np.lib.format.open_memmap(self.files[0], mode="r")
+                if self.vectors.ndim != 2 or self.vectors.dtype != np.float32:
+                    had = f"{self.vectors.dtype} {list(self.vectors.shape)}"
+                    raise ValueError(f"it holds {had}, expected float32 [N, D]")
                 file = names[1]
                 self.items = [json.loads(line) for line in self.files[1].read_bytes().splitlines()]
                 ids = {item["id"] for item in self.items}
-                if not count == len(self.vectors) == len(ids):
+                if wrong := [each for each in ids if not isinstance(each, str)]:
+                    raise ValueError(f"an item's id is {wrong[0]!r:.60}, expected a text")
+                if not count == len(self.vectors) == len(ids) == len(self.items):
                     found = f"{len(self.vectors)} vectors and {len(ids)} items"
                     raise ValueError(f"{found}, expected {count}")
-        except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-            why = f"{folder} holds no index that can be read ({file}: {error})"
+        except Exception as error:  # numpy has Python read a header, which raises errors of its own
+            if isinstance(error, MemoryError | OSError) and not isinstance(
+                error, FileNotFoundError
+            ):
+                raise  # of the machine
+            why = " ".join(f"{folder} holds no index that can be read ({file}: {error})".split())
             raise ValueError(f"{why}; delete it or give another folder") from error
 
     def search(self, queries: np.ndarray, top: int = 5) -> list[list[tuple[float, int]]]:
@@ -130,7 +142,7 @@ def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None
 def item_name(item: Mapping[str, Any]) -> str:
     """What people call an item: its "path", with its "page" where it has one; else its "id"."""
     page = f", page {item['page']}" if item.get("page") else ""
-    return item.get("path", item["id"]) + page
+    return f"{item.get('path', item['id'])}{page}"
 
 
 def encode_to(
@@ -213,6 +225,11 @@ def _parts(folder: Path, vectors: bool = False) -> Iterator[tuple[Any, list[str]
             with np.load(path) as part:
                 rows = part["rows"] if vectors else None
                 ids, reasons = json.loads(part["text"].tobytes())
+            whys = reasons.values() if isinstance(reasons, dict) else [None]
+            if not all(isinstance(each, str) for each in chain(ids, whys)):
+                raise ValueError("it does not hold ids and reasons")
+            if rows is not None and ids and (rows.dtype != np.float32 or len(rows) != len(ids)):
+                raise ValueError(f"it holds {rows.dtype} {list(rows.shape)} for {len(ids)} ids")
         except FileNotFoundError:  # another process has it; what is missing then will be told
             continue
         except Exception as error:  # of numpy, of its zip files and of JSON
