@@ -558,8 +558,22 @@ def test_search_is_exact(encoder, tmp_path, monkeypatch):
         assert np.allclose([score for score, _ in found], np.sort(row)[::-1][:7], atol=1e-6)
     assert store.search(queries, 1)[1][0][1] == 9
     assert len(store.search(queries, 99)[0]) == 22
-    store.vectors = np.ones((12, 2), np.float32)  # a tie
+    store.vectors = np.full((12, 2), 0.5**0.5, np.float32)  # a tie
     assert [i for _, i in store.search(np.ones((1, 2), np.float32), 12)[0]] == list(range(12))
+
+
+@pytest.mark.parametrize("damage", ["exponent", "sign and exponent", "NaN"])
+def test_a_damaged_vector_is_told_by_its_length(encoder, tmp_path, damage):
+    store = encoder.encode_to(tmp_path / "store", TEXTS, IDS)
+    vectors = np.lib.format.open_memmap(store.files[0], mode="r+")
+    column = int(np.abs(vectors[17]).argmax())
+    bits = vectors.view(np.uint32)
+    flipped = {"exponent": 1 << 30, "sign and exponent": 3 << 29, "NaN": 0x7FC00000}[damage]
+    bits[17, column] = flipped if damage == "NaN" else bits[17, column] ^ flipped
+    vectors.flush()
+    query = np.zeros((1, vectors.shape[1]), np.float32)
+    with pytest.raises(ValueError, match=r"store: vector 17 in parts/vectors-\S+ is damaged"):
+        index_module.Index(tmp_path / "store").search(query)
 
 
 def on_two_ranks(rank, folder, checkpoint):
@@ -623,6 +637,21 @@ def test_a_damaged_index_is_refused(encoder, tmp_path):
             ("meta.json", lambda path: path.write_bytes(NOISE), "decode"),
             ("meta.json", lambda path: path.write_text("{}"), "'format_version'"),
             ("meta.json", lambda path: path.write_text("[]"), "list indices"),
+            (
+                "meta.json",
+                lambda path: path.write_text(json.dumps(meta | {"unreadable": [1]})),
+                r"unreadable is \[1\], expected an object",
+            ),
+            (
+                meta["vectors"],
+                lambda path: np.save(path, np.zeros((3, 64))),
+                r"float64 \[3, 64\], expected float32",
+            ),
+            (
+                meta["items"],
+                lambda path: path.write_text('{"id": 1}\n{"id": 2}\n{"id": 3}\n'),
+                "id is 1",
+            ),
             (
                 "meta.json",
                 lambda path: path.write_text(json.dumps(meta | {"format_version": 3})),

@@ -435,3 +435,37 @@ def test_a_side_answers_to_the_names_of_stock_processors():
     for name in ("pixel_values_videos", "anything"):
         with pytest.raises(KeyError, match=name):
             got[name]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("preprocessor_config.json", [1], "preprocessor_config.json is [1], expected a JSON obje"),
+        ("preprocessor_config.json", {"patch_size": 0.5}, "patch_size is 0.5, expected a whole nu"),
+        ("preprocessor_config.json", {"patch_size": 4000}, "patch_size is 4000, expected a whole"),
+        ("preprocessor_config.json", {"merge_size": True}, "merge_size is True, expected a whole"),
+        ("preprocessor_config.json", {"image_std": [1, 0, 1]}, "image_std is [1, 0, 1], expected"),
+        ("preprocessor_config.json", {"image_mean": "abc"}, "image_mean is 'abc', expected three"),
+        ("preprocessor_config.json", {"max_pixels": None}, "max_pixels is None, expected a numbe"),
+        ("video_preprocessor_config.json", {"size": 3, "x": 1}, None),
+        ("processor_config.json", {"image_processor": "x"}, "image_processor is 'x', expected a J"),
+        ("config.json", {"model_type": {}}, "the tokenizer of "),
+        ("tokenizer.json", {"version": "1.0"}, "the tokenizer of "),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_refused_in_a_line(tmp_path, file, content, message):
+    Processor(tiny_tokenizer()).save_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    if message is None:
+        assert Processor.from_pretrained(tmp_path).image_processor.min_pixels == 56 * 56
+        return
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        Processor.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoints_file_of_thousands_of_brackets_is_refused(tmp_path):
+    Processor(tiny_tokenizer()).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is no JSON"):
+        Processor.from_pretrained(tmp_path)

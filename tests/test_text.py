@@ -102,3 +102,10 @@ def test_files_that_need_no_extra_are_read_without_any(tmp_path, monkeypatch):
     Image.new("L", (4, 4), 9).save(tmp_path / "a.png")
     assert [rgb_array(image).max() for image in as_side(tmp_path / "a.png").images] == [9]
     assert as_side(Path(tmp_path / "a.mp4")).video  # read later
+
+
+def test_html_of_a_million_tags_is_read_to_its_fifty_thousandth(tmp_path):
+    """Which is about as much time as reading a text takes at most."""
+    pytest.importorskip("bs4", reason="beautifulsoup4 (the extra `text`) is not installed")
+    (tmp_path / "a.html").write_text("<p>first</p>" + "<b>" * 400_000 + "last")
+    assert as_side(tmp_path / "a.html").text == "first"

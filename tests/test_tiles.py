@@ -192,7 +192,7 @@ def test_placeholders_without_pixels_are_refused():
     model, processor = tiny_module("smolvlm")
     ids = [processor.image_processor.image, *processor.encode("an image in words")]
     with pytest.raises(ValueError, match=r"input_ids has 1 image placeholders \d+, expected 0"):
-        model.pack([({"input_ids": ids}, None)])
+        model.pack([{"input_ids": ids}])
 
 
 def test_tokens_that_are_not_there_are_refused():

@@ -85,9 +85,22 @@ class Index:
             raise ValueError(f"{why}; delete it or give another folder") from error
 
     def search(self, queries: np.ndarray, top: int = 5) -> list[list[tuple[float, int]]]:
-        """Per query [Q, D] its best rows, exactly: (score, row), equal scores in row order."""
-        blocks = range(0, len(self.vectors), BLOCK)
-        scores = np.concatenate([self.vectors[i : i + BLOCK] @ queries.T for i in blocks]).T
+        """Per query [Q, D] its best rows, exactly: (score, row), equal scores in row order.
+
+        ValueError for a vector that is not of length 1: the file is damaged.
+        """
+        parts = []
+        for first in range(0, len(self.vectors), BLOCK):
+            block = self.vectors[first : first + BLOCK]
+            whole = np.abs(np.einsum("nd,nd->n", block, block) - 1) < 1e-2  # False for a NaN
+            if not whole.all():
+                raise ValueError(
+                    f"{self.folder}: vector {first + int(whole.argmin())} in "
+                    f"{self.meta.get('vectors', FORMAT_1[0])} is damaged, its length is not 1; "
+                    "delete the folder, and encode makes it again"
+                )
+            parts.append(block @ queries.T)
+        scores = np.concatenate(parts).T
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
         return [[(float(s[row]), int(row)) for row in b] for s, b in zip(scores, best, strict=True)]
 
