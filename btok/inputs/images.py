@@ -18,6 +18,7 @@ TIFF = (".tif", ".tiff")
 IMAGES = (*MOVING, *HEIF, *TIFF, ".jpg", ".jpeg", ".jfif", ".bmp", ".jp2", ".ppm", ".pgm", ".pbm")
 # what a file may be taken for: for others Pillow starts programs (EPS) or guesses
 FORMATS = ["PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM"]
+SAMPLE_FORMAT, UNSIGNED = 339, 1  # a tag of TIFF, one of its values
 UNTIMED = 0.1  # seconds that browsers show a frame which says 0
 MOST = 1 << 32  # pixels of all frames of an animation
 
@@ -72,9 +73,12 @@ def rgb_of(image: Any) -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         values = np.asarray(image)
+        if image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED:
+            values = values.view(np.uint32)  # which Pillow takes for signed
         shown = np.repeat(_grey(values)[..., None], 3, axis=2)
         if isinstance(clear := image.info.get("transparency"), int):
             shown[values == clear] = 255
@@ -88,7 +92,7 @@ def rgb_of(image: Any) -> np.ndarray:
 
 def _grey(values: np.ndarray) -> np.ndarray:
     """Greys of more than 8 bits [height, width] as uint8."""
-    ends = {"u2": (65535,), "i4": (255, 65535), "f4": (1, 255)}[values.dtype.str[1:]]
+    ends = {"u2": (65535,), "f4": (1, 255)}.get(values.dtype.str[1:], (255, 65535))
     values = values.astype(np.float64)
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
