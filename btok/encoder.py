@@ -91,10 +91,7 @@ class BTokEncoder:
         Raises:
             ValueError, TypeError: no inputs, or one that cannot be read (the message tells which).
         """
-        if isinstance(inputs, str | bytes | Path):
-            raise TypeError(
-                f"BTokEncoder.encode: inputs is one {type(inputs).__name__}, not a list"
-            )
+        inputs = list(inputs) if isinstance(inputs, Iterator) else _several(inputs)
         if not len(inputs):
             raise ValueError("BTokEncoder.encode: inputs is empty, expected at least one")
         rows = np.empty((0, 0), np.float32)
@@ -122,6 +119,7 @@ class BTokEncoder:
             unreadable: filled, if given: index -> reason, and the rest goes on (a batch in which
                 nothing can be read is empty).
         """
+        _several(inputs)
         if batch_tokens < 1 or window < 1:
             had = f"batch_tokens is {batch_tokens} and window {window}"
             raise ValueError(f"BTokEncoder.encode_iter: {had}, expected at least 1")
@@ -210,6 +208,13 @@ class BTokEncoder:
                 samples.append(sample)
                 tokens += length
             yield indices, self.model.pack(samples) if samples else None, broken
+
+
+def _several(inputs: Any) -> Any:
+    """The inputs; a TypeError for what is one, or no list of them."""
+    if isinstance(inputs, str | bytes | Path | Mapping):
+        raise TypeError(f"BTokEncoder: inputs is one {type(inputs).__name__}, not a list")
+    return inputs
 
 
 def _ahead(batches: Iterator[_Batch]) -> Generator[_Batch, None, None]:

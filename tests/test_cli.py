@@ -345,6 +345,34 @@ def test_documents_that_cannot_be_read_are_named(checkpoint, folder, capsys):
     assert "  damaged.pdf: document" in said and "  empty.pdf: document" in said
 
 
+def test_an_index_of_other_things_than_files_is_left_alone(checkpoint, folder, tmp_path, capsys):
+    from btok import BTokEncoder
+
+    encoder = BTokEncoder.from_pretrained(checkpoint)
+    encoder.encode_to(tmp_path / "index", ["a", "b"], ["1", "2"])
+    assert main(["encode", checkpoint, str(folder), "--output", str(tmp_path / "index")]) == 2
+    said = capsys.readouterr().err
+    assert "index is an index of other things than files ('1'); give another --output" in said
+
+
+def test_a_search_by_a_text_file_and_words(checkpoint, folder, capsys):
+    """Both are the query."""
+    (folder / "both.txt").write_text("apple\nmilk, bread and a red seven")
+    arguments = [checkpoint, folder, "apple", "--image", folder / "note.txt"]
+    assert search(capsys, *arguments)[0][0] == "both.txt"
+
+
+def test_a_file_that_was_changed_in_place_is_noticed(checkpoint, folder, capsys):
+    """Its size and time are what they were."""
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    stat = (folder / "note.txt").stat()
+    (folder / "note.txt").write_text("MILK, bread and a red seven")
+    os.utime(folder / "note.txt", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    capsys.readouterr()
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    assert "6 files, 1 of them new or changed" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_seen_enough_is_no_mistake(checkpoint, folder):
     """As `| head` is one."""
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), f"{ROOT}:{ROOT}/kernels")))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-READERS = ("pypdfium2", "pillow_heif", "docx", "bs4", "chardet", "av", "datasets")
+READERS = ("pypdfium2", "pillow_heif", "docx", "lxml", "chardet", "av", "datasets")
 
 
 @pytest.mark.full

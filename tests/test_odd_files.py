@@ -13,7 +13,15 @@ from btok import BTokEncoder, Side
 from btok.inputs import pages, with_frames
 from btok.tools.cli import list_files
 
-for needed in ("av", "pypdfium2", "pillow_heif", "docx", "bs4", "chardet", "sentence_transformers"):
+for needed in (
+    "av",
+    "pypdfium2",
+    "pillow_heif",
+    "docx",
+    "lxml",
+    "chardet",
+    "sentence_transformers",
+):
     pytest.importorskip(needed, reason=f"{needed} (of the extra `dev`) is not installed")
 
 

@@ -79,7 +79,7 @@ def test_a_broken_byte_in_utf8_is_not_another_encoding():
         ("a.heic", b"\0\0\0\x18ftypheic", "pillow_heif", "heif"),
         ("a.jpg", b"\0\0\0\x18ftypheic", "pillow_heif", "heif"),
         ("a.docx", b"PK", "docx", "text"),
-        ("a.html", b"<p>", "bs4", "text"),
+        ("a.html", b"<p>", "lxml", "text"),
         ("a.txt", "Müller".encode("cp1252"), "chardet", "text"),
     ],
 )
@@ -93,7 +93,7 @@ def test_a_reader_that_is_missing_is_named_with_its_extra(
 
 
 def test_files_that_need_no_extra_are_read_without_any(tmp_path, monkeypatch):
-    for module in ("pypdfium2", "pillow_heif", "docx", "bs4", "chardet", "av"):
+    for module in ("pypdfium2", "pillow_heif", "docx", "lxml", "chardet", "av"):
         monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "empty.txt").touch()
     assert as_side(tmp_path / "empty.txt").text == ""
@@ -104,8 +104,54 @@ def test_files_that_need_no_extra_are_read_without_any(tmp_path, monkeypatch):
     assert as_side(Path(tmp_path / "a.mp4")).video  # read later
 
 
-def test_html_of_a_great_many_tags_is_read_to_its_twenty_thousandth(tmp_path):
-    """Which is about as much time as reading a text takes at most."""
-    pytest.importorskip("bs4", reason="beautifulsoup4 (the extra `text`) is not installed")
-    (tmp_path / "a.html").write_text("<p>first</p>" + "<b>" * 400_000 + "last")
-    assert as_side(tmp_path / "a.html").text == "first"
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("<p>first</p>" + "<b>" * 400_000 + "last", "first"),
+        ("<div>" * 1000 + "deep", "deep"),
+        ("<p>first</p>" + "<div>" * 300_000, "first"),
+        ("<p>x" * 300_000, "x\n"),
+        ("<!--" * 400_000, ""),
+        ("</p " * 400_000, ""),
+        ("<![ " * 400_000, ""),
+    ],
+)
+def test_html_of_a_great_many_tags_is_read_at_once(tmp_path, content, text):
+    """No time grows by the square of its size."""
+    pytest.importorskip("lxml", reason="lxml (the extra `text`) is not installed")
+    (tmp_path / "a.html").write_text(content)
+    assert as_side(tmp_path / "a.html").text.startswith(text)
+
+
+def test_letters_of_other_code_pages_are_not_taken_for_windows():
+    """Where these have letters Windows has quotes and dashes, and the other way about."""
+    pytest.importorskip("chardet", reason="chardet (the extra `text`) is not installed")
+    for text, encoding in (
+        ("Das Mädchen wäre länger geblieben, die Bäcker auch.", "cp850"),
+        ("Während der Ferien wäre es schön gewesen", "cp850"),
+        ("Mi tía vive aquí con María en la ciudad vieja.", "mac_roman"),
+        ("La canción de la razón, del corazón", "mac_roman"),
+        ("Le café est fermé aujourd'hui,", "cp850"),
+        ("Le café est fermé aujourd'hui, mais le théâtre est ouvert jusqu'à minuit.", "mac_roman"),
+        ("Perché non è più così? La città è già là, però", "cp1252"),
+        ("“It’s what they’ve said” – so we’ll see, won’t we", "cp1252"),
+        ("これは日本語です。", "iso2022_jp"),
+    ):
+        try:
+            assert decode(text.encode(encoding), True, "a") == text, text
+        except ValueError as error:
+            assert "save it as UTF-8" in str(error) and encoding != "iso2022_jp" and "’" not in text
+
+
+def test_what_a_file_says_of_its_encoding(tmp_path):
+    for name, content in (
+        ("a.xml", '<?xml version="1.0" encoding="ISO-8859-1"?><a>caf\xe9</a>'),
+        ("a.py", "# -*- coding: latin-1 -*-\nname = 'caf\xe9'"),
+        ("a.html", '<meta charset="iso-8859-1"><p>caf\xe9</p>'),
+    ):
+        (tmp_path / name).write_bytes(content.encode("latin-1"))
+        assert "café" in as_side(tmp_path / name).text
+    for declared in ("utf-16le", "utf-16", "unicode_escape", "rot13", "no-such"):
+        page = f'<meta charset="{declared}"><p>C:\\new table</p>'
+        (tmp_path / "a.html").write_text(page)
+        assert as_side(tmp_path / "a.html").text == "C:\\new table"

@@ -224,17 +224,6 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage):
     assert (tmp_path / "checkpoint-5.broken").is_dir()
 
 
-def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_again(tmp_path):
-    """Its log would be cut."""
-    folder, *_ = saved_run(tmp_path, 3)
-    (folder / "manifest.json").unlink()
-    for _ in range(2):
-        with pytest.raises(
-            ValueError, match=r"no whole checkpoint, only checkpoint-3\.broken; del"
-        ):
-            checkpoint.newest_valid(tmp_path)
-
-
 def test_the_newest_two_checkpoints_are_kept(tmp_path):
     (tmp_path / ".checkpoint-1.draft").mkdir()  # a save that was killed
     for step in (2, 10, 9):

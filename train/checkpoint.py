@@ -210,10 +210,7 @@ def _moments(optimizers: Mapping[str, torch.optim.Optimizer]) -> Iterable[tuple[
 
 
 def newest_valid(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; broken ones are set aside as `<name>.broken`.
-
-    ValueError where all are broken: to begin again would cut the run's log.
-    """
+    """The newest whole checkpoint of a run; broken ones are set aside as `<name>.broken`."""
     for folder in _by_step(run):
         if _is_whole(folder):
             return folder
@@ -221,12 +218,6 @@ def newest_valid(run: Path) -> Path | None:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         print(f"{folder.name} is damaged; set aside as {aside.name}", file=sys.stderr)
-    if broken := sorted(run.glob("checkpoint-*.broken")):
-        names = ", ".join(path.name for path in broken)
-        raise ValueError(
-            f"{run} has no whole checkpoint, only {names}; delete the folder to begin again, or "
-            "give another output"
-        )
     return None
 
 

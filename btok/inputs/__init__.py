@@ -50,6 +50,8 @@ def as_side(value: Any, instruction: str | None = None) -> Side:
         value = _file(value)
     elif not isinstance(value, Side):
         value = Side(images=value if isinstance(value, list | tuple) else [value])
+    if not isinstance(value.text, str):
+        raise TypeError(f"text is a {type(value.text).__name__}, expected a str")
     if instruction and not _is_empty(value):
         gap = " " if value.text and not instruction[-1].isspace() else ""
         value = replace(value, text=instruction + gap + value.text)
@@ -58,7 +60,7 @@ def as_side(value: Any, instruction: str | None = None) -> Side:
 
 def _file(path: Path) -> Side:
     kind = path.suffix.lower()
-    if kind in VIDEOS and (kind != ".ts" or is_transport_stream(path)):
+    if kind in VIDEOS and (kind not in (".ts", ".mts") or is_transport_stream(path)):
         return Side(video=path)
     if kind in TEXTS:
         return Side(read_text(path))
@@ -115,6 +117,8 @@ def rgb_array(image: Any) -> np.ndarray:
         return image.rgb_array()
     if isinstance(image, str | bytes | Path):
         with opened(image) as read:
+            if read.format == "TIFF" and read.n_frames > 1:  # as bytes, or under a wrong name
+                raise ValueError(f"it has {read.n_frames} pages, expected one")
             return rgb_of(read)
     from PIL import Image
 

@@ -46,7 +46,7 @@ class Page:
         try:
             if self.path.suffix.lower() in TIFF:
                 with opened(self.path) as image:
-                    self._check(getattr(image, "n_frames", 1))
+                    self._check(_tiff_pages(image))
                     image.seek(self.number - 1)
                     return rgb_of(image)
             with _pdf(self.path) as document:
@@ -58,11 +58,15 @@ class Page:
                 bitmap = page.render(scale=scale, rev_byteorder=True)
                 return np.array(bitmap.to_numpy()[..., :3])
         except ValueError as error:
-            raise ValueError(f"page {self.number}: {error}") from error
+            if str(self.path) in str(error):
+                raise
+            raise ValueError(f"document {self} cannot be read: {error}") from error
 
     def _check(self, count: int) -> None:
         if not 1 <= self.number <= count:
-            raise ValueError(f"{self.path} has {count} pages")
+            raise ValueError(
+                f"document {self.path} has {count} pages, none has number {self.number}"
+            )
 
 
 def pages(path: str | Path) -> list[Page]:
@@ -75,13 +79,19 @@ def pages(path: str | Path) -> list[Page]:
     path = Path(path)
     if path.suffix.lower() in TIFF:
         with opened(path) as image:
-            count = getattr(image, "n_frames", 1)
+            count = _tiff_pages(image)
     else:
         with _pdf(path) as document:
             count = len(document)
+        if count > path.stat().st_size:
+            raise ValueError(f"document {path} is damaged: it says that it has {count} pages")
     if not count:
         raise ValueError(f"document {path} has no pages")
     return [Page(path, number) for number in range(1, count + 1)]
+
+
+def _tiff_pages(image: Any) -> int:
+    return image.n_frames if image.format == "TIFF" else 1  # another format, under a wrong name
 
 
 def only_page(path: Path) -> Page:

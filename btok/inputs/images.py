@@ -18,7 +18,9 @@ TIFF = (".tif", ".tiff")
 IMAGES = (*MOVING, *HEIF, *TIFF, ".jpg", ".jpeg", ".jfif", ".bmp", ".jp2", ".ppm", ".pgm", ".pbm")
 # what a file may be taken for: for others Pillow starts programs (EPS) or guesses
 FORMATS = ["PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM"]
-SAMPLE_FORMAT, UNSIGNED = 339, 1  # a tag of TIFF, one of its values
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+UNSIGNED = 1  # a SAMPLE_FORMAT
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # of them; a TIFF has pages, an MPO other pictures
 UNTIMED = 0.1  # seconds that browsers show a frame which says 0
 MOST = 1 << 32  # pixels of all frames of an animation
 
@@ -79,7 +81,9 @@ def rgb_of(image: Any) -> np.ndarray:
         values = np.asarray(image)
         if image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED:
             values = values.view(np.uint32)  # which Pillow takes for signed
-        shown = np.repeat(_grey(values)[..., None], 3, axis=2)
+        grey = _grey(values, tags.get(BITS, (16,))[0])
+        grey = 255 - grey if tags.get(PHOTOMETRIC) == 0 else grey  # where 0 is white
+        shown = np.repeat(grey[..., None], 3, axis=2)
         if isinstance(clear := image.info.get("transparency"), int):
             shown[values == clear] = 255
         return shown
@@ -90,9 +94,11 @@ def rgb_of(image: Any) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
-    """Greys of more than 8 bits [height, width] as uint8."""
-    ends = {"u2": (65535,), "f4": (1, 255)}.get(values.dtype.str[1:], (255, 65535))
+def _grey(values: np.ndarray, bits: int) -> np.ndarray:
+    """Greys of more than 8 bits [height, width], in 16 of which `bits` may count, as uint8."""
+    ends = {"u2": (min(2**bits, 65536) - 1,), "f4": (1, 255)}.get(
+        values.dtype.str[1:], (255, 65535)
+    )
     values = values.astype(np.float64)
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
@@ -108,7 +114,7 @@ def is_animated(path: Path) -> bool:
         return False
     try:
         with opened(path) as image:
-            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+            return image.format in ANIMATED and bool(getattr(image, "is_animated", False))
     except (ValueError, ImportError):  # reading it will say what is wrong
         return False
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 import unicodedata
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 HTML = (".html", ".htm", ".xhtml")
-CODE = ".py .js .jsx .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .go .rs .rb .php .swift .lua"
-CODE += " .sh .sql .r .jl .pl .css"
+CODE = ".py .js .jsx .ts .mts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .go .rs .rb .php"
+CODE += " .swift .lua .sh .sql .r .jl .pl .css"
 DATA = ".json .csv .tsv .xml .yaml .yml .toml .ini"
+DECLARING = (".xml", ".tex", *CODE.split())  # may say their encoding within
 TEXTS = (".txt", ".md", ".rst", ".tex", ".log", ".docx", *HTML, *CODE.split(), *DATA.split())
 CHARACTERS = 8192  # that are read of a text file
 PARSED = 1 << 21  # bytes of HTML or JSON that are parsed
-TAGS = 20_000  # of HTML that are parsed: each takes more time than any length of text
 UNPACKED = 1 << 26  # bytes of a .docx, unpacked, at most
 SURE = 0.13  # chardet's confidence from which on it was always right, for texts of 6 to 258 letters
 UNTOLD = (
@@ -24,8 +24,18 @@ UNTOLD = (
 )
 CONTROL = ("Cc", "Cn", "Co", "Cs")  # of Unicode's categories
 ALLOWED = "\t\n\r\f\v\b\x1b\x85"  # of them; the escape is a terminal's
-# quotes, dashes, an ellipsis, signs such as that of a copyright
-QUOTES = b"\x82\x84\x85\x91\x92\x93\x94\x95\x96\x97\x99\xa0\xa9\xab\xae\xb0\xb7\xbb"
+# quotes, apostrophes and dashes of Windows, where they can be nothing else: other code pages have
+# letters in their places
+OPENED, CLOSED = rb"(?<![A-Za-z\x80-\xff])\x93(?=\w)", rb"(?<=[\w.,!?])\x94(?![A-Za-z\x80-\xff])"
+OTHERS = rb"(?<=[A-Za-z])\x92(?=(?:s|t|m|d|ll|re|ve)\b)|(?<= )[\x96\x97](?= )"
+# a capital or a quote within a word, or two scripts in one: what no language has
+UNLIKELY = re.compile(
+    r"[a-z\xdf-\xf6\xf8-\xff][\xc0-\xd6\xd8-\xde\u0152\u0160\u0178\u017d]"
+    r"|\w[\xb8\u02c6\u201a-\u201e\u2020-\u203a]\w"
+    r"|[a-zA-Z][\u0370-\u07ff]|[\u0370-\u07ff][a-zA-Z]"
+)
+DECLARED = re.compile(rb"(?:charset|encoding|coding)\s*[:=]\s*[\"']?([-\w.:]+)", re.IGNORECASE)
+JAPANESE = re.compile(rb"\x1b\$[@B]")  # mail in 7 bits, which are no ASCII
 BOMS = {  # those of 32 bits begin like those of 16
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32-le",
@@ -36,6 +46,7 @@ BOMS = {  # those of 32 bits begin like those of 16
 BLOCKS = "address article aside blockquote br caption dd details div dl dt fieldset figcaption"
 BLOCKS += " figure footer form h1 h2 h3 h4 h5 h6 header hr legend li main nav ol option p pre"
 BLOCKS += " section summary table td th title tr ul"
+UNSEEN = "script style template noscript"
 
 
 def read_text(path: Path) -> str:
@@ -58,7 +69,7 @@ def read_text(path: Path) -> str:
         whole = not file.read(1)
     if kind in HTML:
         return _html(data, whole, path)[:CHARACTERS]
-    text = decode(data, whole, path)
+    text = decode(data, whole, path, _declared(data) if kind in DECLARING else None)
     if kind == ".json" and whole:
         with suppress(ValueError, RecursionError):  # as it stands, then
             plain = json.dumps(json.loads(text), ensure_ascii=False, indent=1)
@@ -85,6 +96,8 @@ def decode(data: bytes, whole: bool, name: object, declared: str | None = None) 
     else:
         # bytes below 128 alone may be meant otherwise; others are not UTF-8 by chance
         tried = ["utf-8", declared] if not data.isascii() else [declared, "utf-8"]
+        if JAPANESE.search(data):
+            tried = ["iso2022_jp", *tried]
         texts = (_decoded(data, encoding, whole) for encoding in tried if encoding)
         text = next((text for text in texts if text is not None), None)
         if text is None and (text := _damaged_utf8(data)) is None:
@@ -120,9 +133,20 @@ def _damaged_utf8(data: bytes) -> str | None:
 
 
 def _windows_quotes(data: bytes) -> bool:
-    """Whether all that is not ASCII is what every Windows code page has in the same place."""
-    others = data.translate(None, bytes(range(128)))
-    return 0 < len(others) < len(data) / 10 and not others.translate(None, QUOTES)
+    """Whether all that is not ASCII is quotes, apostrophes and dashes, as Windows has them."""
+    pairs = len(re.findall(OPENED, data)) == len(re.findall(CLOSED, data))
+    rest = re.sub(b"|".join((OPENED, CLOSED, OTHERS)), b"", data)
+    return pairs and rest.isascii() and not data.isascii()
+
+
+def _declared(data: bytes) -> str | None:
+    """The encoding that a page or program says it has, as browsers understand that."""
+    if (found := DECLARED.search(data[:1024])) is None:
+        return None
+    name = found[1].decode("ascii", "replace").lower().replace("_", "-")
+    if name in ("iso-8859-1", "iso8859-1", "latin-1", "latin1", "us-ascii", "ascii"):
+        return "cp1252"
+    return None if name.startswith(("utf-16", "utf-32", "utf-7", "unicode", "raw-")) else name
 
 
 def _detected(data: bytes, name: object) -> str:
@@ -134,36 +158,50 @@ def _detected(data: bytes, name: object) -> str:
             f'text {name} is not UTF-8; other encodings need chardet: pip install "btok[text]"'
         ) from error
     found = chardet.detect(data, encoding_era=chardet.EncodingEra.MODERN_WEB)
-    if found["encoding"] is None or found["confidence"] < SURE:
+    encoding = found["encoding"] if found["confidence"] >= SURE else None
+    if encoding is None or UNLIKELY.search(data.decode(encoding, "replace")):
         raise ValueError(f"text {name} {UNTOLD}")
-    return found["encoding"]
+    return encoding
 
 
 def _html(data: bytes, whole: bool, path: Path) -> str:
     """What a reader of a page sees, a line per block."""
     try:
-        from bs4 import BeautifulSoup
-        from bs4.dammit import EncodingDetector
+        from lxml import etree
     except ImportError as error:
-        raise ImportError('HTML files need beautifulsoup4: pip install "btok[text]"') from error
-    if data.count(b"<") > TAGS:
-        data, whole = b"<".join(data.split(b"<", TAGS)[:TAGS]), False
-    declared = EncodingDetector.find_declared_encoding(data, is_html=True)
-    soup = BeautifulSoup(decode(data, whole, path, declared), "html.parser")
-    for tag in soup(["script", "style", "template", "noscript"]):
-        tag.decompose()
-    for tag in soup(BLOCKS.split()):
-        tag.insert(0, "\n")  # of what a list's item says before it holds another list
-        tag.append("\n")
-    lines = (" ".join(line.split()) for line in soup.get_text().splitlines())
+        raise ImportError('HTML files need lxml: pip install "btok[text]"') from error
+    text = decode(data, whole, path, _declared(data))
+    blocks, unseen = set(BLOCKS.split()), set(UNSEEN.split())
+    try:
+        parser = etree.HTMLParser(encoding="utf-8", huge_tree=True)
+        root = etree.fromstring(text.encode(), parser) if text.strip() else None
+    except etree.ParseError:  # nothing to see, as in a comment alone
+        root = None
+    said: list[str] = []
+    hidden = length = 0
+    for event, node in (
+        etree.iterwalk(root, ("start", "end", "comment", "pi")) if root is not None else ()
+    ):
+        if event == "start":
+            hidden += node.tag in unseen
+            new = "\n" * (node.tag in blocks) + (node.text or "")
+        else:
+            hidden -= event == "end" and node.tag in unseen
+            new = "\n" * (event == "end" and node.tag in blocks) + (node.tail or "")
+        if not hidden:
+            said.append(new)
+            length += len(new.strip())
+        if length > CHARACTERS:
+            break
+    lines = (" ".join(line.split()) for line in "".join(said).splitlines())
     return "\n".join(line for line in lines if line)
 
 
 def _docx(path: Path) -> str:
-    """Paragraphs and tables of a Word document, in order."""
+    """What a reader of a Word document's body sees: a line per paragraph and per row of a table."""
     try:
         from docx import Document
-        from docx.table import Table
+        from lxml import etree
     except ImportError as error:
         raise ImportError('.docx files need python-docx: pip install "btok[text]"') from error
     import zipfile
@@ -172,19 +210,24 @@ def _docx(path: Path) -> str:
         with zipfile.ZipFile(path) as packed:
             if (size := sum(each.file_size for each in packed.infolist())) > UNPACKED:
                 raise ValueError(f"it unpacks to {size} bytes, expected at most {UNPACKED}")
-        lines: list[str] = []
-        told = set[Any]()  # a merged cell stands in each row and column that it takes
-        for block in Document(str(path)).iter_inner_content():
-            if isinstance(block, Table):
-                for row in block.rows:
-                    cells = {cell._tc: cell.text for cell in row.cells if cell._tc not in told}
-                    told.update(cells)
-                    lines.append("\t".join(cells.values()))
-            else:
-                lines.append(block.text)
-            if sum(map(len, lines)) > CHARACTERS:
+        said, hidden = "", 0
+        for event, node in etree.iterwalk(Document(str(path)).element.body, ("start", "end")):
+            tag = etree.QName(node).localname
+            if tag in (
+                "del",
+                "moveFrom",
+                "Fallback",
+            ):  # what was taken out, and what is there twice
+                hidden += 1 if event == "start" else -1
+            elif event == "start" and tag in ("t", "tab", "br", "cr") and not hidden:
+                if not node.getparent().xpath("./*[local-name()='rPr']/*[local-name()='vanish']"):
+                    said += {"t": node.text or "", "tab": "\t"}.get(tag, "\n")
+            elif event == "end" and tag in ("p", "tc", "tr"):
+                kept = said.rstrip("\n" if tag == "tc" else "\t" if tag == "tr" else "")
+                said = (kept if tag != "p" else said) + {"p": "\n", "tc": "\t", "tr": "\n"}[tag]
+            if len(said) > CHARACTERS:
                 break
-        return "\n".join(lines)
+        return said.strip("\n")
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of zip files, of XML, of a part that is not there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,15 +12,18 @@ import numpy as np
 
 OTHERS = (".3gp", ".ogv", ".m2ts", ".mts", ".ts")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", *OTHERS)
+LISTS = ("concat", "hls", "dash", "image2", "ffmetadata")  # of FFmpeg's: they name other files
 FRAMES = 8  # that are read of a video file
 STEPS_BACK = (0.0, 3.0, 12.0, 48.0)  # seconds before a time, from where a key frame is looked for
 PACKET = 188  # bytes of an MPEG transport stream's packets, each of which starts with "G"
 
 
 def is_transport_stream(path: Path) -> bool:
-    """Whether a file named .ts is a video, and not a program's text."""
+    """Whether a file named .ts or .mts is a video, and not a program's text."""
     with open(path, "rb") as file:
-        return file.read(2 * PACKET)[::PACKET] == b"GG"
+        start = file.read(2 * PACKET + 8)
+    # cameras put four bytes before each packet
+    return start[: 2 * PACKET : PACKET] == b"GG" or start[4 :: PACKET + 4][:2] == b"GG"
 
 
 def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray], list[float]]:
@@ -37,13 +41,21 @@ def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray]
     except ImportError as error:
         raise ImportError('video files need PyAV: pip install "btok[video]"') from error
     try:
-        with av.open(str(path)) as container:
+        with av.open(os.path.abspath(path)) as container:  # "10:30.mp4" would be of a protocol 10
+            if container.format.name in LISTS or container.format.name.endswith("_pipe"):
+                raise ValueError(f"it is a {container.format.name}, expected a video")
             stream = _moving(container)
             start, end = _stored_span(container, stream) or _scanned_span(container, stream)
             found = _at(container, stream, start, end, frames)
-            if len(found) < frames:  # a short video, or one that is shorter than its file says
+            # AVI has no times for frames that are stored in another order than they are shown in
+            unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
+            if (
+                len(found) < frames and not unordered
+            ):  # a short video, or one that is shorter than its file says
                 start, end = _scanned_span(container, stream, end)
                 found = _at(container, stream, start, end, frames)
+        if unordered or not found:
+            found = _counted(path, frames)
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"video {path} cannot be read: {error}") from error
     if not found:
@@ -60,7 +72,8 @@ def _moving(container: Any) -> Any:
         kinds = sorted({each.type for each in container.streams if each not in streams})
         cover = ["a still cover"] if streams else []
         raise ValueError(f"it holds {' and '.join(kinds + cover) or 'nothing'}, no moving pictures")
-    return moving[0]
+    first = moving[0].disposition.default  # of several the one that players show
+    return max(moving, key=lambda s: (bool(s.disposition & first), s.width * s.height))
 
 
 def _stored_span(container: Any, stream: Any) -> tuple[float, float] | None:
@@ -111,7 +124,7 @@ def _at(
         except av.FFmpegError:  # a damaged part: others may be whole
             continue
         if frame is not None and (at := max(frame.time - start, 0.0)) not in found:
-            found[at] = _upright(frame)
+            found[at] = _upright(frame, stream)
     return found
 
 
@@ -132,15 +145,33 @@ def _shown(container: Any, stream: Any, seek: float | None, until: float) -> Any
     return shown
 
 
+def _counted(path: str | Path, frames: int) -> dict[float, np.ndarray]:
+    """Frames of a video whose times are not stored, by their number and rate; all are decoded."""
+    import av
+
+    with av.open(os.path.abspath(path)) as container:
+        stream = _moving(container)
+        rate = float(stream.average_rate or 25)
+        count = sum(packet.size > 0 for packet in _to_the_end(container.demux(stream)))
+    wanted = {int(count * (i + 0.5) / frames) for i in range(frames)}
+    with av.open(os.path.abspath(path)) as container:
+        stream = _moving(container)
+        shown = enumerate(_to_the_end(container.decode(stream)))
+        return {n / rate: _upright(frame, stream) for n, frame in shown if n in wanted}
+
+
 def _to_the_end(items: Iterator[Any]) -> Iterator[Any]:
     """Packets or frames; PyAV may end on an IndexError where a file has streams that begin late."""
     with suppress(IndexError):
         yield from items
 
 
-def _upright(frame: Any) -> np.ndarray:
+def _upright(frame: Any, stream: Any) -> np.ndarray:
     """A frame as its display matrix has it shown, uint8 [height, width, 3]."""
-    pixels = frame.to_ndarray(format="rgb24")
+    width, height, shape = frame.width, frame.height, stream.sample_aspect_ratio or 1
+    if 0.1 < shape < 10 and shape != 1:  # pixels that are no squares, as of a DVD
+        width, height = round(width * max(shape, 1)), round(height / min(shape, 1))
+    pixels = frame.reformat(width, height, "rgb24").to_ndarray()
     if (side := frame.side_data.get("DISPLAYMATRIX")) is None:
         return pixels
     # x' = a x + c y and y' = b x + d y, in 1 / 65,536

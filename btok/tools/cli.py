@@ -118,7 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             group = dist.PrefixStore("group", store)
             dist.init_process_group("gloo", store=group, rank=number, world_size=count)
         run(command)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        if dist.is_initialized():
+            dist.barrier()  # a rank that leaves early may take the others down
     except BrokenPipeError:  # of `| head`, which has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -135,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 2
     if dist.is_initialized():
-        dist.barrier()  # a rank that leaves early may take the others down
         dist.destroy_process_group()
     return 0
 
@@ -157,7 +159,7 @@ def run(command: Encode | Export) -> None:
             if not (image.path if isinstance(image, Page) else image).is_file():
                 raise ValueError(f"image is {command.image}, expected a file")
             query = as_side(image)
-        query = replace(query, text=command.query or query.text)
+        query = replace(query, text="\n".join(filter(None, (command.query, query.text))))
     if not command.folder.is_dir():
         raise ValueError(f"folder is {command.folder}, expected a folder")
     root = command.folder.resolve()
@@ -263,6 +265,11 @@ def update(
     """
     old: dict[str, list[dict[str, Any]]] = {}
     for item in open_index(encoder, output, instruction).items:
+        if not isinstance(item.get("path"), str):
+            raise ValueError(
+                f"{output} is an index of other things than files ({item['id']!r:.60}); give "
+                "another --output"
+            )
         old.setdefault(item["path"], []).append(item)
     lost = [
         path
@@ -284,7 +291,7 @@ def update(
         gone = sum(item["id"] not in now for path in old.keys() - there for item in old[path])
         said = f"{files} files{pages}, {len(now - had)} of them new or changed"
         said += f", {gone} gone, {len(unreadable) + len(listed.unreadable)} unreadable"
-        print(f"{output}: {said}{listed.passed_over()}", file=sys.stderr)
+        print(f"{printable(str(output))}: {said}{listed.passed_over()}", file=sys.stderr)
         told = {
             f"{folder}/": f"{why}; what was known of it stays"
             for folder, why in listed.unreadable.items()
@@ -293,7 +300,7 @@ def update(
         for name, why in list(told.items())[:SHOWN]:
             print(printable(f"  {name}: {why}"), file=sys.stderr)
         if len(told) > SHOWN:
-            print(f"  ... and the rest in {output / 'meta.json'}", file=sys.stderr)
+            print(f"  ... and the rest in {printable(str(output / 'meta.json'))}", file=sys.stderr)
     return index
 
 
@@ -323,6 +330,7 @@ def describe(
         try:
             stat = (root / path).stat()
             item |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            item["ctime_ns"] = stat.st_ctime_ns  # which a copy that keeps the time does not keep
             if item.items() <= known.items():
                 content = known["id"][:SHA256]
             else:
