@@ -364,6 +364,14 @@ def test_sizes_keep_within_the_bounds():
     assert smart_size(56, 84, 28, 3_136, 1_003_520) == (56, 84)
 
 
+def test_a_frame_takes_a_token_where_its_bound_is_less():
+    processor = Processor(
+        TOKENIZER, model_type="qwen3_vl", min_pixels=64, max_pixels=600, max_frame_pixels=600
+    )
+    (shown,) = processor(Side(video=[picture(24, 40)] * 2))["vision"]
+    assert shown.grid.tolist() == [[1, 2, 2]]
+
+
 def test_what_is_no_picture_is_refused(tmp_path):
     processor = Processor(TOKENIZER)
     broken = tmp_path / "broken.jpg"

@@ -194,7 +194,7 @@ class QwenImageProcessor(ImageProcessor):
             low, high = self.min_frame_pixels, self.max_frame_pixels
         if video and self.bounds_of_all_frames:
             together = max(len(frames), TEMPORAL_PATCH)
-            high = high // unit**2 * unit**2 * together
+            high = max(high // unit**2, 1) * unit**2 * together
         height, width = smart_size(height, width, unit, low, high, together)
         clip = np.stack([resized(frame, height, width, "BICUBIC") for frame in shown])
         if video and len(clip) % TEMPORAL_PATCH:
