@@ -40,7 +40,8 @@ from fuzz_targets import TARGETS, Kit
 
 Case = dict[str, bytes]  # the files of a folder
 REFUSED = (ValueError, TypeError, OSError, ImportError)
-SECONDS, STUCK = 10, 90  # of processor time for a case; of any time, as in a deadlock
+SECONDS = 30  # of processor time for a case: 10 and what noticing lines takes, of HTML twice that
+STUCK = 90  # seconds of any time, as in a deadlock
 MEMORY, ADDRESSES = 1 << 20, 12 << 30  # KiB that a case may add; bytes of addresses there are
 LARGEST = 1 << 20  # bytes of a file that is mutated further
 KEPT = 3  # cases of a finding whose files are kept
@@ -302,7 +303,7 @@ def fuzz(keep: Path, seconds: float, seed: int, names: list[str]) -> int:
                     trace = (keep / "trace.txt").read_text(errors="replace")
                     at = re.search(rf"{BTOK}/(\S+)\", line (\d+)", trace)
                     place = f"{at[1]}:{at[2]}" if at else "?"
-                    hung = " (more than 10 s)" if how == "SIGPROF" else ""
+                    hung = " (took too long)" if how == "SIGPROF" else ""
                     found(name, f"{how}{hung} in {place}\n\n{trace}")
                 break
             if message[0] == "starts":
