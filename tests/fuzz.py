@@ -257,8 +257,9 @@ def work(keep: Path, names: list[str], seed: int, first: int, pipe: Any) -> None
 
 
 def fuzz(keep: Path, seconds: float, seed: int, names: list[str]) -> int:
-    """Run cases for so long, print what was found, and return how many findings there are."""
-    shutil.rmtree(keep, ignore_errors=True)
+    """Run cases for so long, print what was found, and return how many findings are not known."""
+    if keep.exists() and any(keep.iterdir()):  # of another run, which may be at work
+        sys.exit(f"--keep is {keep}, which is not empty, expected a new folder")
     (keep / "findings").mkdir(parents=True)
     fork = multiprocessing.get_context("fork")
     maker = fork.Process(target=fuzz_seeds.make, args=(keep / "seeds", keep / "checkpoint"))
@@ -341,7 +342,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, required=True, help="a folder, made anew")
+    parser.add_argument("--keep", type=Path, required=True, help="a new or empty folder")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     asked = parser.parse_args()
     sys.exit(fuzz(asked.keep.resolve(), asked.seconds, asked.seed, asked.targets) > 0)
