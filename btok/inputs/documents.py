@@ -46,8 +46,11 @@ class Page:
         try:
             if self.path.suffix.lower() in TIFF:
                 with opened(self.path) as image:
-                    self._check(_tiff_pages(image))
-                    image.seek(self.number - 1)
+                    if self.number != 1:  # the pages are a chain: to count them is to walk it
+                        try:
+                            image.seek(self.number - 1)
+                        except EOFError:
+                            self._check(_tiff_pages(image))
                     return rgb_of(image)
             with _pdf(self.path) as document:
                 self._check(len(document))
