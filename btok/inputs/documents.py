@@ -50,10 +50,13 @@ class Page:
                         try:
                             image.seek(self.number - 1)
                         except EOFError:
-                            self._check(_tiff_pages(image))
+                            raise ValueError(
+                                f"document {self.path} has no page {self.number}"
+                            ) from None
                     return rgb_of(image)
             with _pdf(self.path) as document:
-                self._check(len(document))
+                if not 1 <= self.number <= len(document):
+                    raise ValueError(f"document {self.path} has no page {self.number}")
                 document.init_forms()  # else what was filled in would not be drawn
                 page = document[self.number - 1]
                 longer = max(page.get_size())  # points, of 1 / 72 inch
@@ -64,12 +67,6 @@ class Page:
             if str(self.path) in str(error):
                 raise
             raise ValueError(f"document {self} cannot be read: {error}") from error
-
-    def _check(self, count: int) -> None:
-        if not 1 <= self.number <= count:
-            raise ValueError(
-                f"document {self.path} has {count} pages, none has number {self.number}"
-            )
 
 
 def pages(path: str | Path) -> list[Page]:
