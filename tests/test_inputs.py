@@ -59,6 +59,14 @@ def test_a_list_that_names_other_files_is_no_video(tmp_path):
         read_video(tmp_path / "list.mp4")
 
 
+def test_a_codec_that_nobody_knows_is_told(tmp_path):
+    made = video(tmp_path / "a.avi").read_bytes()
+    (tmp_path / "a.avi").write_bytes(made.replace(b"FMP4", b"ZZZZ"))
+    assert made != (tmp_path / "a.avi").read_bytes()
+    with pytest.raises(ValueError, match=r"a.avi cannot be read: its pictures are in a codec that"):
+        read_video(tmp_path / "a.avi")
+
+
 def tiff(values, bits, photometric, kind):
     """A TIFF of one strip, little-endian, [height, width]."""
     height, width = values.shape

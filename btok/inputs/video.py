@@ -72,6 +72,8 @@ def _moving(container: Any) -> Any:
         kinds = sorted({each.type for each in container.streams if each not in streams})
         cover = ["a still cover"] if streams else []
         raise ValueError(f"it holds {' and '.join(kinds + cover) or 'nothing'}, no moving pictures")
+    if not (moving := [each for each in moving if each.codec_context is not None]):
+        raise ValueError("its pictures are in a codec that PyAV does not know")
     first = moving[0].disposition.default  # of several the one that players show
     return max(moving, key=lambda s: (bool(s.disposition & first), s.width * s.height))
 
