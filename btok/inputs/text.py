@@ -213,11 +213,7 @@ def _docx(path: Path) -> str:
         said, hidden = "", 0
         for event, node in etree.iterwalk(Document(str(path)).element.body, ("start", "end")):
             tag = etree.QName(node).localname
-            if tag in (
-                "del",
-                "moveFrom",
-                "Fallback",
-            ):  # what was taken out, and what is there twice
+            if tag in ("del", "moveFrom", "Fallback"):  # taken out, or there twice
                 hidden += 1 if event == "start" else -1
             elif event == "start" and tag in ("t", "tab", "br", "cr") and not hidden:
                 if not node.getparent().xpath("./*[local-name()='rPr']/*[local-name()='vanish']"):

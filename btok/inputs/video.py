@@ -45,16 +45,15 @@ def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray]
             if container.format.name in LISTS or container.format.name.endswith("_pipe"):
                 raise ValueError(f"it is a {container.format.name}, expected a video")
             stream = _moving(container)
-            start, end = _stored_span(container, stream) or _scanned_span(container, stream)
-            found = _at(container, stream, start, end, frames)
+            found: dict[float, np.ndarray] = {}
             # AVI has no times for frames that are stored in another order than they are shown in
-            unordered = container.format.name == "avi" and stream.codec_context.has_b_frames
-            if (
-                len(found) < frames and not unordered
-            ):  # a short video, or one that is shorter than its file says
-                start, end = _scanned_span(container, stream, end)
+            if container.format.name != "avi" or not stream.codec_context.has_b_frames:
+                start, end = _stored_span(container, stream) or _scanned_span(container, stream)
                 found = _at(container, stream, start, end, frames)
-        if unordered or not found:
+                if len(found) < frames:  # a short video, or one shorter than its file says
+                    start, end = _scanned_span(container, stream, end)
+                    found = _at(container, stream, start, end, frames)
+        if not found:
             found = _counted(path, frames)
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"video {path} cannot be read: {error}") from error

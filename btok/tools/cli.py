@@ -277,10 +277,7 @@ def update(
         if any(Path(path).is_relative_to(folder) for folder in listed.unreadable)
     ]
     items = describe(root, sorted({*listed.paths, *lost}), old, set(lost))
-    inputs = [
-        Page(root / item["path"], item["page"]) if "page" in item else root / item["path"]
-        for item in items
-    ]
+    inputs = [_input(root, item) for item in items]
     index = encode_to(encoder, output, inputs, items, instruction, batch_tokens)
     now, unreadable = {item["id"] for item in index.items}, index.meta["unreadable"]
     if rank() == 0:
@@ -352,14 +349,19 @@ def describe(
     return items
 
 
+def _input(root: Path, item: Mapping[str, Any]) -> Path | Page:
+    """What an item of an index is encoded from."""
+    path = root / item["path"]
+    return Page(path, item["page"]) if "page" in item else path
+
+
 def draw(
     query: Side, root: Path, hits: Sequence[tuple[float, Mapping[str, Any]]], path: Path
 ) -> None:
     """A contact sheet of what a query found."""
     sides = []
     for score, item in hits:
-        file = root / item["path"]
-        side = with_frames(as_side(Page(file, item["page"]) if "page" in item else file))
+        side = with_frames(as_side(_input(root, item)))
         text = printable(f"{score:.3f} {item_name(item)} {side.text[:CAPTION]}")
         sides.append(_drawn(replace(side, text=text)))
     title = f"the {len(hits)} nearest of {printable(root.name)}"
