@@ -608,6 +608,24 @@ def test_parquet_files_that_cannot_be_read(tmp_path, parquet):
         open_source(tmp_path / "part-*.parquet")
 
 
+def test_a_parquet_file_with_a_damaged_footer_ends_no_process(parquet):
+    """pyarrow aborts where it is asked for the metadata of some damaged column chunks."""
+    files = pytest.importorskip("btok.data.parquet", reason="the extra `data` is not installed")
+    row = {"query": "q", "positive": {"text": "p", "frame_seconds": [0.0]}, "negatives": ["n"]}
+    path = parquet("a.parquet", [row])
+    good = path.read_bytes()
+    footer = range(len(good) - 8 - int.from_bytes(good[-8:-4], "little"), len(good) - 8)
+    refused = 0
+    for place in footer:
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        try:
+            with open(path, "rb") as file, files._named(path.name):
+                list(files._told_by(file, files.ParquetFile(file)))
+        except ValueError:
+            refused += 1
+    assert 0.3 < refused / len(footer) < 0.9
+
+
 def test_a_replaced_parquet_file_of_the_same_size_and_time(parquet):
     """As an archive unpacks it: neither its digest nor the rows are the other's."""
     rows = [{"query": f"q{i:03}", "positive": "p"} for i in range(99)]

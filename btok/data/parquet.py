@@ -46,7 +46,7 @@ def open_files(pattern: Path) -> tuple[Any, str]:
         with open(name, "rb") as file, _named(name):
             parquet = ParquetFile(file)
             columns, rows = parquet.schema_arrow.names, parquet.metadata.num_rows
-            for part in _told_by(file, parquet.metadata):
+            for part in _told_by(file, parquet):
                 digest.update(part)
         first = first or columns
         if set(columns) != set(first):
@@ -77,8 +77,9 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{why}; it is damaged or cut off, copy or write it again") from error
 
 
-def _told_by(file: Any, metadata: Any) -> Iterator[bytes]:
+def _told_by(file: Any, parquet: Any) -> Iterator[bytes]:
     """A parquet file's size, footer, and all column chunks but those of plain bytes (pictures)."""
+    metadata = parquet.metadata
     end = file.seek(-8, os.SEEK_END)
     file.seek(max(end - int.from_bytes(file.read(4), "little"), 0))
     yield b"%d" % end + file.read()
@@ -86,6 +87,8 @@ def _told_by(file: Any, metadata: Any) -> Iterator[bytes]:
     for group in range(metadata.num_row_groups):
         for i, kind in enumerate(kinds):
             if kind.physical_type != "BYTE_ARRAY" or kind.logical_type.type != "NONE":
+                # a reader refuses a damaged chunk; asked for its metadata, pyarrow would abort
+                next(parquet.iter_batches(1, row_groups=[group], columns=[kind.path]), None)
                 chunk = metadata.row_group(group).column(i)
                 file.seek(min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset))))
                 yield file.read(chunk.total_compressed_size)
