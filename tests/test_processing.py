@@ -454,6 +454,7 @@ def test_a_side_answers_to_the_names_of_stock_processors():
         ("preprocessor_config.json", {"merge_size": True}, "merge_size is True, expected a whole"),
         ("preprocessor_config.json", {"image_std": [1, 0, 1]}, "image_std is [1, 0, 1], expected"),
         ("preprocessor_config.json", {"image_mean": "abc"}, "image_mean is 'abc', expected three"),
+        ("preprocessor_config.json", {"image_mean": [10**500, 0, 0]}, "image_mean is [1000000000"),
         ("preprocessor_config.json", {"max_pixels": None}, "max_pixels is None, expected a numbe"),
         ("video_preprocessor_config.json", {"size": 3, "x": 1}, None),
         ("processor_config.json", {"image_processor": "x"}, "image_processor is 'x', expected a J"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,8 +103,9 @@ def checked_number(name: str, value: Any, most: int, kind: type = Integral) -> A
 def checked_channels(name: str, values: Any, above: float = -math.inf) -> tuple[float, ...]:
     """A setting of an image processor that is a finite number per channel."""
     found = tuple(values) if isinstance(values, Sequence) else ()
+    most = sys.float_info.max  # a whole number may be above that, too
     if len(found) != 3 or not all(
-        isinstance(value, Real) and above < float(value) < math.inf for value in found
+        isinstance(value, Real) and above < value <= most for value in found
     ):
         bound = "finite" if above == -math.inf else f"finite and above {above:g}"
         raise ValueError(f"Processor: {name} is {values!r:.60}, expected three numbers, {bound}")
