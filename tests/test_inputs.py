@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from btok.inputs import Page, as_side, pages, read_video, rgb_array
+from btok.inputs import Page, as_side, images, pages, read_video, rgb_array
 
 BRIGHT = [10 * i for i in range(25)]  # of a video's frames
 
@@ -87,6 +87,16 @@ def test_greys_where_0_is_white(tmp_path, dtype):
         (tmp_path / "a.tif").write_bytes(tiff(values, bits, photometric, kind))
         got = rgb_array(tmp_path / "a.tif")[..., 0] / 255
         assert np.abs(got - expected).max() < 0.01, photometric
+
+
+def test_a_grey_picture_is_scaled_as_a_whole_though_in_pieces(monkeypatch):
+    values = np.linspace(-5, 9, 24 * 32, dtype=np.float32).reshape(24, 32)
+    values[3, 4] = np.nan
+    expected = np.round((np.nan_to_num(values, nan=-5) + 5.0) / 14 * 255)
+    for block in (1 << 20, 100, 1):
+        monkeypatch.setattr(images, "BLOCK", block)
+        shown = rgb_array(Image.fromarray(values))
+        assert (shown == expected[..., None].astype(np.uint8)).all(), block
 
 
 def test_a_file_of_pages_under_another_name(tmp_path):

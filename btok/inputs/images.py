@@ -23,6 +23,7 @@ UNSIGNED = 1  # a SAMPLE_FORMAT
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # of them; a TIFF has pages, an MPO other pictures
 UNTIMED = 0.1  # seconds that browsers show a frame which says 0
 MOST = 1 << 32  # pixels of all frames of an animation
+BLOCK = 1 << 20  # pixels that are scaled at a time
 
 
 @contextmanager
@@ -96,16 +97,26 @@ def rgb_of(image: Any) -> np.ndarray:
 
 def _grey(values: np.ndarray, bits: int) -> np.ndarray:
     """Greys of more than 8 bits [height, width], in 16 of which `bits` may count, as uint8."""
+    shape = values.shape
     ends = {"u2": (min(2**bits, 65536) - 1,), "f4": (1, 255)}.get(
         values.dtype.str[1:], (255, 65535)
     )
-    values = values.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    shown = np.empty(values.size, np.uint8)
+    parts = [slice(first, first + BLOCK) for first in range(0, values.size, BLOCK)]
+    values = values.reshape(-1)
+    ranges = [(part.min(), part.max()) for part in (_finite(values[p]) for p in parts) if len(part)]
+    low = min((least for least, _ in ranges), default=0.0)
+    high = max((most for _, most in ranges), default=1.0)
     fitting = [end for end in ends if low >= 0 and high <= end]
     low, high = (0.0, float(fitting[0])) if fitting else (low, max(high, low + 1e-9))
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    return np.round((values - low) / (high - low) * 255).astype(np.uint8)
+    for part in parts:  # in pieces: in float64 a large picture would take eight times its memory
+        grey = np.nan_to_num(values[part].astype(np.float64), nan=low, posinf=high, neginf=low)
+        shown[part] = np.round((grey - low) / (high - low) * 255).astype(np.uint8)
+    return shown.reshape(shape)
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)].astype(np.float64)
 
 
 def is_animated(path: Path) -> bool:
