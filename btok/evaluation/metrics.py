@@ -6,9 +6,12 @@ Values lie in [0, 1]; percent is the runner's affair.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+PUBLISHED_AT = (1, 5, 10)
 _Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
@@ -89,6 +92,44 @@ def expected(metric: str, relevance: ArrayLike) -> float:
     if name == "hit":
         return float(1 - none_yet[min(k, n) - 1])
     return float((-np.diff(none_yet, prepend=1.0) / (places + 1)).sum())
+
+
+def published_scores(
+    ranking: Sequence[int], qrels: Mapping[int, float], published: Mapping[int, float]
+) -> dict[str, float]:
+    """All that VLM2Vec's evaluation reports of one query, at 1, 5 and 10: "hit@1", ...
+
+    Args:
+        ranking: candidates, best first; one that comes again counts again for map, mrr and ndcg, as
+            it does there.
+        qrels: candidate -> relevance; nothing for a query without an answer, which scores 0.
+        published: the same candidates' relevances as that code looks them up.
+    """
+    top = list(ranking[:10])
+    right = np.array([candidate in qrels for candidate in top], np.float64)
+    gains = np.array([published.get(candidate, 0.0) for candidate in top])
+    ideal = np.array(sorted(qrels.values(), reverse=True))
+    out = {}
+    for k in PUBLISHED_AT:
+        found = len({candidate for candidate in top[:k] if candidate in qrels})
+        precision, recall = found / k, found / max(len(qrels), 1)
+        hits = right[:k]
+        ranks = np.arange(1, len(hits) + 1)
+        out[f"hit@{k}"] = float(found > 0)
+        for name, gain in (("linear", lambda x: x), ("exponential", lambda x: 2**x - 1)):
+            best = gain(ideal[:k]) @ _discounts(len(ideal[:k]))
+            dcg = gain(gains[:k]) @ _discounts(len(hits))
+            out[f"ndcg_{name}@{k}"] = float(dcg / best) if best else 0.0
+        out[f"precision@{k}"], out[f"recall@{k}"] = precision, recall
+        out[f"f1@{k}"] = 2 * precision * recall / (precision + recall) if found else 0.0
+        out[f"map@{k}"] = float(hits @ (hits.cumsum() / ranks) / max(min(len(qrels), k), 1))
+        out[f"mrr@{k}"] = float(1 / (1 + hits.argmax())) if found else 0.0
+    return out
+
+
+def published_name(metric: str) -> str:
+    """What `published_scores` calls a metric: ndcg has a linear gain here, and says so there."""
+    return metric.replace("ndcg@", "ndcg_linear@")
 
 
 def mean_interval(scores: ArrayLike) -> tuple[float, float]:

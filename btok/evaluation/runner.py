@@ -1,21 +1,40 @@
-"""One runner for every evaluation set: encode once, rank by dot product, score, sum up."""
+"""One runner for every evaluation set: encode once, rank by dot product, score, sum up.
+
+tasks -> `Embedder`: each different side once, in chunks that the ranks share -> `score_task`: every
+query's ranking of its pool -> `summary`: means over tasks
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from btok.data.records import RetrievalTask, Side
-from btok.evaluation.metrics import expected, mean_interval, parse_metric, rank, score
+from btok.evaluation.metrics import (
+    expected,
+    mean_interval,
+    parse_metric,
+    published_name,
+    published_scores,
+    rank,
+    score,
+)
+from btok_kernels.ranks import rank as this_rank
+from btok_kernels.ranks import world
 
 Rows = NDArray[np.float32]
 Encode = Callable[[Sequence[Side]], Rows]
 
+CHUNK = 128  # sides that are encoded together, by one rank: a row depends on nothing else
 _BLOCK = 1 << 24  # similarities of a global pool held at a time (64 MiB)
+_IN_MEMORY = 1 << 28  # bytes of a pool's rows; those of a larger one lie in a file
 
 
 class Retrieved(NamedTuple):
@@ -24,6 +43,89 @@ class Retrieved(NamedTuple):
     top: list[int]
     right: list[bool]
     rank: int
+
+
+class Scored(NamedTuple):
+    """A task's row of the result, what each query found, and each query's score in [0, 1]."""
+
+    row: dict[str, Any]
+    found: list[Retrieved]
+    values: list[float]
+
+
+class Embedder:
+    """Sides become rows, of which this process, rank 0 alone, keeps those of the last pool.
+
+    Args:
+        encode: at most `CHUNK` sides -> rows [n, D]; each rank is asked for its own.
+        key: of a side, equal for equal content, which is then encoded once, and in an order that
+            does not depend on the pool's; None where every side is another.
+        scratch: a folder for the rows of a large pool; None for the system's.
+        advance: called with a number of sides that are done.
+
+    Raises:
+        ValueError: rows that are not [n, D], or not finite.
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        key: Callable[[Side], Hashable] | None = None,
+        scratch: Path | None = None,
+        advance: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self.encode, self.key, self.scratch, self.advance = encode, key, scratch, advance
+        self.last: tuple[list[Hashable], Rows] = ([], np.empty((0, 0), np.float32))
+
+    def __call__(self, sides: Sequence[Side], what: str) -> tuple[Rows, NDArray[np.intp]]:
+        """Rows [U, D] of the different sides among N, and which row each has, [N]; empty on other
+        ranks than 0.
+        """
+        keys = [self.key(side) if self.key else i for i, side in enumerate(sides)]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        order = sorted(first) if self.key else list(first)[::-1]  # type: ignore[type-var]
+        if self.key is None or self.last[0] != order:
+            self.last = order, self._encode([sides[first[key]] for key in order], what)
+        else:
+            self.advance(len(order))
+        place = {key: row for row, key in enumerate(order)}
+        self.advance(len(sides) - len(order))
+        return self.last[1], np.array([place[key] for key in keys], np.intp)
+
+    def _encode(self, sides: Sequence[Side], what: str) -> Rows:
+        rows: Rows | None = None
+        chunks = [sides[i : i + CHUNK] for i in range(0, len(sides), CHUNK)]
+        for start in range(0, len(chunks), world()):
+            part: Any = None
+            if start + this_rank() < len(chunks):
+                part = self._checked(chunks[start + this_rank()], what)
+            parts = [part] * world()
+            if world() > 1:
+                dist.all_gather_object(parts, part)
+            for i, part in enumerate(parts[: len(chunks) - start]):
+                if rows is None:
+                    rows = self._room(len(sides) if this_rank() == 0 else 0, part.shape[1])
+                if part.shape[1] != rows.shape[1]:
+                    raise ValueError(f"task {what}: rows {part.shape} against {rows.shape}")
+                if this_rank() == 0:
+                    rows[(start + i) * CHUNK :][: len(part)] = part
+                self.advance(len(part))
+        assert rows is not None
+        return rows
+
+    def _checked(self, sides: Sequence[Side], what: str) -> Rows:
+        rows = np.asarray(self.encode(sides), dtype=np.float32)
+        if rows.ndim != 2 or len(rows) != len(sides):
+            raise ValueError(f"task {what}: encode made {rows.shape} rows of {len(sides)} sides")
+        if not np.isfinite(rows).all():
+            raise ValueError(f"task {what}: encode made rows that are not finite")
+        return rows
+
+    def _room(self, count: int, width: int) -> Rows:
+        if count * width * 4 <= _IN_MEMORY:
+            return np.empty((count, width), np.float32)
+        with tempfile.TemporaryFile(dir=self.scratch) as file:  # gone with the last who looks at it
+            return np.memmap(file, np.float32, "w+", shape=(count, width))
 
 
 def evaluate(
@@ -37,8 +139,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores an encoder: `metric(qrels[argsort(-(candidates[pool] @ query), stable)])`, in percent.
 
+    In a process group every rank calls it, encodes its share and has the result.
+
     Args:
-        encode: sides -> rows [N, D]; called once for a task's queries, once for its candidates.
+        encode: at most `CHUNK` sides -> rows [N, D].
         tasks: all are checked before anything is encoded.
         settings, data_digest: copied into the result.
         progress: print a line per task to stderr.
@@ -59,25 +163,36 @@ def evaluate(
     if not tasks or len(set(names)) < len(names):
         raise ValueError(f"evaluate: tasks must have one name each and be at least one: {names}")
     for task in tasks:
-        _check(task)
+        check(task)
+    embed = Embedder(encode)
     rows: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        rows[task.name], found = _score_task(encode, task)
+        rows[task.name], found, _ = score_task(embed, task)
         if retrieved is not None:
             retrieved[task.name] = found
         if progress:
             print(f"{task.name}: {rows[task.name]['score']:.1f}", file=sys.stderr, flush=True)
+    return summary(rows, settings, data_digest)
 
-    def means(key: str) -> dict[str, float]:
-        groups = dict.fromkeys(row[key] for row in rows.values())
-        scores = {g: [r["score"] for r in rows.values() if r[key] == g] for g in groups}
+
+def summary(
+    rows: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any] | None = None,
+    data_digest: str | None = None,
+    key: str = "score",
+) -> dict[str, Any]:
+    """Rows of tasks and their means, as `evaluate` returns them; `key` says of which score."""
+
+    def means(of: str) -> dict[str, float]:
+        groups = dict.fromkeys(row[of] for row in rows.values())
+        scores = {g: [r[key] for r in rows.values() if r[of] == g] for g in groups}
         return {g: float(np.mean(values)) for g, values in scores.items()}
 
     return {
-        "tasks": rows,
+        "tasks": dict(rows),
         "meta_tasks": means("meta_task"),
         "modalities": means("modality"),
-        "overall": float(np.mean([row["score"] for row in rows.values()])),
+        "overall": float(np.mean([row[key] for row in rows.values()])),
         "settings": dict(settings or {}),
         "data_digest": data_digest,
     }
@@ -112,67 +227,100 @@ def format_table(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> 
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
-def _score_task(encode: Encode, task: RetrievalTask) -> tuple[dict[str, Any], list[Retrieved]]:
-    queries = _embed(encode, task, task.queries)
-    candidates = _embed(encode, task, task.candidates)
+def score_task(embed: Embedder, task: RetrievalTask) -> Scored:
+    """Score one task that `check` has passed; in a process group on every rank, and rank 0 scores.
+
+    With `published_qrels` the row has `origin` beside `score`, the metric as the code that
+    published the set computes it, and `published`, all that it reports, as shares.
+    """
+    queries, candidates = (embed(sides, task.name) for sides in (task.queries, task.candidates))
+    result = [_score(task, *queries, *candidates) if this_rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(result)
+    assert result[0] is not None
+    return result[0]
+
+
+def _score(
+    task: RetrievalTask,
+    queries: Rows,
+    asked: NDArray[np.intp],
+    candidates: Rows,
+    shown: NDArray[np.intp],
+) -> Scored:
     if queries.shape[1] != candidates.shape[1]:
-        raise ValueError(f"task {task.name}: rows {queries.shape} against {candidates.shape}")
-    found, values = [], []
-    for i, ranking in enumerate(_rankings(queries, candidates, task.pools)):
-        relevance = np.zeros(len(candidates))
-        relevance[list(task.qrels[i])] = list(task.qrels[i].values())
+        had = f"rows {queries.shape} against {candidates.shape}"
+        raise ValueError(f"task {task.name}: {had}")
+    found, values, published = [], [], []
+    for i, ranking in enumerate(_rankings(queries[asked], candidates, shown, task.pools)):
+        qrels = task.qrels[i]
+        relevance = np.zeros(len(shown))
+        relevance[list(qrels)] = list(qrels.values())
         ranked = relevance[ranking]
         hard = ranked if task.hard is None else ranked[np.isin(ranking, task.hard[i])]
-        values.append([f(task.metric, x) for f in (score, expected) for x in (ranked, hard)])
+        scored = [
+            f(task.metric, x) if qrels else 0.0 for f in (score, expected) for x in (ranked, hard)
+        ]
+        values.append(scored)
         right = (ranked > 0).tolist()
-        found.append(Retrieved(ranking[:5].tolist(), right[:5], 1 + right.index(True)))
+        place = right.index(True) if qrels else len(right)
+        found.append(Retrieved(ranking[:5].tolist(), right[:5], 1 + place))
+        if task.published_qrels is not None:
+            best = ranking[:10].tolist()
+            published.append(published_scores(best, qrels, task.published_qrels[i]))
     points, hard_only, chance, floor = (100 * np.mean(values, axis=0)).tolist()
-    low, high = mean_interval([v[0] for v in values])
+    scores = [value[0] for value in values]
+    low, high = mean_interval(scores)
     row: dict[str, Any] = {"meta_task": task.meta_task, "modality": task.modality}
     row |= {"metric": task.metric, "score": points, "chance": chance, "floor": floor}
     row |= {"hard_only": hard_only, "ci95": [100 * low, 100 * high]}
-    row |= {"queries": len(queries), "candidates": len(candidates)}
-    return row, found
-
-
-def _embed(encode: Encode, task: RetrievalTask, sides: Sequence[Side]) -> Rows:
-    rows = np.asarray(encode(sides), dtype=np.float32)
-    if rows.ndim != 2 or len(rows) != len(sides):
-        raise ValueError(f"task {task.name}: encode made {rows.shape} rows of {len(sides)} sides")
-    if not np.isfinite(rows).all():
-        raise ValueError(f"task {task.name}: encode made rows that are not finite")
-    return rows
+    row |= {"queries": len(task.queries), "candidates": len(task.candidates)}
+    if published:
+        means = {name: float(np.mean([each[name] for each in published])) for name in published[0]}
+        row |= {"origin": 100 * means[published_name(task.metric)], "published": means}
+    return Scored(row, found, scores)
 
 
 def _rankings(
-    queries: Rows, candidates: Rows, pools: Sequence[Sequence[int]] | None
+    queries: Rows,
+    candidates: Rows,
+    shown: NDArray[np.intp],
+    pools: Sequence[Sequence[int]] | None,
 ) -> Iterator[NDArray[np.intp]]:
-    """Per query, the candidate indices of its pool, best first."""
+    """Per query, the candidate indices of its pool, best first.
+
+    Candidates that show the same have one row, and so one product: they are equal to the last bit.
+    """
     if pools is None:
         step = max(1, _BLOCK // len(candidates))
         for i in range(0, len(queries), step):
-            yield from map(rank, queries[i : i + step] @ candidates.T)
+            for scores in queries[i : i + step] @ candidates.T:
+                yield rank(scores[shown])
         return
     for query, pool in zip(queries, map(np.asarray, pools), strict=True):
-        yield pool[rank(candidates[pool] @ query)]
+        rows, inverse = np.unique(shown[pool], return_inverse=True)
+        yield pool[rank((candidates[rows] @ query)[inverse])]
 
 
-def _check(task: RetrievalTask) -> None:
+def check(task: RetrievalTask) -> None:
+    """A ValueError for a task that does not fit together; it names the task and the query."""
     parse_metric(task.metric)
     n, where = len(task.queries), f"task {task.name}"
     if n == 0:
         raise ValueError(f"{where}: it has no queries")
-    for what, lists in (("qrels", task.qrels), ("pools", task.pools), ("hard", task.hard)):
+    named = ("qrels", "pools", "hard", "published_qrels")
+    for what, lists in ((name, getattr(task, name)) for name in named):
         if lists is not None and len(lists) != n:
             raise ValueError(f"{where}: {what} has {len(lists)} entries for {n} queries")
     everything = frozenset(range(len(task.candidates)))
     for i, qrels in enumerate(task.qrels):
-        if not qrels or not all(0 < value < np.inf for value in qrels.values()):
+        public = task.published_qrels is not None
+        if not (qrels or public) or not all(0 < value < np.inf for value in qrels.values()):
             had = f"qrels is {dict(qrels)}"
             raise ValueError(f"{where}, query {i}: {had}, expected a positive, and all above 0")
         pool = everything if task.pools is None else frozenset(task.pools[i])
         hard = pool if task.hard is None else frozenset(task.hard[i])
-        if task.pools is not None and len(pool) < len(task.pools[i]):
+        if task.pools is not None and len(pool) < len(task.pools[i]) and not public:
             raise ValueError(f"{where}, query {i}: its pool names a candidate twice")
         for what, some, others, among in (
             ("pool index", pool, everything, f"the {len(everything)} candidates"),

@@ -105,7 +105,8 @@ def checked_channels(name: str, values: Any, above: float = -math.inf) -> tuple[
     found = tuple(values) if isinstance(values, Sequence) else ()
     most = sys.float_info.max  # a whole number may be above that, too
     if len(found) != 3 or not all(
-        isinstance(value, Real) and above < value <= most for value in found
+        isinstance(value, Real) and above < value <= most  # type: ignore[operator]
+        for value in found
     ):
         bound = "finite" if above == -math.inf else f"finite and above {above:g}"
         raise ValueError(f"Processor: {name} is {values!r:.60}, expected three numbers, {bound}")

@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-
-from btok.data.records import RetrievalTask, Side
+from btok.data.records import RetrievalTask
 from btok.encoder import BTokEncoder
 from btok.evaluation import runner
 from btok.files import write_json
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tools import pictures
-from btok_kernels.ranks import rank, world
-from train.parallel import gather
+from btok_kernels.ranks import rank
 from train.pocket import data
 from train.recipes import Recipe
 
@@ -39,19 +36,9 @@ def evaluate(
     """
     encoder = BTokEncoder(model, processor)
 
-    def encode(sides: Sequence[Side]) -> np.ndarray:
-        """The sides split over ranks; every rank gets all rows."""
-        mine = sides[rank() :: world()]
-        parts = gather(encoder.encode(mine, show_progress=False) if mine else None)
-        rows = np.empty((len(sides), parts[0].shape[1]), np.float32)
-        for first, part in enumerate(parts):
-            if part is not None:
-                rows[first :: world()] = part
-        return rows
-
     retrieved: dict[str, list[runner.Retrieved]] = {}
     result = runner.evaluate(
-        encode,
+        lambda sides: encoder.encode(sides, show_progress=False),
         _tasks(recipe.eval_queries),
         settings=recipe.described(),
         data_digest=_digest(),
