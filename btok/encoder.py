@@ -149,6 +149,18 @@ class BTokEncoder:
             raise ValueError("BTokEncoder: checkpoint is None; use BTokEncoder.from_pretrained")
         return model_digest(self.checkpoint)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What beside the weights decides about vectors, by which an index knows its own."""
+        model, images = self.model, self.processor.image_processor
+        return {
+            "pooling": model.settings.pooling,
+            "num_btoks": len(model.btok_token_ids),
+            "dtype": str(model.backbone.dtype),
+            "vision_positions": model.settings.vision_positions,
+            **({name: getattr(images, name) for name in images.BOUNDS} if images else {}),
+        }
+
     def encode_to(
         self,
         folder: str | Path,

@@ -32,6 +32,10 @@ class Processor:
         model_type: the backbone's, one of `btok.families.FAMILIES`.
         settings: of the family's image processor; for Qwen's `QwenImageProcessor` names them.
 
+    Attributes:
+        bare: pictures stand without brackets and a line break around them, as VLM2Vec's evaluation
+            has them; not a setting that is saved.
+
     Raises:
         ValueError: an unknown model type, and what the image processor refuses.
         TypeError: a setting that it does not have.
@@ -39,7 +43,7 @@ class Processor:
 
     def __init__(self, tokenizer: Any, *, model_type: str = DEFAULT, **settings: Any) -> None:
         family = named_family(model_type, "Processor: model_type")
-        self.tokenizer, self.model_type = tokenizer, model_type
+        self.tokenizer, self.model_type, self.bare = tokenizer, model_type, False
         self.image_processor = None
         if family.vision is not None:
             known = family.vision.image_processor.SETTINGS
@@ -122,6 +126,12 @@ class Processor:
                 had = f"a side has images or a video, a {self.model_type} takes text alone"
                 raise ValueError(had)
             seen = self.image_processor(side)
+            if self.bare:
+                brackets = self.image_processor.brackets
+                if brackets is None:
+                    had = f"a {self.model_type} shows more than its patches"
+                    raise ValueError(f"Processor: bare is True, {had}; expected False")
+                seen = seen._replace(ids=[i for i in seen.ids if i not in brackets], gap="")
         ids = seen.ids + (self.encode(seen.gap + side.text) if side.text else [])
         return Processed({"input_ids": torch.tensor(ids), **seen.shown})
 

@@ -81,9 +81,11 @@ class Embedder:
         """Rows [U, D] of the different sides among N, and which row each has, [N]; empty on other
         ranks than 0.
         """
-        keys = [self.key(side) if self.key else i for i, side in enumerate(sides)]
+        keys: list[Hashable] = list(range(len(sides)))
+        if self.key is not None:  # which may read files: once is enough
+            keys = from_first(list(map(self.key, sides)) if this_rank() == 0 else None)
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        order = sorted(first) if self.key else list(first)[::-1]  # type: ignore[type-var]
+        order = sorted(first)  # type: ignore[type-var]
         if self.key is None or self.last[0] != order:
             self.last = order, self._encode([sides[first[key]] for key in order], what)
         else:
@@ -234,11 +236,15 @@ def score_task(embed: Embedder, task: RetrievalTask) -> Scored:
     published the set computes it, and `published`, all that it reports, as shares.
     """
     queries, candidates = (embed(sides, task.name) for sides in (task.queries, task.candidates))
-    result = [_score(task, *queries, *candidates) if this_rank() == 0 else None]
+    return from_first(_score(task, *queries, *candidates) if this_rank() == 0 else None)
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [value]
     if world() > 1:
-        dist.broadcast_object_list(result)
-    assert result[0] is not None
-    return result[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def _score(

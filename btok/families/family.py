@@ -58,6 +58,7 @@ class ImageProcessor(ABC):
     SETTINGS: ClassVar[tuple[str, ...]]
     BOUNDS: ClassVar[tuple[str, ...]]
     reserved: frozenset[int]  # tokens that say where pictures are, so that no text may hold them
+    brackets: frozenset[int] | None = None  # of them, those around a picture; None: it needs more
     stock: ClassVar[str]  # the stem of transformers' names, as in `Qwen2VLProcessor`
 
     @abstractmethod

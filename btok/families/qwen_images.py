@@ -103,6 +103,7 @@ class QwenImageProcessor(ImageProcessor):
         )
         self.pads: dict[Kind, int] = {"image": image, "video": video}
         self.reserved = frozenset((self.start, self.end, image, video))
+        self.brackets = None if self.timed_slots else frozenset((self.start, self.end))
 
     def __call__(self, side: Side) -> Seen:
         ids: list[int] = []

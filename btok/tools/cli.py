@@ -1,8 +1,10 @@
-"""A folder of your own becomes an index on disk and is searched; adapters are merged.
+"""A folder of your own becomes an index on disk and is searched; adapters are merged; a checkpoint
+is scored on a public benchmark.
 
     python -m btok encode CHECKPOINT FOLDER [--output INDEX]
     python -m btok search CHECKPOINT FOLDER "a red seven" [--top 5] [--picture hits.png]
     python -m btok export CHECKPOINT OUT
+    python -m btok eval CHECKPOINT mmeb-v2 --data DIR [--tasks V-RET,DocVQA] [--output SCORES]
 
 Images, text files (.txt, .md, source code, ...; their first 8,192 characters) and, with the extras
 `video`, `pdf`, `heif` and `text`, videos, the pages of PDFs, HEIC, HTML and .docx. Either command
@@ -21,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import torch.distributed as dist
 import tyro
 
@@ -31,7 +32,8 @@ from btok.files import printable, sha256
 from btok.inputs import DOCUMENTS, KINDS, Page, as_side, pages, rgb_array, with_frames
 from btok.inputs.documents import at_page
 from btok.tools import pictures
-from btok.tools.command_line import parse
+from btok.tools.command_line import load, parse
+from btok.tools.evaluate import Evaluate, evaluate
 from btok.tools.export import export
 from btok.tools.index import Index, encode_to, item_name, open_index
 from btok_kernels.ranks import rank
@@ -99,6 +101,7 @@ Command = (
     Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Evaluate, tyro.conf.subcommand("eval")]
 )
 
 
@@ -142,8 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(command: Encode | Export) -> None:
-    """Bring the index up to date and, for a search, print what is nearest; or merge adapters."""
+def run(command: Encode | Export | Evaluate) -> None:
+    """Bring the index up to date and, for a search, print what is nearest; or merge adapters, or
+    evaluate.
+    """
+    if isinstance(command, Evaluate):
+        evaluate(command)
+        return
     if isinstance(command, Export):
         moved = export(command.checkpoint, command.out, command.bound)
         print(f"{command.out}: merged; embeddings move by {moved:.1e} at most")
@@ -238,17 +246,6 @@ def list_files(root: Path, output: Path | None = None) -> Listing:
                 found.paths.append(name(path))
     found.paths.sort()
     return found
-
-
-def load(checkpoint: str) -> BTokEncoder:
-    """The encoder of a checkpoint, on this process's GPU where there is one."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # of a checkpoint's shards
-    encoder = BTokEncoder.from_pretrained(checkpoint)
-    if torch.cuda.is_available():
-        encoder.model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-    return encoder
 
 
 def update(

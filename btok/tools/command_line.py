@@ -1,13 +1,17 @@
-"""A command line becomes a dataclass by tyro; what is wrong with it is one line."""
+"""A command line becomes a dataclass by tyro, and a checkpoint an encoder."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import tyro
+
+from btok.encoder import BTokEncoder
 
 
 def parse(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
@@ -32,3 +36,14 @@ def parse(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
             raise
         _, *lines = said.getvalue().splitlines()  # below the title of a box
         raise ValueError(" ".join(line.strip("─│╰╯ ") for line in lines)) from None
+
+
+def load(checkpoint: str) -> BTokEncoder:
+    """The encoder of a checkpoint, on this process's GPU where there is one."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of a checkpoint's shards
+    encoder = BTokEncoder.from_pretrained(checkpoint)
+    if torch.cuda.is_available():
+        encoder.model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return encoder

@@ -116,15 +116,8 @@ def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None
         ValueError: vectors of another model or other settings, or no index; no checkpoint to name
             the model; several processes that have no process group.
     """
-    folder, model, images = Path(folder), encoder.model, encoder.processor.image_processor
-    settings = {
-        "instruction": instruction or "",
-        "pooling": model.settings.pooling,
-        "num_btoks": len(model.btok_token_ids),
-        "dtype": str(model.backbone.dtype),
-        "vision_positions": model.settings.vision_positions,
-        **({name: getattr(images, name) for name in images.BOUNDS} if images else {}),
-    }
+    folder = Path(folder)
+    settings = {"instruction": instruction or "", **encoder.settings}
     asked = {"model": encoder.digest, **settings}
     if int(os.environ.get("WORLD_SIZE", 1)) > world():
         raise ValueError("under torchrun call torch.distributed.init_process_group first")

@@ -113,6 +113,49 @@ def contact_sheet(rows: Iterable[SheetRow], path: Path, title: str) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
+def bars(
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    path: Path | None,
+    title: str,
+) -> None:
+    """Draws each series' value in each group, in percent, side by side; None has no bar.
+
+    Args:
+        groups: what stands below the bars.
+        series: its name -> a value per group; the first is ours, in colour.
+        path: the picture's file; None only looks whether it could be drawn.
+        title: its heading.
+    """
+    wide = 120 + len(groups) * (30 + 34 * len(series))  # px: room for two digits above each bar
+    head = 80 + 30 * -(-len(series) // 2)
+    figure = _figure(max(900, wide), 400 + head)
+    if path is None:
+        return
+    tall = figure.bbox.height
+    axes = figure.add_axes(
+        (70 / figure.bbox.width, 50 / tall, 1 - 90 / figure.bbox.width, 320 / tall)
+    )
+    width = 0.86 / len(series)
+    greys = np.linspace(0.3, 0.75, max(len(series) - 1, 1))
+    for i, (name, values) in enumerate(series.items()):
+        there = [(x, value) for x, value in enumerate(values) if value is not None]
+        places = [x + (i - (len(series) - 1) / 2) * width for x, _ in there]
+        colour = _GREEN if i == 0 else str(greys[i - 1])
+        drawn = axes.bar(places, [v for _, v in there], 0.92 * width, color=colour, label=name)
+        labels = [f"{value:.0f}" for _, value in there]
+        axes.bar_label(drawn, labels, fontsize=_TEXT - 1, color=_GREY, padding=1)
+    axes.set(ylim=(0, 105), xlim=(-0.6, len(groups) - 0.4))
+    axes.set_xticks(range(len(groups)), groups, fontsize=_TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0)
+    left = 70 / figure.bbox.width
+    figure.text(left, 1 - 40 / tall, title, fontsize=13)
+    place = {"loc": "upper left", "bbox_to_anchor": (left, 1 - 50 / tall), "borderaxespad": 0}
+    figure.legend(**place, ncols=2, frameon=False, fontsize=_TEXT, borderpad=0)
+    figure.savefig(path, dpi=_DPI)
+
+
 def _figure(width: float, height: float) -> Any:
     """A figure of so many pixels, unknown to pyplot."""
     try:

@@ -1,0 +1,569 @@
+"""MMEB-V2 (arXiv 2507.04590): records of its 78 data sets become retrieval tasks.
+
+records -> `expand`: the benchmark's strings, media, names, labels -> `build`: a RetrievalTask
+
+What tells one set from another is a row of `mmeb_v2.toml`; how a record becomes a query is one of
+seven functions, after what the candidates are: answers, images, labels, videos, options, clips or
+pages. The strings are those of the benchmark's own code (github.com/TIGER-AI-Lab/VLM2Vec) to the
+letter ("origin"), or as bottleneck tokens are trained with them ("canonical"): pictures within
+their brackets and on a line of their own, the text without outer spaces and with one line break.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from btok.data.records import Metric, RetrievalTask, Side
+from btok.evaluation import records as on_disk
+from btok.evaluation.records import Pictures, Row
+from btok.files import whole
+
+Prompts = Literal["origin", "canonical"]
+TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+PLACES: dict[str, str] = TABLE["places"]
+IN_RECORDS: str = TABLE["in_records"]
+FRAMES = 8  # of a video
+BEIR = ("queries", "qrels", "corpus")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A row of `mmeb_v2.toml`, which says what its columns mean."""
+
+    name: str
+    modality: str
+    meta_task: str
+    family: str
+    metric: Metric
+    source: str
+    split: str
+    revision: str
+    media: str
+    queries: int
+    gb: float
+    config: str = ""
+    configs: Sequence[str] = ()
+    own_line: bool = False
+    query_image: bool = False
+    newlines: int = 1
+    video: str = ""
+    text: str = ""
+    options: str = ""
+    hashed_names: bool = False
+    query: str = ""
+    query_with_image: str = ""
+    query_with_video: str = ""
+    candidate: str = ""
+    labels: Sequence[str] = ()
+
+
+@cache
+def data_sets() -> dict[str, DataSet]:
+    """The 78 data sets by name, in the order of the published tables."""
+    return {name: DataSet(name, **row) for name, row in TABLE["sets"].items()}
+
+
+def data_set(name: str) -> DataSet:
+    """A data set by its name; a ValueError that names the nearest ones for an unknown name."""
+    if name not in data_sets():
+        near = difflib.get_close_matches(name, data_sets(), 3, 0.4)
+        near = near or [each for each in data_sets() if name.lower() in each.lower()][:3]
+        raise ValueError(f"mmeb-v2: no data set {name!r}, expected {' or '.join(near or ['one'])}")
+    return data_sets()[name]
+
+
+def expand(
+    name: str,
+    records: Iterable[Mapping[str, Any]],
+    data_dir: str | Path,
+    *,
+    corpus: Iterable[Mapping[str, Any]] | None = None,
+    qrels: Iterable[Mapping[str, Any]] | None = None,
+    prompts: Prompts = "origin",
+) -> list[dict[str, Any]]:
+    """What the benchmark makes of a data set's records: a mapping per query.
+
+    Args:
+        name: of the data set.
+        records: its rows as on the hub; a document set's queries.
+        data_dir: the folder of its media, laid out as the benchmark's.
+        corpus: a document set's pages; its own picture stands for a page without a file.
+        qrels: a document set's relevant pages.
+        prompts: "origin" for the benchmark's own strings, "canonical" for those that bottleneck
+            tokens are trained with.
+
+    Returns:
+        `query_text`; `query_media`, paths or None; `cand_texts`; `cand_media`, a list of paths per
+        candidate or None; `cand_names`, by which equal candidates are one; `label_name`, a name or
+        a list of names; for documents `rel_scores`, one per label.
+
+    Raises:
+        ValueError: no such data set or prompts; a record without a field, or with one that does not
+            fit; too few frames.
+        FileNotFoundError: a picture or a video's frames are missing.
+    """
+    spec = data_set(name)
+    return _queries(spec, records, Media(data_dir, spec, corpus), qrels, prompts)
+
+
+def _queries(
+    spec: DataSet, records: Iterable[Any], media: Media, qrels: Any, prompts: Prompts
+) -> list[dict[str, Any]]:
+    if prompts not in get_args(Prompts):
+        raise ValueError(f"mmeb-v2: prompts is {prompts!r}, expected one of {get_args(Prompts)}")
+    relevant = _relevant(spec, qrels)
+    queries = []
+    for number, record in enumerate(records):
+        row = Row(spec.name, number, record)
+        query = FAMILIES[spec.family](spec, row, media, relevant)
+        texts, names = query["cand_texts"], query["cand_names"]
+        if len(texts) != len(names):
+            raise row.wrong(f"{len(texts)} texts for {len(names)} candidates")
+        shown = zip(texts, query["cand_media"] or [None] * len(texts), strict=True)
+        query["query_text"] = _as_asked(query["query_text"], query["query_media"], prompts)
+        query["cand_texts"] = [_as_asked(*each, prompts) for each in shown]
+        queries.append(query)
+    if not queries:
+        raise ValueError(f"mmeb-v2: {spec.name} has no records, expected at least 1")
+    return queries
+
+
+def build(
+    name: str,
+    records: Iterable[Mapping[str, Any]],
+    data_dir: str | Path,
+    *,
+    corpus: Iterable[Mapping[str, Any]] | None = None,
+    qrels: Iterable[Mapping[str, Any]] | None = None,
+    prompts: Prompts = "canonical",
+) -> RetrievalTask:
+    """A data set as a retrieval task, whose pool has each name once, in order of appearance.
+
+    Args and Raises as for `expand`. With `prompts="origin"` the sides have the text that follows
+    their picture's place, and are for a processor whose `bare` is set.
+    """
+    spec = data_set(name)
+    media = Media(data_dir, spec, corpus)
+    queries = _queries(spec, records, media, qrels, prompts)
+    places: dict[Any, int] = {}
+    candidates: list[Side] = []
+
+    def add(key: Any, text: str, shown: Sequence[Any] | None = None) -> int:
+        if places.setdefault(key, len(places)) == len(candidates):
+            shown = [media.shown(key, *shown)] if shown and media.pages else shown
+            candidates.append(_side(text, shown, prompts))
+        return places[key]
+
+    pools = []
+    for query in queries:
+        shown = query["cand_media"] or [None] * len(query["cand_names"])
+        pools.append(list(map(add, query["cand_names"], query["cand_texts"], shown)))
+    for i, key in enumerate(media.pages):
+        path = [media.page(Row(f"{name} (corpus)", i, {}), key)]
+        add(key, _as_asked(_prompt(spec.candidate, kind="image"), path, prompts), path)
+    for label in spec.labels:
+        add(label, _as_asked(label, None, prompts))
+    qrels_of, published = [], []
+    for query in queries:
+        labels = query["label_name"]
+        labels = labels if isinstance(labels, list) else [labels]
+        scores = query.get("rel_scores", [1] * len(labels))
+        right = dict(zip(labels, scores, strict=True))
+        wrong = _as_published(labels, scores)
+        qrels_of.append({places[key]: float(x) for key, x in right.items() if key in places})
+        published.append({places[key]: float(x) for key, x in wrong.items() if key in places})
+    everything = spec.family in ("videos", "pages") or bool(spec.labels)
+    return RetrievalTask(
+        name=name,
+        meta_task=spec.meta_task,
+        modality=spec.modality,
+        metric=spec.metric,
+        queries=[_side(query["query_text"], query["query_media"], prompts) for query in queries],
+        candidates=candidates,
+        qrels=qrels_of,
+        pools=None if everything else pools,
+        published_qrels=published,
+    )
+
+
+def _as_asked(text: str, media: Sequence[Any] | None, prompts: Prompts) -> str:
+    """One of the benchmark's strings as it is, or as bottleneck tokens are trained with it."""
+    if prompts == "origin":
+        return text
+    kind, body = _parted(text)
+    body = body.replace("\r\n", "\n").replace("\r", "\n").strip()
+    body += "\n" if body else ""
+    return PLACES[kind].join(TABLE["brackets"]) + "\n" + body if kind and media else body
+
+
+def _parted(text: str) -> tuple[str | None, str]:
+    """What a string starts with the place of, and what follows that."""
+    kind = next((kind for kind, place in PLACES.items() if text.startswith(place)), None)
+    return kind, text.removeprefix(PLACES[kind]) if kind else text
+
+
+def _side(text: str, media: Sequence[Any] | None, prompts: Prompts) -> Side:
+    """One of `expand`'s strings and its media; the place of a picture that is none is left out."""
+    start, end = TABLE["brackets"]
+    kind, body = _parted(text.removeprefix(start) if media else text)
+    if media is None:
+        return Side(body)
+    body = body if prompts == "origin" else body.removeprefix(f"{end}\n")
+    return Side(body, video=media) if kind == "video" else Side(body, images=media)
+
+
+def _as_published(labels: Sequence[Any], scores: Sequence[float]) -> dict[Any, float]:
+    """The relevance that the benchmark's code looks up: it reorders labels, not their scores.
+
+    The order is that of a Python set, which for texts changes from process to process: then, where
+    it matters, the mean over all orders, for which the score is the mean over processes.
+    """
+    if len(set(scores)) > 1 and any(isinstance(label, str) for label in labels):
+        return dict.fromkeys(labels, float(np.mean(scores)))
+    return dict(zip(list(set(labels)), scores, strict=False))
+
+
+class Media(Pictures):
+    """A data set's pictures and frames below `data_dir`.
+
+    Args:
+        pages: of a document set, by id, what their own records show, or None.
+    """
+
+    def __init__(self, data_dir: str | Path, spec: DataSet, corpus: Any = None) -> None:
+        super().__init__(os.path.join(data_dir, spec.media))
+        self.hashed = spec.hashed_names
+        rows = (Row(f"{spec.name} (corpus)", i, record) for i, record in enumerate(corpus or ()))
+        self.pages = {row["corpus-id"]: row.record.get("image") for row in rows}
+
+    def page(self, row: Row, key: Any) -> str:
+        """The path of a document's page, which its record in the corpus may stand for."""
+        name = f"{key}.png"
+        if self.hashed:
+            stem, ending = os.path.splitext(str(key))
+            digest = hashlib.md5(str(key).encode(), usedforsecurity=False).hexdigest()[:8]
+            name = f"{stem[:50]}_{digest}{ending}"
+        if self.pages.get(key) is not None:
+            return os.path.join(self.root, name)
+        return self.image(row, name)
+
+    def shown(self, key: Any, path: str) -> Any:
+        """A page's file, or where there is none the picture in its record."""
+        return path if os.path.isfile(path) else self.pages[key]
+
+
+def _prompt(instruction: str, text: str = "", kind: str | None = None) -> str:
+    """VLM2Vec's order: the picture's place, the instruction, the text."""
+    return (f"{PLACES[kind]} " if kind else "") + instruction + (f" {text}" if text else "")
+
+
+def _query(
+    text: str, media: Sequence[str] | None, names: Sequence[Any], label: Any, **more: Any
+) -> dict[str, Any]:
+    query = {"query_text": text, "query_media": media, "cand_texts": list(names)}
+    query |= {"cand_media": None, "cand_names": list(names), "label_name": label}
+    return query | more
+
+
+def _tidy(text: str, newlines: int = 1) -> str:
+    """As the benchmark's first version had it: no space before a line break, one at the end."""
+    return text.replace(" \n", "\n") + "\n" * newlines
+
+
+def _picture_and_words(spec: DataSet, row: Row, media: Media) -> tuple[str, list[str]]:
+    """The text and the picture of a query that has both."""
+    instruction = row.text("qry_inst").replace(IN_RECORDS, "")
+    if spec.own_line:
+        instruction = "\n" + instruction.strip()
+    text = _tidy(_prompt(instruction, row.text("qry_text"), "image"))
+    return text, [media.image(row, row.text("qry_img_path"))]
+
+
+def _answers(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+    """A picture and words find a text of the record's list, whose first is right."""
+    answers = row.texts("tgt_text")
+    return _query(*_picture_and_words(spec, row, media), answers, answers[0])
+
+
+def _images(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+    """Words, maybe with a picture, find a picture of the record's list, whose first is right."""
+    paths, captions = row.texts("tgt_img_path"), row.texts("tgt_text")
+    if spec.query_image:
+        text, shown = _picture_and_words(spec, row, media)
+        if len(captions) != len(paths):
+            raise row.wrong(f"tgt_text has {len(captions)} texts, expected {len(paths)}")
+        # of one picture, several parts may be candidates
+        both = zip(paths, captions, strict=True)
+        names = [path + ":" + caption.strip('"') for path, caption in both]
+    else:
+        instruction = row.text("qry_inst").replace(IN_RECORDS, PLACES["image"])
+        text = f"{instruction} {row.text('qry_text')}" + "\n" * spec.newlines
+        names, shown = paths, None
+    instruction = row.text("tgt_inst").replace(IN_RECORDS, "")
+    if captions[0].strip():
+        texts = [_tidy(_prompt(f"{instruction} {each}", kind="image")) for each in captions]
+    else:
+        end = 0 if spec.query_image else 1
+        texts = [_tidy(_prompt(instruction, kind="image"), end)] * len(paths)
+    pictures = [[media.image(row, path)] for path in paths]
+    return _query(text, shown, names, names[0], cand_texts=texts, cand_media=pictures)
+
+
+def _labels(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+    """A video finds what it shows, among the set's labels or the record's own."""
+    label = row.text("pos_text")
+    names = [label] if spec.labels else row.texts("neg_text")
+    frames = media.frames(row, str(row[spec.video]), most=FRAMES)
+    return _query(_prompt(spec.query, kind="video"), frames, names, label)
+
+
+def _videos(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+    """Words find the video they are of, among all."""
+    name = os.path.basename(row.text(spec.video))
+    name = os.path.splitext(name)[0] if spec.video == "video" else name
+    words = row[spec.text]
+    words = words if isinstance(words, str) else row.texts(spec.text)[0]
+    frames = media.frames(row, name, most=FRAMES, least=FRAMES)
+    texts = [_prompt(spec.candidate, kind="video")]
+    return _query(
+        _prompt(spec.query, words), None, [name], name, cand_texts=texts, cand_media=[frames]
+    )
+
+
+def _options(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+    """A video and a question find one of a few answers, which the question lists."""
+    question, video, answer = row.text("question"), str(row[spec.video]), row["answer"]
+    texts = None
+    if spec.options == "yes or no":
+        names, video = ["yes", "no"], f"v_{video}"
+        question += "? (A) yes; (B) no."
+        place = names.index(answer) if answer in names else -1
+    elif spec.options == "lettered":
+        choices = [row.text(f"a{i}") for i in range(5)] if not spec.configs else []
+        choices = choices or row.texts("candidates")
+        names = [f"({_letter(i)}) {choice}" for i, choice in enumerate(choices)]
+        question = "\n".join([question, "Options:", *names]).rstrip()
+        names, place = (names, 0) if spec.configs else (choices, answer)
+    else:
+        lines = spec.options == "lines"
+        names = row.texts("options" if lines else "option")
+        question += "\n" + "\n".join(names) if lines else " ".join(names)
+        texts = [name[name.find(". ") :].strip(". ") for name in names]
+        place = "ABCD".find(answer) if lines else int(answer)
+    if not 0 <= place < len(names):
+        raise row.wrong(f"answer is {answer!r}, expected one of {', '.join(names)}")
+    label = names[place]
+    if spec.configs:  # an answer that is none of the options is none of the candidates either
+        video = f"{row.record.get('subset') or row['_subset']}/{video}"
+        label = (
+            f"({_letter(max([-1, *(i for i, c in enumerate(choices) if c == answer)]))}) {answer}"
+        )
+    text = _prompt(spec.query, question, "video")
+    return _query(
+        text, media.frames(row, video, most=FRAMES), names, label, cand_texts=texts or list(names)
+    )
+
+
+def _letter(place: int) -> str:
+    return chr(ord("A") + place)
+
+
+def _clips(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+    """A video and words find a clip of it; the last of those named positive is right."""
+    if spec.query_with_image:
+        return _moments(spec, row, media)
+    video = os.path.splitext(os.path.basename(row.text("video_path")))[0]
+    folders = [os.path.join(video, clip) for clip in media.folders(video) if clip != "query"]
+    right = [folder for folder in folders if os.path.basename(folder).startswith("positive")]
+    if not right:
+        where = os.path.join(media.root, video)
+        raise row.wrong(f"no clip named positive* in {where}", FileNotFoundError)
+    text = _prompt(spec.query, row.text("query"), "video")
+    shown = media.frames(row, video, "query", most=FRAMES)
+    names = [os.path.join(media.root, folder) for folder in folders]
+    texts = [_prompt(spec.candidate, kind="video")] * len(names)
+    frames = [media.frames(row, folder, most=FRAMES) for folder in folders]
+    label = os.path.join(media.root, right[-1])
+    return _query(text, shown, names, label, cand_texts=texts, cand_media=frames)
+
+
+def _moments(spec: DataSet, row: Row, media: Media) -> dict[str, Any]:
+    """Words, maybe with a video or a picture, find one of several clips; all frames are shown."""
+    words, given, shown = row.text("query"), row.text("input_frames"), None
+    text = _prompt(spec.query, words)
+    if given.endswith(".mp4"):
+        text = _prompt(spec.query_with_video, words, "video")
+        shown = media.frames(row, _clip_folder(given))
+    elif given.endswith(".jpg"):
+        text = _prompt(spec.query_with_image, words, "image")
+        shown = [media.image(row, f"query_{given}")]
+    right, others = (
+        [_clip_folder(Row(row.name, row.number, clip).text("output_path")) for clip in row[field]]
+        for field in ("positive_frames", "negative_frames")
+    )
+    frames = [media.frames(row, folder) for folder in right + others]
+    names = [os.path.join(media.root, folder) for folder in right + others]
+    texts = [_prompt(spec.candidate, kind="video")] * len(names)
+    return _query(text, shown, names, names[: len(right)], cand_texts=texts, cand_media=frames)
+
+
+def _clip_folder(path: str) -> str:
+    return os.path.join("video_frames", path.replace("/", "_").split(".mp4")[0])
+
+
+def _pages(spec: DataSet, row: Row, media: Media, relevant: Any) -> dict[str, Any]:
+    """Words find a page of a document; some may be more relevant than others."""
+    key = row["query-id"]
+    if key not in relevant:
+        raise row.wrong(f"query-id is {key!r}, expected one with a relevant page in the qrels")
+    names, scores = list(relevant[key]), list(relevant[key].values())
+    pages = [[media.page(row, name)] for name in names]
+    texts = [_prompt(spec.candidate, kind="image")] * len(names)
+    text = _prompt(spec.query, row.text("query"))
+    return _query(text, None, names, names, cand_texts=texts, cand_media=pages, rel_scores=scores)
+
+
+def _relevant(spec: DataSet, qrels: Any) -> dict[Any, dict[Any, Any]]:
+    """Per query id the pages with a score above 0, of a page named twice the higher one."""
+    if spec.family != "pages":
+        return {}
+    if qrels is None:
+        raise ValueError(f"mmeb-v2: qrels is None, expected those of {spec.name}")
+    found: dict[Any, dict[Any, Any]] = {}
+    for number, record in enumerate(qrels):
+        row = Row(f"{spec.name} (qrels)", number, record)
+        query, page, score = row["query-id"], row["corpus-id"], row["score"]
+        if score > 0:
+            of_query = found.setdefault(query, {})
+            of_query[page] = max(of_query.get(page, 0), score)
+    return found
+
+
+FAMILIES: dict[str, Callable[[DataSet, Row, Media, Any], dict[str, Any]]] = {
+    "answers": _answers,
+    "images": _images,
+    "labels": _labels,
+    "videos": _videos,
+    "options": _options,
+    "clips": _clips,
+    "pages": _pages,
+}
+
+
+class Loaded(NamedTuple):
+    """A data set's records as `expand` takes them, the commit on the hub that they are of, or
+    "local", and the files that were read.
+    """
+
+    records: Sequence[Mapping[str, Any]]
+    corpus: Sequence[Mapping[str, Any]] | None
+    qrels: Sequence[Mapping[str, Any]] | None
+    revision: str
+    files: list[Path]
+
+
+def load(name: str, data_dir: str | Path) -> Loaded:
+    """A data set's records below `data_dir`; a page without a file gets one from its record.
+
+    Raises:
+        FileNotFoundError: there are none, or a part of them is missing.
+        ValueError: no such data set; a file that cannot be read.
+        ImportError: a parquet file without pyarrow (the extra `data`).
+    """
+    spec = data_set(name)
+    folder = home(spec, data_dir)
+    try:
+        files = {part: on_disk.find(folder, part, spec.split) for part in parts(spec)}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} has {error}; --fetch gets them") from error
+    rows = {part: chain(*map(on_disk.read, of)) for part, of in files.items()}
+    every = list(chain(*files.values()))
+    commit = on_disk.revision(folder)
+    if spec.family == "pages":
+        corpus = [_with_file(spec, data_dir, *each) for each in enumerate(rows["corpus"])]
+        return Loaded(list(rows["queries"]), corpus, list(rows["qrels"]), commit, every)
+    named = {part: {"subset": part} if spec.configs else {} for part in rows}
+    records = [{**row, **named[part]} for part, of in rows.items() for row in of]
+    return Loaded(records, None, None, commit, every)
+
+
+def fetch(name: str, data_dir: str | Path) -> None:
+    """Get a data set's records and media from the hub, but for the media that are there.
+
+    Raises:
+        ValueError: no such data set; records that the hub does not have.
+        OSError: no connection.
+    """
+    spec = data_set(name)
+    folder = home(spec, data_dir)
+    on_disk.fetch(spec.source, spec.revision, parts(spec), spec.split, folder)
+    loaded = load(name, data_dir)  # a document set's pages come with its records
+    if spec.family == "pages":
+        return
+    into, archive = archive_of(spec)
+    below = str(PurePosixPath(spec.media).relative_to(into))
+    start = "" if below == "." else f"{below}/"
+    shown = {row.get("qry_img_path") for row in loaded.records}
+    shown.update(chain(*(row.get("tgt_img_path") or () for row in loaded.records)))
+    on_disk.unpack(
+        archive["source"],
+        archive["revision"],
+        archive["files"],
+        Path(data_dir, into),
+        lambda member: member.startswith(start) if start else member in shown,
+        archive["strip"],
+    )
+
+
+def size(spec: DataSet, archives: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """GB of a data set's records on the hub; those of archives, which sets share, with its own."""
+    _, there = on_disk.listed(spec.source, spec.revision)
+    picked = {name for part in parts(spec) for name in on_disk.pick(there, part, spec.split)}
+    known = dict(archives)
+    if spec.family != "pages" and not known.keys() >= set(archive_of(spec)[1]["files"]):
+        archive = archive_of(spec)[1]
+        _, files = on_disk.listed(archive["source"], archive["revision"])
+        known |= {name: files[name] / 1e9 for name in archive["files"]}
+    return sum(there[name] for name in picked) / 1e9, known
+
+
+def parts(spec: DataSet) -> Sequence[str]:
+    """The configurations whose records make a data set."""
+    return spec.configs or (BEIR if spec.family == "pages" else (spec.config,))
+
+
+def home(spec: DataSet, data_dir: str | Path) -> Path:
+    """The folder of a data set's records: that of their source, one for all image sets."""
+    folder = Path(data_dir, f"{spec.modality}-tasks")
+    return folder if spec.modality == "image" else folder / PurePosixPath(spec.source).name
+
+
+def archive_of(spec: DataSet) -> tuple[str, Mapping[str, Any]]:
+    """The folder that an archive with a data set's media unpacks into, and the archive."""
+    return next(x for x in TABLE["archives"].items() if f"{spec.media}/".startswith(f"{x[0]}/"))
+
+
+def _with_file(spec: DataSet, data_dir: str | Path, i: int, record: Any) -> Mapping[str, Any]:
+    """A page of a corpus; its picture lies where the benchmark has it, byte for byte."""
+    row = Row(f"{spec.name} (corpus)", i, record)
+    key, image = row["corpus-id"], record.get("image")
+    path = Path(Media(data_dir, spec, [{"corpus-id": key, "image": True}]).page(row, key))
+    if not path.is_file():
+        stored = image.get("bytes") if isinstance(image, Mapping) else image
+        if not isinstance(stored, bytes):
+            raise row.wrong(f"no picture {path}, nor one in the record", FileNotFoundError)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as draft:
+            draft.write_bytes(stored)
+    return {"corpus-id": key}

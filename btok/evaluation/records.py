@@ -1,0 +1,250 @@
+"""Records and pictures of public data sets: on this disk, on the hub, and what is wrong with one.
+
+A data set is some files of a repository on the hub, which a configuration and a split pick out; on
+disk the same files lie in a folder under the same names. `fetch` and `unpack` alone open a
+connection.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from btok.files import rename, write_text
+
+PICTURES = (".jpg", ".jpeg", ".png")
+ENDINGS = (".parquet", ".jsonl", ".json")
+REVISION = "revision.txt"  # the commit that `fetch` got a folder's files from
+
+
+class Row:
+    """A record, and where it is.
+
+    Args:
+        name: of the data set; number: of the record, from 0.
+    """
+
+    def __init__(self, name: str, number: int, record: Mapping[str, Any]) -> None:
+        self.name, self.number, self.record = name, number, record
+
+    def __getitem__(self, field: str) -> Any:
+        """A field; a ValueError that names data set, row and field where there is none."""
+        if not isinstance(self.record, Mapping) or self.record.get(field) is None:
+            has = ", ".join(map(str, self.record)) if isinstance(self.record, Mapping) else "none"
+            raise self.wrong(f"no field {field!r}, it has {has}")
+        return self.record[field]
+
+    def text(self, field: str) -> str:
+        """A field that is a text."""
+        if not isinstance(found := self[field], str):
+            raise self.wrong(f"{field} is {found!r:.60}, expected a text")
+        return found
+
+    def texts(self, field: str) -> list[str]:
+        """A field that is a list of texts, and not empty."""
+        found = self[field]
+        found = list(found) if isinstance(found, np.ndarray | tuple) else found
+        if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
+            raise self.wrong(f"{field} is {found!r:.60}, expected a list of texts")
+        return found
+
+    def wrong(self, why: str, kind: type[Exception] = ValueError) -> Exception:
+        """The error that says what is wrong with it."""
+        return kind(f"{self.name}, row {self.number}: {why}")
+
+
+class Pictures:
+    """Pictures and frames below a folder, each looked for once.
+
+    Args:
+        root: the folder.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.seen: dict[str, list[str]] = {}
+
+    def image(self, row: Row, *path: str) -> str:
+        """The path of a picture that is there; a FileNotFoundError that names it and the row."""
+        found = os.path.join(self.root, *path)
+        if found not in self.seen:
+            if not os.path.isfile(found):
+                raise row.wrong(f"no picture {found}", FileNotFoundError)
+            self.seen[found] = [found]
+        return found
+
+    def frames(self, row: Row, *path: str, most: int | None = None, least: int = 1) -> list[str]:
+        """The frames in a folder in their order; where there are more, `most` of them, the first,
+        the last and evenly between. A FileNotFoundError for fewer than `least`.
+        """
+        folder = os.path.join(self.root, *path)
+        if folder not in self.seen:
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            names = [name for name in names if os.path.splitext(name)[1].lower() in PICTURES]
+            self.seen[folder] = [f"{folder}/{name}" for name in sorted(names, key=_natural)]
+        found = self.seen[folder]
+        if len(found) < least:
+            had = f"{folder} has {len(found)} frames, expected at least {least}"
+            raise row.wrong(had, FileNotFoundError)
+        if most is None or len(found) < most:
+            return found
+        return [found[i] for i in np.linspace(0, len(found) - 1, most, dtype=int)]
+
+    def folders(self, folder: str) -> list[str]:
+        """The folders in a folder, sorted: in what order a disk lists them is its own affair."""
+        there = os.path.join(self.root, folder)
+        names = sorted(os.listdir(there)) if os.path.isdir(there) else []
+        return [name for name in names if os.path.isdir(os.path.join(there, name))]
+
+
+def _natural(name: str) -> list[Any]:
+    """By which frame_2 comes before frame_10."""
+    return [int(x) if x.isdigit() else x.lower() for x in re.split(r"(\d+)", name)]
+
+
+def patterns(config: str, split: str) -> list[str]:
+    """Under which names a configuration's files may lie, the likeliest first."""
+    if not config:
+        return [f"{split}*", f"data/{split}*"]
+    by_split = [f"{config}/", f"data/{config}/", f"{config}/data/", f"{config}-"]
+    return [f"{start}{split}*" for start in by_split] + [
+        f"{config}/*",
+        f"{config}.*",
+        f"json/{config}.*",
+    ]
+
+
+def pick(names: Iterable[str], config: str, split: str) -> list[str]:
+    """Of a repository's files those with the records of a configuration; none where it has none."""
+    names = sorted(name for name in names if PurePosixPath(name).suffix in ENDINGS)
+    for pattern in patterns(config, split):
+        if found := [
+            name
+            for name in names
+            if fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+        ]:
+            return found
+    return []
+
+
+def find(folder: Path, config: str, split: str) -> list[Path]:
+    """The files of a configuration in a folder; a FileNotFoundError where there are none."""
+    every = (path for pattern in patterns(config, split) for path in folder.glob(pattern))
+    names = pick({path.relative_to(folder).as_posix() for path in every}, config, split)
+    if not names:
+        where = folder / patterns(config, split)[0]
+        raise FileNotFoundError(f"no records, expected {where} ending in {' or '.join(ENDINGS)}")
+    return [folder / name for name in names]
+
+
+def read(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The records of a file.
+
+    Raises:
+        ValueError: it is damaged; ImportError: parquet without pyarrow (the extra `data`).
+    """
+    try:
+        if path.suffix != ".parquet":
+            text = path.read_text(encoding="utf-8")
+            as_list = path.suffix == ".json" and text.lstrip().startswith("[")
+            yield from json.loads(text) if as_list else map(json.loads, text.splitlines())
+            return
+        try:
+            from pyarrow.parquet import ParquetFile
+        except ImportError as error:
+            raise ImportError('parquet files need pyarrow: pip install "btok[data]"') from error
+        for batch in ParquetFile(path).iter_batches(256):
+            yield from batch.to_pylist()
+    except (ValueError, OSError, RecursionError) as error:  # pyarrow's are of the first two
+        why = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({why}); fetch it again") from error
+
+
+def revision(folder: Path) -> str:
+    """The commit on the hub that a folder's files are of; "local" for files that came otherwise."""
+    noted = folder / REVISION
+    return noted.read_text().strip() if noted.is_file() else "local"
+
+
+def listed(source: str, commit: str) -> tuple[str, dict[str, int]]:
+    """A repository's commit on the hub, in full, and the bytes of each of its files."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().dataset_info(source, revision=commit, files_metadata=True)
+    return info.sha or commit, {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+
+def fetch(source: str, commit: str, configs: Sequence[str], split: str, folder: Path) -> None:
+    """Get the files of some configurations from the hub, and note the commit they are of.
+
+    ValueError for a configuration that the repository does not have.
+    """
+    from huggingface_hub import hf_hub_download
+
+    sha, there = listed(source, commit)
+    for config in configs:
+        files = pick(there, config, split)
+        if not files:
+            raise ValueError(f"{source} at {sha} has no records of {config or split}")
+        for name in files:
+            hf_hub_download(source, name, repo_type="dataset", revision=sha, local_dir=folder)
+    write_text(folder / REVISION, f"{sha}\n")
+
+
+def unpack(
+    source: str,
+    commit: str,
+    files: Sequence[str],
+    folder: Path,
+    wanted: Callable[[str], bool],
+    strip: str = "",
+) -> int:
+    """Get an archive, maybe in parts, from the hub, and take out of it what is wanted.
+
+    Args:
+        wanted: of a member's name without `strip`; what is in the folder already stays.
+    """
+    from huggingface_hub import hf_hub_download
+
+    sha, _ = listed(source, commit)
+    paths = [hf_hub_download(source, x, repo_type="dataset", revision=sha) for x in files]
+    count = 0
+    with io.BufferedReader(_Joined(paths)) as whole, tarfile.open(fileobj=whole, mode="r|*") as tar:
+        for member in tar:
+            name = member.name.removeprefix("./").removeprefix(strip)
+            if not member.isfile() or not wanted(name) or (folder / name).exists():
+                continue
+            member.name = f"{name}.part"  # a kill leaves no half of a picture under its name
+            tar.extract(member, folder, filter="data")
+            rename(folder / member.name, folder / name)
+            count += 1
+    return count
+
+
+class _Joined(io.RawIOBase):
+    """Files one after the other, as one."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.waiting = list(paths)
+        self.file: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self.file or self.waiting:
+            self.file = self.file or open(self.waiting.pop(0), "rb")  # noqa: SIM115
+            if count := self.file.readinto(buffer):
+                return count
+            self.file.close()
+            self.file = None
+        return 0

@@ -1,0 +1,235 @@
+"""Scores of MMEB-V2 beside published ones: tables, a picture, the leaderboard's file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btok.encoder import BTokEncoder
+from btok.evaluation import mmeb_v2
+from btok.evaluation.metrics import mean_interval, published_name
+from btok.files import write_json
+from btok.tools import pictures
+
+FIXED = "-fixed"  # what the leaderboard adds to the names of two sets that were wrong at first
+SHOWN = ("I-CLS", "I-QA", "I-RET", "I-VG", "V-CLS", "V-QA", "V-RET", "M-RET", "visdoc")
+MODALITIES = ("image", "video", "visdoc")
+Interval = tuple[float, float, float]  # a score, its lower and its upper end, in percent
+
+
+@dataclass(frozen=True)
+class Published:
+    """Another model's scores, in percent.
+
+    Args:
+        model: its name, and the revision of the data where that is known.
+        tasks: by data set; groups: by meta-task and modality, and "overall", where the sets are not
+            published.
+        queries: by data set, how many a score is over.
+        values: by data set each query's score, of one of our own results.
+        data: by data set, what those were made of.
+    """
+
+    model: str
+    tasks: Mapping[str, float]
+    groups: Mapping[str, float] = field(default_factory=dict)
+    queries: Mapping[str, int] = field(default_factory=dict)
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read(path: str) -> list[Published]:
+    """Published scores of a file: the benchmark authors' (`all_scores/*/*.json`), a `metrics.json`
+    of ours, or one as this package has it, which "published" stands for.
+
+    ValueError for a file that is none of these.
+    """
+    file: Any = files("btok.evaluation") / "mmeb_v2_published.json"
+    file = file if path == "published" else Path(path)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, list):
+            return [Published(**model) for model in found]
+        if "metrics" in found:
+            return [_of_authors(found)]
+        return [_of_ours(found, Path(path))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"compare is {path} ({why}), expected a file of published scores or a metrics.json"
+        ) from error
+
+
+def _of_authors(found: Mapping[str, Any]) -> Published:
+    table, tasks, queries = mmeb_v2.data_sets(), {}, {}
+    for sets in found["metrics"].values():
+        for name, scores in sets.items():
+            if (short := name.removesuffix(FIXED)) in table and isinstance(scores, Mapping):
+                tasks[short] = 100 * scores[published_name(table[short].metric)]
+                queries[short] = scores["num_data"]
+    return Published(found["metadata"]["model_name"], tasks, queries=queries)
+
+
+def _of_ours(found: Mapping[str, Any], path: Path) -> Published:
+    rows = found["tasks"]
+    values = {}
+    for name in rows:
+        kept = path.parent / "sets" / f"{name}.json"
+        if kept.is_file():
+            values[name] = json.loads(kept.read_text(encoding="utf-8"))["queries"]
+    return Published(
+        str(path),
+        {name: row["score"] for name, row in rows.items()},
+        queries={name: row["queries"] for name, row in rows.items()},
+        values=values,
+        data={name: row["data"] for name, row in rows.items()},
+    )
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The scores as plain text; a mean stands only where no data set is missing."""
+    lines = [_line("data set", "score", "origin", "95 % interval", "queries")]
+    for name, row in result["tasks"].items():
+        low, high = row["ci95"]
+        scores = format(row["score"], ".1f"), format(row["origin"], ".1f")
+        lines.append(_line(name, *scores, f"[{low:.1f}, {high:.1f}]", str(row["queries"])))
+    missing = {name: mmeb_v2.data_set(name) for name in result["missing"]}
+    for name, score, origin in _means(result):
+        lacks = [n for n, x in missing.items() if name in (x.meta_task, x.modality, "overall")]
+        note = f"no mean: {len(lacks)} sets are missing, as {lacks[0]}" if lacks else ""
+        both = ("-", "-") if lacks else (format(score, ".1f"), format(origin, ".1f"))
+        lines.append(_line(name, *both, note))
+    if missing:
+        lines.append(f"missing: {', '.join(missing)}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _line(name: str, *cells: str) -> str:
+    return f"{name:<46}" + "".join(f"{cell:>9}" for cell in cells[:2]) + "  " + "  ".join(cells[2:])
+
+
+def _means(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """The groups' names, with our mean and the one of the benchmark's code."""
+    origin = result["origin"]
+    groups = [
+        (name, score, origin[of][name])
+        for of in ("meta_tasks", "modalities")
+        for name, score in result[of].items()
+    ]
+    return [*groups, ("overall", result["overall"], origin["overall"])]
+
+
+def differences(result: Mapping[str, Any], other: Published) -> str:
+    """Our scores less another model's, by data set and group, with 95 % intervals over queries.
+
+    From both models' queries where both are there and of the same data (paired); else both scores'
+    own intervals count, as if the queries were others (Newcombe's method): that is too wide rather
+    than too narrow. A published ndcg, whose spread is not known, is given ours.
+    """
+    rows = result["tasks"]
+    lines = [f"against {other.model}", _line("data set", "ours", "theirs", "ours - theirs")]
+    gaps: dict[str, Interval] = {}
+    for name in (name for name in rows if name in other.tasks):
+        # what is published is what the benchmark's code computes
+        ours = rows[name]["score" if other.data else "origin"]
+        gaps[name] = _gap(name, rows[name], ours, other)
+        gap, low, high = gaps[name]
+        said = f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]"
+        lines.append(_line(name, f"{ours:.1f}", f"{other.tasks[name]:.1f}", said))
+    specs = mmeb_v2.data_sets()
+    for name, score, origin in _means(result):
+        of = [n for n, x in specs.items() if name in (x.meta_task, x.modality, "overall")]
+        ours = score if other.data else origin
+        if ours is None:
+            continue
+        if all(n in gaps for n in of):
+            gap = float(np.mean([gaps[n][0] for n in of]))
+            ends = [
+                math.sqrt(sum((gaps[n][0] - gaps[n][i]) ** 2 for n in of)) / len(of) for i in (1, 2)
+            ]
+            said = f"{gap:+.1f} [{gap - ends[0]:+.1f}, {gap + ends[1]:+.1f}]"
+            lines.append(_line(name, f"{ours:.1f}", f"{ours - gap:.1f}", said))
+        elif name in other.groups:
+            theirs = other.groups[name]
+            lines.append(_line(name, f"{ours:.1f}", f"{theirs:.1f}", f"{ours - theirs:+.1f}"))
+    if len(lines) == 2:
+        lines[1:] = ["nothing that both have a score of"]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _gap(name: str, row: Mapping[str, Any], ours: float, other: Published) -> Interval:
+    theirs = other.tasks[name]
+    mine = row.get("values")
+    if mine is not None and other.data.get(name) == row["data"] and name in other.values:
+        each = 100 * (np.array(mine) - np.array(other.values[name]))
+        half = 1.96 * each.std(ddof=1) / math.sqrt(len(each)) if len(each) > 1 else 100.0
+        return float(each.mean()), float(each.mean() - half), float(each.mean() + half)
+    below, above = row["score"] - row["ci95"][0], row["ci95"][1] - row["score"]
+    low, high = theirs - below, theirs + above
+    if row["metric"].startswith("hit") and (n := other.queries.get(name)):
+        hits = round(theirs / 100 * n)
+        low, high = (100 * x for x in mean_interval([1.0] * hits + [0.0] * (n - hits)))
+    gap = ours - theirs
+    ends = gap - math.hypot(below, high - theirs), gap + math.hypot(above, theirs - low)
+    return gap, max(ends[0], -100.0), min(ends[1], 100.0)
+
+
+def drawable(path: Path) -> None:
+    """A ValueError for a file whose ending says no picture; an ImportError without matplotlib."""
+    if path.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
+        raise ValueError(f"picture is {path}, expected a name ending in .png, .pdf, .svg or .jpg")
+    pictures.bars([], {}, None, "")
+
+
+def draw(result: Mapping[str, Any], others: Sequence[Published], path: Path) -> None:
+    """The meta-tasks as bars, ours first; a group with a data set missing has no bar."""
+    specs = mmeb_v2.data_sets()
+
+    def groups(model: Published) -> list[float | None]:
+        out: list[float | None] = []
+        for name in SHOWN:
+            of = [n for n, x in specs.items() if name in (x.meta_task, x.modality)]
+            whole = all(n in model.tasks for n in of)
+            mean = float(np.mean([model.tasks[n] for n in of])) if whole else None
+            out.append(mean if mean is not None else model.groups.get(name))
+        return out
+
+    ours = Published("this checkpoint", {n: row["origin"] for n, row in result["tasks"].items()})
+    shown = {model.model: groups(model) for model in (ours, *others)}
+    pictures.bars(list(SHOWN), shown, path, "MMEB-V2 by meta-task: hit@1, documents ndcg@5, in %")
+
+
+def submit(result: Mapping[str, Any], path: Path, name: str, encoder: BTokEncoder) -> None:
+    """Write the leaderboard's file: all that the benchmark's code reports of all data sets.
+
+    ValueError where one is missing.
+    """
+    if result["missing"]:
+        raise ValueError(f"submission needs all data sets, these are missing: {result['missing']}")
+    metrics: dict[str, dict[str, Any]] = {modality: {} for modality in MODALITIES}
+    for task, row in result["tasks"].items():
+        fixed = mmeb_v2.data_set(task).source.endswith(FIXED)
+        count = {"num_pred": row["queries"], "num_data": row["queries"]}
+        metrics[row["modality"]][task + FIXED * fixed] = row["published"] | count
+    size = sum(p.numel() for p in encoder.model.parameters())
+    config = encoder.model.backbone.config
+    metadata = {
+        "model_name": name,
+        "model_backbone": config.model_type,
+        "model_size": f"{size / 1e9:.3g}B parameters",
+        "embedding_dimension": config.get_text_config().hidden_size,
+        "max_length_tokens": None,
+        "model_release_date": None,
+        "data_source": "Self-Reported",
+        "url": None,
+        "report_generated_date": datetime.datetime.now().isoformat(),
+    }
+    write_json(path, {"metadata": metadata, "metrics": metrics})

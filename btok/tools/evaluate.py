@@ -1,0 +1,361 @@
+"""`python -m btok eval`: a checkpoint's scores on a public benchmark, kept set by set.
+
+records -> task -> score -> `OUTPUT/sets/NAME.json`, and after each `OUTPUT/metrics.json`. A kept
+score is taken again only where model, settings, prompts and data are those that it was made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from btok.data.records import RetrievalTask, Side
+from btok.encoder import BTokEncoder
+from btok.evaluation import mmeb_v2, records, runner
+from btok.files import sha256, write_json
+from btok.tools import comparison
+from btok.tools.command_line import load
+from btok_kernels.ranks import rank
+
+VERSION = 1  # of how a score is made
+GROUPS = {"meta_tasks": "meta_task", "modalities": "modality"}
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score a checkpoint on MMEB-V2.
+
+    Args:
+        checkpoint: a folder with a model and its tokenizer, or a hub id.
+        benchmark: mmeb-v2.
+        data: its data, laid out as the benchmark's own.
+        tasks: data sets, meta-tasks or modalities, with commas; all 78 data sets by default.
+        prompts: canonical, as bottleneck tokens are trained; origin, the benchmark's own strings.
+        output: the folder of the scores; the same command goes on where a stopped one was.
+        batch_tokens: tokens per packed row.
+        list: say what each data set needs on disk, and stop.
+        fetch: get from the hub what is missing, one data set at a time.
+        compare: published scores, the benchmark's file or another metrics.json; "published" for
+            those of the benchmark's authors.
+        submission: write the leaderboard's file; needs all data sets.
+        model_name: the name in it.
+        picture: draw the meta-tasks into this file (needs the extra `demo`).
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    benchmark: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BENCHMARK")]
+    data: Path = Path("data/mmeb-v2")
+    tasks: str = "all"
+    prompts: mmeb_v2.Prompts = "canonical"
+    output: Path = Path("runs/mmeb-v2")
+    batch_tokens: int = 16384
+    list: bool = False
+    fetch: bool = False
+    compare: str | None = None
+    submission: Path | None = None
+    model_name: str | None = None
+    picture: Path | None = None
+
+
+def evaluate(command: Evaluate) -> None:
+    """Run the command; in a process group on every rank, which share the work.
+
+    Raises:
+        ValueError: an unknown benchmark or task; scores of another model, other settings or prompts
+            in the output folder; a file to compare with that is none; a record that does not fit.
+        FileNotFoundError: a data set or a part of one is missing.
+    """
+    if command.benchmark != "mmeb-v2":
+        raise ValueError(f"benchmark is {command.benchmark!r}, expected mmeb-v2")
+    names = chosen(command.tasks)
+    if command.list:
+        if rank() == 0:
+            print(needs(names))
+        return
+    others = comparison.read(command.compare) if command.compare else []
+    if command.submission is not None and (missing := mmeb_v2.data_sets().keys() - {*names}):
+        raise ValueError(
+            f"submission needs all data sets, tasks lacks {', '.join(sorted(missing))}"
+        )
+    if command.picture is not None:
+        comparison.drawable(command.picture)
+    if not command.fetch:
+        refuse_missing(names, command.data)
+    encoder = load(command.checkpoint)
+    encoder.processor.bare = command.prompts == "origin"
+    scores = Scores(command.output, encoder, command.prompts)
+    score_all(command, names, encoder, scores)
+    if rank() > 0:
+        return
+    result = scores.result(names)
+    print(comparison.table(result))
+    for other in others:
+        print(comparison.differences(result, other))
+    if command.picture is not None:
+        comparison.draw(result, others or comparison.read("published"), command.picture)
+    if command.submission is not None:
+        name = command.model_name or Path(command.checkpoint).name
+        comparison.submit(result, command.submission, name, encoder)
+
+
+def chosen(tasks: str) -> list[str]:
+    """The data sets of a list of data sets, meta-tasks and modalities, in the table's order."""
+    table = mmeb_v2.data_sets()
+    wanted: set[str] = set()
+    for word in filter(None, (word.strip() for word in tasks.split(","))):
+        groups = {"all": set(table)} | {
+            getattr(spec, of): {n for n, x in table.items() if getattr(x, of) == getattr(spec, of)}
+            for spec in table.values()
+            for of in GROUPS.values()
+        }
+        wanted |= groups.get(word) or {mmeb_v2.data_set(word).name}
+    if not wanted:
+        raise ValueError(f"tasks is {tasks!r}, expected names of data sets")
+    return [name for name in table if name in wanted]
+
+
+def needs(names: Sequence[str]) -> str:
+    """What data sets take on disk, in GB: as the hub has them now, or where it does not answer as
+    they are modelled.
+    """
+    lines, total, known = [], 0.0, True
+    archives: dict[str, float] = {}
+    for name in names:
+        spec = mmeb_v2.data_set(name)
+        gb, note = spec.gb, ""
+        if known:
+            try:
+                gb, archives = mmeb_v2.size(spec, archives)
+            except Exception:  # of the hub's client, and of all below it
+                known = False
+        if not known:
+            gb, note = spec.gb, "about "
+        total += gb
+        lines.append(
+            f"{name:<46}{spec.meta_task:<8}{note + format(gb, '.2f'):>13} GB  {spec.source}"
+        )
+    lines += [f"{file:<54}{gb:13.2f} GB" for file, gb in archives.items()]
+    total += sum(archives.values())
+    how = "as the hub has them" if known else "modelled: the hub does not answer"
+    lines.append(
+        f"{len(names)} data sets, {total:.1f} GB ({how}); an archive is unpacked beside itself"
+    )
+    return "\n".join(lines)
+
+
+def refuse_missing(names: Sequence[str], data: Path) -> None:
+    """Tell of all data sets without records at once, before anything is loaded."""
+    missing = []
+    for name in names:
+        spec = mmeb_v2.data_set(name)
+        try:
+            for part in mmeb_v2.parts(spec):
+                records.find(mmeb_v2.home(spec, data), part, spec.split)
+        except FileNotFoundError as error:
+            missing.append(f"{name} ({error})")
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(names)} data sets are not in {data}: "
+            f"{', '.join(missing[:3])}{more}; --fetch gets them, --tasks leaves them out"
+        )
+
+
+def score_all(
+    command: Evaluate, names: Sequence[str], encoder: BTokEncoder, scores: Scores
+) -> None:
+    """Score the data sets that have no score yet, and tell how it goes."""
+
+    def encode(sides: Sequence[Side]) -> np.ndarray:
+        return encoder.encode(sides, batch_tokens=command.batch_tokens, show_progress=False)
+
+    guessed = {name: 2 * mmeb_v2.data_set(name).queries for name in names}
+    bar = tqdm(total=sum(guessed.values()), unit="input", disable=None if rank() == 0 else True)
+    with bar:
+        contents = Contents(command.data)
+        embed = runner.Embedder(encode, contents.key, command.output, bar.update)
+        for number, name in enumerate(names, 1):
+            bar.set_description(name)
+            if command.fetch and rank() == 0 and not scores.file(name).exists():
+                mmeb_v2.fetch(name, command.data)
+            runner.from_first(None)  # nobody reads before all is there
+            loaded = mmeb_v2.load(name, command.data)
+            task = mmeb_v2.build(
+                name,
+                loaded.records,
+                command.data,
+                corpus=loaded.corpus,
+                qrels=loaded.qrels,
+                prompts=command.prompts,
+            )
+            runner.check(task)
+            data = scores.data_of(task, loaded, contents) if rank() == 0 else None
+            data, kept = runner.from_first((data, data and scores.kept(name, data)))
+            count = len(task.queries) + len(task.candidates)
+            bar.total += (0 if kept else count) - guessed[name]
+            bar.refresh()
+            start = time.monotonic()
+            if not kept:
+                result = runner.score_task(embed, task)
+                if rank() == 0:
+                    scores.keep(name, data, result)
+            if rank() == 0:
+                write_json(command.output / "metrics.json", scores.result(names))
+                row = scores.rows[name]
+                how = "kept" if kept else f"{count} inputs in {time.monotonic() - start:.0f} s"
+                said = f"[{number}/{len(names)}] {name}: {row['score']:.1f} ({how})"
+                bar.write(said, file=sys.stderr)
+
+
+class Contents:
+    """Digests of files' contents, each read once; paths are relative to a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.known: dict[str, str] = {}
+
+    def digest(self, path: str) -> str:
+        """The sha256 of a file."""
+        if path not in self.known:
+            self.known[path] = sha256(path)
+        return self.known[path]
+
+    def key(self, side: Side) -> tuple[str, str]:
+        """Equal for sides that show the same."""
+        shown = [self.digest(path) for path in media_of(side)]
+        return side.text, f"{len(side.video)} {' '.join(shown)}"
+
+    def stamp(self, paths: Sequence[str]) -> str:
+        """What changes when a file is written: names, sizes and times of files."""
+        stats = (os.stat(path) for path in paths)
+        seen = [
+            [os.path.relpath(path, self.root), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+            for path, stat in zip(paths, stats, strict=True)
+        ]
+        return digest_of(seen)
+
+
+def media_of(side: Side) -> list[str]:
+    """The files that a side shows."""
+    return [*side.images, *side.video]
+
+
+def digest_of(value: Any) -> str:
+    """The sha256 of a value's JSON; what JSON does not know counts by its text."""
+    text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class Scores:
+    """The scores in a folder, of one model with its settings and prompts.
+
+    Raises:
+        ValueError: the folder holds scores of others.
+    """
+
+    def __init__(self, folder: Path, encoder: BTokEncoder, prompts: str) -> None:
+        self.folder = folder
+        self.made_of = {"model": encoder.digest, "settings": encoder.settings, "prompts": prompts}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.stamps: dict[str, str] = {}
+        for path in sorted((folder / "sets").glob("*.json")) if rank() == 0 else ():
+            had = self._read(path.stem)
+            for name, value in self._flat(self.made_of).items():
+                if had and (was := self._flat(had["made_of"]).get(name)) != value:
+                    raise ValueError(
+                        f"{folder} holds scores of {name} {was}, this is {value}; give another "
+                        "--output"
+                    )
+
+    @staticmethod
+    def _flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
+        return {**made_of["settings"], **{k: v for k, v in made_of.items() if k != "settings"}}
+
+    def file(self, name: str) -> Path:
+        """Where a data set's score is kept."""
+        return self.folder / "sets" / f"{name}.json"
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """What is kept of a data set; None for nothing, or for what another version kept."""
+        try:
+            had = json.loads(self.file(name).read_text(encoding="utf-8"))
+            return had if had["version"] == VERSION and {*had} >= KEPT else None
+        except (OSError, ValueError, KeyError, TypeError):  # it will be made again
+            return None
+
+    def data_of(
+        self, task: RetrievalTask, loaded: mmeb_v2.Loaded, contents: Contents
+    ) -> dict[str, str]:
+        """The revision of a data set and a digest of all that it holds."""
+        media = sorted(
+            {path for side in (*task.queries, *task.candidates) for path in media_of(side)}
+        )
+        stamp = contents.stamp([*map(str, loaded.files), *media])
+        self.stamps[task.name] = stamp
+        had = self._read(task.name)
+        if had and had["stamp"] == stamp:
+            return had["data"]
+        shown = {os.path.relpath(path, contents.root): contents.digest(path) for path in media}
+        rows = [loaded.records, loaded.qrels, loaded.corpus]
+        return {"revision": loaded.revision, "digest": digest_of([rows, shown])}
+
+    def kept(self, name: str, data: Mapping[str, str]) -> bool:
+        """Whether a score of just this is there; then its row is."""
+        had = self._read(name)
+        if not had or had["made_of"] != self.made_of or had["data"] != data:
+            return False
+        if had["stamp"] != self.stamps[name]:
+            write_json(self.file(name), had | {"stamp": self.stamps[name]})
+        self.rows[name] = had["row"]
+        return True
+
+    def keep(self, name: str, data: Mapping[str, str], scored: runner.Scored) -> None:
+        """Write a data set's score, and each query's."""
+        self.rows[name] = scored.row
+        self.file(name).parent.mkdir(parents=True, exist_ok=True)
+        kept = {"version": VERSION, "made_of": self.made_of, "data": data}
+        kept |= {"stamp": self.stamps[name], "row": scored.row, "queries": scored.values}
+        write_json(self.file(name), kept)
+
+    def result(self, names: Sequence[str]) -> dict[str, Any]:
+        """All rows, each with what it was made of, and means where no data set is missing."""
+        table = mmeb_v2.data_sets()
+        rows = {}
+        for name in (name for name in names if name in self.rows):
+            had = self._read(name)
+            assert had is not None
+            rows[name] = {**self.rows[name], **self.made_of, "data": had["data"]}
+        means: dict[str, Any] = {}
+        for score in ("score", "origin"):
+            of = {name: row[score] for name, row in rows.items()}
+            means[score] = {
+                groups: {
+                    value: mean(of, [n for n, x in table.items() if getattr(x, group) == value])
+                    for value in dict.fromkeys(getattr(x, group) for x in table.values())
+                }
+                for groups, group in GROUPS.items()
+            }
+            means[score]["overall"] = mean(of, list(table))
+        missing = [name for name in table if name not in rows]
+        result = {"benchmark": "MMEB-V2", "tasks": rows, **means["score"]}
+        return result | {"origin": means["origin"], "missing": missing}
+
+
+KEPT = {"version", "made_of", "data", "stamp", "row", "queries"}
+
+
+def mean(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
+    """The plain mean over data sets; None where one is missing."""
+    found = [scores[name] for name in names if name in scores]
+    return float(np.mean(found)) if len(found) == len(names) else None
