@@ -1,4 +1,7 @@
-"""The mteb encoder: what a task gives becomes sides, and scores come out of `mteb.evaluate`."""
+"""The mteb encoder: what a task gives becomes sides, and scores come out of `mteb.evaluate`.
+
+The last tests put the same vectors through mteb's retrieval and through our own runner.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from btok import BTokEncoder, Side
+from btok.data.records import RetrievalTask
+from btok.evaluation.runner import evaluate
 from btok.inputs import read_video
 
 mteb = pytest.importorskip("mteb", reason="mteb (the extra `eval`) is not installed")
@@ -22,6 +27,8 @@ from mteb.abstasks import AbsTaskRetrieval  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 from mteb.mocks import mock_tasks  # noqa: E402
 from mteb.mocks.mock_tasks.create_mock_samples import create_mock_video_bytes  # noqa: E402
+from mteb.models.abs_encoder import AbsEncoder  # noqa: E402
+from mteb.models.model_meta import ModelMeta, ScoringFunction  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
 from btok.tools.mteb import MTEBEncoder  # noqa: E402
@@ -306,3 +313,136 @@ def test_a_video_that_cannot_be_read_is_named(model, video, why):
     pytest.importorskip("av", reason="PyAV (the extra `video`) is not installed")
     with pytest.raises(ValueError, match=f"encode: input 2: video .*{why}"):
         encode(model, [{"text": ["a", "b"]}, {"video": [video]}])
+
+
+class Table(AbsEncoder):
+    """An encoder that knows each text's vector."""
+
+    def __init__(self, vectors):
+        self.vectors = vectors
+        values = {"name": "none/table", "revision": "none", "modalities": ["text"]}
+        values |= {"similarity_fn_name": ScoringFunction.COSINE}
+        self.mteb_model_meta = ModelMeta.create_empty(overwrites=values)
+
+    def encode(self, inputs, **_):
+        return np.stack([self.vectors[text] for batch in inputs for text in batch["text"]])
+
+
+class Graded(AbsTaskRetrieval):
+    """A retrieval task of given judgements; keeps the scores of each query, before rounding."""
+
+    metadata = TaskMetadata(
+        name="TinyGraded",
+        type="Retrieval",
+        description="tiny",
+        dataset={"path": "none", "revision": "none"},
+        category="t2t",
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score="ndcg_at_5",
+    )
+
+    def __init__(self, queries, candidates, qrels, pools=None):
+        super().__init__()
+        named = [
+            {"id": [f"{kind}{i}" for i in range(len(texts))], "text": texts}
+            for kind, texts in (("q", queries), ("d", candidates))
+        ]
+        judged = {
+            f"q{i}": {f"d{j}": grade for j, grade in row.items()} for i, row in enumerate(qrels)
+        }
+        ranked = pools and {f"q{i}": [f"d{j}" for j in pool] for i, pool in enumerate(pools)}
+        parts = ("queries", "corpus", "relevant_docs", "top_ranked")
+        values = (*map(Dataset.from_dict, named), judged, ranked)
+        self.dataset = {"default": {"test": dict(zip(parts, values, strict=True))}}
+        self.data_loaded = True
+
+    def load_data(self, *_, **__):
+        pass
+
+    def task_specific_scores(self, scores, *_, **__):
+        self.by_query = scores
+        return {}
+
+
+@pytest.fixture(scope="module", params=["all", "pools"])
+def graded(request):
+    """30 queries, 60 candidates, or 12 for each query; 1 to 9 positives of the grades 1 to 3;
+    vectors without ties."""
+    rng = np.random.default_rng(7)
+    queries = [f"query {i}" for i in range(30)]
+    candidates = [f"candidate {i}" for i in range(60)]
+    rows = rng.standard_normal((90, 16)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    ranked = np.sort(rows[:30] @ rows[30:].T)
+    assert np.diff(ranked).min() > 1e-6
+    pools = [rng.permutation(60)[:12].tolist() for _ in queries]
+    counts = [1 + i % 9 for i in range(30)]
+    qrels = [
+        {j: int(rng.integers(1, 4)) for j in pool[:n]}
+        for pool, n in zip(pools, counts, strict=True)
+    ]
+    pools = [sorted(pool) for pool in pools] if request.param == "pools" else None
+    vectors = dict(zip(queries + candidates, rows, strict=True))
+    task = Graded(queries, candidates, qrels, pools)
+    reported = scores(Table(vectors), task)
+
+    def ours(metric):
+        """The score of the whole, and of each query alone."""
+
+        def run(which):
+            sides = [Side(queries[i]) for i in which], [Side(text) for text in candidates]
+            given = [qrels[i] for i in which], pools and [pools[i] for i in which]
+            task = RetrievalTask("t", "", "", metric, *sides, *given)
+            rows = evaluate(lambda sides: np.stack([vectors[s.text] for s in sides]), [task])
+            return rows["tasks"]["t"]["score"] / 100
+
+        return run(range(30)), [run([i]) for i in range(30)]
+
+    return SimpleNamespace(task=task, reported=reported, ours=ours, qrels=qrels)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reported", "trec"),
+    [
+        ("ndcg@5", "ndcg_at_5", "ndcg_cut_5"),  # of both the gain is the grade, not 2^grade - 1
+        ("ndcg@10", "ndcg_at_10", "ndcg_cut_10"),
+        ("hit@1", "hit_rate_at_1", "success_1"),
+        ("hit@1", "precision_at_1", "P_1"),
+        ("hit@5", "hit_rate_at_5", "success_5"),
+    ],
+)
+def test_our_scores_are_mtebs(graded, metric, reported, trec):
+    """Exact per query; mteb reports the mean rounded to five decimals."""
+    whole, single = graded.ours(metric)
+    theirs = [graded.task.by_query[f"q{i}"][trec] for i in range(30)]
+    assert 0 < whole < 1 and len(set(single)) > 1
+    assert np.abs(np.subtract(single, theirs)).max() < 1e-6
+    assert abs(whole - np.mean(theirs)) < 1e-6
+    assert abs(whole - graded.reported[reported]) <= 5e-6 + 1e-9
+
+
+def test_mtebs_accuracy_is_its_recall_at_one(graded):
+    """It is our hit@1 only where each query has one positive: here it is the first hit's share."""
+    _, hits = graded.ours("hit@1")
+    shares = [hit / len(qrels) for hit, qrels in zip(hits, graded.qrels, strict=True)]
+    assert graded.reported["accuracy"] == graded.reported["recall_at_1"]
+    assert abs(np.mean(shares) - graded.reported["accuracy"]) <= 5e-6 + 1e-9
+    assert np.mean(shares) < np.mean(hits)
+
+
+def test_our_mrr_is_mtebs_of_all_ranks(graded):
+    whole, _ = graded.ours("mrr")
+    assert abs(whole - graded.reported["mrr_at_100"]) <= 5e-6 + 1e-9
+
+
+@pytest.mark.parametrize(("positive", "hit"), [(0, 1), (1, 0)])
+def test_of_equal_scores_ours_are_in_the_pools_order_and_mtebs_by_name(positive, hit):
+    """mteb's, trec_eval's, has the later name first; ours the earlier candidate."""
+    vectors = dict.fromkeys(("query", "one", "other"), np.ones(4, np.float32) / 2)
+    sides = [Side("query")], [Side("one"), Side("other")]
+    task = RetrievalTask("t", "", "", "hit@1", *sides, [{positive: 1}])
+    rows = evaluate(lambda sides: np.stack([vectors[s.text] for s in sides]), [task])
+    theirs = scores(Table(vectors), Graded(["query"], ["one", "other"], [{positive: 1}]))
+    assert rows["tasks"]["t"]["score"] == 100 * hit
+    assert theirs["hit_rate_at_1"] == 1 - hit
