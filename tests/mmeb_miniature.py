@@ -14,25 +14,7 @@ from PIL import Image
 from btok.evaluation import mmeb_v2
 from btok.evaluation.mmeb_v2 import DataSet
 
-WORDS = (
-    "red blue seven heron teapot page dance pour open lamp cook walk tall left rain"
-).split(" ")
-    "red",
-    "blue",
-    "seven",
-    "heron",
-    "teapot",
-    "page",
-    "dance",
-    "pour",
-    "open",
-    "lamp",
-    "cook",
-    "walk",
-    "tall",
-    "left",
-    "rain",
-]
+WORDS = ["red", "blue", "seven", "heron", "page", "dance", "pour", "open", "lamp", "cook", "walk"]
 
 
 class Miniature:

@@ -626,6 +626,17 @@ def test_a_parquet_file_with_a_damaged_footer_ends_no_process(parquet):
     assert 0.3 < refused / len(footer) < 0.9
 
 
+@pytest.mark.parametrize("described", ["x", {"x": 3}, {"_type": "List"}, {"_type": "Value"}])
+def test_a_parquet_file_with_a_damaged_description(parquet, described):
+    """What the datasets library has put into a file may say anything of its columns."""
+    pa = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
+    table = pa.table({"query": ["q"], "positive": ["p"]})
+    said = json.dumps({"info": {"features": {"query": described}}}).encode()
+    path = parquet("a.parquet", table.replace_schema_metadata({b"huggingface": said}))
+    with pytest.raises(ValueError, match=r"a\.parquet: parquet cannot be read: "):
+        open_source(path)
+
+
 def test_a_replaced_parquet_file_of_the_same_size_and_time(parquet):
     """As an archive unpacks it: neither its digest nor the rows are the other's."""
     rows = [{"query": f"q{i:03}", "positive": "p"} for i in range(99)]

@@ -212,7 +212,9 @@ def load_dataset(*arguments: Any, **options: Any) -> Any:
     library = _library()
     try:
         return library.load_dataset(*arguments, **options)
-    except library.exceptions.DatasetGenerationError as error:  # its cause says what it does not
+    except (OSError, ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged description, nearly anything; a cause says more
         cause = error.__cause__ or error
         why = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
         raise ValueError(f"{arguments[0]} cannot be read: {why}") from error
