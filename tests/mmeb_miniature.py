@@ -29,10 +29,10 @@ class Miniature:
         self.random = np.random.default_rng([self.seed, *name.encode()])
         made = getattr(self, f"_{spec.family}")(spec)
         parts = {"queries": made["records"], **{k: v for k, v in made.items() if k != "records"}}
-        for part in mmeb_v2.parts(spec):
+        for part in spec.configs:
             rows = parts[part] if part in parts else made["records"]
             rows = [row for row in rows if row.get("subset", part) == part]
-            path = mmeb_v2.home(spec, self.root) / part / f"{spec.split}.jsonl"
+            path = self.root / spec.records / part / f"{spec.split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return made
@@ -104,7 +104,7 @@ class Miniature:
         return {"records": records}
 
     def _options(self, spec: DataSet) -> dict[str, Any]:
-        parts: Sequence[str] = spec.configs or [""] * self.rows
+        parts: Sequence[str] = spec.configs if len(spec.configs) > 1 else [""] * self.rows
         return {"records": [self._question(spec, i, part) for i, part in enumerate(parts)]}
 
     def _question(self, spec: DataSet, i: int, part: str) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -34,7 +34,6 @@ TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="ut
 PLACES: dict[str, str] = TABLE["places"]
 IN_RECORDS: str = TABLE["in_records"]
 FRAMES = 8  # of a video
-BEIR = ("queries", "qrels", "corpus")
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,13 @@ class DataSet:
     family: str
     metric: Metric
     source: str
+    configs: Sequence[str]
     split: str
     revision: str
+    records: str
     media: str
     queries: int
     gb: float
-    config: str = ""
-    configs: Sequence[str] = ()
     own_line: bool = False
     query_image: bool = False
     newlines: int = 1
@@ -122,7 +121,9 @@ def _queries(
 ) -> list[dict[str, Any]]:
     if prompts not in get_args(Prompts):
         raise ValueError(f"mmeb-v2: prompts is {prompts!r}, expected one of {get_args(Prompts)}")
-    relevant = _relevant(spec, qrels)
+    if spec.family == "pages" and qrels is None:
+        raise ValueError(f"mmeb-v2: qrels is None, expected those of {spec.name}")
+    relevant = on_disk.relevant(spec.name, qrels or ())
     queries = []
     for number, record in enumerate(records):
         row = Row(spec.name, number, record)
@@ -161,7 +162,8 @@ def build(
 
     def add(key: Any, text: str, shown: Sequence[Any] | None = None) -> int:
         if places.setdefault(key, len(places)) == len(candidates):
-            shown = [media.shown(key, *shown)] if shown and media.pages else shown
+            if key in media.pages and shown and not os.path.isfile(shown[0]):
+                shown = [media.pages[key]]  # as its record has it
             candidates.append(_side(text, shown, prompts))
         return places[key]
 
@@ -258,10 +260,6 @@ class Media(Pictures):
             return os.path.join(self.root, name)
         return self.image(row, name)
 
-    def shown(self, key: Any, path: str) -> Any:
-        """A page's file, or where there is none the picture in its record."""
-        return path if os.path.isfile(path) else self.pages[key]
-
 
 def _prompt(instruction: str, text: str = "", kind: str | None = None) -> str:
     """VLM2Vec's order: the picture's place, the instruction, the text."""
@@ -344,81 +342,70 @@ def _videos(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
 def _options(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
     """A video and a question find one of a few answers, which the question lists."""
     question, video, answer = row.text("question"), str(row[spec.video]), row["answer"]
-    texts = None
-    if spec.options == "yes or no":
+    texts, style = None, spec.options
+    if style == "yes or no":
         names, video = ["yes", "no"], f"v_{video}"
         question += "? (A) yes; (B) no."
         place = names.index(answer) if answer in names else -1
-    elif spec.options == "lettered":
-        choices = [row.text(f"a{i}") for i in range(5)] if not spec.configs else []
-        choices = choices or row.texts("candidates")
-        names = [f"({_letter(i)}) {choice}" for i, choice in enumerate(choices)]
-        question = "\n".join([question, "Options:", *names]).rstrip()
-        names, place = (names, 0) if spec.configs else (choices, answer)
+    elif style in ("lettered", "letters in names"):
+        by_name = style == "letters in names"
+        names = row.texts("candidates") if by_name else [row.text(f"a{i}") for i in range(5)]
+        listed = [f"({chr(ord('A') + i)}) {name}" for i, name in enumerate(names)]
+        question = "\n".join([question, "Options:", *listed]).rstrip()
+        place = answer
+        if by_name:  # an answer that is no option is no candidate either, and has the letter @
+            place = max((i for i, name in enumerate(names) if name == answer), default=-1)
+            video = f"{row.record.get('subset') or row['_subset']}/{video}"
+            names, label = listed, f"({chr(ord('A') + place)}) {answer}"
     else:
-        lines = spec.options == "lines"
+        lines = style == "lines"
         names = row.texts("options" if lines else "option")
         question += "\n" + "\n".join(names) if lines else " ".join(names)
         texts = [name[name.find(". ") :].strip(". ") for name in names]
         place = "ABCD".find(answer) if lines else int(answer)
-    if not 0 <= place < len(names):
-        raise row.wrong(f"answer is {answer!r}, expected one of {', '.join(names)}")
-    label = names[place]
-    if spec.configs:  # an answer that is none of the options is none of the candidates either
-        video = f"{row.record.get('subset') or row['_subset']}/{video}"
-        label = (
-            f"({_letter(max([-1, *(i for i, c in enumerate(choices) if c == answer)]))}) {answer}"
-        )
-    text = _prompt(spec.query, question, "video")
-    return _query(
-        text, media.frames(row, video, most=FRAMES), names, label, cand_texts=texts or list(names)
-    )
-
-
-def _letter(place: int) -> str:
-    return chr(ord("A") + place)
+    if style != "letters in names":
+        if not 0 <= place < len(names):
+            raise row.wrong(f"answer is {answer!r}, expected one of {', '.join(names)}")
+        label = names[place]
+    frames, text = media.frames(row, video, most=FRAMES), _prompt(spec.query, question, "video")
+    return _query(text, frames, names, label, cand_texts=texts or list(names))
 
 
 def _clips(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
-    """A video and words find a clip of it; the last of those named positive is right."""
-    if spec.query_with_image:
-        return _moments(spec, row, media)
-    video = os.path.splitext(os.path.basename(row.text("video_path")))[0]
-    folders = [os.path.join(video, clip) for clip in media.folders(video) if clip != "query"]
-    right = [folder for folder in folders if os.path.basename(folder).startswith("positive")]
-    if not right:
-        where = os.path.join(media.root, video)
-        raise row.wrong(f"no clip named positive* in {where}", FileNotFoundError)
-    text = _prompt(spec.query, row.text("query"), "video")
-    shown = media.frames(row, video, "query", most=FRAMES)
+    """Words and a video or a picture find a clip: of the video, or of a list of clips."""
+    words, most = row.text("query"), FRAMES if not spec.query_with_image else None
+    if not spec.query_with_image:
+        video = os.path.splitext(os.path.basename(row.text("video_path")))[0]
+        folders = [os.path.join(video, clip) for clip in media.folders(video) if clip != "query"]
+        right = [folder for folder in folders if os.path.basename(folder).startswith("positive")]
+        if not right:
+            where = os.path.join(media.root, video)
+            raise row.wrong(f"no clip named positive* in {where}", FileNotFoundError)
+        text = _prompt(spec.query, words, "video")
+        shown = media.frames(row, video, "query", most=FRAMES)
+    else:
+        given, shown, text = row.text("input_frames"), None, _prompt(spec.query, words)
+        if given.endswith(".mp4"):
+            text = _prompt(spec.query_with_video, words, "video")
+            shown = media.frames(row, _clip(given))
+        elif given.endswith(".jpg"):
+            text = _prompt(spec.query_with_image, words, "image")
+            shown = [media.image(row, f"query_{given}")]
+        clips = {
+            field: [Row(row.name, row.number, clip).text("output_path") for clip in row[field]]
+            for field in ("positive_frames", "negative_frames")
+        }
+        folders = [_clip(path) for paths in clips.values() for path in paths]
+        right = folders[: len(clips["positive_frames"])]
     names = [os.path.join(media.root, folder) for folder in folders]
+    labels = [os.path.join(media.root, folder) for folder in right]
+    label = labels if spec.query_with_image else labels[-1]
     texts = [_prompt(spec.candidate, kind="video")] * len(names)
-    frames = [media.frames(row, folder, most=FRAMES) for folder in folders]
-    label = os.path.join(media.root, right[-1])
+    frames = [media.frames(row, folder, most=most) for folder in folders]
     return _query(text, shown, names, label, cand_texts=texts, cand_media=frames)
 
 
-def _moments(spec: DataSet, row: Row, media: Media) -> dict[str, Any]:
-    """Words, maybe with a video or a picture, find one of several clips; all frames are shown."""
-    words, given, shown = row.text("query"), row.text("input_frames"), None
-    text = _prompt(spec.query, words)
-    if given.endswith(".mp4"):
-        text = _prompt(spec.query_with_video, words, "video")
-        shown = media.frames(row, _clip_folder(given))
-    elif given.endswith(".jpg"):
-        text = _prompt(spec.query_with_image, words, "image")
-        shown = [media.image(row, f"query_{given}")]
-    right, others = (
-        [_clip_folder(Row(row.name, row.number, clip).text("output_path")) for clip in row[field]]
-        for field in ("positive_frames", "negative_frames")
-    )
-    frames = [media.frames(row, folder) for folder in right + others]
-    names = [os.path.join(media.root, folder) for folder in right + others]
-    texts = [_prompt(spec.candidate, kind="video")] * len(names)
-    return _query(text, shown, names, names[: len(right)], cand_texts=texts, cand_media=frames)
-
-
-def _clip_folder(path: str) -> str:
+def _clip(path: str) -> str:
     return os.path.join("video_frames", path.replace("/", "_").split(".mp4")[0])
 
 
@@ -434,22 +421,6 @@ def _pages(spec: DataSet, row: Row, media: Media, relevant: Any) -> dict[str, An
     return _query(text, None, names, names, cand_texts=texts, cand_media=pages, rel_scores=scores)
 
 
-def _relevant(spec: DataSet, qrels: Any) -> dict[Any, dict[Any, Any]]:
-    """Per query id the pages with a score above 0, of a page named twice the higher one."""
-    if spec.family != "pages":
-        return {}
-    if qrels is None:
-        raise ValueError(f"mmeb-v2: qrels is None, expected those of {spec.name}")
-    found: dict[Any, dict[Any, Any]] = {}
-    for number, record in enumerate(qrels):
-        row = Row(f"{spec.name} (qrels)", number, record)
-        query, page, score = row["query-id"], row["corpus-id"], row["score"]
-        if score > 0:
-            of_query = found.setdefault(query, {})
-            of_query[page] = max(of_query.get(page, 0), score)
-    return found
-
-
 FAMILIES: dict[str, Callable[[DataSet, Row, Media, Any], dict[str, Any]]] = {
     "answers": _answers,
     "images": _images,
@@ -461,20 +432,12 @@ FAMILIES: dict[str, Callable[[DataSet, Row, Media, Any], dict[str, Any]]] = {
 }
 
 
-class Loaded(NamedTuple):
-    """A data set's records as `expand` takes them, the commit on the hub that they are of, or
-    "local", and the files that were read.
-    """
-
-    records: Sequence[Mapping[str, Any]]
-    corpus: Sequence[Mapping[str, Any]] | None
-    qrels: Sequence[Mapping[str, Any]] | None
-    revision: str
-    files: list[Path]
-
-
-def load(name: str, data_dir: str | Path) -> Loaded:
+def load(name: str, data_dir: str | Path) -> tuple[dict[str, Any], str, list[Path]]:
     """A data set's records below `data_dir`; a page without a file gets one from its record.
+
+    Returns:
+        The `records`, and for documents `corpus` and `qrels`, as `build` takes them; the commit on
+        the hub that they are of, or "local"; the files that were read.
 
     Raises:
         FileNotFoundError: there are none, or a part of them is missing.
@@ -482,20 +445,20 @@ def load(name: str, data_dir: str | Path) -> Loaded:
         ImportError: a parquet file without pyarrow (the extra `data`).
     """
     spec = data_set(name)
-    folder = home(spec, data_dir)
+    folder = Path(data_dir, spec.records)
     try:
-        files = {part: on_disk.find(folder, part, spec.split) for part in parts(spec)}
+        files = {part: on_disk.find(folder, part, spec.split) for part in spec.configs}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} has {error}; --fetch gets them") from error
-    rows = {part: chain(*map(on_disk.read, of)) for part, of in files.items()}
-    every = list(chain(*files.values()))
-    commit = on_disk.revision(folder)
+    rows = {part: list(chain(*map(on_disk.read, of))) for part, of in files.items()}
     if spec.family == "pages":
         corpus = [_with_file(spec, data_dir, *each) for each in enumerate(rows["corpus"])]
-        return Loaded(list(rows["queries"]), corpus, list(rows["qrels"]), commit, every)
-    named = {part: {"subset": part} if spec.configs else {} for part in rows}
-    records = [{**row, **named[part]} for part, of in rows.items() for row in of]
-    return Loaded(records, None, None, commit, every)
+        arguments = {"records": rows["queries"], "corpus": corpus, "qrels": rows["qrels"]}
+    else:
+        several = len(rows) > 1
+        named = {part: {"subset": part} if several else {} for part in rows}
+        arguments = {"records": [{**row, **named[part]} for part in rows for row in rows[part]]}
+    return arguments, on_disk.revision(folder), list(chain(*files.values()))
 
 
 def fetch(name: str, data_dir: str | Path) -> None:
@@ -506,47 +469,17 @@ def fetch(name: str, data_dir: str | Path) -> None:
         OSError: no connection.
     """
     spec = data_set(name)
-    folder = home(spec, data_dir)
-    on_disk.fetch(spec.source, spec.revision, parts(spec), spec.split, folder)
-    loaded = load(name, data_dir)  # a document set's pages come with its records
+    folder = Path(data_dir, spec.records)
+    on_disk.fetch(spec.source, spec.revision, spec.configs, spec.split, folder)
+    arguments, _, _ = load(name, data_dir)  # a document set's pages come with its records
     if spec.family == "pages":
         return
+    shown = {row.get("qry_img_path") for row in arguments["records"]}
+    shown.update(chain(*(row.get("tgt_img_path") or () for row in arguments["records"])))
     into, archive = archive_of(spec)
-    below = str(PurePosixPath(spec.media).relative_to(into))
-    start = "" if below == "." else f"{below}/"
-    shown = {row.get("qry_img_path") for row in loaded.records}
-    shown.update(chain(*(row.get("tgt_img_path") or () for row in loaded.records)))
-    on_disk.unpack(
-        archive["source"],
-        archive["revision"],
-        archive["files"],
-        Path(data_dir, into),
-        lambda member: member.startswith(start) if start else member in shown,
-        archive["strip"],
-    )
-
-
-def size(spec: DataSet, archives: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """GB of a data set's records on the hub; those of archives, which sets share, with its own."""
-    _, there = on_disk.listed(spec.source, spec.revision)
-    picked = {name for part in parts(spec) for name in on_disk.pick(there, part, spec.split)}
-    known = dict(archives)
-    if spec.family != "pages" and not known.keys() >= set(archive_of(spec)[1]["files"]):
-        archive = archive_of(spec)[1]
-        _, files = on_disk.listed(archive["source"], archive["revision"])
-        known |= {name: files[name] / 1e9 for name in archive["files"]}
-    return sum(there[name] for name in picked) / 1e9, known
-
-
-def parts(spec: DataSet) -> Sequence[str]:
-    """The configurations whose records make a data set."""
-    return spec.configs or (BEIR if spec.family == "pages" else (spec.config,))
-
-
-def home(spec: DataSet, data_dir: str | Path) -> Path:
-    """The folder of a data set's records: that of their source, one for all image sets."""
-    folder = Path(data_dir, f"{spec.modality}-tasks")
-    return folder if spec.modality == "image" else folder / PurePosixPath(spec.source).name
+    start = spec.media[len(into) + 1 :] + "/"
+    wanted = shown.__contains__ if spec.modality == "image" else lambda at: at.startswith(start)
+    on_disk.unpack(into=Path(data_dir, into), wanted=wanted, **archive)
 
 
 def archive_of(spec: DataSet) -> tuple[str, Mapping[str, Any]]:

@@ -111,6 +111,20 @@ def _natural(name: str) -> list[Any]:
     return [int(x) if x.isdigit() else x.lower() for x in re.split(r"(\d+)", name)]
 
 
+def relevant(name: str, qrels: Iterable[Mapping[str, Any]]) -> dict[Any, dict[Any, Any]]:
+    """By query id the pages with a score above 0, of a page named twice the higher one: BEIR's
+    qrels, records of `query-id`, `corpus-id` and `score`.
+    """
+    found: dict[Any, dict[Any, Any]] = {}
+    for number, record in enumerate(qrels):
+        row = Row(f"{name} (qrels)", number, record)
+        query, page, score = row["query-id"], row["corpus-id"], row["score"]
+        if score > 0:
+            of_query = found.setdefault(query, {})
+            of_query[page] = max(of_query.get(page, 0), score)
+    return found
+
+
 def patterns(config: str, split: str) -> list[str]:
     """Under which names a configuration's files may lie, the likeliest first."""
     if not config:
@@ -202,30 +216,36 @@ def fetch(source: str, commit: str, configs: Sequence[str], split: str, folder: 
 
 def unpack(
     source: str,
-    commit: str,
+    revision: str,
     files: Sequence[str],
-    folder: Path,
+    strip: str,
+    into: Path,
     wanted: Callable[[str], bool],
-    strip: str = "",
 ) -> int:
     """Get an archive, maybe in parts, from the hub, and take out of it what is wanted.
 
     Args:
-        wanted: of a member's name without `strip`; what is in the folder already stays.
+        source, revision, files: the repository, its commit, and the archive's parts in it.
+        strip: what its members' names start with.
+        into: where they go; what is there already stays.
+        wanted: of a member's name without `strip`.
+
+    Returns:
+        How many files that were.
     """
     from huggingface_hub import hf_hub_download
 
-    sha, _ = listed(source, commit)
+    sha, _ = listed(source, revision)
     paths = [hf_hub_download(source, x, repo_type="dataset", revision=sha) for x in files]
     count = 0
     with io.BufferedReader(_Joined(paths)) as whole, tarfile.open(fileobj=whole, mode="r|*") as tar:
         for member in tar:
             name = member.name.removeprefix("./").removeprefix(strip)
-            if not member.isfile() or not wanted(name) or (folder / name).exists():
+            if not member.isfile() or not wanted(name) or (into / name).exists():
                 continue
             member.name = f"{name}.part"  # a kill leaves no half of a picture under its name
-            tar.extract(member, folder, filter="data")
-            rename(folder / member.name, folder / name)
+            tar.extract(member, into, filter="data")
+            rename(into / member.name, into / name)
             count += 1
     return count
 

@@ -129,29 +129,37 @@ def needs(names: Sequence[str]) -> str:
     """What data sets take on disk, in GB: as the hub has them now, or where it does not answer as
     they are modelled.
     """
-    lines, total, known = [], 0.0, True
+    lines, total = [], 0.0
     archives: dict[str, float] = {}
+    known = True
     for name in names:
         spec = mmeb_v2.data_set(name)
-        gb, note = spec.gb, ""
-        if known:
-            try:
-                gb, archives = mmeb_v2.size(spec, archives)
-            except Exception:  # of the hub's client, and of all below it
-                known = False
-        if not known:
-            gb, note = spec.gb, "about "
+        try:
+            gb = size(spec, archives) if known else spec.gb
+        except Exception:  # of the hub's client, and of all below it
+            gb, known = spec.gb, False
+        about = "" if known else "about "
         total += gb
-        lines.append(
-            f"{name:<46}{spec.meta_task:<8}{note + format(gb, '.2f'):>13} GB  {spec.source}"
-        )
-    lines += [f"{file:<54}{gb:13.2f} GB" for file, gb in archives.items()]
+        lines.append(f"{name:<46}{spec.meta_task:<6}{about:>8}{gb:8.2f} GB  {spec.source}")
+    lines += [f"{file:<60}{gb:8.2f} GB" for file, gb in archives.items()]
     total += sum(archives.values())
     how = "as the hub has them" if known else "modelled: the hub does not answer"
-    lines.append(
-        f"{len(names)} data sets, {total:.1f} GB ({how}); an archive is unpacked beside itself"
-    )
+    lines.append(f"{len(names)} data sets, {total:.1f} GB ({how}); archives are unpacked besides")
     return "\n".join(lines)
+
+
+def size(spec: mmeb_v2.DataSet, archives: dict[str, float]) -> float:
+    """GB of a data set's records on the hub; those of the archive of its media, which sets share,
+    are put down.
+    """
+    _, there = records.listed(spec.source, spec.revision)
+    picked = {name for part in spec.configs for name in records.pick(there, part, spec.split)}
+    if spec.family != "pages":
+        _, archive = mmeb_v2.archive_of(spec)
+        if not archives.keys() >= {*archive["files"]}:
+            _, files = records.listed(archive["source"], archive["revision"])
+            archives.update({name: files[name] / 1e9 for name in archive["files"]})
+    return sum(there[name] for name in picked) / 1e9
 
 
 def refuse_missing(names: Sequence[str], data: Path) -> None:
@@ -160,8 +168,8 @@ def refuse_missing(names: Sequence[str], data: Path) -> None:
     for name in names:
         spec = mmeb_v2.data_set(name)
         try:
-            for part in mmeb_v2.parts(spec):
-                records.find(mmeb_v2.home(spec, data), part, spec.split)
+            for part in spec.configs:
+                records.find(data / spec.records, part, spec.split)
         except FileNotFoundError as error:
             missing.append(f"{name} ({error})")
     if missing:
@@ -191,16 +199,10 @@ def score_all(
                 mmeb_v2.fetch(name, command.data)
             runner.from_first(None)  # nobody reads before all is there
             loaded = mmeb_v2.load(name, command.data)
-            task = mmeb_v2.build(
-                name,
-                loaded.records,
-                command.data,
-                corpus=loaded.corpus,
-                qrels=loaded.qrels,
-                prompts=command.prompts,
-            )
+            rows, _, _ = loaded
+            task = mmeb_v2.build(name, data_dir=command.data, prompts=command.prompts, **rows)
             runner.check(task)
-            data = scores.data_of(task, loaded, contents) if rank() == 0 else None
+            data = scores.data_of(task, *loaded, contents) if rank() == 0 else None
             data, kept = runner.from_first((data, data and scores.kept(name, data)))
             count = len(task.queries) + len(task.candidates)
             bar.total += (0 if kept else count) - guessed[name]
@@ -295,20 +297,24 @@ class Scores:
             return None
 
     def data_of(
-        self, task: RetrievalTask, loaded: mmeb_v2.Loaded, contents: Contents
+        self,
+        task: RetrievalTask,
+        rows: Mapping[str, Any],
+        revision: str,
+        files: Sequence[Path],
+        contents: Contents,
     ) -> dict[str, str]:
         """The revision of a data set and a digest of all that it holds."""
         media = sorted(
             {path for side in (*task.queries, *task.candidates) for path in media_of(side)}
         )
-        stamp = contents.stamp([*map(str, loaded.files), *media])
+        stamp = contents.stamp([*map(str, files), *media])
         self.stamps[task.name] = stamp
         had = self._read(task.name)
         if had and had["stamp"] == stamp:
             return had["data"]
         shown = {os.path.relpath(path, contents.root): contents.digest(path) for path in media}
-        rows = [loaded.records, loaded.qrels, loaded.corpus]
-        return {"revision": loaded.revision, "digest": digest_of([rows, shown])}
+        return {"revision": revision, "digest": digest_of([rows, shown])}
 
     def kept(self, name: str, data: Mapping[str, str]) -> bool:
         """Whether a score of just this is there; then its row is."""
