@@ -76,9 +76,8 @@ def data_sets() -> dict[str, DataSet]:
 def data_set(name: str) -> DataSet:
     """A data set by its name; a ValueError that names the nearest ones for an unknown name."""
     if name not in data_sets():
-        near = difflib.get_close_matches(name, data_sets(), 3, 0.4)
-        near = near or [each for each in data_sets() if name.lower() in each.lower()][:3]
-        raise ValueError(f"mmeb-v2: no data set {name!r}, expected {' or '.join(near or ['one'])}")
+        near = " or ".join(difflib.get_close_matches(name, data_sets(), 3, 0.3))
+        raise ValueError(f"mmeb-v2: no data set {name!r}, expected {near or 'one of the table'}")
     return data_sets()[name]
 
 

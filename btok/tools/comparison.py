@@ -127,12 +127,15 @@ def _means(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     return [*groups, ("overall", result["overall"], origin["overall"])]
 
 
-def differences(result: Mapping[str, Any], other: Published) -> str:
+def differences(
+    result: Mapping[str, Any], other: Published, mine: Mapping[str, Sequence[float]]
+) -> str:
     """Our scores less another model's, by data set and group, with 95 % intervals over queries.
 
     From both models' queries where both are there and of the same data (paired); else both scores'
     own intervals count, as if the queries were others (Newcombe's method): that is too wide rather
-    than too narrow. A published ndcg, whose spread is not known, is given ours.
+    than too narrow. A published ndcg, whose spread is not known, is given ours. `mine` has our
+    queries' scores by data set.
     """
     rows = result["tasks"]
     lines = [f"against {other.model}", _line("data set", "ours", "theirs", "ours - theirs")]
@@ -140,7 +143,7 @@ def differences(result: Mapping[str, Any], other: Published) -> str:
     for name in (name for name in rows if name in other.tasks):
         # what is published is what the benchmark's code computes
         ours = rows[name]["score" if other.data else "origin"]
-        gaps[name] = _gap(name, rows[name], ours, other)
+        gaps[name] = _gap(name, rows[name], ours, other, mine.get(name, ()))
         gap, low, high = gaps[name]
         said = f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]"
         lines.append(_line(name, f"{ours:.1f}", f"{other.tasks[name]:.1f}", said))
@@ -165,13 +168,17 @@ def differences(result: Mapping[str, Any], other: Published) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _gap(name: str, row: Mapping[str, Any], ours: float, other: Published) -> Interval:
+def _gap(
+    name: str, row: Mapping[str, Any], ours: float, other: Published, mine: Sequence[float]
+) -> Interval:
     theirs = other.tasks[name]
-    mine = row.get("values")
-    if mine is not None and other.data.get(name) == row["data"] and name in other.values:
-        each = 100 * (np.array(mine) - np.array(other.values[name]))
-        half = 1.96 * each.std(ddof=1) / math.sqrt(len(each)) if len(each) > 1 else 100.0
-        return float(each.mean()), float(each.mean() - half), float(each.mean() + half)
+    if mine and name in other.values and other.data.get(name) == row["data"]:
+        each = np.array(mine) - np.array(other.values[name])
+        # shrunk towards the widest there is by the weight of one query, so that none has no width
+        spread = math.sqrt((len(each) * each.var() + 1) / (len(each) + 1))
+        half = 100 * 1.96 * spread / math.sqrt(len(each))
+        gap = 100 * float(each.mean())
+        return gap, max(gap - half, -100.0), min(gap + half, 100.0)
     below, above = row["score"] - row["ci95"][0], row["ci95"][1] - row["score"]
     low, high = theirs - below, theirs + above
     if row["metric"].startswith("hit") and (n := other.queries.get(name)):

@@ -101,7 +101,7 @@ def evaluate(command: Evaluate) -> None:
     result = scores.result(names)
     print(comparison.table(result))
     for other in others:
-        print(comparison.differences(result, other))
+        print(comparison.differences(result, other, scores.values(names)))
     if command.picture is not None:
         comparison.draw(result, others or comparison.read("published"), command.picture)
     if command.submission is not None:
@@ -333,6 +333,11 @@ class Scores:
         kept = {"version": VERSION, "made_of": self.made_of, "data": data}
         kept |= {"stamp": self.stamps[name], "row": scored.row, "queries": scored.values}
         write_json(self.file(name), kept)
+
+    def values(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """Each query's score, by data set, as shares."""
+        had = {name: self._read(name) for name in names}
+        return {name: kept["queries"] for name, kept in had.items() if kept}
 
     def result(self, names: Sequence[str]) -> dict[str, Any]:
         """All rows, each with what it was made of, and means where no data set is missing."""

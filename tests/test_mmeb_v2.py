@@ -1,0 +1,570 @@
+"""MMEB-V2: strings of every family, the miniature of all data sets end to end, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_checkpoint
+from mmeb_miniature import Miniature
+from PIL import Image
+
+from btok import BTokEncoder
+from btok.evaluation import mmeb_v2
+from btok.processing import Processor
+from btok.tools import cli, comparison, evaluate
+
+ROOT = Path(__file__).resolve().parent.parent
+ONE_OF_EACH = "OK-VQA,VisDial,RefCOCO-Matching,Breakfast,MSVD,EgoSchema,MomentSeeker,"
+ONE_OF_EACH += "ViDoRe_arxivqa,VisRAG_ChartQA"
+VIDEO, IMAGE = "<|video_pad|> ", "<|image_pad|>"
+ASKED = (
+    "Given a video and a question, select the most accurate answer from the provided candidates. "
+    "Return only the exact text of your chosen answer. Question: "
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The miniature; tests that change it copy it."""
+    miniature = Miniature(tmp_path_factory.mktemp("mmeb"))
+    for name in mmeb_v2.data_sets():
+        miniature.make(name)
+    return miniature.root
+
+
+@pytest.fixture
+def media(tmp_path):
+    """Pictures and frames for records by hand."""
+
+    def make(*paths, frames=0):
+        for path in paths:
+            files = [f"{path}/{i}.png" for i in range(frames)] if frames else [path]
+            for file in files:
+                (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8)).save(tmp_path / file)
+        return tmp_path
+
+    return make
+
+
+def run(*arguments):
+    return cli.main(["eval", *map(str, arguments)])
+
+
+def test_the_table_has_all_data_sets():
+    """36 of images, 18 of videos, 24 of documents, in the benchmark's nine meta-tasks."""
+    table = mmeb_v2.data_sets().values()
+    counts = {"image": 36, "video": 18, "visdoc": 24}
+    assert {m: sum(x.modality == m for x in table) for m in counts} == counts
+    groups = "I-CLS 10 I-QA 10 I-RET 12 I-VG 4 V-CLS 5 V-QA 5 V-RET 5 M-RET 3 VDRv1 10 VDRv2 4 VR 6"
+    words = f"{groups} OOD 4".split(" ")
+    of = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    assert {g: sum(x.meta_task == g for x in table) for g in of} == of and sum(of.values()) == 78
+    for spec in table:
+        assert spec.metric == ("ndcg@5" if spec.modality == "visdoc" else "hit@1")
+        assert spec.gb > 0 and spec.queries > 0 and spec.family in mmeb_v2.FAMILIES
+    assert [len(mmeb_v2.data_set(n).labels) for n in ("K700", "UCF101", "HMDB51")] == [700, 101, 51]
+
+
+def picture_query(inst, text):
+    return {"qry_inst": inst, "qry_text": text, "qry_img_path": "a.jpg"}
+
+
+TARGET = {"tgt_inst": f"{mmeb_v2.IN_RECORDS}\nShow it.", "tgt_img_path": ["a.jpg", "b.jpg"]}
+STRINGS = [  # data set, record, its query, its candidates, their names, the label
+    (
+        "VOC2007",
+        picture_query("<|image_1|> Name \n it", "") | {"tgt_text": ["cat", "dog"]},
+        f"{IMAGE}  Name\n it\n",
+        ["cat", "dog"],
+        ["cat", "dog"],
+        "cat",
+    ),
+    (
+        "GQA",
+        picture_query("<|image_1|> Answer: \n", "Who \nis it?") | {"tgt_text": ["a", "b"]},
+        f"{IMAGE}\nAnswer: Who\nis it?\n",
+        ["a", "b"],
+        ["a", "b"],
+        "a",
+    ),
+    (
+        "VisDial",
+        {"qry_inst": "Find:", "qry_text": "Q: what?"} | TARGET | {"tgt_text": ["", ""]},
+        "Find: Q: what?\n\n",
+        [f"{IMAGE}\nShow it.\n"] * 2,
+        ["a.jpg", "b.jpg"],
+        "a.jpg",
+    ),
+    (
+        "WebQA",
+        {"qry_inst": "<|image_1|>\nFind:", "qry_text": "x"} | TARGET | {"tgt_text": ["c", "d "]},
+        f"{IMAGE}\nFind: x\n",
+        [f"{IMAGE}\nShow it. c\n", f"{IMAGE}\nShow it. d \n"],
+        ["a.jpg", "b.jpg"],
+        "a.jpg",
+    ),
+    (
+        "NIGHTS",
+        picture_query("<|image_1|>\nFind:", "") | TARGET | {"tgt_text": ["", ""]},
+        f"{IMAGE}\nFind:\n",
+        [f"{IMAGE}\nShow it."] * 2,
+        ["a.jpg:", "b.jpg:"],
+        "a.jpg:",
+    ),
+    (
+        "RefCOCO-Matching",
+        picture_query("<|image_1|>\nFind:", "left") | TARGET | {"tgt_text": ['"man"', "boy"]},
+        f"{IMAGE}\nFind: left\n",
+        [f'{IMAGE}\nShow it. "man"\n', f"{IMAGE}\nShow it. boy\n"],
+        ["a.jpg:man", "b.jpg:boy"],
+        "a.jpg:man",
+    ),
+    (
+        "Breakfast",
+        {"video_id": "v", "pos_text": "tea"},
+        f"{VIDEO}Recognize the breakfast type that the person is cooking in the video. ",
+        ["tea"],
+        ["tea"],
+        "tea",
+    ),
+    (
+        "SmthSmthV2",
+        {"video_id": "v", "pos_text": "b", "neg_text": ["a", "b"]},
+        f"{VIDEO}What actions or object interactions are being performed by the person in the "
+        "video?",
+        ["a", "b"],
+        ["a", "b"],
+        "b",
+    ),
+    (
+        "VATEX",
+        {"videoID": "v", "enCap": ["A cat.", "unused"]},
+        "Select a video that fits the description provided: A cat.",
+        [f"{VIDEO}Understand the content of the provided video."],
+        ["v"],
+        "v",
+    ),
+    (
+        "MVBench",
+        {"subset": "s", "video": "v", "question": "Why?", "candidates": ["a", "b"], "answer": "b"},
+        f"{VIDEO}{ASKED} Why?\nOptions:\n(A) a\n(B) b",
+        ["(A) a", "(B) b"],
+        ["(A) a", "(B) b"],
+        "(B) b",
+    ),
+    (
+        "NExTQA",
+        {"video": "v", "question": "Why?", "answer": 3} | {f"a{i}": f"x{i}" for i in range(5)},
+        f"{VIDEO}{ASKED} Why?\nOptions:\n(A) x0\n(B) x1\n(C) x2\n(D) x3\n(E) x4",
+        ["x0", "x1", "x2", "x3", "x4"],
+        ["x0", "x1", "x2", "x3", "x4"],
+        "x3",
+    ),
+    (
+        "Video-MME",
+        {"videoID": "v", "question": "Why?", "options": ["A. 1.5 m.", "B. b"], "answer": "B"},
+        f"{VIDEO}{ASKED} Why?\nA. 1.5 m.\nB. b",
+        ["1.5 m", "b"],
+        ["A. 1.5 m.", "B. b"],
+        "B. b",
+    ),
+    (
+        "EgoSchema",
+        {"video_idx": "v", "question": "Why?", "option": ["A. a.", "B. b"], "answer": "0"},
+        f"{VIDEO}{ASKED} Why?A. a. B. b",
+        ["a", "b"],
+        ["A. a.", "B. b"],
+        "A. a.",
+    ),
+    (
+        "ActivityNetQA",
+        {"video_name": "v", "question": "is it", "answer": "no"},
+        f"{VIDEO}{ASKED} is it? (A) yes; (B) no.",
+        ["yes", "no"],
+        ["yes", "no"],
+        "no",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "record", "text", "candidates", "names", "label"), STRINGS)
+def test_strings_are_the_benchmarks_own(media, name, record, text, candidates, names, label):
+    spec = mmeb_v2.data_set(name)
+    root = media(f"{spec.media}/a.jpg", f"{spec.media}/b.jpg")
+    media(*(f"{spec.media}/{folder}" for folder in ("v", "v_v", "s/v")), frames=9)
+    (query,) = mmeb_v2.expand(name, [record], root)
+    assert query["query_text"] == text
+    assert query["cand_texts"] == candidates
+    assert query["cand_names"] == names
+    assert query["label_name"] == label
+    shown = query["query_media"] or query["cand_media"][0]
+    if spec.modality == "image":
+        assert shown == [f"{root}/{spec.media}/a.jpg"]
+    else:  # 8 of 9 frames, the last one left out but one
+        assert [Path(path).stem for path in shown] == list("01234568")
+    (plain,) = mmeb_v2.expand(name, [record], root, prompts="canonical")
+    for origin, trained in zip(
+        [text, *candidates], [plain["query_text"], *plain["cand_texts"]], strict=True
+    ):
+        bare = origin.replace(IMAGE, "").replace(VIDEO, "").strip()
+        kind = "video" if origin.startswith(VIDEO) else "image" if IMAGE in origin else None
+        pictured = kind and not (name == "WebQA" and origin == text)  # that has no picture
+        wrapped = f"<|vision_start|><|{kind}_pad|><|vision_end|>\n" if pictured else ""
+        assert trained == f"{wrapped}{bare}\n"
+
+
+def test_clips_come_from_folders_in_order(media):
+    spec = mmeb_v2.data_set("QVHighlight")
+    below = f"{spec.media}/v_1"
+    media(f"{below}/query", frames=10)
+    root = media(*(f"{below}/{clip}" for clip in ("b", "positive_1", "a", "positive_0")), frames=2)
+    record = {"query": "A cat.", "video_path": "x/v_1.mp4"}
+    (query,) = mmeb_v2.expand("QVHighlight", [record], root)
+    folder = f"{root}/{below}"
+    names = ["a", "b", "positive_0", "positive_1"]
+    assert query["cand_names"] == [f"{folder}/{name}" for name in names]
+    assert query["label_name"] == f"{folder}/positive_1"
+    assert len(query["query_media"]) == 8 and [len(x) for x in query["cand_media"]] == [2] * 4
+
+
+def test_documents_are_graded_and_their_pages_named(media):
+    """An equal name counts once, with the higher score; a score of 0 is none."""
+    pages = [{"corpus-id": i, "image": None} for i in (40, 3, 17)]
+    root = media(*(f"visdoc-tasks/ViDoRe_docvqa/{row['corpus-id']}.png" for row in pages))
+    scores = [(7, 40, 1), (7, 3, 2), (7, 17, 0), (7, 40, 3)]
+    qrels = [dict(zip(("query-id", "corpus-id", "score"), row, strict=True)) for row in scores]
+    records = [{"query-id": 7, "query": "Who?"}]
+    (query,) = mmeb_v2.expand("ViDoRe_docvqa", records, root, corpus=pages, qrels=qrels)
+    assert query["query_text"] == "Find a document image that matches the given query: Who?"
+    assert (query["label_name"], query["rel_scores"]) == ([40, 3], [3, 2])
+    task = mmeb_v2.build("ViDoRe_docvqa", records, root, corpus=pages, qrels=qrels)
+    assert [Path(side.images[0]).stem for side in task.candidates] == ["40", "3", "17"]
+    assert task.qrels == [{0: 3.0, 1: 2.0}] and task.pools is None
+    order = list({40, 3})  # labels are reordered there, and their scores are not
+    assert order == [40, 3] or task.published_qrels == [{0: 2.0, 1: 3.0}]
+    assert mmeb_v2._as_published(["a", "b"], [1, 3]) == {"a": 2.0, "b": 2.0}
+
+
+def test_a_page_is_shown_from_its_record_where_it_has_no_file(tmp_path):
+    page = Image.new("RGB", (20, 30))
+    corpus = [{"corpus-id": "p.png", "image": page}]
+    qrels = [{"query-id": 0, "corpus-id": "p.png", "score": 1}]
+    records = [{"query-id": 0, "query": "Who?"}]
+    task = mmeb_v2.build("VisRAG_PlotQA", records, tmp_path, corpus=corpus, qrels=qrels)
+    assert task.candidates[0].images == [page]
+
+
+def test_origin_is_tokenised_without_brackets(checkpoint, data):
+    processor = Processor.from_pretrained(checkpoint)
+    rows, _, _ = mmeb_v2.load("OK-VQA", data)
+    task = mmeb_v2.build("OK-VQA", data_dir=data, prompts="origin", **rows)
+    (query, *_) = mmeb_v2.expand("OK-VQA", rows["records"], data)
+    wrapped = processor(task.queries[0])["input_ids"].tolist()
+    processor.bare = True
+    ids = processor(task.queries[0])["input_ids"].tolist()
+    pad = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+    text = processor.tokenizer.encode(query["query_text"], add_special_tokens=False)
+    assert [i for n, i in enumerate(ids) if i != pad or ids[n - 1] != pad] == text
+    assert ids.count(pad) == wrapped.count(pad) > 1 and len(wrapped) == len(ids) + 3
+    qwen3 = Processor(processor.tokenizer, model_type="qwen3_vl")
+    qwen3.bare = True
+    with pytest.raises(ValueError, match="bare is True, a qwen3_vl shows more than its patches"):
+        qwen3(task.queries[0])
+
+
+def test_scores_are_kept_and_taken_again_only_of_the_same(checkpoint, data, tmp_path, capfd):
+    folder, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    line = (checkpoint, "mmeb-v2", "--data", folder, "--tasks", ONE_OF_EACH, "--output", output)
+    assert run(*line) == 0
+    said = capfd.readouterr()
+    names = ONE_OF_EACH.split(",")
+    assert "[9/9] VisRAG_ChartQA" in said.err and "kept" not in said.err
+    first = (output / "metrics.json").read_bytes()
+    metrics = json.loads(first)
+    assert set(metrics["tasks"]) == {*names} and metrics["overall"] is None
+    assert len(metrics["missing"]) == 69 and set(metrics["meta_tasks"].values()) == {None}
+    assert "no mean: 69 sets are missing, as ImageNet-1K" in said.out
+    row = metrics["tasks"]["ViDoRe_arxivqa"]
+    encoder = BTokEncoder.from_pretrained(checkpoint)
+    assert row["model"] == encoder.digest and row["settings"] == encoder.settings
+    assert row["prompts"] == "canonical" and row["data"]["revision"] == "local"
+    assert 0 <= row["ci95"][0] <= row["score"] <= row["ci95"][1] <= 100
+    assert row["origin"] == pytest.approx(100 * row["published"]["ndcg_linear@5"])
+
+    assert run(*line) == 0
+    assert capfd.readouterr().err.count("kept") == 9
+    assert (output / "metrics.json").read_bytes() == first
+
+    picture = folder / "visdoc-tasks/ViDoRe_arxivqa/40.png"
+    os.utime(picture, (1, 1))  # another time, the same content
+    Image.new("RGB", (20, 28)).save(folder / "image-tasks/OK-VQA/q1.jpg")
+    assert run(*line) == 0
+    said = capfd.readouterr().err
+    assert said.count("kept") == 8 and "OK-VQA: " in said
+    now = json.loads((output / "metrics.json").read_text())["tasks"]
+    changed = [n for n in names if now[n] != metrics["tasks"][n]]
+    assert changed == ["OK-VQA"] and now["OK-VQA"]["data"] != metrics["tasks"]["OK-VQA"]["data"]
+
+    (output / "sets/MSVD.json").write_text("{}")  # damaged: made again
+    assert run(*line) == 0 and capfd.readouterr().err.count("kept") == 8
+
+    assert run(*line, "--prompts", "origin") == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {output} holds scores of prompts canonical, this is origin;")
+    other = tiny_checkpoint(tmp_path / "other", seed=1)
+    assert run(other, *line[1:]) == 2
+    assert f"{output} holds scores of model " in capfd.readouterr().err
+
+
+def test_what_is_missing_is_told_in_a_line_and_nothing_is_lost(checkpoint, data, tmp_path, capfd):
+    folder, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    line = [checkpoint, "mmeb-v2", "--data", folder, "--tasks", "OK-VQA,MSVD", "--output", output]
+    shutil.rmtree(folder / "video-tasks/frames/video_ret/MSVD/v1")
+    assert run(*line) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: MSVD, row 1: ") and "MSVD/v1 has 0 frames, expected at" in said
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert list(metrics["tasks"]) == ["OK-VQA"]
+    (folder / "image-tasks/OK-VQA/q2.jpg").unlink()
+    assert run(*line) == 2
+    said = capfd.readouterr().err
+    assert said == f"error: OK-VQA, row 2: no picture {folder}/image-tasks/OK-VQA/q2.jpg\n"
+    (folder / "video-tasks/MSVD/test.jsonl").unlink()
+    assert run(*line) == 2
+    said = capfd.readouterr().err
+    assert f"error: 1 of 2 data sets are not in {folder}: MSVD (no records, expected " in said
+    records = folder / "image-tasks/OK-VQA/test.jsonl"
+    rows = [json.loads(row) for row in records.read_text().splitlines()]
+    line[5] = "OK-VQA"
+    for change, why in (
+        ({"qry_text": None}, "row 1: no field 'qry_text', it has qry_inst, qry_text, qry_img_path"),
+        ({"tgt_text": "x"}, "row 1: tgt_text is 'x', expected a list of texts"),
+        ({"tgt_text": []}, "row 1: tgt_text is [], expected a list of texts"),
+        ({"qry_inst": 3}, "row 1: qry_inst is 3, expected a text"),
+    ):
+        changed = [rows[0], rows[1] | change]
+        records.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        assert run(*line) == 2
+        assert f"error: OK-VQA, {why}" in capfd.readouterr().err
+    records.write_text("{")
+    assert run(*line) == 2
+    assert f"error: {records} cannot be read (" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--tasks", "MSCOCO_t2"], "no data set 'MSCOCO_t2', expected MSCOCO_t2i or MSCOCO_i2t or"),
+        (["--tasks", ","], "tasks is ',', expected names of data sets"),
+        (["--submission", "x.json", "--tasks", "I-VG"], "submission needs all data sets, tasks la"),
+        (["--compare", "gone.json"], "No such file"),
+        (["--picture", "x.txt"], "picture is x.txt, expected a name ending in .png"),
+        (["--data", "gone"], "78 of 78 data sets are not in gone: ImageNet-1K (no records, expec"),
+        (["--prompts", "other"], "prompts"),
+    ],
+)
+def test_a_mistake_in_the_command_is_a_line(checkpoint, arguments, why, capfd):
+    assert run(checkpoint, "mmeb-v2", *arguments) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ") and why in said and said.count("\n") == 1
+
+
+def test_another_benchmark_is_refused(checkpoint, capfd):
+    assert run(checkpoint, "mteb") == 2
+    assert capfd.readouterr().err == "error: benchmark is 'mteb', expected mmeb-v2\n"
+
+
+def test_what_data_sets_need_is_listed_without_a_hub(checkpoint, capfd):
+    assert run(checkpoint, "mmeb-v2", "--list", "--tasks", "V-RET,ViDoRe_docvqa") == 0
+    *lines, last = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("DiDeMo", "MSR-VTT", "MSVD", "VATEX", "YouCook2", "ViDoRe_docvqa")
+    ]
+    assert all(" about " in line and " GB  " in line for line in lines)
+    assert last.startswith("6 data sets, ") and "modelled: the hub does not answer" in last
+
+
+def test_a_chosen_group_is_its_data_sets():
+    assert len(evaluate.chosen("all")) == 78
+    assert evaluate.chosen("MSVD, I-VG,MSVD") == [
+        *("MSCOCO", "RefCOCO", "RefCOCO-Matching", "Visual7W-Pointing", "MSVD")
+    ]
+    assert len(evaluate.chosen("visdoc,V-QA")) == 29
+
+
+def made_up(scores, origin=None, queries=100):
+    """A result with these scores, one per data set of the table from the first on."""
+    table = mmeb_v2.data_sets()
+    rows = {}
+    for (name, spec), score in zip(table.items(), scores, strict=False):
+        published = {f"{metric}@{k}": score / 100 for metric in ("hit", "mrr") for k in (1, 5)}
+        rows[name] = {"meta_task": spec.meta_task, "modality": spec.modality, "score": score}
+        rows[name] |= {"metric": spec.metric, "origin": score, "ci95": [score - 9, score + 9]}
+        rows[name] |= {"queries": queries, "published": published, "data": {"digest": name}}
+    kept = evaluate.Scores.__new__(evaluate.Scores)
+    kept.rows, kept.made_of = rows, {"model": "m"}
+    kept._read = lambda name: {"data": rows[name]["data"], "queries": [0.0, 1.0]}
+    return kept.result(list(rows))
+
+
+def test_means_stand_only_over_all_their_data_sets():
+    whole = made_up(range(10, 88))
+    values = np.arange(10, 88)
+    assert whole["overall"] == values.mean() and whole["missing"] == []
+    assert whole["modalities"] == pytest.approx(
+        {"image": values[:36].mean(), "video": values[36:54].mean(), "visdoc": values[54:].mean()}
+    )
+    assert (
+        whole["meta_tasks"]["I-QA"] == values[10:20].mean() == whole["origin"]["meta_tasks"]["I-QA"]
+    )
+    part = made_up(range(10, 46))
+    assert part["overall"] is None and part["modalities"]["video"] is None
+    assert part["modalities"]["image"] == values[:36].mean() and len(part["missing"]) == 42
+
+
+def test_differences_and_their_intervals(tmp_path):
+    result = made_up([50.0] * 78)
+    for other in comparison.read("published"):
+        said = comparison.differences(result, other, {})
+        assert said.startswith(f"against {other.model}\n") and "overall" in said
+    authors = {"metadata": {"model_name": "theirs"}, "metrics": {"image": {}, "visdoc": {}}}
+    authors["metrics"]["image"]["N24News"] = {"hit@1": 0.4, "num_data": 100}
+    authors["metrics"]["visdoc"]["ViDoSeek-page-fixed"] = {"ndcg_linear@5": 0.9, "num_data": 9}
+    authors["metrics"]["video"] = {"MSVD": "FILE_N/A"}
+    (tmp_path / "a.json").write_text(json.dumps(authors))
+    (theirs,) = comparison.read(str(tmp_path / "a.json"))
+    assert theirs.tasks == {"N24News": 40.0, "ViDoSeek-page": 90.0}
+    gap, low, high = comparison._gap("N24News", result["tasks"]["N24News"], 50.0, theirs, ())
+    # Newcombe: Wilson's interval of 40 in 100 is [30.9, 49.8], ours is [41, 59]
+    assert gap == 10 and low == pytest.approx(10 - np.hypot(9, 9.80), abs=0.01)
+    assert high == pytest.approx(10 + np.hypot(9, 9.06), abs=0.01)
+    row = result["tasks"]["ViDoSeek-page"]
+    _, low, high = comparison._gap("ViDoSeek-page", row, 50.0, theirs, ())
+    assert (low, high) == pytest.approx((-40 - np.hypot(9, 9), -40 + np.hypot(9, 9)))
+    said = comparison.differences(result, theirs, {}).splitlines()
+    assert len(said) == 4 and said[2].split()[:3] == ["N24News", "50.0", "40.0"]
+    nothing = comparison.Published("none", {})
+    assert comparison.differences(result, nothing, {}).endswith(
+        "\nnothing that both have a score of"
+    )
+    for wrong in ("{}", "[1]", "3", "", '{"metrics": {"image": {"GQA": {}}}}'):
+        (tmp_path / "b.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"compare is .*b\.json .*expected a file of publ"):
+            comparison.read(str(tmp_path / "b.json"))
+
+
+def test_published_means_are_the_published_ones():
+    """The figures of the leaderboard's files, whose means are the ones in their paper."""
+    v2, fixed, gme, paper = comparison.read("published")
+    assert [round(np.mean([*x.tasks.values()]), 1) for x in (v2, fixed, gme)] == [58.0, 59.1, 54.1]
+    assert paper.groups["overall"] == 59.0
+    table = mmeb_v2.data_sets()
+    for model in (v2, fixed, gme):
+        assert list(model.tasks) == list(table)
+        counts = {name: spec.queries for name, spec in table.items()}
+        assert model.queries | {"MomentSeeker": 1602} == counts  # whose pairs came twice before
+
+
+def test_two_runs_are_compared_query_by_query(checkpoint, data, tmp_path, capfd):
+    lines = {}
+    for name, prompts in (("a", "canonical"), ("b", "origin")):
+        lines[name] = [checkpoint, "mmeb-v2", "--data", data, "--tasks", "OK-VQA,M-RET"]
+        lines[name] += ["--prompts", prompts, "--output", tmp_path / name]
+        assert run(*lines[name]) == 0
+    capfd.readouterr()
+    assert run(*lines["b"], "--compare", tmp_path / "a/metrics.json") == 0
+    out = capfd.readouterr().out
+    values = [json.loads((tmp_path / x / "sets/MomentSeeker.json").read_text()) for x in "ba"]
+    each = np.subtract(*(kept["queries"] for kept in values))
+    half = 196 * ((3 * each.var() + 1) / 4) ** 0.5 / 3**0.5
+    gap = 100 * each.mean()
+    said = f"{gap:+.1f} [{max(gap - half, -100):+.1f}, {min(gap + half, 100):+.1f}]"
+    (line,) = [x for x in out.split("against")[1].splitlines() if x.startswith("MomentSeeker")]
+    assert line.endswith(said)
+    assert "M-RET" in out.split("against")[1]
+
+
+def test_the_leaderboards_file(checkpoint, tmp_path):
+    encoder = BTokEncoder.from_pretrained(checkpoint)
+    comparison.submit(made_up([50.0] * 78), tmp_path / "s.json", "mine", encoder)
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written["metadata"]["model_name"] == "mine"
+    assert {m: len(x) for m, x in written["metrics"].items()} == {
+        "image": 36,
+        "video": 18,
+        "visdoc": 24,
+    }
+    assert "ViDoSeek-page-fixed" in written["metrics"]["visdoc"]
+    assert "ViDoSeek-doc" in written["metrics"]["visdoc"]
+    row = written["metrics"]["image"]["GQA"]
+    assert row["num_pred"] == row["num_data"] == 100 and row["hit@1"] == 0.5
+    with pytest.raises(ValueError, match="submission needs all data sets, these are missing"):
+        comparison.submit(made_up([50.0] * 77), tmp_path / "t.json", "mine", encoder)
+
+
+def test_the_picture_shows_whole_groups_alone(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(comparison.pictures, "bars", lambda *a: drawn.update(zip("gspt", a)))  # noqa: B905
+    comparison.draw(made_up([50.0] * 36), comparison.read("published"), tmp_path / "a.png")
+    assert drawn["g"] == list(comparison.SHOWN)
+    assert drawn["s"]["this checkpoint"] == [50.0] * 4 + [None] * 5
+    assert drawn["s"]["BToks 2B (arXiv 2604.11095)"] == [64.3] + [None] * 8
+    monkeypatch.undo()
+    comparison.draw(made_up([50.0] * 36), comparison.read("published"), tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").width > 900
+
+
+def command(checkpoint, data, output, processes=1):
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    line = ["btok", "eval", checkpoint, "mmeb-v2", "--data", data, "--output", output]
+    return [*start, *map(str, line)]
+
+
+@pytest.mark.full
+def test_all_78_under_two_ranks_and_killed(checkpoint, data, tmp_path):
+    """One process, two, and one killed at random five times end at the same bytes."""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
+    start = time.monotonic()
+    subprocess.run(command(checkpoint, data, tmp_path / "one"), check=True, env=env)
+    lasted = time.monotonic() - start
+    expected = (tmp_path / "one/metrics.json").read_bytes()
+    metrics = json.loads(expected)
+    assert len(metrics["tasks"]) == 78 and metrics["missing"] == []
+    origins = [row["origin"] != row["score"] for row in metrics["tasks"].values()]
+    assert 0 < sum(origins) < 24  # of graded documents alone
+    subprocess.run(command(checkpoint, data, tmp_path / "two", 2), check=True, env=env)
+    assert (tmp_path / "two/metrics.json").read_bytes() == expected
+    chance = random.Random(0)
+    killed = 0
+    while killed < 5:
+        process = subprocess.Popen(command(checkpoint, data, tmp_path / "killed"), env=env)
+        try:
+            process.wait(chance.uniform(0.5, 0.9) * lasted)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        else:
+            break
+        process.wait()
+    subprocess.run(command(checkpoint, data, tmp_path / "killed"), check=True, env=env)
+    assert killed and (tmp_path / "killed/metrics.json").read_bytes() == expected
