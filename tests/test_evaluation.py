@@ -6,14 +6,19 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
+import torch.multiprocessing as mp
+from helpers import gloo
 
 from btok.data.records import RetrievalTask, Side
 from btok.evaluation import metrics, runner
+from btok.evaluation.mmeb_v2 import _as_published
 from btok.evaluation.runner import evaluate, format_table
 from btok.files import write_json
 
@@ -302,6 +307,172 @@ def test_encodes_once_after_all_checks():
     with pytest.raises(ValueError, match="task broken"):
         evaluate(encode, [task, broken])
     assert encode.calls == []
+
+
+def same_key(side):
+    return side.text.partition("/")[0]
+
+
+def test_what_shows_the_same_is_encoded_once_and_equal_to_the_bit():
+    """In whatever order, and for the next task of the same pool not at all."""
+    rng = np.random.default_rng(0)
+    rows = {f"q{i}": rng.normal(size=8) for i in range(5)} | {
+        f"c{i}/{j}": rng.normal(size=8) for i in range(300) for j in range(2)
+    }
+    encode, done = Table(rows), []
+    embed = runner.Embedder(encode, same_key, advance=done.append)
+    names = [name for name in rows if name[0] == "c"]
+    sides = [Side(name) for name in names]
+    got, at = embed(sides, "t")
+    assert got.shape == (300, 8) and [len(call) for call in encode.calls] == [128, 128, 44]
+    assert sum(done) == 600
+    for i, name in enumerate(names):
+        assert (got[at[i]] == np.float32(rows[f"{name[:-1]}0"])).all()
+    again, other = embed(sides[::-1], "t")
+    assert again is got and (other == at[::-1]).all() and len(encode.calls) == 3
+    task = RetrievalTask(
+        name="t",
+        meta_task="I-RET",
+        modality="image",
+        metric="hit@1",
+        queries=[Side(f"q{i}") for i in range(5)],
+        candidates=sides,
+        qrels=[{2 * i + 1: 1.0} for i in range(5)],
+    )
+    for pools in (None, [rng.permutation(600).tolist() for _ in range(5)]):
+        asked = dataclasses.replace(task, pools=pools)
+        _, found, _ = runner.score_task(embed, asked)
+        for i, each in enumerate(found):
+            pool = list(range(600)) if pools is None else pools[i]
+            first = each.top[0]
+            twin = first ^ 1
+            assert each.top[1] == twin and pool.index(first) < pool.index(twin)
+
+
+def test_a_large_pool_lies_in_a_file(monkeypatch, tmp_path):
+    """100,000 candidates take no more memory than what describes them."""
+    width, count = 256, 100_000
+    rows = np.random.default_rng(0).normal(size=(1024, width)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+
+    def encode(sides):
+        numbers = (divmod(int(side.text), 1024) for side in sides)
+        return np.stack([np.roll(rows[i], shift) for shift, i in numbers])
+
+    task = RetrievalTask(
+        name="t",
+        meta_task="I-RET",
+        modality="image",
+        metric="hit@1",
+        queries=[Side(str(i)) for i in range(8)],
+        candidates=[Side(str(i)) for i in range(count)],
+        qrels=[{i: 1.0} for i in range(8)],
+    )
+    expected = runner.score_task(runner.Embedder(encode), task)
+    monkeypatch.setattr(runner, "_IN_MEMORY", 1 << 20)
+    tracemalloc.start()
+    embed = runner.Embedder(encode, scratch=tmp_path)
+    scored = runner.score_task(embed, task)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert scored == expected and scored.row["score"] == 100
+    assert isinstance(embed.last[1], np.memmap) and not list(tmp_path.iterdir())
+    assert most < count * width * 4 / 2
+
+
+def on_a_rank(rank, world, folder):
+    task, encode = random_task(3, "ndcg@5", pools=False, queries=300, candidates=500)
+    task = dataclasses.replace(task, published_qrels=task.qrels)
+    alone = runner.score_task(runner.Embedder(encode, same_key), task)
+    encode.calls.clear()
+    with gloo(folder, rank, world):
+        embed = runner.Embedder(encode, same_key)
+        assert runner.score_task(embed, task) == alone
+        assert len(encode.calls) == (4 if rank == 0 else 3)  # of 7 chunks: 3 and 4
+        assert len(embed.last[1]) == (500 if rank == 0 else 0)
+        assert evaluate(encode, [task])["tasks"]["task"] == alone.row
+
+
+def test_ranks_share_the_chunks_and_agree(tmp_path):
+    mp.spawn(on_a_rank, (2, str(tmp_path)), nprocs=2)
+
+
+def test_a_public_list_may_repeat_a_candidate_and_lack_the_answer():
+    rows = {"q0": [1.0, 0], "q1": [0.6, 0.8], "a": [1.0, 0], "b": [0, 1.0], "c": [0.9, 0.1]}
+    task = RetrievalTask(
+        name="t",
+        meta_task="I-RET",
+        modality="image",
+        metric="hit@1",
+        queries=[Side("q0"), Side("q1")],
+        candidates=[Side("a"), Side("b"), Side("c")],
+        qrels=[{0: 1.0}, {}],
+        pools=[[2, 0, 0, 1], [0, 1]],
+        published_qrels=[{0: 1.0}, {}],
+    )
+    row, found, values = runner.score_task(runner.Embedder(Table(rows)), task)
+    assert row["score"] == row["origin"] == 50 and values == [1.0, 0.0]
+    assert found[0].top == [0, 0, 2, 1] and found[1].rank == 3
+    assert row["chance"] == 25  # of two of four, and none
+    runner.check(task)
+    own = dataclasses.replace(task, published_qrels=None)
+    with pytest.raises(ValueError, match="query 1: qrels is"):
+        runner.check(dataclasses.replace(own, pools=None))
+    with pytest.raises(ValueError, match="query 0: its pool names a candidate twice"):
+        runner.check(dataclasses.replace(own, qrels=[{0: 1.0}, {1: 1.0}]))
+
+
+def published_by_definition(prediction, labels, scores):
+    """What VLM2Vec's evaluation computes of one query, as its text has it, in plain Python.
+
+    It makes a set of the labels before it joins them with their relevances, which stay in order.
+    """
+    moved = dict(zip(set(labels), scores, strict=True))
+    out = {}
+    for k in (1, 5, 10):
+        top = prediction[:k]
+        hits = [candidate in labels for candidate in top]
+        found = len({candidate for candidate in top if candidate in labels})
+        precision, recall = found / k, found / len(labels)
+        out[f"hit@{k}"] = float(any(hits))
+        out[f"precision@{k}"], out[f"recall@{k}"] = precision, recall
+        out[f"f1@{k}"] = 2 * precision * recall / (precision + recall) if found else 0
+        precisions = [sum(hits[: i + 1]) / (i + 1) for i, hit in enumerate(hits) if hit]
+        out[f"map@{k}"] = sum(precisions) / min(len(labels), k)
+        out[f"mrr@{k}"] = 1 / (1 + hits.index(True)) if any(hits) else 0
+        for name, gain in (("linear", lambda x: x), ("exponential", lambda x: 2**x - 1)):
+            gains = [gain(moved.get(candidate, 0)) for candidate in top]
+            best = sorted(map(gain, scores), reverse=True)[:k]
+            dcg, ideal = (
+                sum(x / math.log2(i + 2) for i, x in enumerate(values)) for values in (gains, best)
+            )
+            out[f"ndcg_{name}@{k}"] = dcg / ideal
+    return out
+
+
+def test_published_scores_follow_the_definition():
+    """Graded relevance, several positives, ties and candidates that come again."""
+    rng = random.Random(0)
+    moved = 0
+    for _ in range(200):
+        ids = rng.sample(range(100_000), rng.randint(1, 30))
+        labels = rng.sample(ids, rng.randint(1, min(len(ids), 12)))
+        scores = [rng.randint(1, 3) for _ in labels]
+        prediction = ids + rng.choices(ids, k=rng.randint(0, 3))
+        similar = [rng.randint(0, 4) for _ in prediction]
+        prediction = [prediction[i] for i in metrics.rank(similar)]
+        expected = published_by_definition(prediction, labels, scores)
+        qrels, published = dict(zip(labels, scores, strict=True)), _as_published(labels, scores)
+        got = metrics.published_scores(prediction, qrels, published)
+        assert got == pytest.approx(expected)
+        moved += published != qrels
+        right = metrics.published_scores(prediction, qrels, qrels)
+        first = list(dict.fromkeys(prediction))
+        if len(first) == len(prediction):
+            ours = metrics.score("ndcg@5", [qrels.get(candidate, 0) for candidate in prediction])
+            assert right["ndcg_linear@5"] == pytest.approx(ours)
+    assert moved > 100
+    assert set(metrics.published_scores([1, 2], {}, {}).values()) == {0.0}
 
 
 def test_table():

@@ -271,7 +271,11 @@ class Scores:
         self.made_of = {"model": encoder.digest, "settings": encoder.settings, "prompts": prompts}
         self.rows: dict[str, dict[str, Any]] = {}
         self.stamps: dict[str, str] = {}
-        for path in sorted((folder / "sets").glob("*.json")) if rank() == 0 else ():
+        if rank() > 0:
+            return
+        for draft in [*folder.glob("*.json.*.tmp"), *folder.glob("sets/*.json.*.tmp")]:
+            draft.unlink()  # which a kill has left
+        for path in sorted(folder.glob("sets/*.json")):
             had = self._read(path.stem)
             for name, value in self._flat(self.made_of).items():
                 if had and (was := self._flat(had["made_of"]).get(name)) != value:

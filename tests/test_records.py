@@ -1,0 +1,240 @@
+"""Records of public data sets: found on disk, got from a hub, told where they are wrong."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_checkpoint
+from mmeb_miniature import Miniature
+from PIL import Image
+
+from btok.evaluation import mmeb_v2, records
+from btok.evaluation.records import Pictures, Row
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_field_that_is_wrong_is_told():
+    row = Row("set", 3, {"a": "x", "b": None, "c": ["x", 1], "d": [], "e": ("x",)})
+    assert row["a"] == row.text("a") == "x" and row.texts("e") == ["x"]
+    assert row.texts("e") == Row("", 0, {"e": np.array(["x"])}).texts("e")
+    for call, why in (
+        (lambda: row["b"], "set, row 3: no field 'b', it has a, b, c, d, e"),
+        (lambda: row.text("c"), r"set, row 3: c is \['x', 1\], expected a text"),
+        (lambda: row.texts("c"), r"set, row 3: c is \['x', 1\], expected a list of texts"),
+        (lambda: row.texts("d"), r"set, row 3: d is \[\], expected a list of texts"),
+        (lambda: Row("set", 3, [1])["a"], "set, row 3: no field 'a', it has none"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("config", "split", "there", "expected"),
+    [
+        ("", "test", ["test-0.parquet", "train-0.parquet", "README.md"], ["test-0.parquet"]),
+        ("", "test", ["data/test-1.parquet", "data/test-0.parquet"], "data/test-0 data/test-1"),
+        ("MC", "test", ["MC/test-0.parquet", "OE/test-0.parquet"], ["MC/test-0.parquet"]),
+        ("MC", "test", ["data/MC/test.jsonl", "MC.parquet"], ["data/MC/test.jsonl"]),
+        ("a", "train", ["json/a.json", "json/ab.json", "video/a.zip"], ["json/a.json"]),
+        ("a", "train", ["a/b/train-0.parquet"], []),
+        ("queries", "test", ["queries/test-0.parquet", "corpus/test-0.parquet"], "queries/test-0"),
+        ("queries", "test", ["queries/queries.jsonl"], ["queries/queries.jsonl"]),
+    ],
+)
+def test_the_files_of_a_configuration(tmp_path, config, split, there, expected):
+    if isinstance(expected, str):
+        expected = [f"{name}.parquet" for name in expected.split()]
+    assert records.pick(there, config, split) == expected
+    for name in there:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    if expected:
+        found = records.find(tmp_path, config, split)
+        assert [path.relative_to(tmp_path).as_posix() for path in found] == expected
+    else:
+        with pytest.raises(FileNotFoundError, match=rf"no records, expected {tmp_path}/"):
+            records.find(tmp_path, config, split)
+
+
+def test_records_of_every_ending_are_the_same(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
+    import pyarrow.parquet as pq
+
+    rows = [{"a": "x", "b": [1, 2]}, {"a": "ü\n", "b": []}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    for name in ("a.json", "b.json", "c.jsonl", "d.parquet"):
+        assert list(records.read(tmp_path / name)) == rows, name
+    for name in ("a.json", "c.jsonl", "d.parquet"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match=rf"{name} cannot be read \(.*; fetch it again"):
+            list(records.read(tmp_path / name))
+    (tmp_path / "c.jsonl").write_text("[" * 10_000)
+    with pytest.raises(ValueError, match=r"c\.jsonl cannot be read"):
+        list(records.read(tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 10, 20, 63, 64])
+def test_frames_are_the_first_the_last_and_evenly_between(tmp_path, count):
+    """In the order of their numbers; by the rule that what is between is cut to a whole number."""
+    for i in range(count):
+        (tmp_path / "v").mkdir(exist_ok=True)
+        (tmp_path / f"v/frame_{i}.jpg").write_bytes(b"")
+    (tmp_path / "v").mkdir(exist_ok=True)
+    (tmp_path / "v/info.json").write_text("{}")
+    row, pictures = Row("set", 0, {}), Pictures(str(tmp_path))
+    if count == 0:
+        with pytest.raises(
+            FileNotFoundError, match=r"set, row 0: .*/v has 0 frames, expected at l"
+        ):
+            pictures.frames(row, "v", most=8)
+        return
+    taken = [int(Path(path).stem[6:]) for path in pictures.frames(row, "v", most=8)]
+    expected = [i * (count - 1) // 7 for i in range(8)] if count >= 8 else list(range(count))
+    assert taken == expected
+    assert len(pictures.frames(row, "v")) == count
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of a hub as the client asks for: what a repository has, and its files."""
+
+    repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
+    asked: list[str] = []  # noqa: RUF012
+    sha = "c0ffee" + "0" * 34
+
+    def do_HEAD(self):
+        self.do_GET(head=True)
+
+    def do_GET(self, head=False):
+        path = self.path.partition("?")[0].lstrip("/")
+        self.asked.append(path)
+        if path.startswith("api/datasets/"):
+            name = path.removeprefix("api/datasets/").partition("/revision/")[0]
+            files = self.repositories.get(name)
+            siblings = [{"rfilename": f, "size": len(x)} for f, x in (files or {}).items()]
+            body = json.dumps({"id": name, "sha": self.sha, "siblings": siblings}).encode()
+            return self.answer(body if files is not None else None, head, "application/json")
+        name, _, file = path.removeprefix("datasets/").partition(f"/resolve/{self.sha}/")
+        return self.answer(self.repositories.get(name, {}).get(file), head, "application/octet")
+
+    def answer(self, body, head, kind):
+        self.send_response(404 if body is None else 200)
+        body = b"" if body is None else body
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hash(body) & 0xFFFFFFFF:08x}"')
+        self.send_header("X-Repo-Commit", self.sha)
+        self.end_headers()
+        if not head:
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def packed(root, folder, strip, parts=1):
+    """A tar.gz of a folder, its members below `strip`, in parts."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file() and path.suffix in (".jpg", ".png"):
+                tar.add(path, f"{strip}{path.relative_to(root / folder)}")
+    whole = out.getvalue()
+    step = -(-len(whole) // parts)
+    return [whole[i : i + step] for i in range(0, len(whole), step)]
+
+
+FETCH = """
+import sys
+from btok.evaluation import mmeb_v2
+from btok.tools import evaluate
+print(evaluate.needs(sys.argv[2:]))
+for name in sys.argv[2:]:
+    mmeb_v2.fetch(name, sys.argv[1])
+"""
+
+
+def test_data_sets_come_from_a_hub_one_at_a_time(tmp_path):
+    """With the hub's own client, of a hub on this machine; what another set needs stays packed."""
+    pa = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
+    import pyarrow.parquet as pq
+
+    names = ["OK-VQA", "NIGHTS", "MVBench", "VisRAG_ChartQA"]
+    mini = Miniature(tmp_path / "there")
+    made = {name: mini.make(name) for name in [*names, "GQA"]}
+    mini.make("EgoSchema")
+    store: dict[str, dict[str, bytes]] = {"TIGER-Lab/MMEB-V2": {}}
+    for name in names:
+        spec = mmeb_v2.data_set(name)
+        files = store.setdefault(spec.source, {})
+        for part in spec.configs:
+            rows = list(records.read(mini.root / spec.records / part / f"{spec.split}.jsonl"))
+            if part == "corpus":  # its pictures travel in it
+                for i, path in enumerate(sorted((mini.root / spec.media).glob("*.png"))):
+                    rows[i]["corpus-id"] = f"{rows[i]['corpus-id']}"
+                    rows[i]["image"] = {"bytes": path.read_bytes(), "path": None}
+            out = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist(rows), out)
+            files[f"{part}/{spec.split}-00000-of-00001.parquet"] = out.getvalue()
+        if spec.family != "pages":
+            into, archive = mmeb_v2.archive_of(spec)
+            parts = packed(mini.root, into, archive["strip"], len(archive["files"]))
+            store["TIGER-Lab/MMEB-V2"] |= dict(zip(archive["files"], parts, strict=True))
+    Hub.repositories, Hub.asked = store, []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = tmp_path / "here"
+    env = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/kernels",
+    }
+    run = [sys.executable, "-c", FETCH, str(here), *names]
+    said = subprocess.run(run, check=True, env=env, capture_output=True, text=True).stdout
+    assert "as the hub has them" in said and "image-tasks/mmeb_v1.tar.gz" in said
+    assert said.count("mmeb_v1") == 1 and "about" not in said
+    for name in names:
+        rows, revision, files = mmeb_v2.load(name, here)
+        assert revision == Hub.sha and files
+        task = mmeb_v2.build(name, data_dir=here, **rows)
+        assert len(task.queries) == len(made[name]["records"])
+        if name != "VisRAG_ChartQA":
+            expected = mmeb_v2.build(name, made[name]["records"], mini.root)
+            shown = [[Path(x).name for x in (*s.images, *s.video)] for s in expected.candidates]
+            assert [[Path(x).name for x in (*s.images, *s.video)] for s in task.candidates] == shown
+    assert Image.open(here / "image-tasks/OK-VQA/q1.jpg").size == (24, 20)
+    assert not (here / "image-tasks/GQA").exists()
+    assert not (here / "video-tasks/frames/video_qa/EgoSchema").exists()
+    assert not list(here.rglob("*.part"))
+
+    kept = here / "image-tasks/NIGHTS/1.jpg"
+    content = kept.read_bytes()
+    kept.unlink()
+    Hub.asked.clear()
+    subprocess.run([*run[:4], "NIGHTS"], check=True, env=env, capture_output=True)
+    assert kept.read_bytes() == content
+    server.shutdown()
+
+
+def test_without_a_hub_fetching_says_so(tmp_path):
+    run = [sys.executable, "-m", "btok", "eval", str(tiny_checkpoint(tmp_path / "tiny")), "mmeb-v2"]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "HF_HUB_OFFLINE": "1"}
+    run += ["--fetch", "--tasks", "MSVD"]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: Cannot reach http")
+    assert done.stderr.count("\n") == 1
