@@ -323,12 +323,14 @@ def test_what_shows_the_same_is_encoded_once_and_equal_to_the_bit():
     embed = runner.Embedder(encode, same_key, advance=done.append)
     names = [name for name in rows if name[0] == "c"]
     sides = [Side(name) for name in names]
-    got, at = embed(sides, "t")
+    got, at = embed(sides, "t", pool=True)
     assert got.shape == (300, 8) and [len(call) for call in encode.calls] == [128, 128, 44]
     assert sum(done) == 600
     for i, name in enumerate(names):
         assert (got[at[i]] == np.float32(rows[f"{name[:-1]}0"])).all()
-    again, other = embed(sides[::-1], "t")
+    embed([Side("q0")], "t")
+    encode.calls.pop()
+    again, other = embed(sides[::-1], "t", pool=True)
     assert again is got and (other == at[::-1]).all() and len(encode.calls) == 3
     task = RetrievalTask(
         name="t",
@@ -341,7 +343,9 @@ def test_what_shows_the_same_is_encoded_once_and_equal_to_the_bit():
     )
     for pools in (None, [rng.permutation(600).tolist() for _ in range(5)]):
         asked = dataclasses.replace(task, pools=pools)
+        encode.calls.clear()
         _, found, _ = runner.score_task(embed, asked)
+        assert encode.calls == [[f"q{i}" for i in range(5)]]  # the pool's rows are there
         for i, each in enumerate(found):
             pool = list(range(600)) if pools is None else pools[i]
             first = each.top[0]

@@ -77,22 +77,24 @@ class Embedder:
         self.encode, self.key, self.scratch, self.advance = encode, key, scratch, advance
         self.last: tuple[list[Hashable], Rows] = ([], np.empty((0, 0), np.float32))
 
-    def __call__(self, sides: Sequence[Side], what: str) -> tuple[Rows, NDArray[np.intp]]:
+    def __call__(
+        self, sides: Sequence[Side], what: str, pool: bool = False
+    ) -> tuple[Rows, NDArray[np.intp]]:
         """Rows [U, D] of the different sides among N, and which row each has, [N]; empty on other
-        ranks than 0.
+        ranks than 0. Those of a pool are kept for the next task of it.
         """
         keys: list[Hashable] = list(range(len(sides)))
         if self.key is not None:  # which may read files: once is enough
             keys = from_first(list(map(self.key, sides)) if this_rank() == 0 else None)
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         order = sorted(first)  # type: ignore[type-var]
-        if self.key is None or self.last[0] != order:
-            self.last = order, self._encode([sides[first[key]] for key in order], what)
-        else:
-            self.advance(len(order))
+        known = pool and self.key is not None and self.last[0] == order
+        rows = self.last[1] if known else self._encode([sides[first[key]] for key in order], what)
+        if pool:
+            self.last = order, rows
+        self.advance(len(sides) - (0 if known else len(order)))
         place = {key: row for row, key in enumerate(order)}
-        self.advance(len(sides) - len(order))
-        return self.last[1], np.array([place[key] for key in keys], np.intp)
+        return rows, np.array([place[key] for key in keys], np.intp)
 
     def _encode(self, sides: Sequence[Side], what: str) -> Rows:
         rows: Rows | None = None
@@ -235,7 +237,8 @@ def score_task(embed: Embedder, task: RetrievalTask) -> Scored:
     With `published_qrels` the row has `origin` beside `score`, the metric as the code that
     published the set computes it, and `published`, all that it reports, as shares.
     """
-    queries, candidates = (embed(sides, task.name) for sides in (task.queries, task.candidates))
+    queries = embed(task.queries, task.name)
+    candidates = embed(task.candidates, task.name, pool=True)
     return from_first(_score(task, *queries, *candidates) if this_rank() == 0 else None)
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -188,36 +189,73 @@ def score_all(
     def encode(sides: Sequence[Side]) -> np.ndarray:
         return encoder.encode(sides, batch_tokens=command.batch_tokens, show_progress=False)
 
-    guessed = {name: 2 * mmeb_v2.data_set(name).queries for name in names}
-    bar = tqdm(total=sum(guessed.values()), unit="input", disable=None if rank() == 0 else True)
-    with bar:
-        contents = Contents(command.data)
-        embed = runner.Embedder(encode, contents.key, command.output, bar.update)
-        for number, name in enumerate(names, 1):
-            bar.set_description(name)
+    contents = Contents(command.data)
+    with Progress(names) as progress:
+        embed = runner.Embedder(encode, contents.key, command.output, progress.advance)
+        for name in names:
             if command.fetch and rank() == 0 and not scores.file(name).exists():
                 mmeb_v2.fetch(name, command.data)
             runner.from_first(None)  # nobody reads before all is there
-            loaded = mmeb_v2.load(name, command.data)
-            rows, _, _ = loaded
+            rows, revision, files = mmeb_v2.load(name, command.data)
             task = mmeb_v2.build(name, data_dir=command.data, prompts=command.prompts, **rows)
             runner.check(task)
-            data = scores.data_of(task, *loaded, contents) if rank() == 0 else None
-            data, kept = runner.from_first((data, data and scores.kept(name, data)))
-            count = len(task.queries) + len(task.candidates)
-            bar.total += (0 if kept else count) - guessed[name]
-            bar.refresh()
-            start = time.monotonic()
+            data, kept = None, False
+            if rank() == 0:
+                data = scores.data_of(task, rows, revision, files, contents)
+                kept = scores.kept(name, data)
+            data, kept = runner.from_first((data, kept))
+            progress.begin(name, 0 if kept else len(task.queries) + len(task.candidates))
             if not kept:
                 result = runner.score_task(embed, task)
                 if rank() == 0:
                     scores.keep(name, data, result)
             if rank() == 0:
                 write_json(command.output / "metrics.json", scores.result(names))
-                row = scores.rows[name]
-                how = "kept" if kept else f"{count} inputs in {time.monotonic() - start:.0f} s"
-                said = f"[{number}/{len(names)}] {name}: {row['score']:.1f} ({how})"
-                bar.write(said, file=sys.stderr)
+                progress.end(f"{scores.rows[name]['score']:.1f}")
+
+
+class Progress:
+    """How far the data sets are: a bar on a terminal, a line per set everywhere; rank 0 tells.
+
+    How many inputs a data set has is guessed until it is read.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.waiting = {name: 2 * mmeb_v2.data_set(name).queries for name in names}
+        self.count = len(names)
+        self.done = self.inputs = 0
+        self.start = self.begun = time.monotonic()
+        total = sum(self.waiting.values())
+        self.bar = tqdm(total=total, unit="input", disable=None if rank() == 0 else True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def advance(self, inputs: int) -> None:
+        """Inputs are encoded."""
+        self.done += inputs
+        self.bar.update(inputs)
+
+    def begin(self, name: str, inputs: int) -> None:
+        """A data set is read; 0 inputs for one whose score was kept."""
+        self.name, self.inputs, self.begun = name, inputs, time.monotonic()
+        del self.waiting[name]
+        self.bar.total = self.done + inputs + sum(self.waiting.values())
+        self.bar.set_description(name)
+
+    def end(self, score: str) -> None:
+        """A data set has a score."""
+        now = time.monotonic()
+        said = f"{self.inputs} inputs in {now - self.begun:.0f} s" if self.inputs else "kept"
+        if self.done and self.waiting:
+            left = (now - self.start) / self.done * sum(self.waiting.values())
+            said += f"; about {timedelta(seconds=round(left))} left"
+        number = self.count - len(self.waiting)
+        line = f"[{number}/{self.count}] {self.name}: {score} ({said})"
+        self.bar.write(line, file=sys.stderr)
 
 
 class Contents:
