@@ -18,7 +18,7 @@ TIFF = (".tif", ".tiff")
 IMAGES = (*MOVING, *HEIF, *TIFF, ".jpg", ".jpeg", ".jfif", ".bmp", ".jp2", ".ppm", ".pgm", ".pbm")
 # what a file may be taken for: for others Pillow starts programs (EPS) or guesses
 FORMATS = ["PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM"]
-BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+BITS, PHOTOMETRIC, ORIENTATION, SAMPLE_FORMAT = 258, 262, 274, 339  # tags of TIFF
 UNSIGNED = 1  # a SAMPLE_FORMAT
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # of them; a TIFF has pages, an MPO other pictures
 UNTIMED = 0.1  # seconds that browsers show a frame which says 0
@@ -77,17 +77,10 @@ def rgb_of(image: Any) -> np.ndarray:
     from PIL import Image, ImageOps
 
     tags = getattr(image, "tag_v2", {})  # of a TIFF
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:  # else it would be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        values = np.asarray(image)
-        if image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED:
-            values = values.view(np.uint32)  # which Pillow takes for signed
-        grey = _grey(values, tags.get(BITS, (16,))[0])
-        grey = 255 - grey if tags.get(PHOTOMETRIC) == 0 else grey  # where 0 is white
-        shown = np.repeat(grey[..., None], 3, axis=2)
-        if isinstance(clear := image.info.get("transparency"), int):
-            shown[values == clear] = 255
-        return shown
+        return _grey(image, tags)
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -95,28 +88,38 @@ def rgb_of(image: Any) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _grey(values: np.ndarray, bits: int) -> np.ndarray:
-    """Greys of more than 8 bits [height, width], in 16 of which `bits` may count, as uint8."""
-    shape = values.shape
-    ends = {"u2": (min(2**bits, 65536) - 1,), "f4": (1, 255)}.get(
-        values.dtype.str[1:], (255, 65535)
-    )
-    shown = np.empty(values.size, np.uint8)
-    parts = [slice(first, first + BLOCK) for first in range(0, values.size, BLOCK)]
-    values = values.reshape(-1)
-    ranges = [(part.min(), part.max()) for part in (_finite(values[p]) for p in parts) if len(part)]
+def _grey(image: Any, tags: Any) -> np.ndarray:
+    """A picture of greys of more than 8 bits, as `rgb_of` says; `tags` are those of a TIFF.
+
+    It goes by in strips: as a whole, in float64, a large one would take eight times its memory.
+    """
+    width, height = image.size
+    rows = max(1, BLOCK // width)
+    strips = [(top, min(top + rows, height)) for top in range(0, height, rows)]
+    unsigned = image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED
+
+    def values(top: int, end: int) -> np.ndarray:
+        strip = np.asarray(image.crop((0, top, width, end)))
+        return strip.view(np.uint32) if unsigned else strip  # which Pillow takes for signed
+
+    finite = ((strip := values(*each))[np.isfinite(strip)] for each in strips)
+    ranges = [(float(part.min()), float(part.max())) for part in finite if len(part)]
     low = min((least for least, _ in ranges), default=0.0)
     high = max((most for _, most in ranges), default=1.0)
+    bits = tags.get(BITS, (16,))[0]
+    kind = values(0, 1).dtype.str[1:]
+    ends = {"u2": (min(2**bits, 65536) - 1,), "f4": (1, 255)}.get(kind, (255, 65535))
     fitting = [end for end in ends if low >= 0 and high <= end]
     low, high = (0.0, float(fitting[0])) if fitting else (low, max(high, low + 1e-9))
-    for part in parts:  # in pieces: in float64 a large picture would take eight times its memory
-        grey = np.nan_to_num(values[part].astype(np.float64), nan=low, posinf=high, neginf=low)
-        shown[part] = np.round((grey - low) / (high - low) * 255).astype(np.uint8)
-    return shown.reshape(shape)
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return values[np.isfinite(values)].astype(np.float64)
+    shown = np.empty((height, width, 3), np.uint8)
+    for top, end in strips:
+        strip = values(top, end)
+        grey = np.nan_to_num(strip.astype(np.float64), nan=low, posinf=high, neginf=low)
+        grey = np.round((grey - low) / (high - low) * 255).astype(np.uint8)
+        shown[top:end] = (255 - grey if tags.get(PHOTOMETRIC) == 0 else grey)[..., None]  # 0: white
+        if isinstance(clear := image.info.get("transparency"), int):
+            shown[top:end][strip == clear] = 255
+    return shown
 
 
 def is_animated(path: Path) -> bool:
