@@ -21,6 +21,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from btok.config import Pooling
 from btok.data.records import RetrievalTask, Side
 from btok.encoder import BTokEncoder
 from btok.evaluation import mmeb_v2, records, runner
@@ -45,6 +46,8 @@ class Evaluate:
         prompts: canonical, as bottleneck tokens are trained; origin, the benchmark's own strings.
         output: the folder of the scores; the same command goes on where a stopped one was.
         batch_tokens: tokens per packed row.
+        num_btoks: in place of the checkpoint's own; 0 for a model that embeds without them.
+        pooling: the same; last or mean where num_btoks is 0.
         list: say what each data set needs on disk, and stop.
         fetch: get from the hub what is missing, one data set at a time.
         compare: published scores, the benchmark's file or another metrics.json; "published" for
@@ -61,6 +64,8 @@ class Evaluate:
     prompts: mmeb_v2.Prompts = "canonical"
     output: Path = Path("runs/mmeb-v2")
     batch_tokens: int = 16384
+    num_btoks: int | None = None
+    pooling: Pooling | None = None
     list: bool = False
     fetch: bool = False
     compare: str | None = None
@@ -93,7 +98,8 @@ def evaluate(command: Evaluate) -> None:
         comparison.drawable(command.picture)
     if not command.fetch:
         refuse_missing(names, command.data)
-    encoder = load(command.checkpoint)
+    own = {"num_btoks": command.num_btoks, "pooling": command.pooling}
+    encoder = load(command.checkpoint, **{k: v for k, v in own.items() if v is not None})
     encoder.processor.bare = command.prompts == "origin"
     scores = Scores(command.output, encoder, command.prompts)
     score_all(command, names, encoder, scores)
