@@ -99,6 +99,12 @@ def test_a_grey_picture_is_scaled_as_a_whole_though_in_pieces(monkeypatch):
         assert (shown == expected[..., None].astype(np.uint8)).all(), block
 
 
+@pytest.mark.parametrize("mode", ["RGB", "I", "F", "I;16", "RGBA"])
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_a_picture_of_no_pixels_is_one_of_none(mode, size):
+    assert rgb_array(Image.new(mode, size)).shape == (*size[::-1], 3)
+
+
 def test_a_file_of_pages_under_another_name(tmp_path):
     """It is no animation, and not its first page."""
     scans = [Image.new("RGB", (8, 8), (90 * i, 0, 0)) for i in range(3)]

@@ -94,7 +94,7 @@ def _grey(image: Any, tags: Any) -> np.ndarray:
     It goes by in strips: as a whole, in float64, a large one would take eight times its memory.
     """
     width, height = image.size
-    rows = max(1, BLOCK // width)
+    rows = max(1, BLOCK // max(width, 1))
     strips = [(top, min(top + rows, height)) for top in range(0, height, rows)]
     unsigned = image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED
 
