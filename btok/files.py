@@ -86,6 +86,11 @@ def rename(path: Path, target: Path) -> None:
         os.close(folder)
 
 
+def one_line(said: object) -> str:
+    """What an error or another object says, its line breaks and runs of spaces as single spaces."""
+    return " ".join(str(said).split())
+
+
 def printable(text: str) -> str:
     """A text on one line: what is no printable character, as in a file's name, is escaped."""
     return "".join(

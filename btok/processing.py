@@ -15,7 +15,7 @@ import torch
 from btok.data.records import Side
 from btok.families import DEFAULT, FAMILIES, named_family
 from btok.families.family import IMAGE_FILE, VIDEO_FILE, Seen, encode_text
-from btok.files import read_json, write_json
+from btok.files import one_line, read_json, write_json
 from btok.inputs import rgb_array as rgb_array  # where it was to be had before
 from btok.tokens import STEM, add_to_tokenizer
 from btok.vision import Processed
@@ -167,7 +167,7 @@ def _tokenizer(name_or_path: str | Path) -> Any:
     except (OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # of damaged files transformers raises nearly anything
-        why = " ".join(str(error).split())
+        why = one_line(error)
         raise ValueError(f"the tokenizer of {name_or_path} cannot be read: {why}") from error
     return tokenizer
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from btok.files import printable
+from btok.files import one_line, printable
 from btok.model import BTokModel, BTokOutput, shared_weights
 from btok_kernels.ranks import rank, world
 from train.recipes import Recipe
@@ -91,7 +91,7 @@ class Processes:
             return False
         if isinstance(error, MISTAKES):
             code = self.code or (1 if isinstance(error, FloatingPointError) else 2)
-            what = printable(" ".join(str(error).split()))
+            what = printable(one_line(error))
             if isinstance(error, torch.OutOfMemoryError):
                 what = f"{FITS}: {what}"
             if not self.code and not isinstance(error, (OSError, torch.OutOfMemoryError)):

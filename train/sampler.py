@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from btok.data.records import Pair, Side
 from btok.data.samples import pair_samples
 from btok.data.sources import Source
+from btok.files import one_line
 from btok.inputs import with_frames
 from btok.packing import Sample
 from btok.processing import Processor
@@ -178,7 +179,7 @@ class TrainSet(Dataset[Step]):
                 except (ImportError, MemoryError):
                     raise
                 except Exception as error:  # plug-ins of PIL raise nearly anything
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    reason = one_line(f"{type(error).__name__}: {error}")
                     skipped.append(Skipped(self.sources[which].name, row, reason))
                     continue
                 # pictures stay behind: what goes to the trainer is pickled

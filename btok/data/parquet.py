@@ -21,6 +21,7 @@ from pyarrow import types
 from pyarrow.parquet import ParquetFile
 
 from btok.data.sources import LATEST, PARTS, load_dataset
+from btok.files import one_line
 
 BATCH = 10_000  # rows that are looked at together
 Look = Callable[[Any], np.ndarray]  # an array -> for each of its values, whether it is in doubt
@@ -64,7 +65,7 @@ def open_files(pattern: Path) -> tuple[Any, str]:
             with _named(name):
                 for _ in ParquetFile(name).iter_batches():
                     pass
-        raise ValueError(f"{pattern}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{pattern}: {one_line(error)}") from error
     return data, digest.hexdigest()
 
 
@@ -73,7 +74,7 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        why = f"{name} cannot be read as parquet: {' '.join(str(error).split())}"
+        why = f"{name} cannot be read as parquet: {one_line(error)}"
         raise ValueError(f"{why}; it is damaged or cut off, copy or write it again") from error
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from btok.data.jsonl import JsonLines, Row
 from btok.data.records import NTP_SIDES, NtpSide, Pair, Side
+from btok.files import one_line
 from btok.inputs import FRAMES, IMAGES, LATEST, Page, as_side
 from btok.inputs.documents import at_page
 
@@ -216,7 +217,7 @@ def load_dataset(*arguments: Any, **options: Any) -> Any:
         raise
     except Exception as error:  # of a damaged description, nearly anything; a cause says more
         cause = error.__cause__ or error
-        why = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        why = f"{type(cause).__name__}: {one_line(cause)}"
         raise ValueError(f"{arguments[0]} cannot be read: {why}") from error
 
 

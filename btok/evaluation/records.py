@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from btok.files import rename, write_text
+from btok.files import one_line, rename, write_text
 
 PICTURES = (".jpg", ".jpeg", ".png")
 ENDINGS = (".parquet", ".jsonl", ".json")
@@ -179,7 +179,7 @@ def read(path: Path) -> Iterator[Mapping[str, Any]]:
         for batch in ParquetFile(path).iter_batches(256):
             yield from batch.to_pylist()
     except (ValueError, OSError, RecursionError) as error:  # pyarrow's are of the first two
-        why = " ".join(str(error).split())
+        why = one_line(error)
         raise ValueError(f"{path} cannot be read ({why}); fetch it again") from error
 
 

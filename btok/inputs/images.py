@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from btok.files import one_line
+
 MOVING = (".gif", ".webp", ".png", ".apng", ".avif")  # may hold a still image or an animation
 HEIF = (".heic", ".heif")
 BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -53,7 +55,7 @@ def opened(file: str | bytes | Path) -> Iterator[Any]:
     except UnidentifiedImageError as error:  # its text may hold an address
         raise ValueError(f"image {name} cannot be read: it is of no known format") from error
     except Exception as error:  # plug-ins of Pillow raise nearly anything
-        why = " ".join(str(error).split())
+        why = one_line(error)
         raise ValueError(f"image {name} cannot be read: {why}") from error
 
 

@@ -9,6 +9,8 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
+from btok.files import one_line
+
 HTML = (".html", ".htm", ".xhtml")
 CODE = ".py .js .jsx .ts .mts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .go .rs .rb .php"
 CODE += " .swift .lua .sh .sql .r .jl .pl .css"
@@ -227,5 +229,5 @@ def _docx(path: Path) -> str:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of zip files, of XML, of a part that is not there
-        why = " ".join(str(error).split())
+        why = one_line(error)
         raise ValueError(f"document {path} cannot be read: {why}") from error

@@ -28,7 +28,7 @@ import tyro
 
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
-from btok.files import printable, sha256
+from btok.files import one_line, printable, sha256
 from btok.inputs import DOCUMENTS, KINDS, Page, as_side, pages, rgb_array, with_frames
 from btok.inputs.documents import at_page
 from btok.tools import pictures
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("BTOK_DEBUG"):
             raise
         if store.add("failed", 1) == 1:
-            print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+            print(f"error: {printable(one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it was", file=sys.stderr)

@@ -16,7 +16,7 @@ import numpy as np
 from btok.encoder import BTokEncoder
 from btok.evaluation import mmeb_v2
 from btok.evaluation.metrics import mean_interval, published_name
-from btok.files import write_json
+from btok.files import one_line, write_json
 from btok.tools import pictures
 
 FIXED = "-fixed"  # what the leaderboard adds to the names of two sets that were wrong at first
@@ -62,7 +62,7 @@ def read(path: str) -> list[Published]:
             return [_of_authors(found)]
         return [_of_ours(found, Path(path))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split())
+        why = one_line(error)
         raise ValueError(
             f"compare is {path} ({why}), expected a file of published scores or a metrics.json"
         ) from error

@@ -27,7 +27,7 @@ import numpy as np
 import torch.distributed as dist
 
 from btok.encoder import BTokEncoder
-from btok.files import rename, whole, write_text
+from btok.files import one_line, rename, whole, write_text
 from btok_kernels.ranks import rank, world
 
 FORMAT_VERSION = 2
@@ -81,7 +81,7 @@ class Index:
                 error, FileNotFoundError
             ):
                 raise  # of the machine
-            why = " ".join(f"{folder} holds no index that can be read ({file}: {error})".split())
+            why = one_line(f"{folder} holds no index that can be read ({file}: {error})")
             raise ValueError(f"{why}; delete it or give another folder") from error
 
     def search(self, queries: np.ndarray, top: int = 5) -> list[list[tuple[float, int]]]:
