@@ -462,6 +462,14 @@ def test_a_contact_sheet(checkpoint, folder, tmp_path, capsys, monkeypatch):
         (["search", "MODEL", "MINE", "x", "--top", "0"], "top is 0, expected at least 1"),
         (["search", "MODEL", "MINE", "x", "--image", "no.png"], "image is no.png, expected a file"),
         (["search", "OTHER", "INDEXED", "x"], "delete it or give another folder"),
+        (
+            ["search", "MODEL", "MINE", "x", "--picture", "a.txt"],
+            "picture is a.txt, expected a nam",
+        ),
+        (
+            ["search", "MODEL", "MINE", "x", "--picture", "no/a.png"],
+            "picture is no/a.png, in a fol",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from btok.inputs import Page, as_side, images, pages, read_video, rgb_array
+from btok.data.records import Side
+from btok.inputs import Page, as_side, images, pages, read_video, rgb_array, with_frames
 
 BRIGHT = [10 * i for i in range(25)]  # of a video's frames
 
@@ -103,6 +104,13 @@ def test_a_grey_picture_is_scaled_as_a_whole_though_in_pieces(monkeypatch):
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
 def test_a_picture_of_no_pixels_is_one_of_none(mode, size):
     assert rgb_array(Image.new(mode, size)).shape == (*size[::-1], 3)
+
+
+def test_times_beside_a_video_file_are_refused():
+    with pytest.raises(
+        ValueError, match=r"frame_seconds has 1 times beside the file a\.mp4, which"
+    ):
+        with_frames(Side(video="a.mp4", frame_seconds=[0.5]))
 
 
 def test_a_file_of_pages_under_another_name(tmp_path):

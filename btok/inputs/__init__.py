@@ -70,8 +70,15 @@ def _file(path: Path) -> Side:
 
 
 def with_frames(side: Side) -> Side:
-    """The side with a video file read; ValueError where there is nothing to embed."""
+    """The side with a video file read; ValueError where there is nothing to embed, and for times
+    beside a file, which has its own.
+    """
     if isinstance(side.video, str | Path):
+        if len(side.frame_seconds):
+            raise ValueError(
+                f"frame_seconds has {len(side.frame_seconds)} times beside the file {side.video}, "
+                "which has its own; expected none"
+            )
         path = Path(side.video)
         read = read_animation if path.suffix.lower() in IMAGES else read_video
         frames, seconds = read(path, FRAMES)

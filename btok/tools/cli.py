@@ -162,6 +162,8 @@ def run(command: Encode | Export | Evaluate) -> None:
             raise ValueError(f"top is {command.top}, expected at least 1")
         if not command.query.strip() and command.image is None:
             raise ValueError("query is empty, expected words or an --image")
+        if command.picture is not None:
+            pictures.drawable(command.picture)
         if command.image is not None:
             image = at_page(command.image)
             if not (image.path if isinstance(image, Page) else image).is_file():

@@ -189,13 +189,6 @@ def _gap(
     return gap, max(ends[0], -100.0), min(ends[1], 100.0)
 
 
-def drawable(path: Path) -> None:
-    """A ValueError for a file whose ending says no picture; an ImportError without matplotlib."""
-    if path.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg"):
-        raise ValueError(f"picture is {path}, expected a name ending in .png, .pdf, .svg or .jpg")
-    pictures.bars([], {}, None, "")
-
-
 def draw(result: Mapping[str, Any], others: Sequence[Published], path: Path) -> None:
     """The meta-tasks as bars, ours first; a group with a data set missing has no bar."""
     specs = mmeb_v2.data_sets()

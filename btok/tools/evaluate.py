@@ -26,7 +26,7 @@ from btok.data.records import RetrievalTask, Side
 from btok.encoder import BTokEncoder
 from btok.evaluation import mmeb_v2, records, runner
 from btok.files import sha256, write_json
-from btok.tools import comparison
+from btok.tools import comparison, pictures
 from btok.tools.command_line import load
 from btok_kernels.ranks import rank
 
@@ -95,7 +95,7 @@ def evaluate(command: Evaluate) -> None:
             f"submission needs all data sets, tasks lacks {', '.join(sorted(missing))}"
         )
     if command.picture is not None:
-        comparison.drawable(command.picture)
+        pictures.drawable(command.picture)
     if not command.fetch:
         refuse_missing(names, command.data)
     own = {"num_btoks": command.num_btoks, "pooling": command.pooling}

@@ -12,6 +12,7 @@ import numpy as np
 from btok.data.records import Side
 
 Path = str | os.PathLike[str]
+ENDINGS = (".png", ".pdf", ".svg", ".jpg")
 _DPI, _TEXT = 144, 11  # pixels per inch, so 1 pt is 2 px; pt
 _GAP, _PAD, _FOUND, _LINE = 20, 12, 236, 26  # px: around and in frames, a cell, a line of text
 _BLUE, _ORANGE, _GREEN = (0.20, 0.40, 0.65), (0.93, 0.50, 0.15), (0.10, 0.60, 0.25)
@@ -113,10 +114,25 @@ def contact_sheet(rows: Iterable[SheetRow], path: Path, title: str) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
+def drawable(path: Path) -> None:
+    """Whether a picture can be written, before what it shows is made.
+
+    Raises:
+        ValueError: its ending says no picture, or its folder is not there.
+        ImportError: matplotlib is missing (the extra `demo`).
+    """
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in ENDINGS:
+        raise ValueError(f"picture is {path}, expected a name ending in {', '.join(ENDINGS)}")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"picture is {path}, in a folder that is not there")
+    _figure(1, 1)
+
+
 def bars(
     groups: Sequence[str],
     series: Mapping[str, Sequence[float | None]],
-    path: Path | None,
+    path: Path,
     title: str,
 ) -> None:
     """Draws each series' value in each group, in percent, side by side; None has no bar.
@@ -124,14 +140,12 @@ def bars(
     Args:
         groups: what stands below the bars.
         series: its name -> a value per group; the first is ours, in colour.
-        path: the picture's file; None only looks whether it could be drawn.
+        path: the picture's file.
         title: its heading.
     """
     wide = 120 + len(groups) * (30 + 34 * len(series))  # px: room for two digits above each bar
     head = 80 + 30 * -(-len(series) // 2)
     figure = _figure(max(900, wide), 400 + head)
-    if path is None:
-        return
     tall = figure.bbox.height
     axes = figure.add_axes(
         (70 / figure.bbox.width, 50 / tall, 1 - 90 / figure.bbox.width, 320 / tall)
