@@ -386,7 +386,8 @@ def test_a_large_pool_lies_in_a_file(monkeypatch, tmp_path):
 
 def on_a_rank(rank, world, folder):
     task, encode = random_task(3, "ndcg@5", pools=False, queries=300, candidates=500)
-    task = dataclasses.replace(task, published_qrels=task.qrels)
+    looked_up = [{c: [x] for c, x in qrels.items()} for qrels in task.qrels]
+    task = dataclasses.replace(task, published_qrels=looked_up)
     alone = runner.score_task(runner.Embedder(encode, same_key), task)
     encode.calls.clear()
     with gloo(folder, rank, world):
@@ -412,7 +413,7 @@ def test_a_public_list_may_repeat_a_candidate_and_lack_the_answer():
         candidates=[Side("a"), Side("b"), Side("c")],
         qrels=[{0: 1.0}, {}],
         pools=[[2, 0, 0, 1], [0, 1]],
-        published_qrels=[{0: 1.0}, {}],
+        published_qrels=[{0: [1.0]}, {}],
     )
     row, found, values = runner.score_task(runner.Embedder(Table(rows)), task)
     assert row["score"] == row["origin"] == 50 and values == [1.0, 0.0]
@@ -469,13 +470,25 @@ def test_published_scores_follow_the_definition():
         qrels, published = dict(zip(labels, scores, strict=True)), _as_published(labels, scores)
         got = metrics.published_scores(prediction, qrels, published)
         assert got == pytest.approx(expected)
-        moved += published != qrels
-        right = metrics.published_scores(prediction, qrels, qrels)
+        moved += published != {label: [score] for label, score in qrels.items()}
+        same = {label: [score] for label, score in qrels.items()}
+        right = metrics.published_scores(prediction, qrels, same)
         first = list(dict.fromkeys(prediction))
         if len(first) == len(prediction):
             ours = metrics.score("ndcg@5", [qrels.get(candidate, 0) for candidate in prediction])
             assert right["ndcg_linear@5"] == pytest.approx(ours)
     assert moved > 100
+    labels, scores, prediction = ["a", "b", "c"], [3, 1, 1], ["a", "b", "c", "d"]
+    qrels = dict(zip(labels, scores, strict=True))
+    orders = [  # of texts, whose order in a set is another in another process
+        metrics.published_scores(
+            prediction, qrels, {x: [score] for x, score in zip(order, scores, strict=True)}
+        )
+        for order in itertools.permutations(labels)
+    ]
+    got = metrics.published_scores(prediction, qrels, _as_published(labels, scores))
+    assert got == pytest.approx({k: np.mean([order[k] for order in orders]) for k in got})
+    assert round(got["ndcg_exponential@1"], 4) == 0.4286
     assert set(metrics.published_scores([1, 2], {}, {}).values()) == {0.0}
 
 

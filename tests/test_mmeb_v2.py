@@ -229,6 +229,57 @@ def test_strings_are_the_benchmarks_own(media, name, record, text, candidates, n
         assert trained == f"{wrapped}{bare}\n"
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "change", "why"),
+    [
+        ("NExTQA", "records", {"answer": "3"}, "NExTQA, row 0: its fields do not fit ("),
+        ("EgoSchema", "records", {"answer": "zz"}, "EgoSchema, row 0: its fields do not fit ("),
+        (
+            "EgoSchema",
+            "records",
+            {"answer": "7"},
+            "EgoSchema, row 0: answer is '7', expected one of",
+        ),
+        ("Video-MME", "records", {"answer": ""}, "Video-MME, row 0: its fields do not fit ("),
+        (
+            "ActivityNetQA",
+            "records",
+            {"answer": "dog"},
+            "row 0: answer is 'dog', expected one of yes",
+        ),
+        (
+            "MomentSeeker",
+            "records",
+            {"positive_frames": 5},
+            "MomentSeeker, row 0: its fields do no",
+        ),
+        ("CIRR", "records", {"tgt_text": [""]}, "CIRR, row 0: tgt_text has 1 texts, expected 4"),
+        ("MSVD", "records", {"caption": []}, "MSVD, row 0: caption is [], expected a list of text"),
+        (
+            "ViDoRe_docvqa",
+            "records",
+            {"query-id": 9},
+            "row 0: query-id is 9, expected one with a re",
+        ),
+        (
+            "ViDoRe_docvqa",
+            "records",
+            {"query-id": [1]},
+            "row 0: query-id is [1], expected a number",
+        ),
+        ("ViDoRe_docvqa", "qrels", {"score": "1"}, "(qrels), row 0: score is '1', expected a numb"),
+        ("ViDoRe_docvqa", "corpus", {"corpus-id": [1]}, "(corpus), row 0: corpus-id is [1], expec"),
+    ],
+)
+def test_a_record_that_does_not_fit_names_set_and_row(tmp_path, name, part, change, why):
+    miniature = Miniature(tmp_path)
+    made = miniature.make(name)
+    made[part] = [made[part][0] | change, *made[part][1:]]
+    with pytest.raises(ValueError) as raised:
+        mmeb_v2.build(name, data_dir=tmp_path, **made)
+    assert why in str(raised.value)
+
+
 def test_clips_come_from_folders_in_order(media):
     spec = mmeb_v2.data_set("QVHighlight")
     below = f"{spec.media}/v_1"
@@ -257,17 +308,26 @@ def test_documents_are_graded_and_their_pages_named(media):
     assert [Path(side.images[0]).stem for side in task.candidates] == ["40", "3", "17"]
     assert task.qrels == [{0: 3.0, 1: 2.0}] and task.pools is None
     order = list({40, 3})  # labels are reordered there, and their scores are not
-    assert order == [40, 3] or task.published_qrels == [{0: 2.0, 1: 3.0}]
-    assert mmeb_v2._as_published(["a", "b"], [1, 3]) == {"a": 2.0, "b": 2.0}
+    assert order == [40, 3] or task.published_qrels == [{0: [2], 1: [3]}]
+    assert mmeb_v2._as_published(["a", "b"], [1, 3]) == {"a": [1, 3], "b": [1, 3]}
+    wrong = [qrels[0] | {"corpus-id": "40"}]
+    with pytest.raises(ValueError, match="1 relevant pages are not in the corpus, as '40'; of 3 "):
+        mmeb_v2.build("ViDoRe_docvqa", records, root, corpus=[*pages], qrels=wrong)
 
 
 def test_a_page_is_shown_from_its_record_where_it_has_no_file(tmp_path):
     page = Image.new("RGB", (20, 30))
     corpus = [{"corpus-id": "p.png", "image": page}]
+    packed = [{"corpus-id": "p.png", "image": {"bytes": b"png", "path": None}}]
     qrels = [{"query-id": 0, "corpus-id": "p.png", "score": 1}]
     records = [{"query-id": 0, "query": "Who?"}]
     task = mmeb_v2.build("VisRAG_PlotQA", records, tmp_path, corpus=corpus, qrels=qrels)
     assert task.candidates[0].images == [page]
+    task = mmeb_v2.build("VisRAG_PlotQA", records, tmp_path, corpus=packed, qrels=qrels)
+    assert task.candidates[0].images == [b"png"]
+    for none in (None, []):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"not in the corpus|no picture"):
+            mmeb_v2.build("VisRAG_PlotQA", records, tmp_path, corpus=none, qrels=qrels)
 
 
 def test_origin_is_tokenised_without_brackets(checkpoint, data):
@@ -303,7 +363,9 @@ def test_scores_are_kept_and_taken_again_only_of_the_same(checkpoint, data, tmp_
     assert "no mean: 69 sets are missing, as ImageNet-1K" in said.out
     row = metrics["tasks"]["ViDoRe_arxivqa"]
     encoder = BTokEncoder.from_pretrained(checkpoint)
-    assert row["model"] == encoder.digest and row["settings"] == encoder.settings
+    files = evaluate.files_digest(encoder)
+    assert row["settings"] == encoder.settings | {"files": files}
+    assert row["model"] == encoder.digest
     assert row["prompts"] == "canonical" and row["data"]["revision"] == "local"
     assert 0 <= row["ci95"][0] <= row["score"] <= row["ci95"][1] <= 100
     assert row["origin"] == pytest.approx(100 * row["published"]["ndcg_linear@5"])
@@ -322,14 +384,38 @@ def test_scores_are_kept_and_taken_again_only_of_the_same(checkpoint, data, tmp_
     changed = [n for n in names if now[n] != metrics["tasks"][n]]
     assert changed == ["OK-VQA"] and now["OK-VQA"]["data"] != metrics["tasks"]["OK-VQA"]["data"]
 
-    (output / "sets/MSVD.json").write_text("{}")  # damaged: made again
-    (output / "sets/MSVD.json.1.tmp").write_text("{")  # of a process that was killed
-    assert run(*line) == 0 and capfd.readouterr().err.count("kept") == 8
+    kept = json.loads((output / "sets/MSVD.json").read_text())
+    (output / "sets/MSVD.json.99999999.tmp").write_text("{")  # of a process that was killed
+    (output / f"sets/MSVD.json.{os.getppid()}.tmp").write_text("{")  # of one that still runs
+    for damaged in (
+        "{}",
+        "[" * 100_000,
+        json.dumps(kept | {"row": {}}),
+        json.dumps(kept | {"made_of": None}),
+        json.dumps(kept | {"row": kept["row"] | {"score": 99.0}}),
+        json.dumps(kept | {"queries": []}),
+    ):  # is made again
+        (output / "sets/MSVD.json").write_text(damaged)
+        assert run(*line) == 0 and capfd.readouterr().err.count("kept") == 8
+        assert json.loads((output / "sets/MSVD.json").read_text()) == kept
+    (output / f"sets/MSVD.json.{os.getppid()}.tmp").unlink()
+
+    before = (output / "metrics.json").read_bytes()  # of what is asked now, and of the rest
+    assert run(*line[:5], "MSVD", *line[6:]) == 0
+    assert (output / "metrics.json").read_bytes() == before
+    said = capfd.readouterr().out
+    assert "\nMSVD " in said and "\nOK-VQA " not in said and "3 of 670" in said
     assert not list(output.rglob("*.tmp"))
 
     assert run(*line, "--prompts", "origin") == 2
     said = capfd.readouterr().err
     assert said.startswith(f"error: {output} holds scores of prompts canonical, this is origin;")
+    same = tmp_path / "same"
+    shutil.copytree(checkpoint, same)
+    config = json.loads((same / "config.json").read_text())
+    (same / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 9999}))
+    assert run(same, *line[1:]) == 2
+    assert f"{output} holds scores of files " in capfd.readouterr().err
     other = tiny_checkpoint(tmp_path / "other", seed=1)
     assert run(other, *line[1:]) == 2
     assert f"{output} holds scores of model " in capfd.readouterr().err
@@ -345,6 +431,19 @@ def test_what_is_missing_is_told_in_a_line_and_nothing_is_lost(checkpoint, data,
     assert said.startswith("error: MSVD, row 1: ") and "MSVD/v1 has 0 frames, expected at" in said
     metrics = json.loads((output / "metrics.json").read_text())
     assert list(metrics["tasks"]) == ["OK-VQA"]
+    rows = [
+        json.loads(x) for x in (folder / "video-tasks/MSVD/test.jsonl").read_text().split("\n")[:3]
+    ]
+    shards = [folder / f"video-tasks/MSVD/test-0000{i}-of-00002.jsonl" for i in range(2)]
+    (folder / "video-tasks/MSVD/test.jsonl").rename(shards[0])
+    assert run(*line) == 2
+    said = capfd.readouterr().err
+    assert f"MSVD (1 of 2 files of records like {shards[0]})" in said and rows
+    shards[0].rename(folder / "video-tasks/MSVD/test.jsonl")
+    (folder / "image-tasks/.OK-VQA.unfinished").touch()
+    assert run(*line) == 2
+    assert capfd.readouterr().err == "error: OK-VQA: its media are half unpacked; --fetch goes on\n"
+    (folder / "image-tasks/.OK-VQA.unfinished").unlink()
     (folder / "image-tasks/OK-VQA/q2.jpg").unlink()
     assert run(*line) == 2
     said = capfd.readouterr().err
@@ -374,7 +473,10 @@ def test_what_is_missing_is_told_in_a_line_and_nothing_is_lost(checkpoint, data,
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["--tasks", "MSCOCO_t2"], "no data set 'MSCOCO_t2', expected MSCOCO_t2i or MSCOCO_i2t or"),
+        (["--tasks", "MSCOCO_t2"], "tasks has 'MSCOCO_t2', expected MSCOCO_t2i or MSCOCO_i2t or"),
+        (["--tasks", "ICLS"], "tasks has 'ICLS', expected I-CLS or V-CLS"),
+        (["--submission", "gone/x.json"], "submission is gone/x.json, in a folder that is not"),
+        (["--picture", "gone/x.png"], "picture is gone/x.png, in a folder that is not there"),
         (["--tasks", ","], "tasks is ',', expected names of data sets"),
         (["--submission", "x.json", "--tasks", "I-VG"], "submission needs all data sets, tasks la"),
         (["--compare", "gone.json"], "No such file"),
@@ -400,7 +502,7 @@ def test_what_data_sets_need_is_listed_without_a_hub(checkpoint, capfd):
     assert [line.split()[0] for line in lines] == [
         *("DiDeMo", "MSR-VTT", "MSVD", "VATEX", "YouCook2", "ViDoRe_docvqa")
     ]
-    assert all(" about " in line and " GB  " in line for line in lines)
+    assert all(" about " in line and " GB " in line for line in lines)
     assert last.startswith("6 data sets, ") and "modelled: the hub does not answer" in last
 
 
@@ -410,9 +512,10 @@ def test_a_chosen_group_is_its_data_sets():
         *("MSCOCO", "RefCOCO", "RefCOCO-Matching", "Visual7W-Pointing", "MSVD")
     ]
     assert len(evaluate.chosen("visdoc,V-QA")) == 29
+    assert evaluate.chosen("msvd,v-ret") == evaluate.chosen("V-RET")
 
 
-def made_up(scores, origin=None, queries=100):
+def made_up(scores, queries=100):
     """A result with these scores, one per data set of the table from the first on."""
     table = mmeb_v2.data_sets()
     rows = {}
@@ -422,9 +525,8 @@ def made_up(scores, origin=None, queries=100):
         rows[name] |= {"metric": spec.metric, "origin": score, "ci95": [score - 9, score + 9]}
         rows[name] |= {"queries": queries, "published": published, "data": {"digest": name}}
     kept = evaluate.Scores.__new__(evaluate.Scores)
-    kept.rows, kept.made_of = rows, {"model": "m"}
-    kept._read = lambda name: {"data": rows[name]["data"], "queries": [0.0, 1.0]}
-    return kept.result(list(rows))
+    kept.rows = rows
+    return kept.result()
 
 
 def test_means_stand_only_over_all_their_data_sets():
@@ -463,11 +565,24 @@ def test_differences_and_their_intervals(tmp_path):
     assert (low, high) == pytest.approx((-40 - np.hypot(9, 9), -40 + np.hypot(9, 9)))
     said = comparison.differences(result, theirs, {}).splitlines()
     assert len(said) == 4 and said[2].split()[:3] == ["N24News", "50.0", "40.0"]
+    assert theirs.older == ["N24News", "ViDoSeek-page"]  # by how many queries there are
+    assert said[2].endswith(", of other data")
+    (early, *_) = comparison.read("published")
+    said = comparison.differences(result, early, {})
+    assert said.count(", of other data") == 3 and said.count("some of other data") == 5
     nothing = comparison.Published("none", {})
     assert comparison.differences(result, nothing, {}).endswith(
         "\nnothing that both have a score of"
     )
-    for wrong in ("{}", "[1]", "3", "", '{"metrics": {"image": {"GQA": {}}}}'):
+    for wrong in (
+        "{}",
+        "[1]",
+        "3",
+        "",
+        "[" * 100_000,
+        '{"tasks": {"GQA": {"score": "x"}}}',
+        '{"metrics": {"image": {"GQA": {}}}}',
+    ):
         (tmp_path / "b.json").write_text(wrong)
         with pytest.raises(ValueError, match=r"compare is .*b\.json .*expected a file of publ"):
             comparison.read(str(tmp_path / "b.json"))
@@ -506,7 +621,14 @@ def test_two_runs_are_compared_query_by_query(checkpoint, data, tmp_path, capfd)
 
 def test_the_leaderboards_file(checkpoint, tmp_path):
     encoder = BTokEncoder.from_pretrained(checkpoint)
-    comparison.submit(made_up([50.0] * 78), tmp_path / "s.json", "mine", encoder)
+    result = made_up([50.0] * 78)
+    with pytest.raises(
+        ValueError, match="ImageNet-1K has 100 queries, the benchmark 1000; its data"
+    ):
+        comparison.submit(result, tmp_path / "s.json", "mine", encoder)
+    for name, spec in mmeb_v2.data_sets().items():
+        result["tasks"][name]["queries"] = spec.queries
+    comparison.submit(result, tmp_path / "s.json", "mine", encoder)
     written = json.loads((tmp_path / "s.json").read_text())
     assert written["metadata"]["model_name"] == "mine"
     assert {m: len(x) for m, x in written["metrics"].items()} == {
@@ -517,7 +639,7 @@ def test_the_leaderboards_file(checkpoint, tmp_path):
     assert "ViDoSeek-page-fixed" in written["metrics"]["visdoc"]
     assert "ViDoSeek-doc" in written["metrics"]["visdoc"]
     row = written["metrics"]["image"]["GQA"]
-    assert row["num_pred"] == row["num_data"] == 100 and row["hit@1"] == 0.5
+    assert row["num_pred"] == row["num_data"] == 1000 and row["hit@1"] == 0.5
     with pytest.raises(ValueError, match="submission needs all data sets, these are missing"):
         comparison.submit(made_up([50.0] * 77), tmp_path / "t.json", "mine", encoder)
 

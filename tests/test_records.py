@@ -50,6 +50,7 @@ def test_a_field_that_is_wrong_is_told():
         ("a", "train", ["a/b/train-0.parquet"], []),
         ("queries", "test", ["queries/test-0.parquet", "corpus/test-0.parquet"], "queries/test-0"),
         ("queries", "test", ["queries/queries.jsonl"], ["queries/queries.jsonl"]),
+        ("", "test", ["test.jsonl", "test.parquet", "test.json"], ["test.parquet"]),
     ],
 )
 def test_the_files_of_a_configuration(tmp_path, config, split, there, expected):
@@ -71,10 +72,11 @@ def test_records_of_every_ending_are_the_same(tmp_path):
     pa = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
     import pyarrow.parquet as pq
 
-    rows = [{"a": "x", "b": [1, 2]}, {"a": "ü\n", "b": []}]
+    rows = [{"a": "x", "b": [1, 2]}, {"a": "ü\n\u2028\x85", "b": []}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "b.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in rows)
+    (tmp_path / "c.jsonl").write_text(lines, encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     for name in ("a.json", "b.json", "c.jsonl", "d.parquet"):
         assert list(records.read(tmp_path / name)) == rows, name
@@ -191,7 +193,7 @@ def test_data_sets_come_from_a_hub_one_at_a_time(tmp_path):
             pq.write_table(pa.Table.from_pylist(rows), out)
             files[f"{part}/{spec.split}-00000-of-00001.parquet"] = out.getvalue()
         if spec.family != "pages":
-            into, archive = mmeb_v2.archive_of(spec)
+            into, archive = spec.archive, mmeb_v2.TABLE["archives"][spec.archive]
             parts = packed(mini.root, into, archive["strip"], len(archive["files"]))
             store["TIGER-Lab/MMEB-V2"] |= dict(zip(archive["files"], parts, strict=True))
     Hub.repositories, Hub.asked = store, []
@@ -206,8 +208,8 @@ def test_data_sets_come_from_a_hub_one_at_a_time(tmp_path):
     }
     run = [sys.executable, "-c", FETCH, str(here), *names]
     said = subprocess.run(run, check=True, env=env, capture_output=True, text=True).stdout
-    assert "as the hub has them" in said and "image-tasks/mmeb_v1.tar.gz" in said
-    assert said.count("mmeb_v1") == 1 and "about" not in said
+    assert "is the hub's figure" in said and said.count("image-tasks/mmeb_v1.tar.gz") == 1
+    assert said.count("records 0.00 GB, media about ") == len(names)
     for name in names:
         rows, revision, files = mmeb_v2.load(name, here)
         assert revision == Hub.sha and files
@@ -222,12 +224,33 @@ def test_data_sets_come_from_a_hub_one_at_a_time(tmp_path):
     assert not (here / "video-tasks/frames/video_qa/EgoSchema").exists()
     assert not list(here.rglob("*.part"))
 
-    kept = here / "image-tasks/NIGHTS/1.jpg"
+    images = here / "image-tasks"
+    store["ziyjiang/MMEB_Test_Instruct"].pop("NIGHTS/test-00000-of-00001.parquet")
+    missing = subprocess.run([*run[:4], "NIGHTS"], env=env, capture_output=True, text=True)
+    assert "has no records of NIGHTS" in missing.stderr
+    store["ziyjiang/MMEB_Test_Instruct"] |= {
+        "NIGHTS/test-00000-of-00001.parquet": (
+            images / "NIGHTS/test-00000-of-00001.parquet"
+        ).read_bytes()
+    }
+    assert not list(here.rglob(".*.unfinished"))
+
+    kept = images / "NIGHTS/1.jpg"
     content = kept.read_bytes()
     kept.unlink()
     Hub.asked.clear()
     subprocess.run([*run[:4], "NIGHTS"], check=True, env=env, capture_output=True)
     assert kept.read_bytes() == content
+    assert records.revision(images, ["NIGHTS"]) == Hub.sha
+    assert records.revision(images, ["GQA"]) == "local"
+
+    for blob in (tmp_path / "hub").rglob("blobs/*"):  # the archive in the client's own store
+        blob.write_bytes(blob.read_bytes()[:-9000])
+    kept.unlink()
+    damaged = subprocess.run([*run[:4], "NIGHTS"], env=env, capture_output=True, text=True)
+    assert "ValueError: the archive cannot be read (" in damaged.stderr
+    with pytest.raises(FileNotFoundError, match="NIGHTS: its media are half unpacked; --fetch goe"):
+        mmeb_v2.load("NIGHTS", here)
     server.shutdown()
 
 
@@ -238,3 +261,11 @@ def test_without_a_hub_fetching_says_so(tmp_path):
     done = subprocess.run(run, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: Cannot reach http")
     assert done.stderr.count("\n") == 1
+    env |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:1"}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: the hub does not answer: ")
+    assert done.stderr.count("\n") == 1
+    Miniature(tmp_path / "data").make("MSVD")  # of what is there nothing is asked
+    run += ["--data", "data"]
+    done = subprocess.run(run, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

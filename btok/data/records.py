@@ -68,9 +68,10 @@ class RetrievalTask:
         pools: per query, the candidate indices it is ranked against; None: all (a global pool).
         hard: per query, the candidate indices, right ones included, that a shortcut cannot tell
             apart; None: no shortcut is known, every candidate counts as hard.
-        published_qrels: what the code that published the set makes of `qrels`; None where there is
-            none. With it a pool may name a candidate twice, as public lists do, and a query may
-            have nothing right to find, which scores 0.
+        published_qrels: the relevances that the code which published the set looks up, several
+            where it may find either; None where there is no such code. With it a pool may name a
+            candidate twice, as public lists do, and a query may have nothing right to find, which
+            scores 0.
     """
 
     name: str
@@ -82,4 +83,4 @@ class RetrievalTask:
     qrels: Sequence[Mapping[int, float]]
     pools: Sequence[Sequence[int]] | None = None
     hard: Sequence[Sequence[int]] | None = None
-    published_qrels: Sequence[Mapping[int, float]] | None = None
+    published_qrels: Sequence[Mapping[int, Sequence[float]]] | None = None

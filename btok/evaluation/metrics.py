@@ -95,7 +95,7 @@ def expected(metric: str, relevance: ArrayLike) -> float:
 
 
 def published_scores(
-    ranking: Sequence[int], qrels: Mapping[int, float], published: Mapping[int, float]
+    ranking: Sequence[int], qrels: Mapping[int, float], published: Mapping[int, Sequence[float]]
 ) -> dict[str, float]:
     """All that VLM2Vec's evaluation reports of one query, at 1, 5 and 10: "hit@1", ...
 
@@ -103,11 +103,12 @@ def published_scores(
         ranking: candidates, best first; one that comes again counts again for map, mrr and ndcg, as
             it does there.
         qrels: candidate -> relevance; nothing for a query without an answer, which scores 0.
-        published: the same candidates' relevances as that code looks them up.
+        published: the same candidates' relevances as that code looks them up; several where it
+            may find either, all as likely.
     """
     top = list(ranking[:10])
     right = np.array([candidate in qrels for candidate in top], np.float64)
-    gains = np.array([published.get(candidate, 0.0) for candidate in top])
+    looked_up = [np.array(published.get(candidate, (0.0,)), np.float64) for candidate in top]
     ideal = np.array(sorted(qrels.values(), reverse=True))
     out = {}
     for k in PUBLISHED_AT:
@@ -118,7 +119,8 @@ def published_scores(
         out[f"hit@{k}"] = float(found > 0)
         for name, gain in (("linear", lambda x: x), ("exponential", lambda x: 2**x - 1)):
             best = gain(ideal[:k]) @ _discounts(len(ideal[:k]))
-            dcg = gain(gains[:k]) @ _discounts(len(hits))
+            gains = np.array([gain(values).mean() for values in looked_up[:k]])
+            dcg = gains @ _discounts(len(hits))
             out[f"ndcg_{name}@{k}"] = float(dcg / best) if best else 0.0
         out[f"precision@{k}"], out[f"recall@{k}"] = precision, recall
         out[f"f1@{k}"] = 2 * precision * recall / (precision + recall) if found else 0.0

@@ -22,12 +22,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from btok.data.records import Metric, RetrievalTask, Side
 from btok.evaluation import records as on_disk
 from btok.evaluation.records import Pictures, Row
-from btok.files import whole
+from btok.files import one_line
 
 Prompts = Literal["origin", "canonical"]
 TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -65,6 +63,8 @@ class DataSet:
     query_with_video: str = ""
     candidate: str = ""
     labels: Sequence[str] = ()
+    first: int | None = None
+    archive: str = ""
 
 
 @cache
@@ -107,9 +107,8 @@ def expand(
         a list of names; for documents `rel_scores`, one per label.
 
     Raises:
-        ValueError: no such data set or prompts; a record without a field, or with one that does not
-            fit; too few frames.
-        FileNotFoundError: a picture or a video's frames are missing.
+        ValueError: no such data set or prompts; a record without a field, or with a wrong one.
+        FileNotFoundError: a picture or frames of a video are missing.
     """
     spec = data_set(name)
     return _queries(spec, records, Media(data_dir, spec, corpus), qrels, prompts)
@@ -126,7 +125,12 @@ def _queries(
     queries = []
     for number, record in enumerate(records):
         row = Row(spec.name, number, record)
-        query = FAMILIES[spec.family](spec, row, media, relevant)
+        try:
+            query = FAMILIES[spec.family](spec, row, media, relevant)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            if str(error).startswith(f"{row.name}, row "):
+                raise
+            raise row.wrong(f"its fields do not fit ({one_line(error)})") from error
         texts, names = query["cand_texts"], query["cand_names"]
         if len(texts) != len(names):
             raise row.wrong(f"{len(texts)} texts for {len(names)} candidates")
@@ -156,13 +160,21 @@ def build(
     spec = data_set(name)
     media = Media(data_dir, spec, corpus)
     queries = _queries(spec, records, media, qrels, prompts)
+    if spec.family == "pages":
+        asked = dict.fromkeys(key for query in queries for key in query["cand_names"])
+        if lacking := [key for key in asked if key not in media.pages]:
+            had = f"{len(lacking)} relevant pages are not in the corpus, as {lacking[0]!r}"
+            raise ValueError(
+                f"{name}: {had}; of {len(media.pages)} pages the first is "
+                f"{next(iter(media.pages), None)!r}"
+            )
     places: dict[Any, int] = {}
     candidates: list[Side] = []
 
     def add(key: Any, text: str, shown: Sequence[Any] | None = None) -> int:
         if places.setdefault(key, len(places)) == len(candidates):
             if key in media.pages and shown and not os.path.isfile(shown[0]):
-                shown = [media.pages[key]]  # as its record has it
+                shown = [on_disk.stored(media.pages[key])]
             candidates.append(_side(text, shown, prompts))
         return places[key]
 
@@ -183,7 +195,7 @@ def build(
         right = dict(zip(labels, scores, strict=True))
         wrong = _as_published(labels, scores)
         qrels_of.append({places[key]: float(x) for key, x in right.items() if key in places})
-        published.append({places[key]: float(x) for key, x in wrong.items() if key in places})
+        published.append({places[key]: x for key, x in wrong.items() if key in places})
     everything = spec.family in ("videos", "pages") or bool(spec.labels)
     return RetrievalTask(
         name=name,
@@ -224,40 +236,39 @@ def _side(text: str, media: Sequence[Any] | None, prompts: Prompts) -> Side:
     return Side(body, video=media) if kind == "video" else Side(body, images=media)
 
 
-def _as_published(labels: Sequence[Any], scores: Sequence[float]) -> dict[Any, float]:
+def _as_published(labels: Sequence[Any], scores: Sequence[float]) -> dict[Any, list[float]]:
     """The relevance that the benchmark's code looks up: it reorders labels, not their scores.
 
     The order is that of a Python set, which for texts changes from process to process: then, where
-    it matters, the mean over all orders, for which the score is the mean over processes.
+    it matters, each of all scores.
     """
     if len(set(scores)) > 1 and any(isinstance(label, str) for label in labels):
-        return dict.fromkeys(labels, float(np.mean(scores)))
-    return dict(zip(list(set(labels)), scores, strict=False))
+        return {label: list(scores) for label in labels}
+    return {label: [score] for label, score in zip(set(labels), scores, strict=False)}
 
 
 class Media(Pictures):
-    """A data set's pictures and frames below `data_dir`.
-
-    Args:
-        pages: of a document set, by id, what their own records show, or None.
-    """
+    """A data set's pictures and frames; `pages` are, by id, what a corpus's own records show."""
 
     def __init__(self, data_dir: str | Path, spec: DataSet, corpus: Any = None) -> None:
         super().__init__(os.path.join(data_dir, spec.media))
         self.hashed = spec.hashed_names
         rows = (Row(f"{spec.name} (corpus)", i, record) for i, record in enumerate(corpus or ()))
-        self.pages = {row["corpus-id"]: row.record.get("image") for row in rows}
+        self.pages = {row.key("corpus-id"): row.record.get("image") for row in rows}
 
-    def page(self, row: Row, key: Any) -> str:
-        """The path of a document's page, which its record in the corpus may stand for."""
+    def where(self, key: Any) -> str:
+        """The path that a document's page has."""
         name = f"{key}.png"
         if self.hashed:
             stem, ending = os.path.splitext(str(key))
             digest = hashlib.md5(str(key).encode(), usedforsecurity=False).hexdigest()[:8]
             name = f"{stem[:50]}_{digest}{ending}"
-        if self.pages.get(key) is not None:
-            return os.path.join(self.root, name)
-        return self.image(row, name)
+        return os.path.join(self.root, name)
+
+    def page(self, row: Row, key: Any) -> str:
+        """The path of a page that is there, or whose record in the corpus stands for it."""
+        path = self.where(key)
+        return path if self.pages.get(key) is not None else self.image(row, path)
 
 
 def _prompt(instruction: str, text: str = "", kind: str | None = None) -> str:
@@ -321,7 +332,7 @@ def _labels(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
     """A video finds what it shows, among the set's labels or the record's own."""
     label = row.text("pos_text")
     names = [label] if spec.labels else row.texts("neg_text")
-    frames = media.frames(row, str(row[spec.video]), most=FRAMES)
+    frames = media.frames(row, str(row[spec.video]), most=FRAMES, least=2)
     return _query(_prompt(spec.query, kind="video"), frames, names, label)
 
 
@@ -361,12 +372,15 @@ def _options(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
         names = row.texts("options" if lines else "option")
         question += "\n" + "\n".join(names) if lines else " ".join(names)
         texts = [name[name.find(". ") :].strip(". ") for name in names]
-        place = "ABCD".find(answer) if lines else int(answer)
+        place = list("ABCD").index(answer) if lines else int(answer)
     if style != "letters in names":
         if not 0 <= place < len(names):
             raise row.wrong(f"answer is {answer!r}, expected one of {', '.join(names)}")
         label = names[place]
-    frames, text = media.frames(row, video, most=FRAMES), _prompt(spec.query, question, "video")
+    frames, text = (
+        media.frames(row, video, most=FRAMES, least=2),
+        _prompt(spec.query, question, "video"),
+    )
     return _query(text, frames, names, label, cand_texts=texts or list(names))
 
 
@@ -377,9 +391,10 @@ def _clips(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
         video = os.path.splitext(os.path.basename(row.text("video_path")))[0]
         folders = [os.path.join(video, clip) for clip in media.folders(video) if clip != "query"]
         right = [folder for folder in folders if os.path.basename(folder).startswith("positive")]
-        if not right:
+        if not right or len(right) == len(folders):
             where = os.path.join(media.root, video)
-            raise row.wrong(f"no clip named positive* in {where}", FileNotFoundError)
+            had = f"no clip named positive* and others in {where}"
+            raise row.wrong(had, FileNotFoundError)
         text = _prompt(spec.query, words, "video")
         shown = media.frames(row, video, "query", most=FRAMES)
     else:
@@ -410,7 +425,7 @@ def _clip(path: str) -> str:
 
 def _pages(spec: DataSet, row: Row, media: Media, relevant: Any) -> dict[str, Any]:
     """Words find a page of a document; some may be more relevant than others."""
-    key = row["query-id"]
+    key = row.key("query-id")
     if key not in relevant:
         raise row.wrong(f"query-id is {key!r}, expected one with a relevant page in the qrels")
     names, scores = list(relevant[key]), list(relevant[key].values())
@@ -420,18 +435,13 @@ def _pages(spec: DataSet, row: Row, media: Media, relevant: Any) -> dict[str, An
     return _query(text, None, names, names, cand_texts=texts, cand_media=pages, rel_scores=scores)
 
 
-FAMILIES: dict[str, Callable[[DataSet, Row, Media, Any], dict[str, Any]]] = {
-    "answers": _answers,
-    "images": _images,
-    "labels": _labels,
-    "videos": _videos,
-    "options": _options,
-    "clips": _clips,
-    "pages": _pages,
-}
+_ALL = (_answers, _images, _labels, _videos, _options, _clips, _pages)
+FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {f.__name__[1:]: f for f in _ALL}
 
 
-def load(name: str, data_dir: str | Path) -> tuple[dict[str, Any], str, list[Path]]:
+def load(
+    name: str, data_dir: str | Path, half: bool = False
+) -> tuple[dict[str, Any], str, list[Path]]:
     """A data set's records below `data_dir`; a page without a file gets one from its record.
 
     Returns:
@@ -439,9 +449,8 @@ def load(name: str, data_dir: str | Path) -> tuple[dict[str, Any], str, list[Pat
         the hub that they are of, or "local"; the files that were read.
 
     Raises:
-        FileNotFoundError: there are none, or a part of them is missing.
-        ValueError: no such data set; a file that cannot be read.
-        ImportError: a parquet file without pyarrow (the extra `data`).
+        FileNotFoundError: a part of them is missing, or, unless `half`, of the media.
+        ValueError, ImportError: no such data set; a file that cannot be read (extra `data`).
     """
     spec = data_set(name)
     folder = Path(data_dir, spec.records)
@@ -449,53 +458,43 @@ def load(name: str, data_dir: str | Path) -> tuple[dict[str, Any], str, list[Pat
         files = {part: on_disk.find(folder, part, spec.split) for part in spec.configs}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} has {error}; --fetch gets them") from error
-    rows = {part: list(chain(*map(on_disk.read, of))) for part, of in files.items()}
+    if not half and _unfinished(spec, data_dir).exists():
+        raise FileNotFoundError(f"{name}: its media are half unpacked; --fetch goes on")
+    commit, every = on_disk.revision(folder, spec.configs), list(chain(*files.values()))
     if spec.family == "pages":
-        corpus = [_with_file(spec, data_dir, *each) for each in enumerate(rows["corpus"])]
-        arguments = {"records": rows["queries"], "corpus": corpus, "qrels": rows["qrels"]}
-    else:
-        several = len(rows) > 1
-        named = {part: {"subset": part} if several else {} for part in rows}
-        arguments = {"records": [{**row, **named[part]} for part in rows for row in rows[part]]}
-    return arguments, on_disk.revision(folder), list(chain(*files.values()))
+        media = Media(data_dir, spec)
+        corpus = on_disk.corpus(name, files["corpus"], media.where)
+        queries, qrels = (list(chain(*map(on_disk.read, files[x]))) for x in ("queries", "qrels"))
+        return {"records": queries, "corpus": corpus, "qrels": qrels}, commit, every
+    named = {part: {"subset": part} if len(files) > 1 else {} for part in files}
+    records = [
+        {**x, **named[part]} for part in files for at in files[part] for x in on_disk.read(at)
+    ]
+    return {"records": records[: spec.first]}, commit, every
 
 
 def fetch(name: str, data_dir: str | Path) -> None:
     """Get a data set's records and media from the hub, but for the media that are there.
 
-    Raises:
-        ValueError: no such data set; records that the hub does not have.
-        OSError: no connection.
+    ValueError for no such data set, and records that the hub does not have; OSError for no hub.
     """
     spec = data_set(name)
     folder = Path(data_dir, spec.records)
     on_disk.fetch(spec.source, spec.revision, spec.configs, spec.split, folder)
-    arguments, _, _ = load(name, data_dir)  # a document set's pages come with its records
+    arguments, _, _ = load(name, data_dir, half=True)  # pages come with the records
     if spec.family == "pages":
         return
     shown = {row.get("qry_img_path") for row in arguments["records"]}
     shown.update(chain(*(row.get("tgt_img_path") or () for row in arguments["records"])))
-    into, archive = archive_of(spec)
-    start = spec.media[len(into) + 1 :] + "/"
+    start = spec.media[len(spec.archive) + 1 :] + "/"
     wanted = shown.__contains__ if spec.modality == "image" else lambda at: at.startswith(start)
-    on_disk.unpack(into=Path(data_dir, into), wanted=wanted, **archive)
+    marker = _unfinished(spec, data_dir)
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    on_disk.unpack(into=marker.parent, wanted=wanted, **TABLE["archives"][spec.archive])
+    marker.unlink()
 
 
-def archive_of(spec: DataSet) -> tuple[str, Mapping[str, Any]]:
-    """The folder that an archive with a data set's media unpacks into, and the archive."""
-    return next(x for x in TABLE["archives"].items() if f"{spec.media}/".startswith(f"{x[0]}/"))
-
-
-def _with_file(spec: DataSet, data_dir: str | Path, i: int, record: Any) -> Mapping[str, Any]:
-    """A page of a corpus; its picture lies where the benchmark has it, byte for byte."""
-    row = Row(f"{spec.name} (corpus)", i, record)
-    key, image = row["corpus-id"], record.get("image")
-    path = Path(Media(data_dir, spec, [{"corpus-id": key, "image": True}]).page(row, key))
-    if not path.is_file():
-        stored = image.get("bytes") if isinstance(image, Mapping) else image
-        if not isinstance(stored, bytes):
-            raise row.wrong(f"no picture {path}, nor one in the record", FileNotFoundError)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as draft:
-            draft.write_bytes(stored)
-    return {"corpus-id": key}
+def _unfinished(spec: DataSet, data_dir: str | Path) -> Path:
+    """What lies there while a data set's media are unpacked."""
+    return Path(data_dir, spec.archive, f".{spec.name}.unfinished")

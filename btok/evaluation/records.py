@@ -12,18 +12,21 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from btok.files import one_line, rename, write_text
+from btok.files import one_line, rename, whole, write_text
 
 PICTURES = (".jpg", ".jpeg", ".png")
 ENDINGS = (".parquet", ".jsonl", ".json")
-REVISION = "revision.txt"  # the commit that `fetch` got a folder's files from
+REVISION = "revision{}.txt"  # the commit that `fetch` got a configuration's files from
 
 
 class Row:
@@ -55,6 +58,12 @@ class Row:
         found = list(found) if isinstance(found, np.ndarray | tuple) else found
         if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
             raise self.wrong(f"{field} is {found!r:.60}, expected a list of texts")
+        return found
+
+    def key(self, field: str) -> Any:
+        """A field that names something: a number or a text."""
+        if not isinstance(found := self[field], int | str):
+            raise self.wrong(f"{field} is {found!r:.60}, expected a number or a text")
         return found
 
     def wrong(self, why: str, kind: type[Exception] = ValueError) -> Exception:
@@ -108,7 +117,7 @@ class Pictures:
 
 def _natural(name: str) -> list[Any]:
     """By which frame_2 comes before frame_10."""
-    return [int(x) if x.isdigit() else x.lower() for x in re.split(r"(\d+)", name)]
+    return [int(x) if x.isdecimal() else x.lower() for x in re.split(r"(\d+)", name)]
 
 
 def relevant(name: str, qrels: Iterable[Mapping[str, Any]]) -> dict[Any, dict[Any, Any]]:
@@ -118,11 +127,44 @@ def relevant(name: str, qrels: Iterable[Mapping[str, Any]]) -> dict[Any, dict[An
     found: dict[Any, dict[Any, Any]] = {}
     for number, record in enumerate(qrels):
         row = Row(f"{name} (qrels)", number, record)
-        query, page, score = row["query-id"], row["corpus-id"], row["score"]
+        query, page, score = row.key("query-id"), row.key("corpus-id"), row["score"]
+        if not isinstance(score, int | float):
+            raise row.wrong(f"score is {score!r:.60}, expected a number")
         if score > 0:
             of_query = found.setdefault(query, {})
             of_query[page] = max(of_query.get(page, 0), score)
     return found
+
+
+def corpus(
+    name: str, files: Sequence[Path], where: Callable[[Any], str]
+) -> list[Mapping[str, Any]]:
+    """The pages of BEIR's corpus, `corpus-id` alone, each with its picture in a file.
+
+    Those that are not there yet are taken out of the records, a few at a time, byte for byte.
+
+    Args:
+        name: of the data set.
+        where: the path of a page by its id.
+    """
+    ids = chain(*(read(path, ["corpus-id"]) for path in files))
+    rows = [Row(f"{name} (corpus)", i, record) for i, record in enumerate(ids)]
+    paths = [Path(where(row.key("corpus-id"))) for row in rows]
+    if not all(path.is_file() for path in paths):
+        for row, path, record in zip(rows, paths, chain(*map(read, files)), strict=True):
+            if path.is_file():
+                continue
+            if not isinstance(picture := stored(record.get("image")), bytes):
+                raise row.wrong(f"no picture {path}, nor one in the record", FileNotFoundError)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole(path) as draft:
+                draft.write_bytes(picture)
+    return [{"corpus-id": row.key("corpus-id")} for row in rows]
+
+
+def stored(image: Any) -> Any:
+    """A record's picture; the hub's files have its bytes in a mapping."""
+    return image.get("bytes") if isinstance(image, Mapping) else image
 
 
 def patterns(config: str, split: str) -> list[str]:
@@ -138,30 +180,38 @@ def patterns(config: str, split: str) -> list[str]:
 
 
 def pick(names: Iterable[str], config: str, split: str) -> list[str]:
-    """Of a repository's files those with the records of a configuration; none where it has none."""
-    names = sorted(name for name in names if PurePosixPath(name).suffix in ENDINGS)
+    """Of a repository's files those with the records of a configuration, in one format; none where
+    it has none.
+    """
     for pattern in patterns(config, split):
-        if found := [
-            name
-            for name in names
-            if fnmatch(name, pattern) and name.count("/") == pattern.count("/")
-        ]:
-            return found
+        for ending in ENDINGS:
+            if found := sorted(
+                name
+                for name in names
+                if name.endswith(ending)
+                and fnmatch(name, pattern)
+                and name.count("/") == pattern.count("/")
+            ):
+                return found
     return []
 
 
 def find(folder: Path, config: str, split: str) -> list[Path]:
-    """The files of a configuration in a folder; a FileNotFoundError where there are none."""
+    """The files of a configuration in a folder; a FileNotFoundError where one is missing."""
     every = (path for pattern in patterns(config, split) for path in folder.glob(pattern))
     names = pick({path.relative_to(folder).as_posix() for path in every}, config, split)
     if not names:
         where = folder / patterns(config, split)[0]
         raise FileNotFoundError(f"no records, expected {where} ending in {' or '.join(ENDINGS)}")
+    counted = re.search(r"-of-(\d+)\.", names[0])
+    if counted and int(counted[1]) != len(names):
+        had = f"{len(names)} of {int(counted[1])} files of records like {folder / names[0]}"
+        raise FileNotFoundError(had)
     return [folder / name for name in names]
 
 
-def read(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The records of a file.
+def read(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    """The records of a file, a few at a time; of parquet only some columns, if they are named.
 
     Raises:
         ValueError: it is damaged; ImportError: parquet without pyarrow (the extra `data`).
@@ -170,30 +220,49 @@ def read(path: Path) -> Iterator[Mapping[str, Any]]:
         if path.suffix != ".parquet":
             text = path.read_text(encoding="utf-8")
             as_list = path.suffix == ".json" and text.lstrip().startswith("[")
-            yield from json.loads(text) if as_list else map(json.loads, text.splitlines())
+            lines = (line for line in text.split("\n") if line.strip())
+            yield from json.loads(text) if as_list else map(json.loads, lines)
             return
         try:
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise ImportError('parquet files need pyarrow: pip install "btok[data]"') from error
-        for batch in ParquetFile(path).iter_batches(256):
-            yield from batch.to_pylist()
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(16, columns=columns):  # a picture may be in each
+                yield from batch.to_pylist()
     except (ValueError, OSError, RecursionError) as error:  # pyarrow's are of the first two
-        why = one_line(error)
-        raise ValueError(f"{path} cannot be read ({why}); fetch it again") from error
+        raise ValueError(f"{path} cannot be read ({one_line(error)}); fetch it again") from error
 
 
-def revision(folder: Path) -> str:
-    """The commit on the hub that a folder's files are of; "local" for files that came otherwise."""
-    noted = folder / REVISION
-    return noted.read_text().strip() if noted.is_file() else "local"
+def revision(folder: Path, configs: Sequence[str]) -> str:
+    """The commit on the hub that the files of configurations are of; "local" for files that came
+    otherwise.
+    """
+    noted = [folder / REVISION.format(config) for config in configs]
+    commits = {path.read_text().strip() if path.is_file() else "local" for path in noted}
+    return " ".join(sorted(commits))
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """What the hub's client raises as an OSError; what is no archive as a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, MemoryError):
+        raise
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        why = "; its copy in the hub's cache is damaged, delete that"
+        raise ValueError(f"the archive cannot be read ({one_line(error)}){why}") from error
+    except Exception as error:  # of whichever client of HTTP it has
+        raise OSError(f"the hub does not answer: {one_line(error)}") from error
 
 
 def listed(source: str, commit: str) -> tuple[str, dict[str, int]]:
     """A repository's commit on the hub, in full, and the bytes of each of its files."""
     from huggingface_hub import HfApi
 
-    info = HfApi().dataset_info(source, revision=commit, files_metadata=True)
+    with _hub():
+        info = HfApi().dataset_info(source, revision=commit, files_metadata=True)
     return info.sha or commit, {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 
@@ -209,9 +278,10 @@ def fetch(source: str, commit: str, configs: Sequence[str], split: str, folder: 
         files = pick(there, config, split)
         if not files:
             raise ValueError(f"{source} at {sha} has no records of {config or split}")
-        for name in files:
-            hf_hub_download(source, name, repo_type="dataset", revision=sha, local_dir=folder)
-    write_text(folder / REVISION, f"{sha}\n")
+        with _hub():
+            for name in files:
+                hf_hub_download(source, name, repo_type="dataset", revision=sha, local_dir=folder)
+        write_text(folder / REVISION.format(config), f"{sha}\n")
 
 
 def unpack(
@@ -236,17 +306,21 @@ def unpack(
     from huggingface_hub import hf_hub_download
 
     sha, _ = listed(source, revision)
-    paths = [hf_hub_download(source, x, repo_type="dataset", revision=sha) for x in files]
     count = 0
-    with io.BufferedReader(_Joined(paths)) as whole, tarfile.open(fileobj=whole, mode="r|*") as tar:
-        for member in tar:
-            name = member.name.removeprefix("./").removeprefix(strip)
-            if not member.isfile() or not wanted(name) or (into / name).exists():
-                continue
-            member.name = f"{name}.part"  # a kill leaves no half of a picture under its name
-            tar.extract(member, into, filter="data")
-            rename(into / member.name, into / name)
-            count += 1
+    with _hub():
+        paths = [hf_hub_download(source, x, repo_type="dataset", revision=sha) for x in files]
+        with (
+            io.BufferedReader(_Joined(paths)) as whole,
+            tarfile.open(fileobj=whole, mode="r|*") as tar,
+        ):
+            for member in tar:
+                name = member.name.removeprefix("./").removeprefix(strip)
+                if not member.isfile() or not wanted(name) or (into / name).exists():
+                    continue
+                member.name = f"{name}.part"  # a kill leaves no half of a picture under its name
+                tar.extract(member, into, filter="data")
+                rename(into / member.name, into / name)
+                count += 1
     return count
 
 

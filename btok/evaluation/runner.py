@@ -118,7 +118,10 @@ class Embedder:
         return rows
 
     def _checked(self, sides: Sequence[Side], what: str) -> Rows:
-        rows = np.asarray(self.encode(sides), dtype=np.float32)
+        try:
+            rows = np.asarray(self.encode(sides), dtype=np.float32)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"task {what}: {error}") from error
         if rows.ndim != 2 or len(rows) != len(sides):
             raise ValueError(f"task {what}: encode made {rows.shape} rows of {len(sides)} sides")
         if not np.isfinite(rows).all():

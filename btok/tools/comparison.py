@@ -20,6 +20,7 @@ from btok.files import one_line, write_json
 from btok.tools import pictures
 
 FIXED = "-fixed"  # what the leaderboard adds to the names of two sets that were wrong at first
+WRONG_UNTIL = "2025-11"
 SHOWN = ("I-CLS", "I-QA", "I-RET", "I-VG", "V-CLS", "V-QA", "V-RET", "M-RET", "visdoc")
 MODALITIES = ("image", "video", "visdoc")
 Interval = tuple[float, float, float]  # a score, its lower and its upper end, in percent
@@ -36,6 +37,7 @@ class Published:
         queries: by data set, how many a score is over.
         values: by data set each query's score, of one of our own results.
         data: by data set, what those were made of.
+        older: data sets whose data were others when it was scored.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Published:
     queries: Mapping[str, int] = field(default_factory=dict)
     values: Mapping[str, Sequence[float]] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    older: Sequence[str] = ()
 
 
 def read(path: str) -> list[Published]:
@@ -57,25 +60,35 @@ def read(path: str) -> list[Published]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(found, list):
-            return [Published(**model) for model in found]
-        if "metrics" in found:
-            return [_of_authors(found)]
-        return [_of_ours(found, Path(path))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        why = one_line(error)
+            models = [Published(**model) for model in found]
+        else:
+            models = [_of_authors(found) if "metrics" in found else _of_ours(found, Path(path))]
+        for model in models:
+            for name, score in {**model.tasks, **model.groups}.items():
+                if not 0 <= score <= 100:
+                    raise ValueError(f"{name} is {score!r:.40}, expected a score in percent")
+        return models
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"compare is {path} ({why}), expected a file of published scores or a metrics.json"
+            f"compare is {path} ({one_line(error):.200}), expected a file of published scores or a "
+            "metrics.json"
         ) from error
 
 
 def _of_authors(found: Mapping[str, Any]) -> Published:
-    table, tasks, queries = mmeb_v2.data_sets(), {}, {}
+    table, tasks, queries, older = mmeb_v2.data_sets(), {}, {}, []
     for sets in found["metrics"].values():
         for name, scores in sets.items():
-            if (short := name.removesuffix(FIXED)) in table and isinstance(scores, Mapping):
-                tasks[short] = 100 * scores[published_name(table[short].metric)]
-                queries[short] = scores["num_data"]
-    return Published(found["metadata"]["model_name"], tasks, queries=queries)
+            short = name.removesuffix(FIXED)
+            if short not in table or not isinstance(scores, Mapping):
+                continue
+            tasks[short] = 100 * scores[published_name(table[short].metric)]
+            queries[short] = scores["num_data"]
+            was_wrong = table[short].source.endswith(FIXED) and name == short
+            early = found["metadata"].get("report_generated_date", "") < WRONG_UNTIL
+            if (was_wrong and early) or scores["num_data"] != table[short].queries:
+                older.append(short)
+    return Published(found["metadata"]["model_name"], tasks, queries=queries, older=older)
 
 
 def _of_ours(found: Mapping[str, Any], path: Path) -> Published:
@@ -94,13 +107,16 @@ def _of_ours(found: Mapping[str, Any], path: Path) -> Published:
     )
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The scores as plain text; a mean stands only where no data set is missing."""
+def table(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The scores of some data sets as plain text, and the means of all that have one; a mean stands
+    only where no data set is missing.
+    """
     lines = [_line("data set", "score", "origin", "95 % interval", "queries")]
-    for name, row in result["tasks"].items():
+    for name in names:
+        row = result["tasks"][name]
         low, high = row["ci95"]
         scores = format(row["score"], ".1f"), format(row["origin"], ".1f")
-        lines.append(_line(name, *scores, f"[{low:.1f}, {high:.1f}]", str(row["queries"])))
+        lines.append(_line(name, *scores, f"[{low:.1f}, {high:.1f}]", _queries(name, row)))
     missing = {name: mmeb_v2.data_set(name) for name in result["missing"]}
     for name, score, origin in _means(result):
         lacks = [n for n, x in missing.items() if name in (x.meta_task, x.modality, "overall")]
@@ -110,6 +126,12 @@ def table(result: Mapping[str, Any]) -> str:
     if missing:
         lines.append(f"missing: {', '.join(missing)}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _queries(name: str, row: Mapping[str, Any]) -> str:
+    """How many, and how many it should be, where that is not the same."""
+    expected = mmeb_v2.data_set(name).queries
+    return f"{row['queries']}" + (f" of {expected}" if row["queries"] != expected else "")
 
 
 def _line(name: str, *cells: str) -> str:
@@ -140,12 +162,16 @@ def differences(
     rows = result["tasks"]
     lines = [f"against {other.model}", _line("data set", "ours", "theirs", "ours - theirs")]
     gaps: dict[str, Interval] = {}
+    older: set[str] = set()
     for name in (name for name in rows if name in other.tasks):
         # what is published is what the benchmark's code computes
         ours = rows[name]["score" if other.data else "origin"]
         gaps[name] = _gap(name, rows[name], ours, other, mine.get(name, ()))
         gap, low, high = gaps[name]
         said = f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]"
+        if name in other.older or (other.data and other.data.get(name) != rows[name]["data"]):
+            said += ", of other data"
+            older.add(name)
         lines.append(_line(name, f"{ours:.1f}", f"{other.tasks[name]:.1f}", said))
     specs = mmeb_v2.data_sets()
     for name, score, origin in _means(result):
@@ -159,6 +185,7 @@ def differences(
                 math.sqrt(sum((gaps[n][0] - gaps[n][i]) ** 2 for n in of)) / len(of) for i in (1, 2)
             ]
             said = f"{gap:+.1f} [{gap - ends[0]:+.1f}, {gap + ends[1]:+.1f}]"
+            said += ", some of other data" * bool(older & {*of})
             lines.append(_line(name, f"{ours:.1f}", f"{ours - gap:.1f}", said))
         elif name in other.groups:
             theirs = other.groups[name]
@@ -214,6 +241,11 @@ def submit(result: Mapping[str, Any], path: Path, name: str, encoder: BTokEncode
     """
     if result["missing"]:
         raise ValueError(f"submission needs all data sets, these are missing: {result['missing']}")
+    specs = mmeb_v2.data_sets()
+    for task, row in result["tasks"].items():
+        if row["queries"] != specs[task].queries:
+            had = f"{task} has {row['queries']} queries, the benchmark {specs[task].queries}"
+            raise ValueError(f"submission: {had}; its data are not whole")
     metrics: dict[str, dict[str, Any]] = {modality: {} for modality in MODALITIES}
     for task, row in result["tasks"].items():
         fixed = mmeb_v2.data_set(task).source.endswith(FIXED)

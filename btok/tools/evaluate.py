@@ -6,13 +6,14 @@ score is taken again only where model, settings, prompts and data are those that
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,9 @@ from btok.tools.command_line import load
 from btok_kernels.ranks import rank
 
 VERSION = 1  # of how a score is made
+KEPT = {"version", "made_of", "data", "stamp", "row", "queries"}
+KEPT_OF_ROW = {"score", "origin", "ci95", "queries", "metric", "modality", "published"}
+DECIDING = ("config.json", "*processor*.json", "*token*.json", "vocab*", "merges.txt", "*.model")
 GROUPS = {"meta_tasks": "meta_task", "modalities": "modality"}
 
 
@@ -96,19 +100,27 @@ def evaluate(command: Evaluate) -> None:
         )
     if command.picture is not None:
         pictures.drawable(command.picture)
+    if command.submission is not None and not command.submission.parent.is_dir():
+        raise ValueError(f"submission is {command.submission}, in a folder that is not there")
     if not command.fetch:
         refuse_missing(names, command.data)
     own = {"num_btoks": command.num_btoks, "pooling": command.pooling}
     encoder = load(command.checkpoint, **{k: v for k, v in own.items() if v is not None})
+    images = encoder.processor.image_processor
+    if command.prompts == "origin" and images is not None and images.brackets is None:
+        raise ValueError(
+            f"prompts is 'origin', a {encoder.processor.model_type} shows pictures otherwise than "
+            "the benchmark's strings; expected canonical"
+        )
     encoder.processor.bare = command.prompts == "origin"
     scores = Scores(command.output, encoder, command.prompts)
     score_all(command, names, encoder, scores)
     if rank() > 0:
         return
-    result = scores.result(names)
-    print(comparison.table(result))
+    result = scores.result()
+    print(comparison.table(result, names))
     for other in others:
-        print(comparison.differences(result, other, scores.values(names)))
+        print(comparison.differences(result, other, scores.values()))
     if command.picture is not None:
         comparison.draw(result, others or comparison.read("published"), command.picture)
     if command.submission is not None:
@@ -119,14 +131,18 @@ def evaluate(command: Evaluate) -> None:
 def chosen(tasks: str) -> list[str]:
     """The data sets of a list of data sets, meta-tasks and modalities, in the table's order."""
     table = mmeb_v2.data_sets()
+    groups = {"all": [*table]} | {name: [name] for name in table}
+    for name, spec in table.items():
+        for of in GROUPS.values():
+            groups.setdefault(getattr(spec, of), []).append(name)
+    spelled = {name.lower(): name for name in groups}
     wanted: set[str] = set()
     for word in filter(None, (word.strip() for word in tasks.split(","))):
-        groups = {"all": set(table)} | {
-            getattr(spec, of): {n for n, x in table.items() if getattr(x, of) == getattr(spec, of)}
-            for spec in table.values()
-            for of in GROUPS.values()
-        }
-        wanted |= groups.get(word) or {mmeb_v2.data_set(word).name}
+        if word not in groups and word.lower() not in spelled:
+            near = difflib.get_close_matches(word.lower(), spelled, 3, 0.5)
+            names = " or ".join(spelled[each] for each in near) or "a data set or meta-task"
+            raise ValueError(f"tasks has {word!r}, expected {names}")
+        wanted.update(groups[word if word in groups else spelled[word.lower()]])
     if not wanted:
         raise ValueError(f"tasks is {tasks!r}, expected names of data sets")
     return [name for name in table if name in wanted]
@@ -136,22 +152,25 @@ def needs(names: Sequence[str]) -> str:
     """What data sets take on disk, in GB: as the hub has them now, or where it does not answer as
     they are modelled.
     """
-    lines, total = [], 0.0
+    lines, total, known = [], 0.0, True
     archives: dict[str, float] = {}
-    known = True
     for name in names:
         spec = mmeb_v2.data_set(name)
+        exact = ""
         try:
-            gb = size(spec, archives) if known else spec.gb
-        except Exception:  # of the hub's client, and of all below it
-            gb, known = spec.gb, False
-        about = "" if known else "about "
-        total += gb
-        lines.append(f"{name:<46}{spec.meta_task:<6}{about:>8}{gb:8.2f} GB  {spec.source}")
-    lines += [f"{file:<60}{gb:8.2f} GB" for file, gb in archives.items()]
+            if known:
+                gb = size(spec, archives)
+                total += gb
+                exact = f"records {gb:.2f} GB, "
+        except (OSError, ValueError, KeyError):
+            known = False
+        total += spec.gb
+        said = f"{exact}{'media ' if exact else ''}about {spec.gb:.2f} GB"
+        lines.append(f"{name:<46}{spec.meta_task:<7}{said:<40}{spec.source}")
+    lines += [f"{file:<53}archive {gb:.2f} GB, of several sets" for file, gb in archives.items()]
     total += sum(archives.values())
-    how = "as the hub has them" if known else "modelled: the hub does not answer"
-    lines.append(f"{len(names)} data sets, {total:.1f} GB ({how}); archives are unpacked besides")
+    how = "what is no about is the hub's figure" if known else "modelled: the hub does not answer"
+    lines.append(f"{len(names)} data sets, {total:.1f} GB ({how})")
     return "\n".join(lines)
 
 
@@ -161,8 +180,8 @@ def size(spec: mmeb_v2.DataSet, archives: dict[str, float]) -> float:
     """
     _, there = records.listed(spec.source, spec.revision)
     picked = {name for part in spec.configs for name in records.pick(there, part, spec.split)}
-    if spec.family != "pages":
-        _, archive = mmeb_v2.archive_of(spec)
+    if spec.archive:
+        archive = mmeb_v2.TABLE["archives"][spec.archive]
         if not archives.keys() >= {*archive["files"]}:
             _, files = records.listed(archive["source"], archive["revision"])
             archives.update({name: files[name] / 1e9 for name in archive["files"]})
@@ -199,12 +218,13 @@ def score_all(
     with Progress(names) as progress:
         embed = runner.Embedder(encode, contents.key, command.output, progress.advance)
         for name in names:
-            if command.fetch and rank() == 0 and not scores.file(name).exists():
-                mmeb_v2.fetch(name, command.data)
+            if command.fetch and rank() == 0:
+                try:
+                    read(name, command)
+                except FileNotFoundError:
+                    mmeb_v2.fetch(name, command.data)
             runner.from_first(None)  # nobody reads before all is there
-            rows, revision, files = mmeb_v2.load(name, command.data)
-            task = mmeb_v2.build(name, data_dir=command.data, prompts=command.prompts, **rows)
-            runner.check(task)
+            task, rows, revision, files = read(name, command)
             data, kept = None, False
             if rank() == 0:
                 data = scores.data_of(task, rows, revision, files, contents)
@@ -216,8 +236,18 @@ def score_all(
                 if rank() == 0:
                     scores.keep(name, data, result)
             if rank() == 0:
-                write_json(command.output / "metrics.json", scores.result(names))
+                write_json(command.output / "metrics.json", scores.result())
                 progress.end(f"{scores.rows[name]['score']:.1f}")
+
+
+def read(
+    name: str, command: Evaluate
+) -> tuple[RetrievalTask, Mapping[str, Any], str, Sequence[Path]]:
+    """A data set as a task, and what it is made of: records, their revision, their files."""
+    rows, revision, files = mmeb_v2.load(name, command.data)
+    task = mmeb_v2.build(name, data_dir=command.data, prompts=command.prompts, **rows)
+    runner.check(task)
+    return task, rows, revision, files
 
 
 class Progress:
@@ -304,7 +334,7 @@ def digest_of(value: Any) -> str:
 
 
 class Scores:
-    """The scores in a folder, of one model with its settings and prompts.
+    """The scores in a folder, of one model with its settings and prompts; rank 0 knows them.
 
     Raises:
         ValueError: the folder holds scores of others.
@@ -312,21 +342,26 @@ class Scores:
 
     def __init__(self, folder: Path, encoder: BTokEncoder, prompts: str) -> None:
         self.folder = folder
-        self.made_of = {"model": encoder.digest, "settings": encoder.settings, "prompts": prompts}
+        settings = {**encoder.settings, "files": files_digest(encoder)}
+        self.made_of = {"model": encoder.digest, "settings": settings, "prompts": prompts}
         self.rows: dict[str, dict[str, Any]] = {}
         self.stamps: dict[str, str] = {}
         if rank() > 0:
             return
+        (folder / "sets").mkdir(parents=True, exist_ok=True)
         for draft in [*folder.glob("*.json.*.tmp"), *folder.glob("sets/*.json.*.tmp")]:
-            draft.unlink()  # which a kill has left
-        for path in sorted(folder.glob("sets/*.json")):
-            had = self._read(path.stem)
-            for name, value in self._flat(self.made_of).items():
-                if had and (was := self._flat(had["made_of"]).get(name)) != value:
+            if not _is_running(draft.name.split(".")[-2]):
+                draft.unlink()  # which a kill has left
+        for name in mmeb_v2.data_sets():
+            if (had := self._read(name)) is None:
+                continue
+            for key, value in self._flat(self.made_of).items():
+                if (was := self._flat(had["made_of"]).get(key)) != value:
                     raise ValueError(
-                        f"{folder} holds scores of {name} {was}, this is {value}; give another "
+                        f"{folder} holds scores of {key} {was}, this is {value}; give another "
                         "--output"
                     )
+            self.rows[name] = had["row"] | self.made_of | {"data": had["data"]}
 
     @staticmethod
     def _flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,11 +372,19 @@ class Scores:
         return self.folder / "sets" / f"{name}.json"
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """What is kept of a data set; None for nothing, or for what another version kept."""
+        """What is kept of a data set; None for nothing, for what another version kept, and for
+        what is damaged: it will be made again.
+        """
         try:
             had = json.loads(self.file(name).read_text(encoding="utf-8"))
-            return had if had["version"] == VERSION and {*had} >= KEPT else None
-        except (OSError, ValueError, KeyError, TypeError):  # it will be made again
+            row, values = had["row"], had["queries"]
+            whole = had["version"] == VERSION and {*had} >= KEPT and {*row} >= KEPT_OF_ROW
+            whole = whole and self.made_of.keys() <= had["made_of"].keys()
+            whole = (
+                whole and self._flat(had["made_of"]) is not None and len(values) == row["queries"]
+            )
+            return had if whole and abs(100 * np.mean(values) - row["score"]) < 1e-6 else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def data_of(
@@ -352,49 +395,43 @@ class Scores:
         files: Sequence[Path],
         contents: Contents,
     ) -> dict[str, str]:
-        """The revision of a data set and a digest of all that it holds."""
-        media = sorted(
-            {path for side in (*task.queries, *task.candidates) for path in media_of(side)}
-        )
-        stamp = contents.stamp([*map(str, files), *media])
+        """The revision of a data set and a digest of all that it holds and of how it is asked."""
+        sides = (*task.queries, *task.candidates)
+        media = sorted({path for side in sides for path in media_of(side)})
+        asked = asdict(mmeb_v2.data_set(task.name))
+        stamp = digest_of([contents.stamp([*map(str, files), *media]), asked])
         self.stamps[task.name] = stamp
         had = self._read(task.name)
         if had and had["stamp"] == stamp:
             return had["data"]
         shown = {os.path.relpath(path, contents.root): contents.digest(path) for path in media}
-        return {"revision": revision, "digest": digest_of([rows, shown])}
+        return {"revision": revision, "digest": digest_of([rows, shown, asked])}
 
     def kept(self, name: str, data: Mapping[str, str]) -> bool:
-        """Whether a score of just this is there; then its row is."""
+        """Whether a score of just this is there."""
         had = self._read(name)
-        if not had or had["made_of"] != self.made_of or had["data"] != data:
+        if not had or had["data"] != data:
             return False
         if had["stamp"] != self.stamps[name]:
             write_json(self.file(name), had | {"stamp": self.stamps[name]})
-        self.rows[name] = had["row"]
         return True
 
     def keep(self, name: str, data: Mapping[str, str], scored: runner.Scored) -> None:
         """Write a data set's score, and each query's."""
-        self.rows[name] = scored.row
-        self.file(name).parent.mkdir(parents=True, exist_ok=True)
+        self.rows[name] = scored.row | self.made_of | {"data": data}
         kept = {"version": VERSION, "made_of": self.made_of, "data": data}
         kept |= {"stamp": self.stamps[name], "row": scored.row, "queries": scored.values}
         write_json(self.file(name), kept)
 
-    def values(self, names: Sequence[str]) -> dict[str, list[float]]:
+    def values(self) -> dict[str, list[float]]:
         """Each query's score, by data set, as shares."""
-        had = {name: self._read(name) for name in names}
+        had = {name: self._read(name) for name in self.rows}
         return {name: kept["queries"] for name, kept in had.items() if kept}
 
-    def result(self, names: Sequence[str]) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """All rows, each with what it was made of, and means where no data set is missing."""
         table = mmeb_v2.data_sets()
-        rows = {}
-        for name in (name for name in names if name in self.rows):
-            had = self._read(name)
-            assert had is not None
-            rows[name] = {**self.rows[name], **self.made_of, "data": had["data"]}
+        rows = {name: self.rows[name] for name in table if name in self.rows}
         means: dict[str, Any] = {}
         for score in ("score", "origin"):
             of = {name: row[score] for name, row in rows.items()}
@@ -411,7 +448,23 @@ class Scores:
         return result | {"origin": means["origin"], "missing": missing}
 
 
-KEPT = {"version", "made_of", "data", "stamp", "row", "queries"}
+def files_digest(encoder: BTokEncoder) -> str:
+    """The sha256 of what beside weights and bottleneck tokens a checkpoint decides by: its
+    configuration, tokenizer and processor.
+    """
+    folder = Path(encoder.checkpoint or ".")
+    paths = sorted({path for name in DECIDING for path in folder.glob(name) if path.is_file()})
+    return digest_of([[path.name, sha256(path)] for path in paths])
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def mean(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
