@@ -45,7 +45,23 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CODE = ("btok", "kernels", "train")
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pillow")
 POCKET_SETTINGS = ("caption_steps", "steps", "groups_per_batch", "eval_queries")
+Gaps = dict[str, dict[str, list[float]]]  # differences, by variant and by what was scored
 RUN_FILES = ("btok_config.json", "manifest.json", "trainer.json", "optimizer*", "rng*")
+
+ON_POCKET = (
+    "All scores are **measured**, in percent, on the pocket benchmark (hit@1, of VisDoc ndcg@5;"
+    " {eval_queries} queries a task, the same for all). The settings are reduced: {caption_steps}"
+    " steps of captioning, once for all variants of a seed, then {steps} steps of"
+    " {groups_per_batch} x 16 pairs with AdamW; the README's scores are those of a longer recipe."
+    " The paper's figures are of MMEB-V2 and 2 B parameters: what a model of one million shows here"
+    " neither confirms nor refutes them."
+)
+ON_MMEB = "All scores are **measured**, in percent, on MMEB-V2, after the paper's training."
+ABOUT = (
+    "A mean over seeds stands with its 95 % interval by Student's t, which is about training, not"
+    " about the choice of queries. A difference is taken seed by seed: both sides began with the"
+    " same weights and had the same batches."
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     """
     prog = f"bench/studies/{study.name}.py"
     try:
-        options = command_line.parse(Options, sys.argv[1:] if argv is None else argv, prog)
+        options = parse(Options, argv, prog)
         for name in options.only:
             if name not in study.variants:
                 raise ValueError(f"only is {name!r}, expected among {', '.join(study.variants)}")
@@ -145,6 +161,11 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def parse(kind: Any, argv: Sequence[str] | None, prog: str) -> Any:
+    """The options of a study's command line; a ValueError of one line for what is wrong in it."""
+    return command_line.parse(kind, sys.argv[1:] if argv is None else argv, prog)
 
 
 @cache
@@ -367,27 +388,39 @@ def verdict(values: Sequence[float]) -> str:
 
 
 def write_page(study: Study, results: dict[str, Any], folder: Path) -> None:
-    """`studies-<name>.md` of what `collect` gives, its picture, and these numbers beside it."""
-    stem, runs, settings = f"studies-{study.name}", results["runs"], results["settings"]
-    of = {name: [run for run in runs if run["variant"] == name] for name in study.variants}
-    of = {name: found for name, found in of.items() if found}
-    gaps = {name: differences(runs, name, study.against) for name in of if name != study.against}
-    gaps = {name: found for name, found in gaps.items() if found}
+    """`studies-<name>.md` of what `collect` gives, its picture, and these numbers beside it.
+
+    Raises:
+        ValueError: nothing to compare yet.
+    """
+    stem, runs = f"studies-{study.name}", results["runs"]
+    gaps = {name: differences(runs, name, study.against) for name in study.variants}
+    gaps = {name: found for name, found in gaps.items() if found and name != study.against}
     if not gaps:
         raise ValueError(f"page is {folder}: no variant and '{study.against}' have a seed yet")
-    tasks = runs[0]["tasks"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{stem}.md", page(study, results, gaps, stem))
+    write_json(folder / f"{stem}.json", results)
+    picture(gaps, study.against).savefig(folder / f"{stem}.png", metadata={"Software": None})
+
+
+def page(study: Study, results: dict[str, Any], gaps: Gaps, stem: str) -> str:
+    """The Markdown page."""
+    settings, tasks = results["settings"], results["runs"][0]["tasks"]
+    of = {n: [run for run in results["runs"] if run["variant"] == n] for n in study.variants}
+    of = {name: found for name, found in of.items() if found}
     known = {
         what: scores({name: row | {"score": row[what]} for name, row in tasks.items()})
         for what in ("chance", "floor")
         if all(what in row for row in tasks.values())
     }
-    facts = [["variant", "what it is", "options", "seeds", "in the paper"]]
+    variants = [["variant", "what it is", "options", "seeds", "in the paper"]]
     for name, found in of.items():
         variant, seeds = study.variants[name], ", ".join(str(run["seed"]) for run in found)
         options = f"`{' '.join(variant.options)}`" if variant.options else ""
-        facts.append([name, variant.says, options, seeds, variant.paper])
+        variants.append([name, variant.says, options, seeds, variant.paper])
     absolute, relative = [["task", *known, *of]], [["task", *gaps]]
-    for key in (keys := list(scores(tasks))):
+    for key in scores(tasks):
         floors = (f"{found[key]:.1f}" for found in known.values())
         means = (said([scores(run["tasks"])[key] for run in found]) for found in of.values())
         absolute.append([key, *floors, *means])
@@ -397,31 +430,17 @@ def write_page(study: Study, results: dict[str, Any], folder: Path) -> None:
     pocket = settings["model"] == "pocket"
     named = POCKET_SETTINGS if pocket else ("model", "data", "mmeb")
     given = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in named)
-    about = (
-        "All scores are **measured**, in percent, on MMEB-V2, after training by the paper's recipe."
-    )
-    if pocket:
-        about = (
-            "All scores are **measured**, in percent, on the pocket benchmark (hit@1, of VisDoc"
-            f" ndcg@5; {settings['eval_queries']} queries a task, the same for all). Settings are"
-            f" reduced: {settings['caption_steps']} steps of captioning, once for all variants of a"
-            f" seed, then {settings['steps']} steps of {settings['groups_per_batch']} x 16 pairs with"
-            " AdamW; the README's scores are those of a longer recipe. The paper's figures are of"
-            " MMEB-V2 and 2 B parameters: what a model of one million shows here neither confirms"
-            " nor refutes them."
-        )
+    script = f"python bench/studies/{study.name}.py"
     parts = [
         f"# {study.title}",
-        facts_of(settings, f"python bench/studies/{study.name}.py {given}")
+        facts_of(settings, f"{script} {given}")
         + f"\n- test data: {results['data_digest'] or 'MMEB-V2'}",
-        about,
-        "A mean over seeds stands with its 95 % interval by Student's t, which is about training,"
-        " not about the choice of queries. A difference is taken seed by seed: both sides began"
-        " with the same weights and had the same batches.",
-        table(*facts),
+        ON_POCKET.format(**settings) if pocket else ON_MMEB,
+        ABOUT,
+        table(*variants),
         f"## Less `{study.against}`, seed by seed",
-        "On the mean over all tasks:\n\n"
-        + "\n".join(f"- `{name}`: {verdict(found['mean'])}" for name, found in gaps.items()),
+        "On the mean over all tasks:",
+        "\n".join(f"- `{name}`: {verdict(found['mean'])}" for name, found in gaps.items()),
         f"By modality and task; in bold where the interval is without 0: {sure} of {len(cells)}."
         f" If there were no differences at all, about {len(cells) / 20:.0f} would be.",
         table(*relative),
@@ -429,22 +448,14 @@ def write_page(study: Study, results: dict[str, Any], folder: Path) -> None:
         "## Scores",
         table(*absolute),
     ]
-    if pocket:
-        parts += [
-            "## On MMEB-V2",
-            f"Not yet run. `python bench/studies/{study.name}.py --model Qwen/Qwen2-VL-2B-Instruct"
-            " --data DIR --mmeb DIR` trains each variant by the paper's recipe and scores it;"
-            " `--dry-run` prints what that runs.",
-        ]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{stem}.md", "\n\n".join(parts) + "\n")
-    write_json(folder / f"{stem}.json", results)
-    picture(gaps, keys, study.against).savefig(folder / f"{stem}.png", metadata={"Software": None})
+    later = f"Not yet run on MMEB-V2: `{script} --model Qwen/Qwen2-VL-2B-Instruct --data DIR"
+    later += " --mmeb DIR` trains and scores there; `--dry-run` prints the commands."
+    return "\n\n".join([*parts, *([later] if pocket else [])]) + "\n"
 
 
-def picture(gaps: dict[str, dict[str, list[float]]], keys: list[str], against: str) -> Figure:
+def picture(gaps: Gaps, against: str) -> Figure:
     """A panel per variant: by task the difference, its interval, and a tick for every seed."""
-    columns = min(len(gaps), 4)
+    columns, keys = min(len(gaps), 4), list(next(iter(gaps.values())))
     lines = -(-len(gaps) // columns)
     figure = canvas(0.8 + lines * (0.5 + 0.19 * len(keys)))
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()

@@ -28,9 +28,8 @@ from bench.bench_inference import DTYPE, SHAPE, Shape, multiply_adds, predicted,
 from bench.harness import duel, settle_allocator
 from bench.plots import BLUE, GREEN, ORANGE, PALE, PURPLE, RED, TEAL, canvas, log_axis
 from bench.report import table
-from bench.studies.common import facts_of, surroundings
+from bench.studies.common import facts_of, parse, surroundings
 from btok.files import write_json, write_text
-from btok.tools import command_line
 
 PROG, STEM = "bench/studies/efficiency.py", "studies-efficiency"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)
@@ -60,7 +59,7 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 for a mistake in the command, told in one line."""
     try:
-        options = command_line.parse(Options, sys.argv[1:] if argv is None else argv, PROG)
+        options = parse(Options, argv, PROG)
     except ValueError as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
