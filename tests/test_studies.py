@@ -136,7 +136,8 @@ def test_killed_after_a_run_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, 
         assert found == [("full", 0), ("full", 1), ("last", 0), ("last", 1)]
 
         capsys.readouterr()
-        assert study(tmp_path / "parts", "--list", "--only", "last", "K1", "--seeds", "1") == 0
+        asked = ["--list", "--only", "last", "K1", "--seeds", "1"]
+        assert study(tmp_path / "parts", *TINY, *asked) == 0
         assert capsys.readouterr().out == "done  last --seeds 1\nleft  K1 --seeds 1\n"
         # other settings, other code, or another meaning of a name: what is there is not taken
         said = refused(capsys, tmp_path / "parts", *TINY, "--steps", "3")
@@ -149,6 +150,8 @@ def test_killed_after_a_run_it_goes_on_to_the_same_bytes(tmp_path, monkeypatch, 
         monkeypatch.setattr(ablations, "STUDY", ablations.STUDY._replace(variants=renamed))
         said = refused(capsys, tmp_path / "parts", *TINY, "--only", "full")
         assert "full-seed0 has ntp_weight 0.5, this command 0.25" in said
+        (tmp_path / "parts/settings.json").unlink()
+        assert "whose runs have caption_steps None" in refused(capsys, tmp_path / "parts", *TINY)
     finally:
         torch.set_num_threads(threads)
 

@@ -145,15 +145,18 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
             write_page(study, results, options.page)
             return 0
         asked = [(v, s) for v in options.only or study.variants for s in options.seeds]
-        if options.list or options.dry_run:
+        if options.dry_run:
             for name, seed in asked:
-                if options.list:
-                    done = metrics_file(options, f"{name}-seed{seed}").exists()
-                    print(f"{'done' if done else 'left'}  {name} --seeds {seed}")
-                else:
-                    print(*map(shlex.join, commands(options, study, name, seed)), sep="\n")
+                print(*map(shlex.join, commands(options, study, name, seed)), sep="\n")
             return 0
-        settings = begin(options)
+        settings = settings_of(options)
+        if options.list:
+            for name, seed in asked:
+                done = metrics_file(options, f"{name}-seed{seed}").exists()
+                print(f"{'done' if done else 'left'}  {name} --seeds {seed}")
+            return 0
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_json(options.output / "settings.json", settings)
         for name, seed in asked:
             run(options, study, name, seed)
             write_json(options.output / f"{study.name}.json", collect(options, study, settings))
@@ -203,8 +206,8 @@ def facts_of(settings: Mapping[str, Any], command: str) -> str:
     )
 
 
-def begin(options: Options) -> dict[str, Any]:
-    """What all runs of the folder depend on, written down before the first.
+def settings_of(options: Options) -> dict[str, Any]:
+    """What all runs of the folder depend on, as it was when the first began.
 
     Raises:
         ValueError: the folder has runs that depend on something else.
@@ -213,15 +216,14 @@ def begin(options: Options) -> dict[str, Any]:
     named = {name: value for name, value in asdict(options).items() if name not in apart}
     settings = json.loads(json.dumps(named | surroundings(), default=str))
     path = options.output / "settings.json"
-    had = json.loads(path.read_text()) if path.exists() else settings
+    had = {} if any(options.output.glob("*-seed*")) else settings
+    had = json.loads(path.read_text()) if path.exists() else had
     for name in sorted(settings.keys() - {"commit"}):  # the same code may have another one
         if had.get(name) != settings[name]:
             raise ValueError(
                 f"output is {options.output}, whose runs have {name} {had.get(name)}, this command "
                 f"{settings[name]}; give the same or another --output"
             )
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_json(path, had)
     return had
 
 
@@ -266,22 +268,10 @@ def metrics_file(options: Options, run: str) -> Path:
 
 
 def run(options: Options, study: Study, name: str, seed: int) -> None:
-    """Train and score, or go on with that; nothing where it is done.
-
-    Raises:
-        ValueError: the run's folder is of another recipe.
-    """
+    """Train and score, or go on with that; nothing where it is done."""
     given = arguments(options, study, name, seed)
     recipe = recipe_of(given)
-    config = recipe.output / "config.json"
-    if config.exists():
-        had = json.loads(config.read_text())
-        for key, value in recipe.described().items():
-            if had.get(key) != value and key not in training.MAY_CHANGE:
-                raise ValueError(
-                    f"output is {options.output}, whose {recipe.output.name} has {key} "
-                    f"{had.get(key)}, this command {value}; give another --output"
-                )
+    refuse_other(recipe)
     if metrics_file(options, recipe.output.name).exists():
         return
     print(f"{name}, seed {seed}", flush=True)
@@ -305,6 +295,18 @@ def run(options: Options, study: Study, name: str, seed: int) -> None:
     evaluate(encoder.model, encoder.processor, scored, "metrics.json")
 
 
+def refuse_other(recipe: Recipe) -> None:
+    """A ValueError where the run's folder is of another recipe: its name meant something else."""
+    config = recipe.output / "config.json"
+    had = json.loads(config.read_text()) if config.exists() else recipe.described()
+    for key, value in recipe.described().items():
+        if had.get(key) != value and key not in training.MAY_CHANGE:
+            raise ValueError(
+                f"output is {recipe.output.parent}, whose {recipe.output.name} has {key} "
+                f"{had.get(key)}, this command {value}; give another --output"
+            )
+
+
 def train(given: list[str]) -> Path:
     """The last checkpoint of a pocket run, which goes on here if it is not there."""
     recipe = recipe_of(given)
@@ -326,16 +328,16 @@ def images_of(data: Path | None) -> str:
 def collect(options: Options, study: Study, settings: dict[str, Any]) -> dict[str, Any]:
     """The numbers of all runs that are done, in an order of their own."""
     runs, digests = [], set()
-    found = sorted(options.output.glob("*-seed*"))
     for name, variant in study.variants.items():
-        for folder in found:
-            path = metrics_file(options, folder.name)
-            if folder.name.rpartition("-seed")[0] == name and path.exists():
+        folders = options.output.glob(f"{name}-seed*")
+        for seed in sorted(int(folder.name.rpartition("-seed")[2]) for folder in folders):
+            path = metrics_file(options, f"{name}-seed{seed}")
+            if path.exists():
+                refuse_other(recipe_of(arguments(options, study, name, seed)))
                 metrics = json.loads(path.read_text())
                 digests.add(metrics.get("data_digest"))
-                seed = int(folder.name.rpartition("-seed")[2])
-                run = {"variant": name, "seed": seed, "options": " ".join(variant.options)}
-                runs.append(run | {"tasks": metrics["tasks"]})
+                row = {"variant": name, "seed": seed, "options": " ".join(variant.options)}
+                runs.append(row | {"tasks": metrics["tasks"]})
     if len(digests) > 1:
         raise ValueError(f"output is {options.output}, whose runs were scored on different data")
     return {"study": study.name, "settings": settings, "data_digest": digests.pop(), "runs": runs}
