@@ -474,6 +474,7 @@ def picture(gaps: Gaps, against: str) -> Figure:
         axes.axvline(0, color="black", lw=0.8)
         axes.set_title(name, fontsize=10)
         axes.set_yticks(range(len(keys)), keys, fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
         axes.set(ylim=(len(keys) - 0.5, -0.5), axisbelow=True)
         axes.grid(axis="x", color=PALE)
     of = f"points over {against}: mean and 95 % interval over seeds, orange where without 0"
