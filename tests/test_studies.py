@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,11 +83,13 @@ def test_a_page_says_what_is_there_and_no_more(tmp_path):
     settings = {"caption_steps": 1, "steps": 2, "groups_per_batch": 3, "eval_queries": 40}
     settings |= {"model": "pocket"}
     settings |= {"commit": "abc", "code": "f" * 64, "device": "a CPU", "versions": {"torch": "2"}}
-    results = {"settings": settings, "data_digest": "d" * 64, "runs": RUNS}
+    results = {"settings": settings, "data_digest": "d" * 64, "runs": deepcopy(RUNS)}
+    results["runs"][0]["tasks"]["I-QA"]["floor"] = 30.0
     common.write_page(ablations.STUDY, results, tmp_path)
     page = (tmp_path / "studies-ablations.md").read_text()
     assert "| I-CLS | 10.0 | 20.0 | 51.0 ± 2.5 | 43.0 ± 4.1 | 50.0 |" in page
     assert "| I-CLS | **-9.0 ± 2.5** | +0.0 |" in page
+    assert "a shortcut's score, in I-QA." in page
     assert "| 2, 1, 0, 3 |" in page and "K8" not in page
     assert "- `K1`: +0.0 with one seed" in page and "measured" in page and "Not yet run" in page
     assert (tmp_path / "studies-ablations.png").stat().st_size > 10_000
@@ -234,3 +238,14 @@ def test_efficiency_checks_what_it_times_and_says_what_it_is(tmp_path):
     page = (tmp_path / "studies-efficiency.md").read_text()
     assert "**Modelled**" in page and "**Measured**" in page
     assert (tmp_path / "studies-efficiency.png").stat().st_size > 10_000
+
+
+def test_the_committed_pages_come_from_the_committed_results(tmp_path):
+    for name, write in {
+        "ablations": partial(common.write_page, ablations.STUDY),
+        "transfer": partial(common.write_page, transfer.STUDY),
+        "efficiency": efficiency.write_page,
+    }.items():
+        committed = ROOT / f"bench/results/studies-{name}.md"
+        write(json.loads(committed.with_suffix(".json").read_text()), tmp_path)
+        assert (tmp_path / committed.name).read_text() == committed.read_text()

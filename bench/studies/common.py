@@ -421,11 +421,13 @@ def page(study: Study, results: dict[str, Any], gaps: Gaps, stem: str) -> str:
         variant, seeds = study.variants[name], ", ".join(str(run["seed"]) for run in found)
         options = f"`{' '.join(variant.options)}`" if variant.options else ""
         variants.append([name, variant.says, options, seeds, variant.paper])
-    absolute, relative = [["task", *known, *of]], [["task", *gaps]]
+    absolute, relative, low = [["task", *known, *of]], [["task", *gaps]], []
     for key in scores(tasks):
         floors = (f"{found[key]:.1f}" for found in known.values())
-        means = (said([scores(run["tasks"])[key] for run in found]) for found in of.values())
-        absolute.append([key, *floors, *means])
+        points = [[scores(run["tasks"])[key] for run in found] for found in of.values()]
+        absolute.append([key, *floors, *map(said, points)])
+        if key in tasks and known.get("floor", {}).get(key, -1) >= max(map(np.mean, points)):
+            low.append(key)
         relative.append([key, *(said(found[key], "+") for found in gaps.values())])
     cells = [cell for row in relative[1:] for cell in row[1:]]
     sure = sum(cell.startswith("**") for cell in cells)
@@ -449,6 +451,7 @@ def page(study: Study, results: dict[str, Any], gaps: Gaps, stem: str) -> str:
         f"![Differences by task]({stem}.png)",
         "## Scores",
         table(*absolute),
+        f"No variant's mean is above the floor, a shortcut's score, in {', '.join(low) or '-'}.",
     ]
     later = f"Not yet run on MMEB-V2: `{script} --model Qwen/Qwen2-VL-2B-Instruct --data DIR"
     later += " --mmeb DIR` trains and scores there; `--dry-run` prints the commands."
