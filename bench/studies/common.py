@@ -460,8 +460,8 @@ def page(study: Study, results: dict[str, Any], gaps: Gaps, stem: str) -> str:
 
 def picture(gaps: Gaps, against: str) -> Figure:
     """A panel per variant: by task the difference, its interval, and a tick for every seed."""
-    columns, keys = min(len(gaps), 4), list(next(iter(gaps.values())))
-    lines = -(-len(gaps) // columns)
+    keys, lines = list(next(iter(gaps.values()))), -(-len(gaps) // 4)
+    columns = -(-len(gaps) // lines)
     figure = canvas(0.8 + lines * (0.5 + 0.19 * len(keys)))
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes in panels[len(gaps) :]:
@@ -477,7 +477,7 @@ def picture(gaps: Gaps, against: str) -> Figure:
         axes.axvline(0, color="black", lw=0.8)
         axes.set_title(name, fontsize=10)
         axes.set_yticks(range(len(keys)), keys, fontsize=8)
-        axes.tick_params(axis="x", labelsize=8)
+        axes.tick_params(axis="x", labelsize=8, labelbottom=True)
         axes.set(ylim=(len(keys) - 0.5, -0.5), axisbelow=True)
         axes.grid(axis="x", color=PALE)
     of = f"points over {against}: mean and 95 % interval over seeds, orange where without 0"
