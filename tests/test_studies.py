@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -249,3 +250,6 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
         committed = ROOT / f"bench/results/studies-{name}.md"
         write(json.loads(committed.with_suffix(".json").read_text()), tmp_path)
         assert (tmp_path / committed.name).read_text() == committed.read_text()
+    pages = "".join(path.read_text() for path in tmp_path.glob("*.md"))
+    shown = re.findall(r"[+-]\d+\.\d ± \d+\.\d", (ROOT / "README.md").read_text())
+    assert len(shown) > 6 and all(figure in pages for figure in shown)

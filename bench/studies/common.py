@@ -199,7 +199,7 @@ def facts_of(settings: Mapping[str, Any], command: str) -> str:
     """The head of a page."""
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     return (
-        f"- command: `{command}`, then with `--page FOLDER`\n"
+        f"- command: `{command} --page FOLDER`\n"
         f"- commit: {settings['commit']}; sha256 of its sources {settings['code'][:16]}...\n"
         f"- device: {settings['device']}\n"
         f"- versions: {versions}"
@@ -437,7 +437,7 @@ def page(study: Study, results: dict[str, Any], gaps: Gaps, stem: str) -> str:
     script = f"python bench/studies/{study.name}.py"
     parts = [
         f"# {study.title}",
-        facts_of(settings, f"{script} {given}")
+        facts_of(settings, f"{script} {given}`, then `{script}")
         + f"\n- test data: {results['data_digest'] or 'MMEB-V2'}",
         ON_POCKET.format(**settings) if pocket else ON_MMEB,
         ABOUT,

@@ -126,18 +126,20 @@ def picture(cases: list[dict[str, Any]]) -> Figure:
     figure = canvas(3.8)
     left, right = figure.subplots(1, 2)
     lengths = sorted({c["tokens"] for c in cases})
-    for colour, k in zip(COLOURS, dict.fromkeys(c["num_btoks"] for c in cases), strict=False):
+    for i, k in enumerate(dict.fromkeys(c["num_btoks"] for c in cases)):
+        colour, shift = COLOURS[i % len(COLOURS)], 1.05**i  # intervals would cover each other
         line = [c for c in cases if c["num_btoks"] == k]
         x = [c["tokens"] for c in line]
         left.plot(x, [c["modelled"] for c in line], "o-", ms=3, color=colour, label=f"K = {k}")
         left.plot(x, [c["modelled_pooled"] for c in line], ":", color=colour)
         right.plot(x, [c["modelled_here"] for c in line], ":", color=colour)
         bounds = [[abs(c["ratio"] - c["interval"][i]) for c in line] for i in (0, 1)]
-        right.errorbar(x, [c["ratio"] for c in line], bounds, fmt="o-", ms=3, color=colour)
+        shifted, ratios = [n * shift for n in x], [c["ratio"] for c in line]
+        right.errorbar(shifted, ratios, bounds, fmt="o", ms=3, color=colour)
     left.set(title="modelled, Qwen2-VL-2B (dotted: pooled rows alone in the last layer)")
     right.set(title="measured, with 95 % (dotted: its arithmetic)")
     for axes in (left, right):
-        log_axis(axes, "x", lengths, lengths)
+        log_axis(axes, "x", lengths, [*lengths, 1.1 * lengths[-1]])
         axes.axhline(1, color="black", lw=0.8)
         axes.set(xlabel="input tokens", ylabel="K rows over last token")
         axes.title.set_fontsize(8)
