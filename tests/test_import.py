@@ -123,8 +123,9 @@ def test_two_copies_of_the_kernels_keep_their_operators(tmp_path):
     assert said.stdout.strip() == names, said.stderr
 
 
-# the command line, and a run's pictures
+# command lines, and a run's pictures
 DOORS = {"btok/__main__.py", "train/main.py", "train/pocket/evaluation.py"}
+DOORS |= {"bench/studies/common.py"}
 
 
 def test_tools_are_imported_by_who_uses_them():

@@ -47,6 +47,8 @@ class Recipe:
     data: Path | None = None
     """What to train on: a mixture (.toml), one data set (.jsonl, .parquet), or a folder with the
     paper's public data sets; None for the pocket benchmark."""
+    tasks: Literal["all", "image", "video", "visdoc"] = "all"
+    """Tasks of the pocket benchmark to train on: all nine, or one modality's."""
     workers: int = 0
     """Processes that read and decode ahead of each training process."""
     max_skipped: int = 100
@@ -148,6 +150,11 @@ class Recipe:
             raise ValueError(
                 f"caption_steps is {self.caption_steps} with data {self.data}; that phase is for "
                 "the pocket benchmark, expected 0"
+            )
+        if self.data is not None and self.tasks != "all":
+            raise ValueError(
+                f"tasks is '{self.tasks}' with data {self.data}; those are the pocket benchmark's, "
+                "expected 'all'"
             )
 
     @property

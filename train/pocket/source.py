@@ -20,7 +20,7 @@ from btok.model import BTokModel
 from btok.processing import Processor
 from btok_kernels.ranks import rank, world
 from train.microbatches import PackedStep, Packing
-from train.pocket.data import NTP_SIDE, TASKS, train_group
+from train.pocket.data import MODALITY, NTP_SIDE, TASKS, train_group
 from train.recipes import Recipe
 from train.sampler import Group, TrainSet, load_steps
 
@@ -74,14 +74,15 @@ def captions(
 def step_groups(recipe: Recipe, step: int) -> list[Group]:
     """The groups of a training step, those of all ranks, without spare rows.
 
-    Tasks come in shuffled rounds of all nine, so each is seen equally often; the first
+    The recipe's tasks come in shuffled rounds, so each is seen equally often; the first
     `reading_steps` draw single digits only.
     """
+    tasks = [task for task in TASKS if recipe.tasks in ("all", MODALITY[task])]
     groups = []
     step += recipe.caption_steps  # training goes on where captioning was
     for group in range(step * recipe.groups_per_batch, (step + 1) * recipe.groups_per_batch):
-        turn, place = divmod(group, len(TASKS))
-        order = random.Random(f"{recipe.seed}/round/{turn}").sample(TASKS, len(TASKS))
+        turn, place = divmod(group, len(tasks))
+        order = random.Random(f"{recipe.seed}/round/{turn}").sample(tasks, len(tasks))
         task = TASKS[0] if step < recipe.reading_steps else order[place]
         rows = np.arange(group * recipe.group_size, (group + 1) * recipe.group_size)
         groups.append(Group(TASKS.index(task), rows, rows))
