@@ -91,8 +91,9 @@ def one_line(said: object) -> str:
     return " ".join(str(said).split())
 
 
-def printable(text: str) -> str:
+def printable(text: object) -> str:
     """A text on one line: what is no printable character, as in a file's name, is escaped."""
     return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in str(text)
     )

@@ -106,6 +106,20 @@ def test_a_picture_of_no_pixels_is_one_of_none(mode, size):
     assert rgb_array(Image.new(mode, size)).shape == (*size[::-1], 3)
 
 
+@pytest.mark.parametrize("ending", [".png", ".mp4", ".pdf", ".tif", ".txt", ".docx", ".gif"])
+def test_a_name_with_a_line_break_forges_no_line(tmp_path, ending):
+    """Neither that of a file which is not there nor that of a damaged one."""
+    path = tmp_path / f"a\nerror: b{ending}"
+    for content in (None, np.random.default_rng(0).bytes(999)):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises((ValueError, OSError, ImportError)) as raised:
+            side = with_frames(as_side(path))
+            for image in side.images:
+                rgb_array(image)
+        assert "\n" not in str(raised.value)
+
+
 def test_times_beside_a_video_file_are_refused():
     with pytest.raises(
         ValueError, match=r"frame_seconds has 1 times beside the file a\.mp4, which"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from btok.files import printable
 from btok.inputs.images import TIFF, opened, rgb_of
 
 DOCUMENTS = (".pdf", *TIFF)
@@ -51,12 +52,12 @@ class Page:
                             image.seek(self.number - 1)
                         except EOFError:
                             raise ValueError(
-                                f"document {self.path} has no page {self.number}"
+                                f"document {printable(self.path)} has no page {self.number}"
                             ) from None
                     return rgb_of(image)
             with _pdf(self.path) as document:
                 if not 1 <= self.number <= len(document):
-                    raise ValueError(f"document {self.path} has no page {self.number}")
+                    raise ValueError(f"document {printable(self.path)} has no page {self.number}")
                 document.init_forms()  # else what was filled in would not be drawn
                 page = document[self.number - 1]
                 longer = max(page.get_size())  # points, of 1 / 72 inch
@@ -84,9 +85,11 @@ def pages(path: str | Path) -> list[Page]:
         with _pdf(path) as document:
             count = len(document)
         if count > path.stat().st_size:
-            raise ValueError(f"document {path} is damaged: it says that it has {count} pages")
+            raise ValueError(
+                f"document {printable(path)} is damaged: it says that it has {count} pages"
+            )
     if not count:
-        raise ValueError(f"document {path} has no pages")
+        raise ValueError(f"document {printable(path)} has no pages")
     return [Page(path, number) for number in range(1, count + 1)]
 
 
@@ -99,7 +102,7 @@ def only_page(path: Path) -> Page:
     first, *others = pages(path)
     if others:
         raise ValueError(
-            f"document {path} has {1 + len(others)} pages, expected one: give each of "
+            f"document {printable(path)} has {1 + len(others)} pages, expected one: give each of "
             f"btok.inputs.pages(path), or {path.name}#page=1"
         )
     return first
@@ -129,8 +132,8 @@ def _pdf(path: Path) -> Iterator[Any]:
             yield document
         except (pypdfium2.PdfiumError, OSError) as error:
             locked = "password" in str(error).lower()
-            why = "it is encrypted, and needs a password" if locked else str(error)
-            raise ValueError(f"document {path} cannot be read: {why}") from error
+            why = "it is encrypted, and needs a password" if locked else printable(error)
+            raise ValueError(f"document {printable(path)} cannot be read: {why}") from error
         finally:
             if document is not None:
                 document.close()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from btok.files import one_line
+from btok.files import one_line, printable
 
 MOVING = (".gif", ".webp", ".png", ".apng", ".avif")  # may hold a still image or an animation
 HEIF = (".heic", ".heif")
@@ -38,7 +38,7 @@ def opened(file: str | bytes | Path) -> Iterator[Any]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    name = f"of {len(file)} bytes" if isinstance(file, bytes) else str(file)
+    name = f"of {len(file)} bytes" if isinstance(file, bytes) else printable(file)
     if _is_heif(file):
         try:
             from pillow_heif import register_heif_opener

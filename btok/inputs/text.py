@@ -9,7 +9,7 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
-from btok.files import one_line
+from btok.files import one_line, printable
 
 HTML = (".html", ".htm", ".xhtml")
 CODE = ".py .js .jsx .ts .mts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .go .rs .rb .php"
@@ -106,7 +106,7 @@ def decode(data: bytes, whole: bool, name: object, declared: str | None = None) 
             encoding = "cp1252" if _windows_quotes(data) else _detected(data, name)
             text = _decoded(data, encoding, whole)
     if text is None:
-        raise ValueError(f"text {name} {UNTOLD}")
+        raise ValueError(f"text {printable(name)} {UNTOLD}")
     return text
 
 
@@ -157,12 +157,13 @@ def _detected(data: bytes, name: object) -> str:
         import chardet
     except ImportError as error:
         raise ImportError(
-            f'text {name} is not UTF-8; other encodings need chardet: pip install "btok[text]"'
+            f"text {printable(name)} is not UTF-8; other encodings need chardet: "
+            'pip install "btok[text]"'
         ) from error
     found = chardet.detect(data, encoding_era=chardet.EncodingEra.MODERN_WEB)
     encoding = found["encoding"] if found["confidence"] >= SURE else None
     if encoding is None or UNLIKELY.search(data.decode(encoding, "replace")):
-        raise ValueError(f"text {name} {UNTOLD}")
+        raise ValueError(f"text {printable(name)} {UNTOLD}")
     return encoding
 
 
@@ -230,4 +231,4 @@ def _docx(path: Path) -> str:
         raise
     except Exception as error:  # of zip files, of XML, of a part that is not there
         why = one_line(error)
-        raise ValueError(f"document {path} cannot be read: {why}") from error
+        raise ValueError(f"document {printable(path)} cannot be read: {why}") from error

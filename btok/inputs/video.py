@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from btok.files import one_line, printable
+
 OTHERS = (".3gp", ".ogv", ".m2ts", ".mts", ".ts")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", *OTHERS)
 LISTS = ("concat", "hls", "dash", "image2", "ffmetadata")  # of FFmpeg's: they name other files
@@ -56,9 +58,9 @@ def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray]
         if not found:
             found = _counted(path, frames)
     except (av.FFmpegError, ValueError) as error:
-        raise ValueError(f"video {path} cannot be read: {error}") from error
+        raise ValueError(f"video {printable(path)} cannot be read: {one_line(error)}") from error
     if not found:
-        raise ValueError(f"video {path} cannot be read: it has no frame")
+        raise ValueError(f"video {printable(path)} cannot be read: it has no frame")
     found = dict(sorted(found.items()))  # of a damaged stream a later look may come out earlier
     return list(found.values()), list(found)
 
