@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,7 @@ def test_a_field_that_is_wrong_is_told():
         ("queries", "test", ["queries/test-0.parquet", "corpus/test-0.parquet"], "queries/test-0"),
         ("queries", "test", ["queries/queries.jsonl"], ["queries/queries.jsonl"]),
         ("", "test", ["test.jsonl", "test.parquet", "test.json"], ["test.parquet"]),
+        ("", "test", ["test-0.parquet", "test_small-0.parquet", "testmini-0.parquet"], "test-0"),
     ],
 )
 def test_the_files_of_a_configuration(tmp_path, config, split, there, expected):
@@ -66,6 +68,72 @@ def test_the_files_of_a_configuration(tmp_path, config, split, there, expected):
     else:
         with pytest.raises(FileNotFoundError, match=rf"no records, expected {tmp_path}/"):
             records.find(tmp_path, config, split)
+
+
+@pytest.mark.parametrize(
+    ("there", "whole"),
+    [
+        (["00000-of-00002", "00001-of-00002"], True),
+        (["00000-of-00002-0a1b2c", "00001-of-00002-3d4e5f"], True),
+        (["00000-of-00002"], False),
+        (["00001-of-00002-3d4e5f"], False),
+        (["00000-of-00002", "00000-of-00002 (1)"], False),
+        (["00000-of-00001", "00000-of-00002", "00001-of-00002"], False),
+    ],
+)
+def test_a_file_of_several_that_is_missing_is_told(tmp_path, there, whole):
+    for name in there:
+        (tmp_path / f"test-{name}.parquet").touch()
+    if whole:
+        assert len(records.find(tmp_path, "", "test")) == len(there)
+    else:
+        with pytest.raises(
+            FileNotFoundError, match=r"not just files 0 to \d of records, as .*test-0"
+        ):
+            records.find(tmp_path, "", "test")
+
+
+def test_pages_of_a_corpus_are_written_a_few_at_a_time(tmp_path):
+    """Pictures of 64 MB in parts of 4 MB."""
+    pa = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
+    import pyarrow.parquet as pq
+
+    picture, path = os.urandom(1 << 20), tmp_path / "corpus.parquet"
+    rows = [{"corpus-id": i, "image": {"bytes": picture, "path": None}} for i in range(64)]
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
+    del rows
+    before, most = pa.total_allocated_bytes(), 0
+
+    def where(key):
+        nonlocal most
+        most = max(most, pa.total_allocated_bytes() - before)
+        return str(tmp_path / f"{key}.png")
+
+    found = records.corpus("set", [path], where)
+    assert found == [{"corpus-id": i} for i in range(64)]
+    seen = 0
+    for _ in records.read(path):
+        seen = max(seen, pa.total_allocated_bytes() - before)
+    assert seen < 32 << 20
+    assert (tmp_path / "63.png").read_bytes() == picture
+    pq.write_table(pa.Table.from_pylist([{"corpus-id": "../x", "image": None}]), path)
+    with pytest.raises(
+        ValueError, match=r"set \(corpus\), row 0: corpus-id is '\.\./x', expected no"
+    ):
+        records.corpus("set", [path], where)
+
+
+def test_numbers_of_qrels_are_of_any_kind():
+    rows = [
+        {"query-id": np.int64(1), "corpus-id": np.uint32(2), "score": np.float32(2)},
+        {"query-id": 1, "corpus-id": 3, "score": Decimal(1)},
+    ]
+    assert records.relevant("set", rows) == {1: {2: 2.0, 3: 1.0}}
+    for wrong in (float("nan"), "1", [1]):
+        with pytest.raises(
+            ValueError, match=r"set \(qrels\), row 0: score is .*, expected a number"
+        ):
+            records.relevant("set", [rows[0] | {"score": wrong}])
 
 
 def test_records_of_every_ending_are_the_same(tmp_path):
@@ -244,12 +312,23 @@ def test_data_sets_come_from_a_hub_one_at_a_time(tmp_path):
     assert records.revision(images, ["NIGHTS"]) == Hub.sha
     assert records.revision(images, ["GQA"]) == "local"
 
-    for blob in (tmp_path / "hub").rglob("blobs/*"):  # the archive in the client's own store
-        blob.write_bytes(blob.read_bytes()[:-9000])
+    archives = store.pop("TIGER-Lab/MMEB-V2")
     kept.unlink()
-    damaged = subprocess.run([*run[:4], "NIGHTS"], env=env, capture_output=True, text=True)
-    assert "ValueError: the archive cannot be read (" in damaged.stderr
-    with pytest.raises(FileNotFoundError, match="NIGHTS: its media are half unpacked; --fetch goe"):
+    subprocess.run([*run[:4], "NIGHTS"], env=env, capture_output=True)
+    assert not list(here.rglob(".*.unfinished"))  # nothing was begun
+    store["TIGER-Lab/MMEB-V2"] = archives
+    for blob in (tmp_path / "hub").rglob("blobs/*"):  # the archive in the client's own store
+        content = blob.read_bytes()
+        for damaged in (content[:-9000], content[:-8] + b"\0" * 4 + content[-4:]):  # its CRC
+            blob.write_bytes(damaged)
+            done = subprocess.run([*run[:4], "NIGHTS"], env=env, capture_output=True, text=True)
+            if b"ustar" not in content and done.returncode == 0:
+                continue  # of another set's archive
+            assert "ValueError: the archive cannot be read (" in done.stderr
+        blob.write_bytes(damaged)
+    with pytest.raises(
+        FileNotFoundError, match="NIGHTS: its media are half unpacked, says .*NIGHTS"
+    ):
         mmeb_v2.load("NIGHTS", here)
     server.shutdown()
 

@@ -459,7 +459,8 @@ def load(
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name} has {error}; --fetch gets them") from error
     if not half and _unfinished(spec, data_dir).exists():
-        raise FileNotFoundError(f"{name}: its media are half unpacked; --fetch goes on")
+        had = f"its media are half unpacked, says {_unfinished(spec, data_dir)}"
+        raise FileNotFoundError(f"{name}: {had}; --fetch goes on")
     commit, every = on_disk.revision(folder, spec.configs), list(chain(*files.values()))
     if spec.family == "pages":
         media = Media(data_dir, spec)
@@ -488,11 +489,8 @@ def fetch(name: str, data_dir: str | Path) -> None:
     shown.update(chain(*(row.get("tgt_img_path") or () for row in arguments["records"])))
     start = spec.media[len(spec.archive) + 1 :] + "/"
     wanted = shown.__contains__ if spec.modality == "image" else lambda at: at.startswith(start)
-    marker = _unfinished(spec, data_dir)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    marker.touch()
-    on_disk.unpack(into=marker.parent, wanted=wanted, **TABLE["archives"][spec.archive])
-    marker.unlink()
+    into, archive = Path(data_dir, spec.archive), TABLE["archives"][spec.archive]
+    on_disk.unpack(into=into, wanted=wanted, marker=_unfinished(spec, data_dir), **archive)
 
 
 def _unfinished(spec: DataSet, data_dir: str | Path) -> Path:

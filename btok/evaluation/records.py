@@ -7,6 +7,7 @@ connection.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -15,8 +16,10 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from fnmatch import fnmatch
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +65,9 @@ class Row:
 
     def key(self, field: str) -> Any:
         """A field that names something: a number or a text."""
-        if not isinstance(found := self[field], int | str):
-            raise self.wrong(f"{field} is {found!r:.60}, expected a number or a text")
-        return found
+        if not isinstance(found := self[field], Integral | str):
+            raise self.wrong(f"{field} is {found!r:.60}, expected a whole number or a text")
+        return found if isinstance(found, str) else int(found)
 
     def wrong(self, why: str, kind: type[Exception] = ValueError) -> Exception:
         """The error that says what is wrong with it."""
@@ -128,8 +131,9 @@ def relevant(name: str, qrels: Iterable[Mapping[str, Any]]) -> dict[Any, dict[An
     for number, record in enumerate(qrels):
         row = Row(f"{name} (qrels)", number, record)
         query, page, score = row.key("query-id"), row.key("corpus-id"), row["score"]
-        if not isinstance(score, int | float):
+        if not isinstance(score, Real | Decimal) or score != score:
             raise row.wrong(f"score is {score!r:.60}, expected a number")
+        score = score if isinstance(score, int) else float(score)
         if score > 0:
             of_query = found.setdefault(query, {})
             of_query[page] = max(of_query.get(page, 0), score)
@@ -150,6 +154,11 @@ def corpus(
     ids = chain(*(read(path, ["corpus-id"]) for path in files))
     rows = [Row(f"{name} (corpus)", i, record) for i, record in enumerate(ids)]
     paths = [Path(where(row.key("corpus-id"))) for row in rows]
+    for row, path in zip(rows, paths, strict=True):
+        if ".." in path.parts:
+            raise row.wrong(
+                f"corpus-id is {row['corpus-id']!r:.60}, expected no way out of a folder"
+            )
     if not all(path.is_file() for path in paths):
         for row, path, record in zip(rows, paths, chain(*map(read, files)), strict=True):
             if path.is_file():
@@ -170,9 +179,9 @@ def stored(image: Any) -> Any:
 def patterns(config: str, split: str) -> list[str]:
     """Under which names a configuration's files may lie, the likeliest first."""
     if not config:
-        return [f"{split}*", f"data/{split}*"]
+        return [f"{split}[-.]*", f"data/{split}[-.]*"]
     by_split = [f"{config}/", f"data/{config}/", f"{config}/data/", f"{config}-"]
-    return [f"{start}{split}*" for start in by_split] + [
+    return [f"{start}{split}[-.]*" for start in by_split] + [
         f"{config}/*",
         f"{config}.*",
         f"json/{config}.*",
@@ -203,10 +212,13 @@ def find(folder: Path, config: str, split: str) -> list[Path]:
     if not names:
         where = folder / patterns(config, split)[0]
         raise FileNotFoundError(f"no records, expected {where} ending in {' or '.join(ENDINGS)}")
-    counted = re.search(r"-of-(\d+)\.", names[0])
-    if counted and int(counted[1]) != len(names):
-        had = f"{len(names)} of {int(counted[1])} files of records like {folder / names[0]}"
-        raise FileNotFoundError(had)
+    numbers = [re.search(r"-(\d+)-of-(\d+)", name) for name in names]
+    if any(numbers):
+        counts = {int(found[2]) for found in numbers if found}
+        indices = sorted(int(found[1]) for found in numbers if found)
+        if indices != list(range(max(counts))) or len(counts) > 1 or not all(numbers):
+            some = ", ".join(str(folder / name) for name in names[:3])
+            raise FileNotFoundError(f"not just files 0 to {max(counts) - 1} of records, as {some}")
     return [folder / name for name in names]
 
 
@@ -227,7 +239,7 @@ def read(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[s
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise ImportError('parquet files need pyarrow: pip install "btok[data]"') from error
-        with ParquetFile(path) as file:
+        with ParquetFile(path, pre_buffer=False) as file:  # else what was read is kept
             for batch in file.iter_batches(16, columns=columns):  # a picture may be in each
                 yield from batch.to_pylist()
     except (ValueError, OSError, RecursionError) as error:  # pyarrow's are of the first two
@@ -248,11 +260,11 @@ def _hub() -> Iterator[None]:
     """What the hub's client raises as an OSError; what is no archive as a ValueError."""
     try:
         yield
-    except (OSError, ValueError, ImportError, MemoryError):
-        raise
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         why = "; its copy in the hub's cache is damaged, delete that"
         raise ValueError(f"the archive cannot be read ({one_line(error)}){why}") from error
+    except (OSError, ValueError, ImportError, MemoryError):
+        raise
     except Exception as error:  # of whichever client of HTTP it has
         raise OSError(f"the hub does not answer: {one_line(error)}") from error
 
@@ -291,6 +303,7 @@ def unpack(
     strip: str,
     into: Path,
     wanted: Callable[[str], bool],
+    marker: Path,
 ) -> int:
     """Get an archive, maybe in parts, from the hub, and take out of it what is wanted.
 
@@ -299,6 +312,7 @@ def unpack(
         strip: what its members' names start with.
         into: where they go; what is there already stays.
         wanted: of a member's name without `strip`.
+        marker: a file that is there from the first member until all are out.
 
     Returns:
         How many files that were.
@@ -309,9 +323,11 @@ def unpack(
     count = 0
     with _hub():
         paths = [hf_hub_download(source, x, repo_type="dataset", revision=sha) for x in files]
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
         with (
-            io.BufferedReader(_Joined(paths)) as whole,
-            tarfile.open(fileobj=whole, mode="r|*") as tar,
+            gzip.GzipFile(fileobj=io.BufferedReader(_Joined(paths))) as joined,
+            tarfile.open(fileobj=joined, mode="r|") as tar,
         ):
             for member in tar:
                 name = member.name.removeprefix("./").removeprefix(strip)
@@ -321,6 +337,9 @@ def unpack(
                 tar.extract(member, into, filter="data")
                 rename(into / member.name, into / name)
                 count += 1
+            while joined.read(1 << 20):  # at the end of which all of it has to add up
+                pass
+    marker.unlink()
     return count
 
 

@@ -63,6 +63,8 @@ def read(path: str) -> list[Published]:
             models = [Published(**model) for model in found]
         else:
             models = [_of_authors(found) if "metrics" in found else _of_ours(found, Path(path))]
+        if not models:
+            raise ValueError("it is empty")
         for model in models:
             for name, score in {**model.tasks, **model.groups}.items():
                 if not 0 <= score <= 100:
@@ -169,7 +171,9 @@ def differences(
         gaps[name] = _gap(name, rows[name], ours, other, mine.get(name, ()))
         gap, low, high = gaps[name]
         said = f"{gap:+.1f} [{low:+.1f}, {high:+.1f}]"
-        if name in other.older or (other.data and other.data.get(name) != rows[name]["data"]):
+        if name in other.older or (
+            other.data and _digest(other, name) != rows[name]["data"]["digest"]
+        ):
             said += ", of other data"
             older.add(name)
         lines.append(_line(name, f"{ours:.1f}", f"{other.tasks[name]:.1f}", said))
@@ -195,11 +199,15 @@ def differences(
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _digest(other: Published, name: str) -> str | None:
+    return other.data.get(name, {}).get("digest")
+
+
 def _gap(
     name: str, row: Mapping[str, Any], ours: float, other: Published, mine: Sequence[float]
 ) -> Interval:
     theirs = other.tasks[name]
-    if mine and name in other.values and other.data.get(name) == row["data"]:
+    if mine and name in other.values and _digest(other, name) == row["data"]["digest"]:
         each = np.array(mine) - np.array(other.values[name])
         # shrunk towards the widest there is by the weight of one query, so that none has no width
         spread = math.sqrt((len(each) * each.var() + 1) / (len(each) + 1))

@@ -22,11 +22,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from btok.adapters import base_of
 from btok.config import Pooling
 from btok.data.records import RetrievalTask, Side
 from btok.encoder import BTokEncoder
 from btok.evaluation import mmeb_v2, records, runner
-from btok.files import sha256, write_json
+from btok.files import find, sha256, write_json
 from btok.tools import comparison, pictures
 from btok.tools.command_line import load
 from btok_kernels.ranks import rank
@@ -34,7 +35,15 @@ from btok_kernels.ranks import rank
 VERSION = 1  # of how a score is made
 KEPT = {"version", "made_of", "data", "stamp", "row", "queries"}
 KEPT_OF_ROW = {"score", "origin", "ci95", "queries", "metric", "modality", "published"}
-DECIDING = ("config.json", "*processor*.json", "*token*.json", "vocab*", "merges.txt", "*.model")
+DECIDING = (
+    "config.json",
+    "adapter_config.json",
+    "*processor*.json",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 GROUPS = {"meta_tasks": "meta_task", "modalities": "modality"}
 
 
@@ -410,10 +419,11 @@ class Scores:
     def kept(self, name: str, data: Mapping[str, str]) -> bool:
         """Whether a score of just this is there."""
         had = self._read(name)
-        if not had or had["data"] != data:
+        if not had or had["data"]["digest"] != data["digest"]:
             return False
         if had["stamp"] != self.stamps[name]:
-            write_json(self.file(name), had | {"stamp": self.stamps[name]})
+            write_json(self.file(name), had | {"stamp": self.stamps[name], "data": data})
+            self.rows[name] |= {"data": data}
         return True
 
     def keep(self, name: str, data: Mapping[str, str], scored: runner.Scored) -> None:
@@ -450,11 +460,14 @@ class Scores:
 
 def files_digest(encoder: BTokEncoder) -> str:
     """The sha256 of what beside weights and bottleneck tokens a checkpoint decides by: its
-    configuration, tokenizer and processor.
+    configuration, tokenizer and processor, and of one with adapters those of what they are on.
     """
     folder = Path(encoder.checkpoint or ".")
-    paths = sorted({path for name in DECIDING for path in folder.glob(name) if path.is_file()})
-    return digest_of([[path.name, sha256(path)] for path in paths])
+    base = base_of(folder)
+    on = find(base, "config.json") if base else None
+    places = [folder, *([on.parent] if on else [])]
+    found = [{path for name in DECIDING for path in place.glob(name)} for place in places]
+    return digest_of([[[path.name, sha256(path)] for path in sorted(paths)] for paths in found])
 
 
 def _is_running(process: str) -> bool:
