@@ -327,7 +327,7 @@ def test_data_sets_come_from_a_hub_one_at_a_time(tmp_path):
             assert "ValueError: the archive cannot be read (" in done.stderr
         blob.write_bytes(damaged)
     with pytest.raises(
-        FileNotFoundError, match="NIGHTS: its media are half unpacked, says .*NIGHTS"
+        FileNotFoundError, match=r"NIGHTS: its media are half unpacked, says .*NIGHTS"
     ):
         mmeb_v2.load("NIGHTS", here)
     server.shutdown()
