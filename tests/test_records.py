@@ -166,6 +166,7 @@ def test_frames_are_the_first_the_last_and_evenly_between(tmp_path, count):
         (tmp_path / f"v/frame_{i}.jpg").write_bytes(b"")
     (tmp_path / "v").mkdir(exist_ok=True)
     (tmp_path / "v/info.json").write_text("{}")
+    (tmp_path / "v/._frame_0.jpg").write_bytes(b"\0\5\x16\7Mac OS X")
     row, pictures = Row("set", 0, {}), Pictures(str(tmp_path))
     if count == 0:
         with pytest.raises(

@@ -31,8 +31,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from btok.files import sha256, write_text
 from btok.model import BTokModel
 from btok.processing import Processor
-from btok_kernels.ranks import rank, world
-from train.parallel import from_first, gather, total_over_ranks
+from btok_kernels.ranks import from_first, gather, rank, world
+from train.parallel import total_over_ranks
 
 MANIFEST, WEIGHTS, MOMENTS = "manifest.json", "model", "optimizer"
 REMEDIES = {

@@ -31,7 +31,7 @@ from btok.files import write_json
 from btok.kernels import CondensedLayout, condensed_attention
 from btok.model import BTokModel
 from btok.tools import command_line, pictures
-from btok_kernels.ranks import rank, world
+from btok_kernels.ranks import from_first, gather, rank, world
 from train import checkpoint, parallel
 from train.log import TrainLog
 from train.memory import refuse_too_small
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = parallel.first_alone(lambda: load_mixture(recipe.data) if recipe.data else [])
         settings = check(recipe, sources)
         newest = checkpoint.newest_valid(recipe.output) if rank() == 0 else None
-        resume = parallel.from_first(newest)
+        resume = from_first(newest)
         model, processor = load(recipe, resume, empty=recipe.shard and rank() > 0)
         prepare(model, recipe)
         ranks = rank(), world()
@@ -288,7 +288,7 @@ def refuse_infinite(recipe: Recipe, step: int, data: PackedStep, loss: float, no
         {"dataset": pair.dataset, "row": row, "positive_id": pair.positive_id}
         for pair, row in zip(data.pairs, data.rows, strict=True)
     ]
-    found = parallel.gather(rows)
+    found = gather(rows)
     path = recipe.output / "nonfinite.json"
     if rank() == 0:
         pairs = [{"rank": i, **row} for i, rows in enumerate(found) for row in rows]

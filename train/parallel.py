@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from btok.files import one_line, printable
 from btok.model import BTokModel, BTokOutput, shared_weights
-from btok_kernels.ranks import rank, world
+from btok_kernels.ranks import from_first, rank, world
 from train.recipes import Recipe
 
 BUCKET = 25 << 20  # bytes of gradients that are averaged together
@@ -153,22 +153,6 @@ def same_folder(folder: Path) -> None:
             f"output is {folder}, which process {rank()} does not see; give a folder that all "
             "machines share"
         )
-
-
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, in the order of the ranks."""
-    values = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    values = [value]
-    if world() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def total_over_ranks(number: float) -> float:

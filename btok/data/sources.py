@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -23,7 +22,7 @@ import numpy as np
 
 from btok.data.jsonl import JsonLines, Row
 from btok.data.records import NTP_SIDES, NtpSide, Pair, Side
-from btok.files import one_line
+from btok.files import by_numbers, one_line
 from btok.inputs import FRAMES, IMAGES, LATEST, Page, as_side
 from btok.inputs.documents import at_page
 
@@ -308,13 +307,10 @@ def _frames(side: Side) -> Side:
     if not isinstance(folder, Path) or folder.is_file():
         return side
 
-    def order(path: Path) -> tuple[list[Any], str]:
-        parts = re.split(r"(\d+)", path.name)
-        return [int(p) if p.isdecimal() else p for p in parts], path.name  # 1.png beside 01.png
-
     with os.scandir(folder) as entries:
         shown = [Path(e) for e in entries if e.name[0] != "." and e.is_file()]
-    found = sorted((path for path in shown if path.suffix.lower() in IMAGES), key=order)
+    found = [path for path in shown if path.suffix.lower() in IMAGES]
+    found.sort(key=lambda path: (by_numbers(path.name), path.name))  # 1.png beside 01.png
     if not found:
         raise ValueError(f"video {folder} has no frames")
     taken = np.linspace(0, len(found) - 1, min(FRAMES, len(found))).astype(int)

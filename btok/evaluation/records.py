@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from btok.files import one_line, rename, whole, write_text
+from btok.files import by_numbers, one_line, rename, whole, write_text
 
 PICTURES = (".jpg", ".jpeg", ".png")
 ENDINGS = (".parquet", ".jsonl", ".json")
@@ -101,8 +101,10 @@ class Pictures:
         folder = os.path.join(self.root, *path)
         if folder not in self.seen:
             names = os.listdir(folder) if os.path.isdir(folder) else []
-            names = [name for name in names if os.path.splitext(name)[1].lower() in PICTURES]
-            self.seen[folder] = [f"{folder}/{name}" for name in sorted(names, key=_natural)]
+            shown = (name for name in names if name[0] != ".")  # a Mac leaves hidden ones beside
+            names = [name for name in shown if os.path.splitext(name)[1].lower() in PICTURES]
+            names.sort(key=lambda name: by_numbers(name.lower()))
+            self.seen[folder] = [f"{folder}/{name}" for name in names]
         found = self.seen[folder]
         if len(found) < least:
             had = f"{folder} has {len(found)} frames, expected at least {least}"
@@ -116,11 +118,6 @@ class Pictures:
         there = os.path.join(self.root, folder)
         names = sorted(os.listdir(there)) if os.path.isdir(there) else []
         return [name for name in names if os.path.isdir(os.path.join(there, name))]
-
-
-def _natural(name: str) -> list[Any]:
-    """By which frame_2 comes before frame_10."""
-    return [int(x) if x.isdecimal() else x.lower() for x in re.split(r"(\d+)", name)]
 
 
 def relevant(name: str, qrels: Iterable[Mapping[str, Any]]) -> dict[Any, dict[Any, Any]]:

@@ -1,7 +1,7 @@
 """One runner for every evaluation set: encode once, rank by dot product, score, sum up.
 
 tasks -> `Embedder`: each different side once, in chunks that the ranks share -> `score_task`: every
-query's ranking of its pool -> `summary`: means over tasks
+query's ranking of its pool -> means over tasks
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from btok.data.records import RetrievalTask, Side
@@ -26,8 +25,8 @@ from btok.evaluation.metrics import (
     rank,
     score,
 )
+from btok_kernels.ranks import from_first, gather, world
 from btok_kernels.ranks import rank as this_rank
-from btok_kernels.ranks import world
 
 Rows = NDArray[np.float32]
 Encode = Callable[[Sequence[Side]], Rows]
@@ -103,17 +102,14 @@ class Embedder:
             part: Any = None
             if start + this_rank() < len(chunks):
                 part = self._checked(chunks[start + this_rank()], what)
-            parts = [part] * world()
-            if world() > 1:
-                dist.all_gather_object(parts, part)
-            for i, part in enumerate(parts[: len(chunks) - start]):
+            for i, found in enumerate(gather(part)[: len(chunks) - start]):
                 if rows is None:
-                    rows = self._room(len(sides) if this_rank() == 0 else 0, part.shape[1])
-                if part.shape[1] != rows.shape[1]:
-                    raise ValueError(f"task {what}: rows {part.shape} against {rows.shape}")
+                    rows = self._room(len(sides) if this_rank() == 0 else 0, found.shape[1])
+                if found.shape[1] != rows.shape[1]:
+                    raise ValueError(f"task {what}: rows {found.shape} against {rows.shape}")
                 if this_rank() == 0:
-                    rows[(start + i) * CHUNK :][: len(part)] = part
-                self.advance(len(part))
+                    rows[(start + i) * CHUNK :][: len(found)] = found
+                self.advance(len(found))
         assert rows is not None
         return rows
 
@@ -179,27 +175,17 @@ def evaluate(
             retrieved[task.name] = found
         if progress:
             print(f"{task.name}: {rows[task.name]['score']:.1f}", file=sys.stderr, flush=True)
-    return summary(rows, settings, data_digest)
-
-
-def summary(
-    rows: Mapping[str, Mapping[str, Any]],
-    settings: Mapping[str, Any] | None = None,
-    data_digest: str | None = None,
-    key: str = "score",
-) -> dict[str, Any]:
-    """Rows of tasks and their means, as `evaluate` returns them; `key` says of which score."""
 
     def means(of: str) -> dict[str, float]:
         groups = dict.fromkeys(row[of] for row in rows.values())
-        scores = {g: [r[key] for r in rows.values() if r[of] == g] for g in groups}
+        scores = {g: [r["score"] for r in rows.values() if r[of] == g] for g in groups}
         return {g: float(np.mean(values)) for g, values in scores.items()}
 
     return {
-        "tasks": dict(rows),
+        "tasks": rows,
         "meta_tasks": means("meta_task"),
         "modalities": means("modality"),
-        "overall": float(np.mean([row[key] for row in rows.values()])),
+        "overall": float(np.mean([row["score"] for row in rows.values()])),
         "settings": dict(settings or {}),
         "data_digest": data_digest,
     }
@@ -243,14 +229,6 @@ def score_task(embed: Embedder, task: RetrievalTask) -> Scored:
     queries = embed(task.queries, task.name)
     candidates = embed(task.candidates, task.name, pool=True)
     return from_first(_score(task, *queries, *candidates) if this_rank() == 0 else None)
-
-
-def from_first(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
-    values = [value]
-    if world() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def _score(

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             store, number, count = next(dist.rendezvous("env://"))
         command = parse(Command, argv, "python -m btok")
         if several:
-            # before the group: see `join` in train/main.py
+            # before the group: see `join` in train/parallel.py
             import torch.distributed.nn.functional  # noqa: F401
 
             group = dist.PrefixStore("group", store)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,16 @@ def _of_ours(found: Mapping[str, Any], path: Path) -> Published:
     )
 
 
+@cache
+def groups() -> dict[str, dict[str, list[str]]]:
+    """The data sets of each meta-task and of each modality."""
+    found: dict[str, dict[str, list[str]]] = {"meta_tasks": {}, "modalities": {}}
+    for name, spec in mmeb_v2.data_sets().items():
+        found["meta_tasks"].setdefault(spec.meta_task, []).append(name)
+        found["modalities"].setdefault(spec.modality, []).append(name)
+    return found
+
+
 def table(result: Mapping[str, Any], names: Sequence[str]) -> str:
     """The scores of some data sets as plain text, and the means of all that have one; a mean stands
     only where no data set is missing.
@@ -119,9 +130,9 @@ def table(result: Mapping[str, Any], names: Sequence[str]) -> str:
         low, high = row["ci95"]
         scores = format(row["score"], ".1f"), format(row["origin"], ".1f")
         lines.append(_line(name, *scores, f"[{low:.1f}, {high:.1f}]", _queries(name, row)))
-    missing = {name: mmeb_v2.data_set(name) for name in result["missing"]}
-    for name, score, origin in _means(result):
-        lacks = [n for n, x in missing.items() if name in (x.meta_task, x.modality, "overall")]
+    missing = result["missing"]
+    for name, of, score, origin in _means(result):
+        lacks = [each for each in of if each in missing]
         note = f"no mean: {len(lacks)} sets are missing, as {lacks[0]}" if lacks else ""
         both = ("-", "-") if lacks else (format(score, ".1f"), format(origin, ".1f"))
         lines.append(_line(name, *both, note))
@@ -140,15 +151,15 @@ def _line(name: str, *cells: str) -> str:
     return f"{name:<46}" + "".join(f"{cell:>9}" for cell in cells[:2]) + "  " + "  ".join(cells[2:])
 
 
-def _means(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """The groups' names, with our mean and the one of the benchmark's code."""
+def _means(result: Mapping[str, Any]) -> list[tuple[str, list[str], Any, Any]]:
+    """Each group's name and data sets, our mean and the one of the benchmark's code."""
     origin = result["origin"]
-    groups = [
-        (name, score, origin[of][name])
-        for of in ("meta_tasks", "modalities")
-        for name, score in result[of].items()
+    means = [
+        (name, sets, result[of][name], origin[of][name])
+        for of, named in groups().items()
+        for name, sets in named.items()
     ]
-    return [*groups, ("overall", result["overall"], origin["overall"])]
+    return [*means, ("overall", [*mmeb_v2.data_sets()], result["overall"], origin["overall"])]
 
 
 def differences(
@@ -177,9 +188,7 @@ def differences(
             said += ", of other data"
             older.add(name)
         lines.append(_line(name, f"{ours:.1f}", f"{other.tasks[name]:.1f}", said))
-    specs = mmeb_v2.data_sets()
-    for name, score, origin in _means(result):
-        of = [n for n, x in specs.items() if name in (x.meta_task, x.modality, "overall")]
+    for name, of, score, origin in _means(result):
         ours = score if other.data else origin
         if ours is None:
             continue
@@ -226,19 +235,19 @@ def _gap(
 
 def draw(result: Mapping[str, Any], others: Sequence[Published], path: Path) -> None:
     """The meta-tasks as bars, ours first; a group with a data set missing has no bar."""
-    specs = mmeb_v2.data_sets()
+    sets = groups()["meta_tasks"] | groups()["modalities"]
 
-    def groups(model: Published) -> list[float | None]:
+    def means(model: Published) -> list[float | None]:
         out: list[float | None] = []
         for name in SHOWN:
-            of = [n for n, x in specs.items() if name in (x.meta_task, x.modality)]
+            of = sets[name]
             whole = all(n in model.tasks for n in of)
             mean = float(np.mean([model.tasks[n] for n in of])) if whole else None
             out.append(mean if mean is not None else model.groups.get(name))
         return out
 
     ours = Published("this checkpoint", {n: row["origin"] for n, row in result["tasks"].items()})
-    shown = {model.model: groups(model) for model in (ours, *others)}
+    shown = {model.model: means(model) for model in (ours, *others)}
     pictures.bars(list(SHOWN), shown, path, "MMEB-V2 by meta-task: hit@1, documents ndcg@5, in %")
 
 

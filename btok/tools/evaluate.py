@@ -30,7 +30,7 @@ from btok.evaluation import mmeb_v2, records, runner
 from btok.files import find, sha256, write_json
 from btok.tools import comparison, pictures
 from btok.tools.command_line import load
-from btok_kernels.ranks import rank
+from btok_kernels.ranks import from_first, rank
 
 VERSION = 1  # of how a score is made
 KEPT = {"version", "made_of", "data", "stamp", "row", "queries"}
@@ -44,7 +44,6 @@ DECIDING = (
     "merges.txt",
     "*.model",
 )
-GROUPS = {"meta_tasks": "meta_task", "modalities": "modality"}
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,8 @@ def chosen(tasks: str) -> list[str]:
     """The data sets of a list of data sets, meta-tasks and modalities, in the table's order."""
     table = mmeb_v2.data_sets()
     groups = {"all": [*table]} | {name: [name] for name in table}
-    for name, spec in table.items():
-        for of in GROUPS.values():
-            groups.setdefault(getattr(spec, of), []).append(name)
+    for named in comparison.groups().values():
+        groups |= named
     spelled = {name.lower(): name for name in groups}
     wanted: set[str] = set()
     for word in filter(None, (word.strip() for word in tasks.split(","))):
@@ -232,13 +230,13 @@ def score_all(
                     read(name, command)
                 except FileNotFoundError:
                     mmeb_v2.fetch(name, command.data)
-            runner.from_first(None)  # nobody reads before all is there
+            from_first(None)  # nobody reads before all is there
             task, rows, revision, files = read(name, command)
             data, kept = None, False
             if rank() == 0:
                 data = scores.data_of(task, rows, revision, files, contents)
                 kept = scores.kept(name, data)
-            data, kept = runner.from_first((data, kept))
+            data, kept = from_first((data, kept))
             progress.begin(name, 0 if kept else len(task.queries) + len(task.candidates))
             if not kept:
                 result = runner.score_task(embed, task)
@@ -446,11 +444,8 @@ class Scores:
         for score in ("score", "origin"):
             of = {name: row[score] for name, row in rows.items()}
             means[score] = {
-                groups: {
-                    value: mean(of, [n for n, x in table.items() if getattr(x, group) == value])
-                    for value in dict.fromkeys(getattr(x, group) for x in table.values())
-                }
-                for groups, group in GROUPS.items()
+                group: {name: mean(of, sets) for name, sets in named.items()}
+                for group, named in comparison.groups().items()
             }
             means[score]["overall"] = mean(of, list(table))
         missing = [name for name in table if name not in rows]

@@ -122,6 +122,22 @@ def world() -> int:
     return dist.get_world_size() if _grouped() else 1
 
 
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in the order of their numbers."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """Process 0's value, in every process."""
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
 
