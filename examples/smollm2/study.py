@@ -1,0 +1,255 @@
+"""Bottleneck tokens on something real: a pretrained decoder, real pairs, seeds and intervals.
+
+    python examples/smollm2/study.py sets                       fetch, convert, build; show sizes
+    python examples/smollm2/study.py run wordnet full --seed 0  train and score one variant
+    python examples/smollm2/study.py grid [--minutes 90]        what is left of the sweep and grid
+    python examples/smollm2/study.py page                       tables and plots of what is done
+
+A run that is done has its JSON file in --results and is not done again; one that was stopped goes
+on from its checkpoint. The same for every variant of a seed: the batches and their order.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from bench.report import table
+from btok.tools import command_line
+from examples.smollm2 import pairs
+from examples.smollm2.backbone import backbone
+from examples.smollm2.fetch import default_cache
+from examples.smollm2.runs import BASELINES, MAIN, UNTRAINED, VARIANTS, Run, Settings, perform
+
+PROG = "examples/smollm2/study.py"
+RESULTS = Path(__file__).resolve().parent.parent.parent / "bench" / "results" / "smollm2"
+SEEDS = (0, 1, 2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+WEIGHTS = (0.2, 1.0, 5.0)
+SWEEP_SEED = 1000  # whose batches no run of the grid has
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command takes."""
+
+    cache: Path = field(default_factory=default_cache)
+    """Folder of weights, data and run folders."""
+    results: Path = RESULTS
+    """Folder of the runs' JSON files."""
+    steps: int = 60
+    """Training steps of a run."""
+    batch: int = 16
+    """Pairs of a step."""
+    dtype: str = "float32"
+    """Of products: "float32" or, on a GPU, "bfloat16"."""
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(self.cache, self.results, self.steps, self.batch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Sets(Common):
+    """Fetch the weights, build the sets of pairs, print what they are."""
+
+
+@dataclass(frozen=True)
+class One(Common):
+    """Train one variant on one set and score it."""
+
+    trained_on: Annotated[str, tyro.conf.Positional] = "wordnet"
+    """"wordnet" or "debian"."""
+    variant: Annotated[str, tyro.conf.Positional] = "full"
+    """See the README beside this file."""
+    seed: int = 0
+    rate: float | None = None
+    """Peak learning rate; None for the sweep's choice."""
+    weight: float | None = None
+    """Of the generative loss; None for the sweep's choice."""
+
+
+@dataclass(frozen=True)
+class Grid(Common):
+    """Run what is left of the sweep, then of the grid, in an order that compares early."""
+
+    minutes: float | None = None
+    """Begin no run after so many; None for as long as it takes."""
+    seeds: tuple[int, ...] = SEEDS
+    list: bool = False
+    """Show what is done and what is left, and run nothing."""
+
+
+@dataclass(frozen=True)
+class Page(Common):
+    """Write the page, its pictures and tables, of the results that are there."""
+
+    also: tuple[Path, ...] = ()
+    """Results folders of other machines, to stand beside it."""
+
+
+Command = (
+    Annotated[Sets, tyro.conf.subcommand("sets")]
+    | Annotated[One, tyro.conf.subcommand("run")]
+    | Annotated[Grid, tyro.conf.subcommand("grid")]
+    | Annotated[Page, tyro.conf.subcommand("page")]
+)
+
+
+def sweep(results: Path) -> Iterator[Run]:
+    """The runs that choose: four rates for each baseline, then three weights at the tokens' rate.
+
+    All on WordNet, of a seed of their own, scored on validation pairs.
+    """
+    for variant in BASELINES:
+        for rate in RATES:
+            yield Run("wordnet", variant, SWEEP_SEED, rate, sweep=True)
+    for weight in WEIGHTS:
+        yield Run("wordnet", "full", SWEEP_SEED, chosen(results, "tokens"), weight, sweep=True)
+
+
+def chosen(results: Path, variant: str) -> float:
+    """Of the sweep's runs that are there, the best rate of a baseline, or "full"'s best weight: by
+    mean reciprocal rank.
+
+    Raises:
+        ValueError: the sweep is not done.
+    """
+    found = [json.loads(p.read_text("utf-8")) for p in results.glob(f"sweep-wordnet-{variant}-*")]
+    what, count = ("weight", len(WEIGHTS)) if variant == "full" else ("rate", len(RATES))
+    if len(found) < count:
+        raise ValueError(
+            f"results is {results}, which has {len(found)} of the {count} runs that choose the "
+            f"{what} of '{variant}'; run the grid, or give --rate and --weight"
+        )
+    return max(found, key=lambda run: run["scores"]["wordnet"]["raw"]["mrr"])[what]
+
+
+def planned(
+    results: Path, name: str, variant: str, seed: int, choose: Callable[[Path, str], float] = chosen
+) -> Run:
+    """A run of the grid with the rate and weight that the sweep chose."""
+    weight = 0.0 if variant in BASELINES else choose(results, "full")
+    return Run(name, variant, seed, choose(results, VARIANTS[variant].rate_of), weight)
+
+
+def order(seeds: Sequence[int]) -> Iterator[tuple[str, str, int]]:
+    """The grid's runs, (set, variant, seed): a half-finished one is already a comparison."""
+    for variant in BASELINES:
+        yield UNTRAINED, variant, 0
+    others = [name for name in VARIANTS if name not in MAIN]
+    for variants in (MAIN, others):
+        for name in ("wordnet", "debian"):
+            for seed in seeds:
+                for variant in variants:
+                    yield name, variant, seed
+
+
+def grid(command: Grid) -> None:
+    """The sweep, then the grid."""
+    results, begun = command.results, time.monotonic()
+
+    def runs() -> Iterator[Run]:
+        yield from sweep(results)
+        for name, variant, seed in order(command.seeds):
+            if name == UNTRAINED:
+                yield Run(name, variant, seed)
+            else:
+                yield planned(results, name, variant, seed)
+
+    if command.list:
+        done = {path.stem for path in results.glob("*.json")}
+        names = [run.name for run in list(sweep_names(results))]
+        names += ["-".join((n, v, f"seed{s}")) for n, v, s in order(command.seeds)]
+        print(*(f"{'done' if name in done else 'left'}  {name}" for name in names), sep="\n")
+        return
+    for run in runs():
+        if (results / f"{run.name}.json").exists():
+            continue
+        if command.minutes is not None and time.monotonic() - begun > 60 * command.minutes:
+            print(f"{command.minutes:g} minutes are over; the same command goes on")
+            return
+        tell(perform(command.settings, run))
+
+
+def sweep_names(results: Path) -> Iterator[Run]:
+    """`sweep`, as far as it is known before its first part is done."""
+    try:
+        yield from sweep(results)
+    except ValueError:
+        return
+
+
+def tell(result: dict[str, Any]) -> None:
+    """A run's scores on a line each."""
+    for name, scores in result["scores"].items():
+        for how, found in scores.items():
+            said = "  ".join(f"{what} {value:5.1f}" for what, value in found.items())
+            print(f"{result['run']:32} {name:8} {how:8} {said}", flush=True)
+
+
+def show_sets(cache: Path) -> None:
+    """The weights' folder and a table of the sets."""
+    print(f"weights: {backbone(cache)} (dequantised Q4_1)")
+    head = ["set", "train", "validation", "test", "words", "lexical floor", "sha256 of test"]
+    rows = [head]
+    for name in pairs.SETS:
+        facts = pairs.load(cache, name).facts
+        counts = (str(facts["pairs"].get(split, "")) for split in pairs.SPLITS)
+        words = " -> ".join(f"{facts['words'][side]:.1f}" for side in ("query", "answer"))
+        digest = facts["sha256"]["test"][:16]
+        rows.append([name, *counts, words, f"{facts['floor']:.1f}", digest])
+    print(table(*rows))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 2 for a mistake or for what cannot be had, told in one line."""
+    try:
+        words = sys.argv[1:] if argv is None else argv
+        command = command_line.parse(Command, words, PROG)
+        if isinstance(command, Sets):
+            show_sets(command.cache)
+        elif isinstance(command, Grid):
+            grid(command)
+        elif isinstance(command, Page):
+            from examples.smollm2.page import write_page
+
+            write_page(command.results, command.also)
+        else:
+            check_choice("trained_on", command.trained_on, ("wordnet", "debian"))
+            check_choice("variant", command.variant, VARIANTS)
+            show_sets(command.cache)
+            given = {"rate": command.rate, "weight": command.weight}
+
+            def choose(results: Path, variant: str) -> float:
+                value = given["weight" if variant == "full" else "rate"]
+                return chosen(results, variant) if value is None else value
+
+            tell(
+                perform(
+                    command.settings,
+                    planned(
+                        command.results, command.trained_on, command.variant, command.seed, choose
+                    ),
+                )
+            )
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check_choice(name: str, value: str, among: Sequence[str] | Any) -> None:
+    if value not in among:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(among)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
