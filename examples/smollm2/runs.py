@@ -183,15 +183,13 @@ def perform(settings: Settings, run: Run) -> dict[str, Any]:
 
 
 def asked(run: Run, sets: Mapping[str, pairs.TextSet]) -> dict[str, list[tuple[str, str]]]:
-    """The pairs a run is scored on, by set: whole tests of its own, parts of those it never saw."""
+    """The pairs a run is scored on, by set: its own whole, "unseen ..." a part of another."""
     if run.sweep:
         return {run.trained_on: sets[run.trained_on].pairs("validation")[:SWEEP_PAIRS]}
-    whole = [run.trained_on] if run.trained_on != UNTRAINED else ["wordnet", "debian"]
-    others = [name for name in sets if name not in whole]
-    if run.variant not in MAIN:
-        others = []
+    whole = SIDES if run.trained_on == UNTRAINED else [run.trained_on]
+    unseen = [name for name in sets if name != run.trained_on and run.variant in MAIN]
     return {name: sets[name].pairs("test") for name in whole} | {
-        name: sets[name].pairs("test")[:ELSEWHERE] for name in others
+        f"unseen {name}": sets[name].pairs("test")[:ELSEWHERE] for name in unseen
     }
 
 
