@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+IN_GGUF = "is in GGUF; `python -m btok export {} FOLDER` makes a plain checkpoint of it"
+
 
 def find(name_or_path: str | Path, name: str) -> Path | None:
     """Where a checkpoint's file lies on this machine; None where it has none.
@@ -20,6 +22,8 @@ def find(name_or_path: str | Path, name: str) -> Path | None:
     from transformers.utils.hub import cached_file
 
     path = Path(name_or_path)
+    if path.suffix == ".gguf":
+        raise ValueError(f"the checkpoint {name_or_path} {IN_GGUF.format(name_or_path)}")
     if path.is_file():
         raise ValueError(
             f"the checkpoint {name_or_path} is a file, expected a folder or a hub id; a pickled "

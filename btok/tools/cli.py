@@ -35,6 +35,7 @@ from btok.tools import pictures
 from btok.tools.command_line import load, parse
 from btok.tools.evaluate import Evaluate, evaluate
 from btok.tools.export import export
+from btok.tools.gguf import export_gguf
 from btok.tools.index import Index, encode_to, item_name, open_index
 from btok_kernels.ranks import rank
 
@@ -84,10 +85,11 @@ class Search(Encode):
 
 @dataclass(frozen=True)
 class Export:
-    """Merge a checkpoint's LoRA adapters into a plain checkpoint, and compare the two.
+    """Merge a checkpoint's LoRA adapters into a plain checkpoint, and compare the two; or make one
+    of a GGUF file.
 
     Args:
-        checkpoint: a folder with adapters.
+        checkpoint: a folder with adapters, or a text model's .gguf file (extra `gguf`).
         out: a new folder.
         bound: what a component of an embedding may move by; by default 1e-5, or 2e-2 below fp32.
     """
@@ -153,6 +155,10 @@ def run(command: Encode | Export | Evaluate) -> None:
         evaluate(command)
         return
     if isinstance(command, Export):
+        if command.checkpoint.suffix == ".gguf":
+            export_gguf(command.checkpoint, command.out)
+            print(f"{command.out}: dequantised to float32")
+            return
         moved = export(command.checkpoint, command.out, command.bound)
         print(f"{command.out}: merged; embeddings move by {moved:.1e} at most")
         return
