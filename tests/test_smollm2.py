@@ -277,7 +277,7 @@ def test_the_sweep_chooses_the_best(tmp_path):
     run = study.planned(folder, "debian", "K8", 2)
     assert run == Run("debian", "K8", 2, 3e-4, 1.0)
     (next(folder.glob("sweep-wordnet-mean-*"))).unlink()
-    with pytest.raises(ValueError, match="has 3 of the 4 runs that choose the rate of 'mean'"):
+    with pytest.raises(ValueError, match="has 4 of the 5 runs that choose the rate of 'mean'"):
         study.planned(folder, "wordnet", "mean", 0)
 
 
@@ -424,7 +424,7 @@ def test_two_grids_share_the_runs(tmp_path):
     [
         (["run", "wordnot", "full"], "trained_on is 'wordnot', expected one of wordnet, debian"),
         (["run", "wordnet", "K3"], "variant is 'K3', expected one of last, mean"),
-        (["run", "wordnet", "last"], "which has 0 of the 4 runs that choose the rate of 'last'"),
+        (["run", "wordnet", "last"], "which has 0 of the 5 runs that choose the rate of 'last'"),
         (["run", "wordnet", "full"], "which has 0 of the 3 runs that choose the weight of 'full'"),
     ],
 )

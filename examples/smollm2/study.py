@@ -32,7 +32,7 @@ from examples.smollm2.runs import BASELINES, MAIN, UNTRAINED, VARIANTS, Run, Set
 PROG = "examples/smollm2/study.py"
 RESULTS = Path(__file__).resolve().parent.parent.parent / "bench" / "results" / "smollm2"
 SEEDS = (0, 1, 2)
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 WEIGHTS = (0.2, 1.0, 5.0)
 SWEEP_SEED = 1000  # whose batches no run of the grid has
 
@@ -105,7 +105,7 @@ Command = (
 
 
 def sweep(results: Path) -> Iterator[Run]:
-    """The runs that choose: four rates for each baseline, then three weights at the tokens' rate.
+    """The runs that choose: five rates for each baseline, then three weights at the tokens' rate.
 
     All on WordNet, of a seed of their own, scored on validation pairs.
     """
