@@ -394,6 +394,11 @@ def _condensed_for_transformers(
 
 def _place(embeds: Tensor, at: Tensor, features: Tensor) -> Tensor:
     """Put vision features [tokens, D] where `at` [T] is True."""
+    if features.shape[-1] != embeds.shape[-1]:  # which masked_scatter would take row by row
+        raise ValueError(
+            f"BTokModel: the vision tower gives features of width {features.shape[-1]}, the "
+            f"language model has {embeds.shape[-1]}"
+        )
     return embeds.masked_scatter(at[:, None], features.to(embeds.dtype))
 
 

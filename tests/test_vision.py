@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,17 @@ def test_bytes_and_a_stock_processors_floats_meet_in_a_batch(family):
     features = [side | {"vision": model.encode_vision(side["vision"])} for side in bytes_]
     assert all(vision.pixels is None for side in features for vision in side["vision"])
     assert torch.equal(model(model.pack(features)).embeddings, want)
+
+
+@torch.no_grad()
+def test_features_of_another_width_are_refused():
+    """Of a tower that is not this language model's."""
+    model, processor = tiny_module()
+    side = processor(Side("a", images=PICTURES[:1]))
+    (shown,) = model.encode_vision(side["vision"])
+    wide = replace(shown, features=tuple(torch.cat([f, f], -1) for f in shown.features))
+    with pytest.raises(ValueError, match="features of width 128, the language model has 64"):
+        model(model.pack([side | {"vision": [wide]}]))
 
 
 def test_bytes_of_other_statistics_are_joined_as_floats():

@@ -33,27 +33,22 @@ Rows = NDArray[np.float32]
 
 
 class Variant(NamedTuple):
-    """What differs between runs: what it is, its options of train/main.py, whose rate it takes."""
+    """What differs between runs: what it is, and its options of train/main.py."""
 
     says: str
     options: tuple[str, ...]
-    rate_of: str
 
 
 VARIANTS = {
-    "last": Variant("K = 0, last token", ("--num-btoks", "0"), "last"),
-    "mean": Variant("K = 0, mean of all tokens", ("--num-btoks", "0", "--pooling", "mean"), "mean"),
-    "tokens": Variant("K = 4, contrastive alone", ("--num-btoks", "4"), "tokens"),
-    "full": Variant("K = 4, generative loss through the mask", ("--num-btoks", "4"), "tokens"),
+    "last": Variant("K = 0, last token", ("--num-btoks", "0")),
+    "mean": Variant("K = 0, mean of all tokens", ("--num-btoks", "0", "--pooling", "mean")),
+    "tokens": Variant("K = 4, contrastive alone", ("--num-btoks", "4")),
+    "full": Variant("K = 4, generative loss through the mask", ("--num-btoks", "4")),
     "no-mask": Variant(
         "K = 4, generative loss, targets see the source",
         ("--num-btoks", "4", "--condense", "false"),
-        "tokens",
     ),
-    **{
-        f"K{k}": Variant(f"K = {k}, as full", ("--num-btoks", str(k)), "tokens")
-        for k in (1, 2, 8, 16)
-    },
+    **{f"K{k}": Variant(f"K = {k}, as full", ("--num-btoks", str(k))) for k in (1, 2, 8, 16)},
 }
 MAIN = ("last", "tokens", "full", "no-mask", "mean")  # in the order in which a seed runs them
 BASELINES = ("last", "mean", "tokens")  # without a generative loss

@@ -105,19 +105,19 @@ Command = (
 
 
 def sweep(results: Path) -> Iterator[Run]:
-    """The runs that choose: each baseline's rates, its two best with a second seed, then weights of
-    the generative loss at the tokens' rate. All on WordNet, scored on validation pairs.
+    """The runs that choose: all rates of each baseline, the two best rates of each with a second
+    seed, then weights of the generative loss. All on WordNet, scored on validation pairs.
     """
     first, second = SWEEP_SEEDS
     for variant in BASELINES:
         for rate in RATES:
             yield Run("wordnet", variant, first, rate, sweep=True)
     for variant in BASELINES:
-        # a rate that is high for a pooling may train with one seed and fall apart with another
-        for rate in best_two(results, variant):
+        found = swept(results, variant, first)
+        for rate in sorted(sorted(found, key=lambda rate: found[rate])[-2:]):
             yield Run("wordnet", variant, second, rate, sweep=True)
     for weight in WEIGHTS:
-        yield Run("wordnet", "full", first, chosen(results, "tokens"), weight, sweep=True)
+        yield Run("wordnet", "full", first, chosen(results, "rate"), weight, sweep=True)
 
 
 def swept(results: Path, variant: str, seed: int) -> dict[float, float]:
@@ -128,45 +128,35 @@ def swept(results: Path, variant: str, seed: int) -> dict[float, float]:
     return {run[what]: run["scores"]["wordnet"]["raw"]["mrr"] for run in found}
 
 
-def best_two(results: Path, variant: str) -> list[float]:
-    """A baseline's two best rates by the first seed; a ValueError where it has not run them all."""
-    found = swept(results, variant, SWEEP_SEEDS[0])
-    unfinished(results, variant, len(found), len(RATES))
-    return sorted(sorted(found, key=lambda rate: found[rate])[-2:])
+def chosen(results: Path, what: str) -> float:
+    """The sweep's choice: the "rate" with the best mean over the baselines, or "full"'s best
+    "weight" at that rate.
 
-
-def chosen(results: Path, variant: str) -> float:
-    """The sweep's choice: of a baseline's two best rates that with the best mean over both seeds,
-    or "full"'s best weight.
+    One rate serves all: the best of a single pooling may be one at which every third seed falls
+    apart in training.
 
     Raises:
         ValueError: the sweep is not done.
     """
-    found = swept(results, variant, SWEEP_SEEDS[0])
-    if variant == "full":
-        unfinished(results, variant, len(found), len(WEIGHTS))
-        return max(found, key=lambda weight: found[weight])
-    rates, again = best_two(results, variant), swept(results, variant, SWEEP_SEEDS[1])
-    unfinished(results, variant, len(found) + len(again), len(RATES) + len(rates))
-    return max(rates, key=lambda rate: found[rate] + again[rate])
-
-
-def unfinished(results: Path, variant: str, there: int, count: int) -> None:
-    """A ValueError where fewer of a variant's sweep are there than choose."""
+    of = [swept(results, variant, SWEEP_SEEDS[0]) for variant in BASELINES]
+    values = WEIGHTS if what == "weight" else RATES
+    if what == "weight":
+        of = [swept(results, "full", SWEEP_SEEDS[0])]
+    there, count = sum(map(len, of)), len(of) * len(values)
     if there < count:
-        what = "weight" if variant == "full" else "rate"
         raise ValueError(
-            f"results is {results}, which has {there} of the {count} runs that choose the {what} "
-            f"of '{variant}'; run the grid, or give --rate and --weight"
+            f"results is {results}, which has {there} of the {count} runs that choose the {what}; "
+            f"run the grid, or give --rate and --weight"
         )
+    return max(values, key=lambda value: sum(found[value] for found in of))
 
 
 def planned(
     results: Path, name: str, variant: str, seed: int, choose: Callable[[Path, str], float] = chosen
 ) -> Run:
     """A run of the grid with the rate and weight that the sweep chose."""
-    weight = 0.0 if variant in BASELINES else choose(results, "full")
-    return Run(name, variant, seed, choose(results, VARIANTS[variant].rate_of), weight)
+    weight = 0.0 if variant in BASELINES else choose(results, "weight")
+    return Run(name, variant, seed, choose(results, "rate"), weight)
 
 
 def order(seeds: Sequence[int]) -> Iterator[tuple[str, str, int]]:
@@ -283,9 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_sets(command.cache)
             given = {"rate": command.rate, "weight": command.weight}
 
-            def choose(results: Path, variant: str) -> float:
-                value = given["weight" if variant == "full" else "rate"]
-                return chosen(results, variant) if value is None else value
+            def choose(results: Path, what: str) -> float:
+                value = given[what]
+                return chosen(results, what) if value is None else value
 
             tell(
                 perform(
