@@ -490,7 +490,11 @@ def test_real_weights_learn_and_their_adapters_save_load_and_merge(smollm2, tmp_
     pytest.importorskip("sentence_transformers")
     settings = Settings(fetch.default_cache(), tmp_path / "results", steps=20, batch=8)
     data = tmp_path / "pairs.jsonl"
-    rows = [{"query": f"what is {i} and {i}?", "positive": f"{2 * i}"} for i in range(200)]
+    words = "apple bridge candle desert eagle forest garden hammer island jacket kettle ladder"
+    words += " mirror needle orange pencil queen river shadow table uncle violin window zebra"
+    rows = [
+        {"query": f"where is the {w}?", "positive": f"a picture of {w}s"} for w in words.split()
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run("wordnet", "full", 0, 1e-3, 0.5)
     runs.training.main(runs.arguments(settings, run, smollm2, data, tmp_path / "run"))
