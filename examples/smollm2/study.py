@@ -15,7 +15,7 @@ import fcntl
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,16 @@ from bench.report import table
 from btok.tools import command_line
 from examples.smollm2 import pairs
 from examples.smollm2.fetch import backbone, default_cache
-from examples.smollm2.runs import BASELINES, MAIN, UNTRAINED, VARIANTS, Run, Settings, perform
+from examples.smollm2.runs import (
+    BASELINES,
+    MAIN,
+    SIDES,
+    UNTRAINED,
+    VARIANTS,
+    Run,
+    Settings,
+    perform,
+)
 
 PROG = "examples/smollm2/study.py"
 RESULTS = Path(__file__).resolve().parent.parent.parent / "bench" / "results" / "smollm2"
@@ -138,10 +147,8 @@ def chosen(results: Path, what: str) -> float:
     Raises:
         ValueError: the sweep is not done.
     """
-    of = [swept(results, variant, SWEEP_SEEDS[0]) for variant in BASELINES]
-    values = WEIGHTS if what == "weight" else RATES
-    if what == "weight":
-        of = [swept(results, "full", SWEEP_SEEDS[0])]
+    variants, values = (("full",), WEIGHTS) if what == "weight" else (BASELINES, RATES)
+    of = [swept(results, variant, SWEEP_SEEDS[0]) for variant in variants]
     there, count = sum(map(len, of)), len(of) * len(values)
     if there < count:
         raise ValueError(
@@ -152,11 +159,19 @@ def chosen(results: Path, what: str) -> float:
 
 
 def planned(
-    results: Path, name: str, variant: str, seed: int, choose: Callable[[Path, str], float] = chosen
+    results: Path,
+    name: str,
+    variant: str,
+    seed: int,
+    rate: float | None = None,
+    weight: float | None = None,
 ) -> Run:
-    """A run of the grid with the rate and weight that the sweep chose."""
-    weight = 0.0 if variant in BASELINES else choose(results, "weight")
-    return Run(name, variant, seed, choose(results, "rate"), weight)
+    """A run of the grid, with the sweep's choices for what is None."""
+    if variant in BASELINES:
+        weight = 0.0
+    elif weight is None:
+        weight = chosen(results, "weight")
+    return Run(name, variant, seed, chosen(results, "rate") if rate is None else rate, weight)
 
 
 def order(seeds: Sequence[int]) -> Iterator[tuple[str, str, int]]:
@@ -165,7 +180,7 @@ def order(seeds: Sequence[int]) -> Iterator[tuple[str, str, int]]:
         yield UNTRAINED, variant, 0
     others = [name for name in VARIANTS if name not in MAIN]
     for variants in (MAIN, others):
-        for name in ("wordnet", "debian"):
+        for name in SIDES:
             for seed in seeds:
                 for variant in variants:
                     yield name, variant, seed
@@ -177,7 +192,7 @@ def grid(command: Grid) -> None:
     if command.list:
         done = {path.stem for path in results.glob("*.json")}
         names = [run.name for run in sweep_names(results)]
-        names += ["-".join((n, v, f"seed{s}")) for n, v, s in order(command.seeds)]
+        names += [Run(*place).name for place in order(command.seeds)]
         print(*(f"{'done' if name in done else 'left'}  {name}" for name in names), sep="\n")
         return
 
@@ -268,23 +283,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             write_page(command.results, command.also)
         else:
-            check_choice("trained_on", command.trained_on, ("wordnet", "debian"))
+            check_choice("trained_on", command.trained_on, SIDES)
             check_choice("variant", command.variant, VARIANTS)
             show_sets(command.cache)
-            given = {"rate": command.rate, "weight": command.weight}
-
-            def choose(results: Path, what: str) -> float:
-                value = given[what]
-                return chosen(results, what) if value is None else value
-
-            tell(
-                perform(
-                    command.settings,
-                    planned(
-                        command.results, command.trained_on, command.variant, command.seed, choose
-                    ),
-                )
-            )
+            place = command.trained_on, command.variant, command.seed
+            run = planned(command.results, *place, command.rate, command.weight)
+            tell(perform(command.settings, run))
     except (ValueError, OSError, ImportError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
