@@ -10,9 +10,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +27,26 @@ from btok.packing import PackedBatch
 from btok.processing import Processor
 
 if TYPE_CHECKING:
-    from btok.tools.index import Index
+    from btok.tools.encode import Encoded
 
-# indices of inputs, those inputs packed, and why others met on the way cannot be read
-_Batch = tuple[list[int], PackedBatch | None, dict[int, str]]
+# ids of inputs, their tokens, those inputs packed, why others met on the way cannot be read
+_Batch = tuple[list[Any], list[int], PackedBatch | None, dict[Any, str]]
 AHEAD = 3  # batches prepared before the model asks for them
+
+
+class Vectors(NamedTuple):
+    """What became of some inputs.
+
+    Args:
+        ids: of those that have a vector; vectors: float32 [n, D], unit norm.
+        errors: of those that cannot be read, by id, why.
+        tokens: how many each vector was made of.
+    """
+
+    ids: list[Any]
+    vectors: np.ndarray
+    errors: dict[Any, str]
+    tokens: list[int]
 
 
 class BTokEncoder:
@@ -95,10 +110,10 @@ class BTokEncoder:
         if not len(inputs):
             raise ValueError("BTokEncoder.encode: inputs is empty, expected at least one")
         rows = np.empty((0, 0), np.float32)
-        for indices, vectors in self.encode_iter(inputs, instruction, batch_tokens, show_progress):
+        for made in self.encode_iter(inputs, instruction, batch_tokens, show_progress):
             if not len(rows):
-                rows = np.empty((len(inputs), vectors.shape[1]), np.float32)
-            rows[indices] = vectors
+                rows = np.empty((len(inputs), made.vectors.shape[1]), np.float32)
+            rows[made.ids] = made.vectors
         return rows
 
     def encode_iter(
@@ -108,39 +123,44 @@ class BTokEncoder:
         batch_tokens: int = 16384,
         show_progress: bool = True,
         *,
+        ids: Iterable[Any] | None = None,
         window: int = 1024,
-        unreadable: dict[int, str] | None = None,
-    ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Embed inputs, maybe endless, a batch at a time: `(indices, float32 [n, D])`.
+        strict: bool = True,
+    ) -> Iterator[Vectors]:
+        """Embed inputs, maybe endless, a batch at a time: `(ids, vectors, errors, tokens)`.
 
         Args:
             inputs: drawn in a background thread; the first four arguments are those of `encode`.
+            ids: what the inputs are called, one per input, drawn before it; None: 0, 1, 2, ...
             window: how many inputs are held and sorted together; no batch spans two windows.
-            unreadable: filled, if given: index -> reason, and the rest goes on (a batch in which
-                nothing can be read is empty).
+            strict: an input that cannot be read is a ValueError; else it is named in `errors`, and
+                the rest goes on (a batch in which nothing can be read has no vectors).
         """
         _several(inputs)
         if batch_tokens < 1 or window < 1:
             had = f"batch_tokens is {batch_tokens} and window {window}"
             raise ValueError(f"BTokEncoder.encode_iter: {had}, expected at least 1")
-        strict = unreadable is None
-        batches = self._batches(inputs, instruction, batch_tokens, window, strict)
+        numbered = zip(count() if ids is None else ids, inputs, strict=ids is not None)
+        batches = self._batches(numbered, instruction, batch_tokens, window, strict)
         total = len(inputs) if isinstance(inputs, Sequence) else None
         bar = tqdm(total=total, unit="input", disable=None if show_progress else True)
         with bar, closing(_ahead(batches)) as ahead:
-            for indices, packed, broken in ahead:
+            for names, tokens, packed, broken in ahead:
                 vectors = np.empty((0, 0), np.float32)
                 if packed is not None:
                     with torch.inference_mode(), _evaluating(self.model):
                         output = self.model(packed.to(self.model.backbone.device))
                     vectors = output.embeddings.float().cpu().numpy()
                 if not (finite := np.isfinite(vectors).all(1)).all():
-                    where = indices[finite.argmin()]
+                    where = names[finite.argmin()]
                     raise ValueError(f"BTokEncoder: the vector of input {where} is not finite")
-                if unreadable is not None:
-                    unreadable.update(broken)
-                bar.update(len(indices) + len(broken))
-                yield indices, vectors
+                bar.update(len(names) + len(broken))
+                yield Vectors(names, vectors, broken, tokens)
+
+    @property
+    def dims(self) -> int:
+        """D, how many components a vector has."""
+        return self.model.backbone.config.get_text_config().hidden_size
 
     @cached_property
     def digest(self) -> str:
@@ -163,27 +183,32 @@ class BTokEncoder:
 
     def encode_to(
         self,
-        folder: str | Path,
+        output: str | Path,
         inputs: Iterable[Any],
         items: Iterable[str | Mapping[str, Any]],
         *settings: Any,
         **named: Any,
-    ) -> Index:
-        """Make `folder` the index of exactly these inputs and their ids; encode what it lacks.
+    ) -> Encoded:
+        """Make `output` the index of exactly these inputs and their ids; encode what it lacks.
 
-        `btok.tools.index.encode_to(encoder, ...)`, which says what else it takes and refuses.
+        `btok.tools.encode.encode_to(encoder, ...)`, which says what else it takes and refuses.
         """
-        from btok.tools.index import encode_to  # users call it so; all it does is the tool's
+        from btok.tools.encode import encode_to  # users call it so; all it does is the tool's
 
-        return encode_to(self, folder, inputs, items, *settings, **named)
+        return encode_to(self, output, inputs, items, *settings, **named)
 
     def _batches(
-        self, inputs: Iterable[Any], instruction: str | None, budget: int, window: int, strict: bool
+        self,
+        numbered: Iterable[tuple[Any, Any]],
+        instruction: str | None,
+        budget: int,
+        window: int,
+        strict: bool,
     ) -> Iterator[_Batch]:
-        """Windows of inputs, longest first, packed to the budget."""
-        broken: dict[int, str] = {}
+        """Windows of (id, input), longest first, packed to the budget."""
+        broken: dict[Any, str] = {}
 
-        def read(i: int, value: Any, how: Callable[[Any], Any]) -> Any:
+        def read(i: Any, value: Any, how: Callable[[Any], Any]) -> Any:
             """What input i becomes; None for one that cannot be read."""
             try:
                 return how(value)
@@ -194,12 +219,12 @@ class BTokEncoder:
                     raise kind(f"BTokEncoder: input {i}: {error}") from error
                 broken[i] = str(error)
 
-        numbered = enumerate(inputs)
+        numbered = iter(numbered)
         while held := dict(islice(numbered, window)):
-            indices: list[int] = []
+            names: list[Any] = []
             samples: list[Mapping[str, Any]] = []
             broken = {}
-            tokens = 0
+            tokens: list[int] = []
             sides = {
                 i: read(i, value, lambda v: as_side(v, instruction)) for i, value in held.items()
             }
@@ -213,13 +238,13 @@ class BTokEncoder:
                 if sample is None:
                     continue
                 length = len(sample["input_ids"]) + len(self.model.btok_token_ids)
-                if samples and tokens + length > budget:
-                    yield indices, self.model.pack(samples), broken
-                    indices, samples, broken, tokens = [], [], {}, 0
-                indices.append(i)
+                if samples and sum(tokens) + length > budget:
+                    yield names, tokens, self.model.pack(samples), broken
+                    names, samples, broken, tokens = [], [], {}, []
+                names.append(i)
                 samples.append(sample)
-                tokens += length
-            yield indices, self.model.pack(samples) if samples else None, broken
+                tokens.append(length)
+            yield names, tokens, self.model.pack(samples) if samples else None, broken
 
 
 def _several(inputs: Any) -> Any:

@@ -18,7 +18,7 @@ from pillow_heif import register_heif_opener
 
 from btok import BTokEncoder
 from btok.tools.cli import main
-from btok.tools.index import encode_to
+from btok.tools.encode import encode_to
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # orientation
@@ -191,11 +191,7 @@ def make(seeds: Path, checkpoint: Path) -> None:
         texts = [f"text {j}" for j in range(count)]
         encode_to(encoder, seeds / "index" / str(i), texts, texts)
     shutil.copytree(seeds / "index/1", seeds / "index/2")
-    texts = [*texts, "more"]
-    text = json.dumps([texts[-1:], {}]).encode()
-    with open(seeds / "index/2/parts/0.npz", "wb") as file:
-        one = np.ones((1, 64), np.float32) / 8
-        np.savez(file, text=np.frombuffer(text, np.uint8), rows=one)
+    encode_to(encoder, seeds / "index/2", [*texts[1:], "more", ""], [*texts[1:], "more", "bad"])
     good = {"good.txt": b"a text", "good.png": made["rgb.png"]}
     names = ["moving.gif", "pages.tiff", "mp4.mp4", "a.docx", "a.json", "drawn.pdf", "turned.jpg"]
     for i in range(0, len(names), 2):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from helpers import TINY, tiny_module
+from helpers import TINY, held, tiny_module
 from PIL import Image
 
 from btok import BTokEncoder, Side
@@ -28,7 +28,9 @@ from btok.inputs import as_side, estimate_tokens, pages, rgb_array, with_frames
 from btok.inputs.text import CHARACTERS
 from btok.processing import Processor
 from btok.tools.cli import main
-from btok.tools.index import Index, encode_to, item_name, open_index
+from btok.tools.encode import encode_to
+from btok.tools.index import Index, open_index
+from btok.tools.rows import item_name
 
 TEXTS = ("", " ", "a text", "\ud800", "\0", "<|image_pad|>", "<|btok_0|>", "\u202e\U0010ffff", "é")
 NUMBERS = (0, 1, -1, 0.5, 1e9, 1e308, -1e308, math.nan, math.inf, 2**63, 10**400, None, "1")
@@ -157,17 +159,15 @@ def read_side(folder: Path, kit: Kit) -> str:
 
 def read_index(folder: Path, kit: Kit) -> str:
     """An index: opened, searched, and brought up to date."""
-    index = Index(folder)
-    for item in index.items:
-        item_name(item).encode()
-    query = np.ones((1, 64), np.float32) / 8
-    if index.items:
-        (hits,) = index.search(query, 3)
-        assert len(hits) == min(3, len(index.items))
-    index = open_index(kit.encoder, folder)
+    index = Index.open(folder)
+    (hits,) = index.search(np.ones((1, 64), np.float32) / 8, 3)
+    assert len(hits) == min(3, len(index))
+    for hit in hits:
+        item_name(hit.item).encode()
+    open_index(kit.encoder, folder)
     texts = [f"text {i}" for i in range(3)]
-    index = encode_to(kit.encoder, folder, texts, texts, show_progress=False)
-    assert [item["id"] for item in index.items] == texts
+    encode_to(kit.encoder, folder, texts, texts, show_progress=False)
+    assert held(folder).keys() == set(texts)
     return "read"
 
 
@@ -186,13 +186,13 @@ def search(folder: Path, kit: Kit) -> str:
         line = said.strip().splitlines()[-1]
         assert line.startswith("error: ") and said.count("error: ") == 1, said
         return line.rpartition(": ")[2]
-    index = Index(folder / ".btok")
-    assert len(out.getvalue().splitlines()) == len(index.items)
-    rows = {item["path"]: row for item, row in zip(index.items, index.vectors, strict=True)}
+    found = held(folder / ".btok")
+    assert len(out.getvalue().splitlines()) == len(found)
+    rows = {item["uri"]: row for item, row in found.values()}
     for name, row in good.items() if ours else ():
         assert np.abs(rows[name] - row).max() < 1e-5
-    broken = json.dumps(index.meta["unreadable"]).count("cannot be read")
-    return f"{len(index.items)} found, {broken}"
+    unreadable = Index.open(folder / ".btok").unreadable()
+    return f"{len(found)} found, {json.dumps(unreadable).count('cannot be read')}"
 
 
 class Target(NamedTuple):

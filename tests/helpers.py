@@ -318,3 +318,17 @@ def one_step(model: Any, processor: Any, recipe: Recipe, pairs: Any, samples: An
     number, captioning, *_ = *at, *(0, False)[len(at) :]
     microbatches = Packing.of(model, processor, recipe, captioning).microbatches(samples)
     return train_step(model, recipe, pairs, microbatches, number, captioning)
+
+
+def held(uri):
+    """By id what the items of an index say, less ids, and their vectors."""
+    import numpy as np
+
+    from btok.tools.index import Index
+
+    index = Index.open(uri)
+    items = [row for batch in index.rows(where="vector IS NOT NULL") for row in batch.to_pylist()]
+    vectors = np.concatenate([rows for rows, _ in index.vectors()])
+    assert len(items) == len(vectors) == len({item["id"] for item in items}) == len(index)
+    said = [{k: v for k, v in item.items() if v is not None} for item in items]
+    return {item.pop("id"): (item, row) for item, row in zip(said, vectors, strict=True)}

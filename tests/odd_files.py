@@ -227,16 +227,19 @@ def command(*arguments: Any) -> tuple[int, str, str]:
 
 def index_of(ways: Ways, folder: Path, checkpoint: Path) -> None:
     """`encode`: vectors and refusals of a folder."""
-    from btok.tools.cli import list_files
-    from btok.tools.index import open_index
+    from helpers import held
+
+    from btok.tools.folder import as_uri, list_files
+    from btok.tools.index import Index
 
     code, _, said = command("encode", checkpoint, folder)
     assert code == 0, said
-    index = open_index(ways.encoder, folder / ".btok")
-    for item, vector in zip(index.items, index.vectors, strict=True):
-        ways.vectors.setdefault(item["path"], []).append(np.array(vector))
-    ways.refusals = index.meta["unreadable"]
-    ways.others = list_files(folder, folder / ".btok").others
+    listed = list_files(folder, folder / ".btok")
+    real = {as_uri(path): path for path in listed.paths}
+    for item, vector in held(folder / ".btok").values():
+        ways.vectors.setdefault(real[item["uri"]], []).append(vector)
+    ways.refusals = Index.open(folder / ".btok").unreadable()
+    ways.others = listed.others
 
 
 def write_rows(files: Sequence[Odd], folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_checkpoint
+from helpers import held, tiny_checkpoint
 from PIL import Image
 
 from btok import inputs
@@ -118,8 +117,7 @@ def test_files_of_one_content_are_each_found(checkpoint, folder, capsys, encoded
         return paths
 
     assert set(found("9 files, 0 of them new")[:3]) == {"a.png", "sub/1.png", "sub/z.png"}
-    meta = json.loads((folder / ".btok/meta.json").read_text())
-    vectors = np.load(folder / ".btok" / meta["vectors"])
+    before = held(folder / ".btok")
     encoded.clear()
     (folder / "a.png").rename(folder / "sub/b.png")  # after the second of them
     os.rename(folder / "note.txt", folder / "other.TXT")
@@ -136,9 +134,9 @@ def test_files_of_one_content_are_each_found(checkpoint, folder, capsys, encoded
     (folder / "other.TXT").rename(folder / "note.txt")
     image = folder / "a.png"
     assert len(found("9 files, 1 of them new or changed, 0 gone")) == 9
-    again = json.loads((folder / ".btok/meta.json").read_text())
-    assert again | {"items": ""} == meta | {"items": ""}  # which know a.png's new time
-    errors = abs(np.load(folder / ".btok" / again["vectors"]) - vectors).max(1)
+    again = held(folder / ".btok")  # which knows a.png's new time
+    assert again.keys() == before.keys()
+    errors = np.array([abs(again[name][1] - row).max() for name, (_, row) in before.items()])
     # a product's last bits may depend on its rows, which differ for what was encoded alone
     assert (errors > 0).sum() <= 1 and errors.max() <= 1e-6
 
@@ -193,7 +191,12 @@ def test_unreadable_files_are_skipped_and_told(checkpoint, folder, capsys, monke
         (folder / f"z{i}.txt").write_text("")
     _, said = search(capsys, checkpoint, folder, "x")
     assert "15 unreadable" in said and said.count(": it is empty") == 8
-    assert "and the rest in" in said and said.rstrip().endswith("meta.json")
+    assert said.rstrip().endswith(
+        f"  ... and 5 more; python -m btok index {folder}/.btok names all"
+    )
+    assert main(["index", str(folder / ".btok")]) == 0
+    named = capsys.readouterr().out
+    assert "6 vectors of float32 [64], 6 files" in named and named.count(": it is empty") == 13
     Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(folder / "broken.jpg")
     paths, said = search(capsys, checkpoint, folder, "x", "--top", "99")
     assert "broken.jpg" in paths and "14 unreadable" in said
@@ -424,7 +427,7 @@ def test_names_that_are_no_utf8(checkpoint, folder, capsys):
 def test_the_index_may_lie_elsewhere(checkpoint, folder, tmp_path, capsys, encoded):
     output = ["--output", str(tmp_path / "index")]
     assert main(["encode", checkpoint, str(folder), *output]) == 0
-    assert not (folder / ".btok").exists() and (tmp_path / "index/meta.json").exists()
+    assert not (folder / ".btok").exists() and (tmp_path / "index/_versions").exists()
     encoded.clear()
     search(capsys, checkpoint, folder, "x", *output)
     assert len(encoded) == 1
@@ -461,7 +464,7 @@ def test_a_contact_sheet(checkpoint, folder, tmp_path, capsys, monkeypatch):
         (["search", "MODEL", "MINE"], "query is empty, expected words or an --image"),
         (["search", "MODEL", "MINE", "x", "--top", "0"], "top is 0, expected at least 1"),
         (["search", "MODEL", "MINE", "x", "--image", "no.png"], "image is no.png, expected a file"),
-        (["search", "OTHER", "INDEXED", "x"], "delete it or give another folder"),
+        (["search", "OTHER", "INDEXED", "x"], "delete it or give another output"),
         (
             ["search", "MODEL", "MINE", "x", "--picture", "a.txt"],
             "picture is a.txt, expected a nam",

@@ -94,10 +94,20 @@ def test_the_instruction_comes_before_the_text(encoder):
 def test_a_window_smaller_than_the_inputs(encoder):
     rows = encoder.encode(SIDES)
     batches = list(encoder.encode_iter(SIDES, batch_tokens=40, window=2))
-    assert sorted(i for indices, _ in batches for i in indices) == list(range(6))
-    assert all(len({i // 2 for i in indices}) == 1 for indices, _ in batches)
-    for indices, vectors in batches:
-        assert np.abs(vectors - rows[indices]).max() < 1e-6
+    assert sorted(i for made in batches for i in made.ids) == list(range(6))
+    assert all(len({i // 2 for i in made.ids}) == 1 for made in batches)
+    for made in batches:
+        assert np.abs(made.vectors - rows[made.ids]).max() < 1e-6
+        assert made.tokens == [len(encoder.processor(SIDES[i])["input_ids"]) + 4 for i in made.ids]
+
+
+def test_vectors_by_names_of_ones_own(encoder):
+    names = [f"number {i}" for i in range(6)]
+    for made in encoder.encode_iter(SIDES, ids=iter(names), batch_tokens=40):
+        rows = encoder.encode([SIDES[names.index(name)] for name in made.ids])
+        assert np.abs(made.vectors - rows).max() < 1e-6 and not made.errors
+    with pytest.raises(ValueError, match="is longer than argument"):
+        list(encoder.encode_iter(SIDES, ids=names[:3]))
 
 
 def test_a_window_is_sorted_longest_first():
@@ -128,10 +138,7 @@ def test_an_endless_iterable_is_streamed_by_a_thread_a_few_batches_ahead():
             yield f"number {i}"
 
     stream = BTokEncoder(model, spy).encode_iter(endless(), batch_tokens=1, window=5)
-    got = dict(zip(*next(stream), strict=True))
-    for _ in range(9):
-        got |= zip(*next(stream), strict=True)
-    assert sorted(got) == list(range(10))
+    assert sorted(i for _ in range(10) for i in next(stream).ids) == list(range(10))
     stream.close()
     assert len(spy.texts) <= 10 + AHEAD + 1 and len(drawn) <= 20
     assert all(name.startswith("btok-prepare") for name in spy.threads)
@@ -189,12 +196,10 @@ def test_unreadable_inputs_are_told_and_the_rest_goes_on(encoder, tmp_path, monk
     Image.fromarray(np.zeros((99, 99, 3), np.uint8)).save(tmp_path / "bomb.png")
     inputs = [*SIDES, tmp_path / "cut.jpg", "", tmp_path / "bomb.png", tmp_path / "gone.md", "z"]
     inputs += [(tmp_path / "cut.jpg").read_bytes()]
-    unreadable: dict[int, str] = {}
-    rows = {}
-    for indices, vectors in encoder.encode_iter(
-        inputs, batch_tokens=40, window=4, unreadable=unreadable
-    ):
-        rows |= zip(indices, vectors, strict=True)
+    unreadable, rows = {}, {}
+    for made in encoder.encode_iter(inputs, batch_tokens=40, window=4, strict=False):
+        rows |= zip(made.ids, made.vectors, strict=True)
+        unreadable |= made.errors
     assert sorted(rows) == [0, 1, 2, 3, 4, 5, 10]
     assert sorted(unreadable) == [6, 7, 8, 9, 11]
     for i, reason in ((6, "truncated"), (7, "empty"), (8, "decompression bomb"), (9, "gone.md")):

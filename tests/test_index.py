@@ -1,8 +1,7 @@
-"""The index on disk: what it holds, what survives a kill, what it refuses, ranks."""
+"""The index: what it holds, what survives a kill, what it refuses, ranks, search."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -11,25 +10,29 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.multiprocessing as mp
-from helpers import gloo, tiny_checkpoint
+from helpers import gloo, held, tiny_checkpoint
 from PIL import Image
 
-from btok import BTokEncoder, Side, files
+from btok import BTokEncoder, Side
 from btok.adapters import Lora
 from btok.model import BTokModel, model_digest
-from btok.tools import index as index_module
-from btok.tools.index import open_index
+from btok.tools.rows import Row, item_name
 
+pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
+from btok.tools import index as index_module
+from btok.tools.index import Index, open_index
+
+ROOT = Path(__file__).parent.parent
 TEXTS = [f"text {i} " + "x" * (7 * i % 31) for i in range(22)]
 IDS = [f"id {i}" for i in range(22)]
 NOISE = random.Random(0).randbytes(5000)
 COUNTED: list[str] = []  # texts that were prepared
+MADE = {"model": "a digest", "settings": {}}  # of an index that no encoder made
 
 
 @pytest.fixture(scope="module")
@@ -56,205 +59,130 @@ def loaded(checkpoint):
 
 @pytest.fixture
 def encoder(loaded, monkeypatch):
-    monkeypatch.setattr("btok.tools.index.PART", 4)
+    monkeypatch.setattr("btok.tools.encode.PART", 4)
+    monkeypatch.setattr("btok.tools.encode.SECONDS", 0)
     COUNTED.clear()
     return loaded
 
 
-@pytest.fixture(scope="module")
-def whole(loaded, tmp_path_factory):
-    """The bytes of an uninterrupted call."""
-    folder = tmp_path_factory.mktemp("whole") / "store"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("btok.tools.index.PART", 4)
-        loaded.encode_to(folder, TEXTS, IDS)
-    return content(folder)
+def same(one, other):
+    """Whether two hold the same, whatever the order."""
+    assert one.keys() == other.keys()
+    for name, (item, row) in one.items():
+        assert item == other[name][0]
+        assert np.abs(row - other[name][1]).max() < 1e-6
+    return True
 
 
-def content(folder):
-    """Bytes of the manifest, the vectors and the items; there is no other file."""
-    meta = json.loads((folder / "meta.json").read_text())
-    names = ["meta.json", meta["vectors"], meta["items"]]
-    there = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    assert sorted(there) == sorted(names)
-    return [(folder / name).read_bytes() for name in names]
+def synthetic(count, dims=64, seed=0):
+    """Rows of unit vectors in bundles, as embeddings lie."""
+    rng = np.random.default_rng(seed)
+    vectors = np.repeat(rng.standard_normal((-(-count // 20), dims)), 20, 0)[:count]
+    vectors = (vectors + 0.6 * rng.standard_normal(vectors.shape)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    items = [{"id": f"{i}", "uri": f"{i}.pdf", "page": i % 9} for i in range(count)]
+    return [Row(item, vector, 7) for item, vector in zip(items, vectors, strict=True)]
 
 
-def as_format_1(folder):
-    """Turn an index into what was written before there were parts; gives its `meta`."""
-    meta = json.loads((folder / "meta.json").read_text()) | {"format_version": 1}
-    for key, name in (("vectors", "vectors.npy"), ("items", "items.jsonl")):
-        (folder / meta.pop(key)).rename(folder / name)
-    (folder / "parts").rmdir()
-    (folder / "meta.json").write_text(json.dumps(meta))
-    return meta
+def test_what_an_index_holds(encoder, checkpoint, tmp_path):
+    items = [
+        {"id": name, "page": i, "kind": "odd" if i % 2 else None} for i, name in enumerate(IDS)
+    ]
+    done = encoder.encode_to(tmp_path / "index", iter(TEXTS), iter(items), show_progress=False)
+    assert done == (22, 22, [], {}, None)
+    index = Index.open(tmp_path / "index")
+    found, vectors = held(tmp_path / "index"), encoder.encode(TEXTS)
+    for i, name in enumerate(IDS):
+        item, row = found[name]
+        assert item == {"page": i} | ({"kind": "odd"} if i % 2 else {})
+        assert np.abs(row - vectors[i]).max() < 1e-6
+    assert index.meta["model"] == model_digest(checkpoint)
+    assert index.meta["checkpoint"] == str(checkpoint)
+    assert index.meta["settings"]["num_btoks"] == 4 and index.meta["settings"]["instruction"] == ""
+    assert (index.dims, index.storage, len(index)) == (64, "float32", 22)
+    columns = ["id", "tokens", "part", "error"]
+    rows = [row for batch in index.rows(columns) for row in batch.to_pylist()]
+    lengths = {name: len(text) + 4 for name, text in zip(IDS, TEXTS, strict=True)}
+    assert {row["id"]: row["tokens"] for row in rows} == lengths
+    assert all(row["error"] is None for row in rows) and len({row["part"] for row in rows}) == 6
 
 
-def test_what_a_store_holds(encoder, checkpoint, tmp_path):
-    items = [{"id": name, "page": i} for i, name in enumerate(IDS)]
-    store = encoder.encode_to(tmp_path / "store", iter(TEXTS), iter(items), show_progress=False)
-    content(tmp_path / "store")
-    meta = json.loads((tmp_path / "store/meta.json").read_text())
-    vectors = np.load(tmp_path / "store" / meta["vectors"])
-    assert isinstance(store.vectors, np.memmap) and Path(meta["vectors"]).parent == Path("parts")
-    assert vectors.dtype == np.float32 and np.array_equal(vectors, store.vectors)
-    assert np.abs(vectors - encoder.encode(TEXTS)).max() < 1e-6
-    lines = (tmp_path / "store" / meta["items"]).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == items == store.items
-    assert meta == store.meta and meta["format_version"] == 2
-    assert meta["model"] == model_digest(checkpoint) and meta["count"] == 22
-    assert meta["settings"]["num_btoks"] == 4 and meta["unreadable"] == {}
-
-
-def test_an_index_of_the_first_format_opens(encoder, checkpoint, tmp_path):
-    vectors = np.eye(2, 64, dtype=np.float32)
-    np.save(tmp_path / "vectors.npy", vectors)
-    (tmp_path / "items.jsonl").write_text('{"id": "a", "page": 1}\n{"id": "b"}\n')
-    settings = {"instruction": "Find:", "pooling": "btok", "num_btoks": 4, "dtype": "torch.float32"}
-    settings["vision_positions"] = encoder.model.settings.vision_positions
-    for name in ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels"):
-        settings[name] = getattr(encoder.processor.image_processor, name)
-    meta = {"format_version": 1, "model": model_digest(checkpoint), "settings": settings}
-    meta |= {"count": 2, "unreadable": {"c": "it is empty"}}
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    index = open_index(encoder, tmp_path, "Find:")
-    assert index.items == [{"id": "a", "page": 1}, {"id": "b"}] and index.meta == meta
-    assert np.array_equal(index.vectors, vectors)
-    index = encoder.encode_to(tmp_path, ["of a", "new"], ["a", "c"], "Find:")
-    assert COUNTED == ["Find: new"] and np.array_equal(index.vectors[0], vectors[0])
-    assert index.meta["format_version"] == 2 and index.meta["model"] == meta["model"]
-    content(tmp_path)
-
-
-def test_an_index_of_the_first_format_stays_where_nothing_is_new(encoder, tmp_path):
-    encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3])
-    meta = as_format_1(tmp_path / "store")
+def test_only_what_is_new_is_encoded(encoder, tmp_path):
+    encoder.encode_to(tmp_path / "index", TEXTS[:9], IDS[:9])
     COUNTED.clear()
-    index = encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3])
-    assert not COUNTED and index.meta == meta and len(index.vectors) == 3
-    files = ["items.jsonl", "meta.json", "vectors.npy"]
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == files
+    texts = [TEXTS[8], "changed", TEXTS[0], "new", *TEXTS[3:6]]
+    items = [{"id": "id 8", "note": 1}, "id 1b", "id 0", "new", *IDS[3:6]]
+    done = encoder.encode_to(tmp_path / "index", texts, items)
+    assert sorted(COUNTED) == ["changed", "new"]
+    assert (done.vectors, done.added) == (7, 2)
+    assert sorted(row["id"] for row in done.removed) == ["id 1", "id 2", "id 6", "id 7"]
+    found = held(tmp_path / "index")
+    assert found["id 8"][0] == {"note": 1} and found["id 1b"][0] == {}
+    for name, row in zip(items[1:], encoder.encode(texts)[1:], strict=True):
+        assert np.abs(found[name][1] - row).max() < 1e-6
 
 
-@pytest.mark.parametrize("moved", range(4))
-def test_a_kill_of_the_first_format_is_put_right(encoder, tmp_path, moved):
-    """It moved finished files from `.ready` over the old ones, one by one, parts still there."""
-    old, store = tmp_path / "old", tmp_path / "store"
-    encoder.encode_to(old, TEXTS[:2], IDS[:2])
-    encoder.encode_to(store, TEXTS[:6], IDS[:6])
-    as_format_1(old)
-    meta = as_format_1(store)
-    vectors = np.load(store / "vectors.npy")
-    (store / ".ready").mkdir()
-    (store / ".draft").mkdir()
-    (store / ".draft/vectors.npy").write_bytes(b"cut")
-    for name in ("vectors.npy", "items.jsonl", "meta.json")[moved:]:
-        (store / name).rename(store / ".ready" / name)
-        shutil.copy(old / name, store / name)
-    index = open_index(encoder, store)
-    assert index.meta == meta and np.array_equal(index.vectors, vectors)
+def test_where_nothing_is_new_nothing_is_written(encoder, tmp_path):
+    """Not even for what cannot be read, which is tried again."""
+    inputs = ["", *TEXTS[1:5]]
+    encoder.encode_to(tmp_path / "index", inputs, IDS[:5])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*")}
     COUNTED.clear()
-    index = encoder.encode_to(store, TEXTS[:7], IDS[:7])
-    assert [TEXTS[6]] == COUNTED and np.array_equal(index.vectors[:6], vectors)
-    content(store)
+    done = encoder.encode_to(tmp_path / "index", inputs, IDS[:5])
+    assert (done.vectors, done.added) == (4, 0) and not COUNTED
+    assert done.unreadable == {"id 0": "it is empty, expected a text, an image or a frame"}
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*")} == before
 
 
-def test_an_error_in_the_middle_and_on_again(encoder, whole, tmp_path):
+def test_unreadable_inputs_are_reported_and_tried_again(encoder, tmp_path):
+    inputs, late = list(TEXTS[:9]), tmp_path / "late.txt"
+    for i in range(4, 9):  # all of the second part, one of the third
+        inputs[i] = late
+    done = encoder.encode_to(tmp_path / "index", inputs, IDS[:9])
+    assert list(held(tmp_path / "index")) == IDS[:4] and done.vectors == 4
+    assert sorted(done.unreadable) == IDS[4:9]
+    assert all("late.txt" in reason for reason in done.unreadable.values())
+    assert Index.open(tmp_path / "index").unreadable() == done.unreadable
+    late.write_bytes(b"")
+    done = encoder.encode_to(tmp_path / "index", inputs, IDS[:9])
+    assert sorted(done.unreadable) == IDS[4:9] and "empty" in done.unreadable["id 4"]
+    late.write_text("here now")
+    done = encoder.encode_to(tmp_path / "index", inputs, IDS[:9])
+    assert (done.vectors, done.added, done.unreadable) == (9, 5, {})
+    found = held(tmp_path / "index")
+    assert np.abs(np.stack([found[i][1] for i in IDS[:9]]) - encoder.encode(inputs)).max() < 1e-6
+
+
+def test_items_that_say_something_else_leave_the_vectors(encoder, tmp_path):
+    encoder.encode_to(tmp_path / "index", TEXTS[:3], IDS[:3])
+    before = held(tmp_path / "index")
+    COUNTED.clear()
+    items = [{"id": name, "uri": f"{name}.txt", "label": "new"} for name in IDS[:3]]
+    done = encoder.encode_to(tmp_path / "index", TEXTS[:3], items)
+    assert not COUNTED and (done.vectors, done.added, done.removed) == (3, 0, [])
+    for name, (item, row) in held(tmp_path / "index").items():
+        assert item == {"uri": f"{name}.txt", "label": "new"}
+        assert np.array_equal(row, before[name][1])
+
+
+def test_an_error_in_the_middle_and_on_again(encoder, tmp_path):
     def breaking():
         yield from TEXTS[:10]
         raise KeyError("gone")
 
     with pytest.raises(KeyError):
-        encoder.encode_to(tmp_path / "store", breaking(), IDS)
-    assert open_index(encoder, tmp_path / "store").meta["count"] == 0
-    assert len(list((tmp_path / "store/parts").iterdir())) == 2
+        encoder.encode_to(tmp_path / "index", breaking(), IDS)
+    assert sorted(held(tmp_path / "index")) == sorted(IDS[:8])
     COUNTED.clear()
-    encoder.encode_to(tmp_path / "store", TEXTS, IDS)
+    encoder.encode_to(tmp_path / "index", TEXTS, IDS)
     assert sorted(COUNTED) == sorted(TEXTS[8:])
-    assert content(tmp_path / "store") == whole
-    COUNTED.clear()
-    files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
-    before = [path.stat().st_mtime_ns for path in files]
-    encoder.encode_to(tmp_path / "store", TEXTS, IDS)
-    assert not COUNTED and [path.stat().st_mtime_ns for path in files] == before
-
-
-STEPS = ((os, "replace"), (os, "fsync"), (os, "unlink"), (np.lib.format, "open_memmap"))
-
-
-@pytest.mark.parametrize("start", ["fresh", "old", "format 1"])
-def test_a_kill_at_any_step_of_writing_loses_nothing(encoder, tmp_path, monkeypatch, start):
-    """Each of these steps is once the last that a process does, and once what it dies before."""
-    real = {step: getattr(*step) for step in STEPS}
-    items = {"new": [{"id": name} for name in IDS[:6]], "none": []}
-    whole = encoder.encode_to(tmp_path / "whole", TEXTS[:6], IDS[:6])
-    old = encoder.encode_to(tmp_path / "old", ["an old one", *TEXTS[:3]], ["old", *IDS[:3]])
-    if start == "format 1":
-        as_format_1(tmp_path / "old")
-    for dies in range(1, 1000):
-        folder, calls = tmp_path / str(dies), 0
-        if start != "fresh":
-            shutil.copytree(tmp_path / "old", folder)
-
-        def step(function, *arguments, dies=dies, **keywords):
-            nonlocal calls
-            calls += 1
-            if 2 * calls <= dies:
-                result = function(*arguments, **keywords)
-            if 2 * calls >= dies:  # the dead clear nothing up either
-                raise KeyboardInterrupt
-            return result
-
-        for (where, name), function in real.items():
-            monkeypatch.setattr(where, name, partial(step, function))
-        try:
-            encoder.encode_to(folder, TEXTS[:6], IDS[:6])
-            break
-        except KeyboardInterrupt:
-            pass
-        for (where, name), function in real.items():
-            monkeypatch.setattr(where, name, function)
-        found = open_index(encoder, folder)
-        assert found.items in ([] if start == "fresh" else old.items, items["new"])
-        done = {item["id"] for item in found.items}
-        for _, ids, _ in index_module._parts(folder):
-            done.update(ids)
-        assert dies < 14 or len(done) > 3  # a part is there after its sync and two renames
-        COUNTED.clear()
-        store = encoder.encode_to(folder, TEXTS[:6], IDS[:6])
-        lacking = [TEXTS[i] for i in range(6) if IDS[i] not in done]
-        assert sorted(COUNTED) == sorted(lacking)
-        assert store.items == items["new"]
-        content(folder)
-        if start == "fresh":
-            assert content(folder) == content(tmp_path / "whole")
-        assert np.abs(store.vectors - whole.vectors).max() < 1e-6
-    for (where, name), function in real.items():
-        monkeypatch.setattr(where, name, function)
-    assert dies > 30
-
-
-CHILD = """
-import sys, time
-import btok.tools.index
-from btok import BTokEncoder
-from test_index import IDS, TEXTS
-btok.tools.index.PART = 4
-def slow():
-    for i, text in enumerate(TEXTS):
-        time.sleep(60 if i == 17 else 0)
-        yield text
-BTokEncoder.from_pretrained(sys.argv[1]).encode_to(sys.argv[2], slow(), IDS)
-"""
+    encoder.encode_to(tmp_path / "whole", TEXTS, IDS)
+    assert same(held(tmp_path / "index"), held(tmp_path / "whole"))
 
 
 def kill_at(code, arguments, ready):
     """Run code in a process of its own and kill it, without warning, once something is so."""
-    root = Path(__file__).parent.parent
-    path = os.pathsep.join(map(str, (root, root / "kernels", root / "tests")))
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), path)))
-    command = [sys.executable, "-c", code, *arguments]
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment())
     try:
         until = time.monotonic() + 120
         while not ready():
@@ -265,12 +193,77 @@ def kill_at(code, arguments, ready):
         child.wait()
 
 
-def test_killed_and_started_again_the_bytes_are_the_same(encoder, whole, checkpoint, tmp_path):
-    folder = tmp_path / "store"
-    kill_at(CHILD, [checkpoint, folder], lambda: list((folder / "parts").glob("*.npz")))
-    encoder.encode_to(folder, TEXTS, IDS)
-    assert 0 < len(COUNTED) <= 18
-    assert content(folder) == whole
+def environment():
+    """In which a child finds what this process does."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), path)))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+KILLS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import btok.tools.encode
+import lance  # not used before a fork, which its threads would not survive
+from btok import BTokEncoder
+from test_index import IDS, TEXTS
+btok.tools.encode.PART, btok.tools.encode.SECONDS = 4, 0
+encoder = BTokEncoder.from_pretrained(sys.argv[1])
+out, rng = Path(sys.argv[2]), random.Random(0)
+
+def child(what, folder):
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        what(folder)
+        status = 0
+    finally:
+        os._exit(status)
+
+def run(folder):
+    encoder.encode_to(folder, TEXTS, IDS, show_progress=False)
+
+def again(folder):
+    from btok.tools.index import Index
+    before = set()
+    if (folder / "_versions").exists() and any((folder / "_versions").iterdir()):
+        ids = [b["id"].to_pylist() for b in Index.open(folder).rows(["id"])]
+        before = {each for of_batch in ids for each in of_batch}
+    made, iterate = [], encoder.encode_iter
+    def counted(*arguments, **named):
+        for vectors in iterate(*arguments, **named):
+            made.extend(vectors.ids)
+            yield vectors
+    encoder.encode_iter = counted
+    run(folder)
+    (folder / "counted.json").write_text(json.dumps([sorted(before), sorted(made)]))
+
+start = time.monotonic()
+assert os.waitpid(child(run, out / "whole"), 0)[1] == 0
+whole = time.monotonic() - start
+for number in range(int(sys.argv[3])):
+    folder = out / str(number)
+    pid = child(run, folder)
+    time.sleep(rng.random() * whole)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert os.waitpid(child(again, folder), 0)[1] == 0
+"""
+
+
+def test_killed_anywhere_and_started_again(checkpoint, tmp_path):
+    """In 20 random places; every id once, and no vector made twice after it was committed."""
+    command = [sys.executable, "-c", KILLS, str(checkpoint), str(tmp_path), "20"]
+    subprocess.run(command, env=environment(), check=True, timeout=600)
+    whole, stopped = held(tmp_path / "whole"), []
+    assert sorted(whole) == sorted(IDS)
+    for number in range(20):
+        before, made = json.loads((tmp_path / str(number) / "counted.json").read_text())
+        assert sorted([*before, *made]) == sorted(IDS)
+        assert same(held(tmp_path / str(number)), whole)
+        stopped.append(len(before))
+    assert len(set(stopped)) > 2, stopped  # the kills came at different times
 
 
 def mixed(folder, count=2000):
@@ -297,189 +290,97 @@ def mixed(folder, count=2000):
 HALF = """
 import sys, time
 from pathlib import Path
-import btok.tools.index
+import btok.tools.encode
 from btok import BTokEncoder
 from test_index import mixed
-checkpoint, store, folder = sys.argv[1:]
-btok.tools.index.PART = 250
+checkpoint, index, folder = sys.argv[1:]
+btok.tools.encode.PART, btok.tools.encode.SECONDS = 250, 0
 inputs, ids, _ = mixed(Path(folder))
 def stopping():
     for i, value in enumerate(inputs):
         time.sleep(600 if i == 1100 else 0)
         yield value
-BTokEncoder.from_pretrained(checkpoint).encode_to(store, stopping(), ids)
+BTokEncoder.from_pretrained(checkpoint).encode_to(index, stopping(), ids)
 """
 
 
 def test_2000_mixed_inputs_killed_halfway(loaded, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("btok.tools.index.PART", 250)
+    monkeypatch.setattr("btok.tools.encode.PART", 250)
+    monkeypatch.setattr("btok.tools.encode.SECONDS", 0)
     folder = tmp_path / "inputs"
     folder.mkdir()
     inputs, ids, broken = mixed(folder)
-    store = loaded.encode_to(tmp_path / "whole", inputs, ids)
-    assert [item["id"] for item in store.items] == [x for i, x in enumerate(ids) if i not in broken]
-    told = store.meta["unreadable"]
-    assert list(told) == [ids[i] for i in sorted(broken)]
+    done = loaded.encode_to(tmp_path / "whole", inputs, ids)
+    whole = held(tmp_path / "whole")
+    assert whole.keys() == {x for i, x in enumerate(ids) if i not in broken}
+    assert done.unreadable.keys() == {ids[i] for i in broken}
     reasons = ("truncated", "decompression bomb", "it is empty", "No such file")
     for (i, name), reason in zip(sorted(broken.items()), reasons, strict=True):
-        assert reason in told[ids[i]] and name in told[ids[i]]
+        assert reason in done.unreadable[ids[i]] and name in done.unreadable[ids[i]]
     picked = [0, *range(3, 2000, 80), 1999]
-    rows = [next(r for r, item in enumerate(store.items) if item["id"] == ids[i]) for i in picked]
     alone = np.concatenate([loaded.encode([inputs[i]]) for i in picked])
-    assert np.abs(store.vectors[rows] - alone).max() < 1e-6
+    assert np.abs(np.stack([whole[ids[i]][1] for i in picked]) - alone).max() < 1e-6
 
     half = tmp_path / "half"
-    kill_at(HALF, [checkpoint, half, folder], lambda: len([*half.glob("parts/*.npz")]) == 4)
+
+    def halfway():
+        return len([*half.glob("_versions/*.manifest")]) == 5  # the empty table, then four parts
+
+    kill_at(HALF, [checkpoint, half, folder], halfway)
     COUNTED.clear()
     loaded.encode_to(half, inputs, ids)
-    assert len(COUNTED) == 999  # of the other half, the empty one never came so far
-    assert content(half) == content(tmp_path / "whole")
+    # of the other half all but the empty one, which never came so far; two are tried again
+    assert len(COUNTED) == 999 + 2
+    assert same(held(half), whole)
 
 
-def test_only_what_is_new_is_encoded(encoder, tmp_path):
-    encoder.encode_to(tmp_path / "store", TEXTS[:9], IDS[:9])
-    COUNTED.clear()
-    texts = [TEXTS[8], "changed", TEXTS[0], "new", *TEXTS[3:6]]
-    items = [{"id": "id 8", "note": 1}, "id 1b", "id 0", "new", *IDS[3:6]]
-    store = encoder.encode_to(tmp_path / "store", texts, items)
-    assert sorted(COUNTED) == ["changed", "new"]
-    assert store.items[:2] == [{"id": "id 8", "note": 1}, {"id": "id 1b"}]
-    assert [item["id"] for item in store.items[2:]] == items[2:]
-    assert np.abs(store.vectors - encoder.encode(texts)).max() < 1e-6
+def on_two_ranks(rank, folder, checkpoint):
+    import btok.tools.encode
+
+    btok.tools.encode.PART, btok.tools.encode.SECONDS = 4, 0
+    with gloo(folder, rank, 2):
+        encoder = BTokEncoder.from_pretrained(checkpoint)
+        made, iterate = [], encoder.encode_iter
+
+        def counted(*arguments, **named):
+            for vectors in iterate(*arguments, **named):
+                made.extend(vectors.ids)
+                yield vectors
+
+        encoder.encode_iter = counted
+        for ending in ("", ".npz", ".parquet"):
+            made.clear()
+            done = encoder.encode_to(f"{folder}/of_two{ending}", TEXTS, IDS)
+            assert len(made) == (12, 10)[rank], made  # parts of 4: 0 2 4 and 1 3 5
+            assert done == (22, 22, [], {}, None)
+        with pytest.raises(ValueError, match="none of 1 inputs can be read, the first: it is emp"):
+            encoder.encode_to(f"{folder}/of_none", [""], ["a"])  # on both, neither waits
+        again = encoder.encode_to(f"{folder}/of_two", [*TEXTS[2:], "more"], [*IDS[2:], "more"])
+        assert (again.vectors, again.added, len(again.removed)) == (21, 1, 2)
 
 
-def test_unreadable_inputs_are_reported_and_tried_again(encoder, tmp_path):
-    inputs, late = list(TEXTS[:9]), tmp_path / "late.txt"
-    for i in range(4, 9):  # all of the second part, one of the third
-        inputs[i] = late
-    store = encoder.encode_to(tmp_path / "store", inputs, IDS[:9])
-    assert [item["id"] for item in store.items] == IDS[:4]
-    assert list(store.meta["unreadable"]) == IDS[4:9]
-    assert all("late.txt" in reason for reason in store.meta["unreadable"].values())
-    late.write_text("here now")
-    store = encoder.encode_to(tmp_path / "store", inputs, IDS[:9])
-    assert [item["id"] for item in store.items] == IDS[:9] and not store.meta["unreadable"]
-    assert np.abs(store.vectors - encoder.encode(inputs)).max() < 1e-6
+def test_two_ranks_make_the_rows_of_one(encoder, checkpoint, tmp_path):
+    mp.spawn(on_two_ranks, (str(tmp_path), checkpoint), nprocs=2)
+    encoder.encode_to(tmp_path / "of_one", [*TEXTS[2:], "more"], [*IDS[2:], "more"])
+    assert same(held(tmp_path / "of_two"), held(tmp_path / "of_one"))
 
 
-def test_unreadable_inputs_do_not_move_the_rest_after_a_stop(encoder, tmp_path, monkeypatch):
-    inputs, parts, part = ["", *TEXTS[1:9], "", *TEXTS[10:]], [], index_module._part
-
-    def noted(folder, name, holds):
-        if name == "{}.npz":
-            ids, unreadable = json.loads(holds)
-            parts.append({*ids, *unreadable})
-        return part(folder, name, holds)
-
-    monkeypatch.setattr(index_module, "_part", noted)
-
-    def breaking():
-        yield from inputs[:10]
-        raise KeyError("gone")
-
-    with pytest.raises(KeyError):
-        encoder.encode_to(tmp_path / "parts", breaking(), IDS)
-    COUNTED.clear()
-    store = encoder.encode_to(tmp_path / "parts", inputs, IDS)
-    assert sorted(COUNTED) == sorted([TEXTS[8], *TEXTS[10:]])
-    assert list(store.meta["unreadable"]) == [IDS[0], IDS[9]]
-    assert parts == [set(IDS[i : i + 4]) for i in range(0, 22, 4)]
-    encoder.encode_to(tmp_path / "whole", inputs, IDS)
-    assert content(tmp_path / "parts") == content(tmp_path / "whole")
-
-
-def test_parts_that_another_process_took_are_missed(encoder, tmp_path):
-    commit = index_module._commit
-
-    def robbed(index, order):
-        next((tmp_path / "store/parts").glob("*.npz")).unlink()
-        return commit(index, order)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "_commit", robbed)
-        with pytest.raises(ValueError, match="of 22 vectors are there; if another process"):
-            encoder.encode_to(tmp_path / "store", TEXTS, IDS)
-    assert len(encoder.encode_to(tmp_path / "store", TEXTS, IDS).items) == 22
-
-
-def test_files_that_another_process_removed_first(encoder, tmp_path, monkeypatch):
-    """What is to be removed may be gone; for what is to be kept there is a line."""
-    unlink, rename = Path.unlink, files.rename
-
-    def second(path, missing_ok=False):
-        unlink(path, missing_ok=True)
-        unlink(path, missing_ok=missing_ok)
-
-    def robbed(path, target):
-        if "vectors" in target.name:
-            unlink(path)
-        rename(path, target)
-
-    monkeypatch.setattr(Path, "unlink", second)
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "rename", robbed)
-        with pytest.raises(ValueError, match=r"store: .*No such file.*; if another process writes"):
-            encoder.encode_to(tmp_path / "store", TEXTS, IDS)
-    assert len(encoder.encode_to(tmp_path / "store", TEXTS, IDS).items) == 22
-
-
-def test_a_damaged_part_is_named(encoder, tmp_path):
-    """With what to do, after which the same call ends on the same bytes."""
-
-    def breaking():
-        yield from TEXTS[:10]
-        raise KeyError("gone")
-
-    encoder.encode_to(tmp_path / "whole", TEXTS, IDS)
-    with pytest.raises(KeyError):
-        encoder.encode_to(tmp_path / "store", breaking(), IDS)
-    part = min((tmp_path / "store/parts").glob("*.npz"))
-    good = part.read_bytes()
-    rows = good.index(b"rows.npy") + 200  # a bit of a vector
-    array, others = io.BytesIO(), io.BytesIO()
-    np.save(array, np.zeros(3))
-    np.savez(others, text=np.zeros(3, np.uint8))
-    damaged = [b"", NOISE, good[:-9], good[: len(good) // 2], array.getvalue(), others.getvalue()]
-    for bytes_ in (*damaged, good[:rows] + bytes([good[rows] ^ 1]) + good[rows + 1 :]):
-        part.write_bytes(bytes_)
-        text = rf"^\S*{part.name} cannot be read \(.*\); delete it, and the same command makes its"
-        with pytest.raises(ValueError, match=text):
-            encoder.encode_to(tmp_path / "store", TEXTS, IDS)
-        assert open_index(encoder, tmp_path / "store").meta["count"] == 0
-    part.unlink()
-    encoder.encode_to(tmp_path / "store", TEXTS, IDS)
-    assert content(tmp_path / "store") == content(tmp_path / "whole")
-
-
-def test_vectors_that_no_manifest_names_are_not_trusted(encoder, tmp_path, monkeypatch):
-    """Those of a call that was killed before its manifest was there, then damaged."""
-    encoder.encode_to(tmp_path / "whole", TEXTS, IDS)
-    zeros = io.BytesIO()
-    np.save(zeros, np.zeros((22, 64), np.float32))
-    for case, damage in enumerate([b"", NOISE, zeros.getvalue()]):
-        store = tmp_path / str(case)
-        open_index(encoder, store)
-        with monkeypatch.context() as patch, pytest.raises(TypeError):
-            patch.setattr(index_module, "write_text", None)
-            encoder.encode_to(store, TEXTS, IDS)
-        (vectors,) = (store / "parts").glob("vectors-*")
-        vectors.write_bytes(damage)
-        encoder.encode_to(store, TEXTS, IDS)
-        assert content(store) == content(tmp_path / "whole")
-
-
-def test_a_store_of_something_else_is_refused(encoder, tmp_path):
-    store = tmp_path / "store"
-    encoder.encode_to(store, TEXTS[:2], IDS[:2])
-    before = content(store)
+def test_an_index_of_something_else_is_refused(encoder, tmp_path):
+    index = tmp_path / "index"
+    encoder.encode_to(index, TEXTS[:2], IDS[:2])
+    before = held(index)
     other = BTokEncoder.from_pretrained(tiny_checkpoint(tmp_path / "other", seed=1))
     for wrong, instruction, message in (
-        (other, None, "holds vectors of model .*; delete it or give another folder"),
+        (other, None, "holds vectors of model .*; delete it or give another output"),
         (encoder, "Find: ", "holds vectors of instruction '', this is 'Find: '"),
     ):
         with pytest.raises(ValueError, match=message):
-            wrong.encode_to(store, TEXTS[:2], IDS[:2], instruction)
-    assert content(store) == before
+            wrong.encode_to(index, TEXTS[:2], IDS[:2], instruction)
+    with pytest.raises(ValueError, match=r"storage is 'int8', but .*index has vectors of float32"):
+        encoder.encode_to(index, TEXTS[:2], IDS[:2], storage="int8")
+    with pytest.raises(ValueError, match="encoder is of the model"):
+        Index.open(index, other)
+    assert same(held(index), before)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/me.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="photos is no index and not empty"):
@@ -488,27 +389,42 @@ def test_a_store_of_something_else_is_refused(encoder, tmp_path):
         BTokEncoder(encoder.model, encoder.processor).encode_to(tmp_path / "new", ["a"], ["a"])
 
 
-def test_bad_inputs_are_refused_and_the_store_stays(encoder, tmp_path):
-    store = tmp_path / "store"
-    encoder.encode_to(store, TEXTS[:2], IDS[:2])
-    before = content(store)
-    with pytest.raises(ValueError, match="the id 'b' came twice"):
-        encoder.encode_to(store, ["x", "y", "z"], ["b", "a", "b"])
+def test_bad_inputs_are_refused_and_the_index_stays(encoder, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    encoder.encode_to(index, TEXTS[:2], IDS[:2])
+    before = held(index)
+    with pytest.raises(ValueError, match="index: the id 'b' came twice, expected all different"):
+        encoder.encode_to(index, ["x", "y", "z"], ["b", "a", "b"])
+    assert same(held(index), before)
     with pytest.raises(ValueError, match="none of 2 inputs can be read, the first: it is empty"):
-        encoder.encode_to(store, ["", tmp_path / "no.txt"], ["c", "d"])
+        encoder.encode_to(index, ["", tmp_path / "no.txt"], ["c", "d"])
     with pytest.raises(ValueError, match="none of 0 inputs"):
-        encoder.encode_to(store, [], [])
-    with pytest.raises(ValueError, match="shorter"):
-        encoder.encode_to(store, ["x", "y"], ["b"])
-    encoder.encode_to(store, TEXTS[:2], IDS[:2])
-    assert content(store) == before
+        encoder.encode_to(index, [], [])
+    with pytest.raises(ValueError, match="items is shorter"):
+        encoder.encode_to(index, ["x", "y"], ["b"])
+    with pytest.raises(ValueError, match="inputs is shorter"):
+        encoder.encode_to(index, ["x"], ["b", "c"])
+    with pytest.raises(TypeError, match=r"an item is \{'page': 1\}, expected a text or a mapping"):
+        encoder.encode_to(index, ["x"], [{"page": 1}])
+    for item, message in (
+        ({"id": "e", "page": "one"}, "an item's page is 'one', expected int32"),
+        ({"id": "e", "vector": 3}, "an item has 'vector', which is the index's own"),
+        ({"id": "e", "mine": object()}, "an item's mine is <object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encoder.encode_to(index, ["x"], [item])
+    monkeypatch.setattr("btok.tools.encode.WINDOW", 2)  # twice, in windows of their own
+    with pytest.raises(ValueError, match="index: the id 'id 0' came twice"):
+        encoder.encode_to(index, TEXTS[:5], [*IDS[:4], "id 0"])
+    encoder.encode_to(index, TEXTS[:2], IDS[:2])
+    assert same(held(index), before)
 
 
 def test_processes_without_a_group_are_refused(encoder, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="init_process_group"):
-        encoder.encode_to(tmp_path / "store", TEXTS[:2], IDS[:2])
-    assert not (tmp_path / "store").exists()
+        encoder.encode_to(tmp_path / "index", TEXTS[:2], IDS[:2])
+    assert not (tmp_path / "index").exists()
 
 
 def test_the_digest_is_of_weights_and_settings(checkpoint, tmp_path):
@@ -549,79 +465,307 @@ def test_the_digest_of_adapters_is_of_their_base_too(checkpoint, tmp_path):
 
 
 def test_search_is_exact(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("btok.tools.index.BLOCK", 5)
-    store = encoder.encode_to(tmp_path / "store", TEXTS, IDS)
-    queries = encoder.encode(["text 3", TEXTS[9]])
-    scores = queries @ np.asarray(store.vectors).T
-    for found, row in zip(store.search(queries, 7), scores, strict=True):
-        assert [i for _, i in found] == np.argsort(-row, kind="stable")[:7].tolist()
-        assert np.allclose([score for score, _ in found], np.sort(row)[::-1][:7], atol=1e-6)
-    assert store.search(queries, 1)[1][0][1] == 9
-    assert len(store.search(queries, 99)[0]) == 22
-    store.vectors = np.full((12, 2), 0.5**0.5, np.float32)  # a tie
-    assert [i for _, i in store.search(np.ones((1, 2), np.float32), 12)[0]] == list(range(12))
+    monkeypatch.setattr(index_module, "READ", 5)
+    encoder.encode_to(tmp_path / "index", [*TEXTS, ""], [*IDS, "unreadable"])
+    index = Index.open(tmp_path / "index", encoder)
+    found, queries = held(tmp_path / "index"), ["text 3", TEXTS[9]]
+    names, vectors = list(found), np.stack([row for _, row in found.values()])
+    scores = encoder.encode(queries) @ vectors.T
+    for hits, row in zip(index.search(queries, 7), scores, strict=True):
+        order = np.argsort(-row, kind="stable")[:7]
+        assert [hit.item["id"] for hit in hits] == [names[i] for i in order]
+        assert np.allclose([hit.score for hit in hits], row[order], atol=1e-6)
+    assert index.search(queries, 1)[1][0].item == {"id": "id 9"}
+    assert len(index.search(encoder.encode(queries), 99)[0]) == 22
+    (asked,) = index.search(["3"], 1, instruction="text ")
+    assert asked[0].score == pytest.approx(index.search(["text 3"], 1)[0][0].score, abs=1e-6)
 
 
-@pytest.mark.parametrize("damage", ["exponent", "sign and exponent", "NaN"])
-def test_a_damaged_vector_is_told_by_its_length(encoder, tmp_path, damage):
-    store = encoder.encode_to(tmp_path / "store", TEXTS, IDS)
-    vectors = np.lib.format.open_memmap(store.files[0], mode="r+")
-    column = int(np.abs(vectors[17]).argmax())
-    bits = vectors.view(np.uint32)
-    flipped = {"exponent": 1 << 30, "sign and exponent": 3 << 29, "NaN": 0x7FC00000}[damage]
-    bits[17, column] = flipped if damage == "NaN" else bits[17, column] ^ flipped
-    vectors.flush()
-    query = np.zeros((1, vectors.shape[1]), np.float32)
-    with pytest.raises(ValueError, match=r"store: vector 17 in parts/vectors-\S+ is damaged"):
-        index_module.Index(tmp_path / "store").search(query)
+def test_equal_scores_are_in_the_order_they_were_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "READ", 5)
+    row = np.full(4, 0.5, np.float32)
+    index = Index.create(tmp_path / "index", MADE, 4)
+    index.add([Row({"id": f"{i:02}"}, row) for i in range(12)])
+    for k in (1, 4, 12, 20):
+        (hits,) = index.search(row[None], k)
+        assert [hit.item["id"] for hit in hits] == [f"{i:02}" for i in range(12)][:k]
 
 
-def on_two_ranks(rank, folder, checkpoint):
-    import btok.tools.index
-
-    btok.tools.index.PART = 4
-    with gloo(folder, rank, 2):
-        encoder = BTokEncoder.from_pretrained(checkpoint)
-        mine = []
-        original, encoder.processor = encoder.processor, lambda side: 0
-        encoder.processor = type(
-            "Counting",
-            (),
-            {
-                "__getattr__": lambda _, name: getattr(original, name),
-                "__call__": lambda _, side: mine.append(side.text) or original(side),
-            },
-        )()
-        store = encoder.encode_to(f"{folder}/store_of_two", TEXTS, IDS)
-        assert len(mine) == (12, 10)[rank], mine  # parts of 4: 0 2 4 and 1 3 5
-        assert store.items == [{"id": name} for name in IDS]
-
-
-def test_two_ranks_make_the_bytes_of_one(whole, checkpoint, tmp_path):
-    mp.spawn(on_two_ranks, (str(tmp_path), checkpoint), nprocs=2)
-    assert content(tmp_path / "store_of_two") == whole
-
-
-def test_opening_needs_no_writing_where_nothing_is_new(encoder, tmp_path, monkeypatch):
-    encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3])
-    for name in ("replace", "mkdir"):
-        monkeypatch.setattr(os, name, None)
-    assert len(open_index(encoder, tmp_path / "store").items) == 3
-    assert len(encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3]).items) == 3
+def test_a_search_among_some(tmp_path):
+    rows = synthetic(300)
+    rows += [Row({"id": "broken", "uri": "a.pdf"}, None, None, "it is empty")]
+    index = Index.create(tmp_path / "index", MADE, 64, rows=[rows[:100], rows[100:]])
+    query = rows[7].vector[None]
+    for exact in (True, None):
+        (hits,) = index.search(query, 3, "page < 3 AND uri LIKE '%7.pdf'", exact)
+        expected = [r for r in rows[:300] if r.item["page"] < 3 and r.item["uri"].endswith("7.pdf")]
+        expected.sort(key=lambda row: -float(query[0] @ row.vector))
+        assert [hit.item for hit in hits] == [row.item for row in expected[:3]]
+        assert index.search(query, 3, "page = 99", exact) == [[]]
+        if exact:
+            index.build()
+    for wrong in ("page <", "color = 3", "drop table"):
+        with pytest.raises(ValueError, match=f"where is .*{wrong}.*, which is no condition: "):
+            index.search(query, 3, wrong)
+    for queries in (np.ones((2, 3), np.float32), np.ones(64, np.float32)):
+        with pytest.raises(ValueError, match=r"queries is float32 .*, expected float32 \[Q, 64\]"):
+            index.search(queries)
+    with pytest.raises(ValueError, match="k is 0"):
+        index.search(query, 0)
+    with pytest.raises(ValueError, match=r"names no checkpoint; give Index\.open an encoder"):
+        index.search(["a text"])
 
 
-def test_items_that_say_something_else_leave_the_vectors(encoder, tmp_path):
-    encoder.encode_to(tmp_path / "store", TEXTS[:3], IDS[:3])
-    meta, vectors, _ = content(tmp_path / "store")
-    file = tmp_path / "store" / json.loads(meta)["vectors"]
-    before = file.stat().st_mtime_ns
-    items = [{"id": name, "page": 1} for name in IDS[:3]]
-    assert encoder.encode_to(tmp_path / "store", TEXTS[:3], items).items == items
-    assert file.stat().st_mtime_ns == before and content(tmp_path / "store")[1] == vectors
+@pytest.mark.parametrize("kind", index_module.KINDS)
+def test_an_approximate_index_finds_what_an_exact_search_does(tmp_path, kind):
+    rows = synthetic(3000)
+    index = Index.create(tmp_path / "index", MADE, 64, rows=[rows])
+    assert not index.indexed
+    recall = index.build(kind)
+    assert index.indexed and recall >= 0.95 and Index.open(index.uri).meta["kind"] == kind
+    later = synthetic(100, seed=1)
+    index.add([Row({"id": f"later {row.item['id']}"}, row.vector) for row in later])
+    index.add([Row({"id": "broken"}, None, None, "it is empty")])
+    queries = np.stack([row.vector for row in rows[::50] + later])
+    exact, probed = index.search(queries, 10, exact=True), index.search(queries, 10)
+    for i, (right, got) in enumerate(zip(exact, probed, strict=True)):
+        assert got[0].item == right[0].item and got[0].score == pytest.approx(1, abs=1e-5), i
+        scores = {hit.item["id"]: hit.score for hit in right}
+        for hit in got:  # scores are exact either way
+            assert hit.score == pytest.approx(scores.get(hit.item["id"], hit.score), abs=1e-6)
+    hits = [
+        len({h.item["id"] for h in a} & {h.item["id"] for h in b})
+        for a, b in zip(exact, probed, strict=True)
+    ]
+    assert sum(hits) / len(queries) >= 9.5
+    assert len(index.search(queries[:1], 10)[0]) == 10
 
 
-def test_a_damaged_index_is_refused(encoder, tmp_path):
-    encoder.encode_to(tmp_path / "whole", TEXTS[:3], IDS[:3])
+def test_an_approximate_index_is_made_of_a_large_table_and_kept_up(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "LARGE", 300)
+    texts = [f"{i} {i * i}" for i in range(400)]
+    done = encoder.encode_to(tmp_path / "index", texts[:250], texts[:250])
+    assert done.recall is None and not Index.open(tmp_path / "index").indexed
+    done = encoder.encode_to(tmp_path / "index", texts[:340], texts[:340])
+    assert done.recall is not None and done.recall > 0.9
+    encoder.encode_to(tmp_path / "index", texts, texts)
+    index = Index.open(tmp_path / "index", encoder)
+    assert index.dataset.stats.index_stats("vector_idx")["num_unindexed_rows"] == 0
+    for hits, text in zip(index.search(texts[::40], 1), texts[::40], strict=True):
+        assert hits[0].item["id"] == text
+
+
+@pytest.mark.parametrize("storage, error", [("float16", 1e-3), ("int8", 1e-2)])
+def test_smaller_storage(tmp_path, storage, error):
+    """What it loses: scores move by less than this, recall at 10 by a few in a hundred."""
+    rows = synthetic(1000)
+    vectors = np.stack([row.vector for row in rows])
+    index = Index.create(tmp_path / "index", MADE, 64, storage, [rows])
+    stored = np.concatenate([batch for batch, _ in index.vectors()])
+    assert np.abs(stored - vectors).max() < error
+    scores, found = vectors[::10] @ vectors.T, index.search(vectors[::10], 10)
+    kept = 0
+    for row, hits in zip(scores, found, strict=True):
+        for hit in hits:
+            assert hit.score == pytest.approx(row[int(hit.item["id"])], abs=error)
+        kept += len({int(hit.item["id"]) for hit in hits} & set(np.argsort(-row)[:10].tolist()))
+    assert kept / 1000 > (0.99 if storage == "float16" else 0.97)
+    if storage == "int8":
+        with pytest.raises(ValueError, match="vectors of int8, of which no approximate index"):
+            index.build()
+    else:
+        assert index.build() > 0.95
+
+
+def test_rows_are_added_and_take_each_others_place(tmp_path):
+    rows = synthetic(30)
+    index = Index.create(tmp_path / "index", MADE, 64, rows=[rows[:20]])
+    index.add([Row({"id": "19", "note": "it's new"}, rows[5].vector), *rows[20:]])
+    found = held(index.uri)
+    assert len(found) == 30 and found["19"][0] == {"note": "it's new"}
+    assert np.array_equal(found["19"][1], rows[5].vector)
+    with pytest.raises(ValueError, match="the id '3' came twice"):
+        index.add([rows[3], rows[3]])
+    with pytest.raises(ValueError, match=r"the vector of 'a' is \[3\], expected \[64\]"):
+        index.add([Row({"id": "a"}, np.ones(3, np.float32))])
+    index.delete(["1", "it's none"])
+    assert len(index) == 29 and "1" not in held(index.uri)
+    for kind, message in (("IVF", "kind is 'IVF', expected one of"), ("IVF_PQ", "29 vectors, an")):
+        with pytest.raises(ValueError, match=message):
+            index.build(kind)
+    with pytest.raises(ValueError, match="storage is 'float8', expected one of float32, float16"):
+        Index.create(tmp_path / "other", MADE, 64, "float8")
+
+
+def test_many_small_files_are_joined(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "FRAGMENTS", 3)
+    encoder.encode_to(tmp_path / "index", TEXTS, IDS)
+    assert len(Index.open(tmp_path / "index").dataset.get_fragments()) == 1
+    encoder.encode_to(tmp_path / "whole", TEXTS, IDS)
+    assert same(held(tmp_path / "index"), held(tmp_path / "whole"))
+
+
+def test_a_reader_keeps_the_state_it_opened(encoder, tmp_path):
+    encoder.encode_to(tmp_path / "index", TEXTS[:9], IDS[:9])
+    index = Index.open(tmp_path / "index", encoder)
+    encoder.encode_to(tmp_path / "index", TEXTS[5:], IDS[5:])
+    assert len(index) == 9 and index.search([TEXTS[0]], 1)[0][0].item == {"id": "id 0"}
+    index.refresh()
+    assert len(index) == 17 and index.search([TEXTS[20]], 1)[0][0].item == {"id": "id 20"}
+
+
+def test_an_encoder_is_loaded_for_texts(encoder, checkpoint, tmp_path):
+    encoder.encode_to(tmp_path / "index", TEXTS, IDS)
+    assert Index.open(tmp_path / "index").search([TEXTS[4]], 1)[0][0].item == {"id": "id 4"}
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    of_moved = BTokEncoder.from_pretrained(moved)
+    of_moved.encode_to(tmp_path / "other", TEXTS[:2], IDS[:2])
+    with open(moved / "btok_config.json", "ab") as config:
+        config.write(b" ")
+    with pytest.raises(ValueError, match=r"moved is now '.*'; give Index\.open the encoder"):
+        Index.open(tmp_path / "other").search(["a"])
+
+
+@pytest.mark.parametrize("bad", ["zeros", "NaN"])
+def test_a_damaged_vector_is_told_by_its_length(tmp_path, bad):
+    rows = synthetic(30)
+    wrong = np.full(64, 0 if bad == "zeros" else np.nan, np.float32)
+    rows[17] = Row(rows[17].item, wrong)
+    index = Index.create(tmp_path / "index", MADE, 64, rows=[rows])
+    text = r"index: the vector of 17.pdf, page 8 is damaged, its length is not 1; delete the index"
+    with pytest.raises(ValueError, match=text):
+        index.search(rows[0].vector[None])
+
+
+def test_a_damaged_table_is_named(encoder, tmp_path):
+    encoder.encode_to(tmp_path / "whole", TEXTS, IDS)
+
+    def open_and_search(folder):
+        Index.open(folder, encoder).search(["a"])
+
+    for case, (pattern, change) in enumerate(
+        [
+            ("data/*", lambda path: path.unlink()),
+            ("data/*", lambda path: os.truncate(path, 100)),
+            ("data/*", lambda path: path.write_bytes(NOISE)),
+            ("_versions/*.manifest", lambda path: os.truncate(path, 30)),
+            ("_versions/*.manifest", lambda path: path.write_bytes(NOISE)),
+            ("_versions", shutil.rmtree),
+        ]
+    ):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / f"index-{case}")
+        for path in list(folder.glob(pattern)):
+            change(path)
+        with pytest.raises(ValueError, match=rf"^{folder}: (?!.*\.rs:)"):
+            open_and_search(folder)
+
+
+def test_addresses_that_lead_nowhere(encoder, tmp_path):
+    for uri in ("s3://a-bucket-of-nobody/index", "nothing://there/index"):
+        with pytest.raises(ValueError, match=rf"^{uri}: "):
+            encoder.encode_to(uri, TEXTS[:2], IDS[:2])
+    with pytest.raises(ValueError, match=r"none: .* not found"):
+        Index.open(tmp_path / "none")
+    import lance
+    import pyarrow as pa
+
+    lance.write_dataset(pa.table({"a": [1]}), tmp_path / "table")
+    for opening in (Index.open, lambda uri: open_index(encoder, uri)):
+        with pytest.raises(ValueError, match="table: it is a table of something else"):
+            opening(tmp_path / "table")
+    later = {**MADE, "format_version": 4}
+    Index.create(tmp_path / "later", MADE, 4).dataset.update_schema_metadata(
+        {"btok": json.dumps(later)}
+    )
+    with pytest.raises(ValueError, match="later: format_version is 4, expected 3"):
+        Index.open(tmp_path / "later")
+
+
+def test_a_writer_that_was_killed_before_its_first_commit(encoder, tmp_path):
+    for name in ("_transactions", "data"):
+        (tmp_path / "index" / name).mkdir(parents=True)
+    (tmp_path / "index/data/half.lance").write_bytes(NOISE)
+    assert encoder.encode_to(tmp_path / "index", TEXTS[:2], IDS[:2]).vectors == 2
+
+
+def test_names():
+    assert item_name({"id": "a"}) == "a" and item_name({"id": "a", "uri": "b.txt"}) == "b.txt"
+    assert item_name({"id": "a", "uri": "b.pdf", "page": 3}) == "b.pdf, page 3"
+    assert item_name({"id": "a", "uri": "c.mp4", "start": 30.0, "end": 65}) == "c.mp4, 0:30-1:05"
+    assert item_name({"id": "a", "uri": "c.mp4", "end": 3700.5}) == "c.mp4, 0:00-1:01:40"
+
+
+# -- indexes of older formats
+
+
+def older(folder, encoder, version, texts=TEXTS[:3], ids=IDS[:3]):
+    """Write one, as it was; gives its vectors."""
+    vectors = encoder.encode(texts)
+    parts = folder if version == 1 else folder / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    np.save(parts / "vectors.npy", vectors)
+    items = [{"id": name, "path": f"{name}.txt", "note": 1} for name in ids]
+    (parts / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    settings = {"instruction": "", **encoder.settings}
+    meta = {"format_version": version, "model": encoder.digest, "settings": settings}
+    meta |= {"count": len(ids), "unreadable": {"c": "it is empty"}}
+    if version == 2:
+        meta |= {"vectors": "parts/vectors.npy", "items": "parts/items.jsonl"}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    COUNTED.clear()
+    return vectors
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_index_of_an_older_format_is_rewritten(encoder, tmp_path, version):
+    vectors = older(tmp_path / "index", encoder, version)
+    open_index(encoder, tmp_path / "index")
+    found = held(tmp_path / "index")
+    for row, name in zip(vectors, IDS[:3], strict=True):
+        assert found[name][0] == {"uri": f"{name}.txt", "note": 1}
+        assert np.array_equal(found[name][1], row)
+    assert not COUNTED
+    assert not {"meta.json", "parts", "vectors.npy"} & set(os.listdir(tmp_path / "index"))
+
+
+def test_a_kill_while_an_older_format_is_rewritten(encoder, tmp_path, monkeypatch):
+    """Between the commit and the going of the old files, and before both."""
+    vectors = older(tmp_path / "index", encoder, 2)
+    for name in ("remove", "OldIndex"):
+        with monkeypatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(index_module.old_index, name, None)
+            open_index(encoder, tmp_path / "index")
+        if name == "OldIndex":
+            break
+        assert (tmp_path / "index/meta.json").exists()
+        shutil.copytree(tmp_path / "index", tmp_path / "committed")
+        shutil.rmtree(tmp_path / "index")
+        older(tmp_path / "index", encoder, 2)
+    for folder in ("index", "committed"):
+        open_index(encoder, tmp_path / folder)
+        found = held(tmp_path / folder)
+        assert np.array_equal(np.stack([found[name][1] for name in IDS[:3]]), vectors)
+        assert not (tmp_path / folder / "meta.json").exists()
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_kill_of_the_first_format_is_put_right(encoder, tmp_path, moved):
+    """It moved finished files from `.ready` over the old ones, one by one."""
+    old, index = tmp_path / "old", tmp_path / "index"
+    older(old, encoder, 1, TEXTS[:2], IDS[:2])
+    vectors = older(index, encoder, 1, TEXTS[:6], IDS[:6])
+    (index / ".ready").mkdir()
+    for name in ("vectors.npy", "items.jsonl", "meta.json")[moved:]:
+        (index / name).rename(index / ".ready" / name)
+        shutil.copy(old / name, index / name)
+    encoder.encode_to(index, TEXTS[:7], IDS[:7])
+    assert [TEXTS[6]] == COUNTED
+    found = held(index)
+    assert np.array_equal(np.stack([found[name][1] for name in IDS[:6]]), vectors)
+
+
+def test_a_damaged_index_of_an_older_format_is_refused(encoder, tmp_path):
+    older(tmp_path / "whole", encoder, 2)
     meta = json.loads((tmp_path / "whole/meta.json").read_text())
     for case, (file, change, message) in enumerate(
         [
@@ -630,37 +774,24 @@ def test_a_damaged_index_is_refused(encoder, tmp_path):
             (meta["vectors"], lambda path: path.write_bytes(NOISE), "magic string"),
             (meta["vectors"], lambda path: os.truncate(path, 300), "mmap length"),
             (meta["items"], lambda path: os.truncate(path, 20), "Expecting|Unterminated"),
-            (meta["items"], lambda path: os.truncate(path, 15), "3 vectors and 1 items, exp"),
             (meta["items"], lambda path: path.write_text("{}\n" * 3), "'id'"),
-            (meta["items"], lambda path: path.write_text("3\n" * 3), "not subscriptable"),
             (meta["items"], lambda path: path.write_bytes(NOISE), "decode"),
             ("meta.json", lambda path: path.write_bytes(NOISE), "decode"),
             ("meta.json", lambda path: path.write_text("{}"), "'format_version'"),
             ("meta.json", lambda path: path.write_text("[]"), "list indices"),
-            (
-                "meta.json",
-                lambda path: path.write_text(json.dumps(meta | {"unreadable": [1]})),
-                r"unreadable is \[1\], expected an object",
-            ),
             (
                 meta["vectors"],
                 lambda path: np.save(path, np.zeros((3, 64))),
                 r"float64 \[3, 64\], expected float32",
             ),
             (
-                meta["items"],
-                lambda path: path.write_text('{"id": 1}\n{"id": 2}\n{"id": 3}\n'),
-                "id is 1",
-            ),
-            (
                 "meta.json",
                 lambda path: path.write_text(json.dumps(meta | {"format_version": 3})),
-                "format_version is 3, expected 2",
+                "format_version is 3, expected 1 or 2",
             ),
         ]
     ):
-        folder = tmp_path / str(case)
-        shutil.copytree(tmp_path / "whole", folder)
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(case))
         change(folder / file)
         text = (
             rf"{case} holds no index that can be read \({file}: .*({message}).*; delete it or give"

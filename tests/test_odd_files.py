@@ -11,7 +11,7 @@ from helpers import tiny_checkpoint
 
 from btok import BTokEncoder, Side
 from btok.inputs import pages, with_frames
-from btok.tools.cli import list_files
+from btok.tools.folder import list_files
 
 for needed in (
     "av",

@@ -1,311 +1,617 @@
-"""A folder of vectors, what they stand for, and the model and settings they were made with.
+"""The index: a Lance table of vectors and what they stand for, in a folder or an object store.
 
-    meta.json                    the manifest: model digest, settings, count, what could not be
-                                 read, and by name the two files that are the index:
-    parts/vectors-<digest>.npy   fp32 [N, D]
-    parts/items-<digest>.jsonl   a line per row, each with its "id"
-    parts/<digest>.npz           vectors that an unfinished `encode_to` has made
+encoder, inputs and items -> `btok.tools.encode.encode_to` -> `Index` -> `search`
 
-encoder, inputs and items -> `encode_to` (parts, shared by the ranks) -> `Index` -> `search`
-
-A file of `parts` is named by what it holds, is there whole or not at all, and never changes. The
-manifest alone is replaced, in one step: a kill leaves the old index or the new one, and loses at
-most the part in work. What the manifest does not name is removed once it is in place.
+Its columns are those of `btok.tools.tables`. What a commit writes is there whole or not at all, and
+a reader sees one state of the table until it asks for another. The table's metadata say of which
+model and settings its vectors are. A small table is searched exactly, all rows of it; `Index.build`
+makes an approximate index of a large one, and says how much of an exact search's result that finds.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch.distributed as dist
+from numpy.typing import NDArray
 
-from btok.encoder import BTokEncoder
-from btok.files import one_line, rename, whole, write_text
-from btok_kernels.ranks import rank, world
+from btok.files import one_line
+from btok.tools import old_index, tables
+from btok.tools.rows import Row, described, item_name, refuse_other, refuse_twice, without_none
+from btok_kernels.ranks import gather, rank, world
 
-FORMAT_VERSION = 2
-FORMAT_1 = ("vectors.npy", "items.jsonl", "meta.json")  # still read; the next change renews it
-PART = 256  # inputs of a part, encoded together
-BLOCK = 1 << 16  # rows of a product
-SHARED = "if another process writes to this folder, let it end; then the same command does the rest"
+if TYPE_CHECKING:
+    from btok.encoder import BTokEncoder
+
+os.environ.setdefault("LANCE_LOG", "error")  # it has advice for those who call it
+try:
+    import lance
+    import pyarrow as pa
+    import pyarrow.compute as pc
+except ImportError as error:
+    raise ImportError(
+        'an index needs pylance: pip install "btok[lance]"; without it vectors can be written to '
+        "an output that ends in .npz"
+    ) from error
+
+FORMAT_VERSION = 3
+READ = 1 << 13  # rows of a batch that is read: 50 MB of 1,536 dimensions in fp32
+BUFFER = 1 << 27  # bytes that are read ahead
+WHOLE = "vector IS NOT NULL"
+LENGTHS = 5e-2  # by which a stored vector's squared length may be off
+LARGE = 100_000  # rows from which encoding builds an approximate index
+STALE = 0.1  # of the rows outside of it, from which it is extended
+KINDS = ("IVF_PQ", "IVF_HNSW_SQ")
+RECALL = 0.95  # what `build` looks for
+PROBES = (8, 16, 32, 64, 128, 256, 512)  # partitions of an index that a query looks at
+REFINED = 10  # times k: candidates whose vectors are compared exactly
+SAMPLE = 200  # stored vectors that ask, to tell a recall
+LEAST = 256  # vectors, which is how many codes a product quantiser has
+FRAGMENTS = 64  # files of a table, from which small ones are joined
+KEPT = timedelta(hours=1)  # that a state which is no longer the newest stays, for who reads it
+MANY = 10_000  # ids of a commit that removes
+# where in Lance it was, and through which of its layers it came
+WORDY = re.compile(
+    r"(, )?/\S+\.rs:\d+:\d+"
+    r"|(External error|Generic \S+ error|LanceError\(\w+\)|Invalid user input): "
+)
+DAMAGED = "; a file of it is damaged or gone: delete it, and encode makes it again"
+
+
+class Hit(NamedTuple):
+    """What a search found: the cosine of the two vectors, and what the item says."""
+
+    score: float
+    item: dict[str, Any]
 
 
 class Index:
-    """Vectors on disk and what they stand for; `open_index` or `encode_to` makes one.
+    """Vectors and what they stand for; `open` reads one, `btok.tools.encode.encode_to` makes one.
 
     Args:
-        folder: where it lies; meta: the content of `meta.json`; files: of vectors and of items.
-        items: a mapping per vector; vectors: float32 [N, D], mapped from disk.
-
-    Raises:
-        ValueError: a file of it is damaged or gone, or of a later format.
+        uri: a folder or an address that Lance knows (`s3://`, `gs://`, `az://`; credentials come
+            from the environment, as for those services' own tools).
+        dataset: the table, in the state it had when it was opened.
+        meta: "model" (digest), "checkpoint", "settings", "storage", "dims", "format_version".
+        encoder: what makes vectors of queries; loaded when it is needed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.items: list[dict[str, Any]] = []
-        self.vectors = np.empty((0, 0), np.float32)
-        file = "meta.json"
-        try:
-            self.meta: dict[str, Any] = json.loads((folder / file).read_text())
-            if (version := self.meta["format_version"]) not in (1, FORMAT_VERSION):
+    def __init__(self, uri: str, dataset: Any, encoder: BTokEncoder | None = None) -> None:
+        self.uri, self.dataset, self._encoder = uri, dataset, encoder
+        with named(uri):
+            found = (dataset.schema.metadata or {}).get(tables.METADATA)
+            if found is None:
+                raise ValueError("it is a table of something else")
+            self.meta: dict[str, Any] = json.loads(found)
+            if (version := self.meta["format_version"]) != FORMAT_VERSION:
                 raise ValueError(f"format_version is {version!r}, expected {FORMAT_VERSION}")
-            names = self.meta.get("vectors", FORMAT_1[0]), self.meta.get("items", FORMAT_1[1])
-            self.files = [folder / name for name in names]
-            for name in ("settings", "unreadable"):
-                if not isinstance(self.meta.setdefault(name, {}), dict):
-                    raise ValueError(f"{name} is {self.meta[name]!r:.60}, expected an object")
-            if count := self.meta["count"]:
-                file = names[0]
-                self.vectors = np.lib.format.open_memmap(self.files[0], mode="r")
-                if self.vectors.ndim != 2 or self.vectors.dtype != np.float32:
-                    had = f"{self.vectors.dtype} {list(self.vectors.shape)}"
-                    raise ValueError(f"it holds {had}, expected float32 [N, D]")
-                file = names[1]
-                self.items = [json.loads(line) for line in self.files[1].read_bytes().splitlines()]
-                ids = {item["id"] for item in self.items}
-                if wrong := [each for each in ids if not isinstance(each, str)]:
-                    raise ValueError(f"an item's id is {wrong[0]!r:.60}, expected a text")
-                if not count == len(self.vectors) == len(ids) == len(self.items):
-                    found = f"{len(self.vectors)} vectors and {len(ids)} items"
-                    raise ValueError(f"{found}, expected {count}")
-        except Exception as error:  # numpy has Python read a header, which raises errors of its own
-            if isinstance(error, MemoryError | OSError) and not isinstance(
-                error, FileNotFoundError
-            ):
-                raise  # of the machine
-            why = one_line(f"{folder} holds no index that can be read ({file}: {error})")
-            raise ValueError(f"{why}; delete it or give another folder") from error
+            self.dims, self.storage = int(self.meta["dims"]), str(self.meta["storage"])
+            if tables.STORAGE.get(self.storage) != dataset.schema.field("vector").type.value_type:
+                raise ValueError(f"its vectors are not of {self.storage}")
 
-    def search(self, queries: np.ndarray, top: int = 5) -> list[list[tuple[float, int]]]:
-        """Per query [Q, D] its best rows, exactly: (score, row), equal scores in row order.
+    @classmethod
+    def open(cls, uri: str | Path, encoder: BTokEncoder | None = None) -> Index:
+        """The index that is there.
 
-        ValueError for a vector that is not of length 1: the file is damaged.
+        Args:
+            uri: its folder or address.
+            encoder: of the checkpoint that its vectors are of; by default that is loaded from where
+                it was, once texts are searched for.
+
+        Raises:
+            ValueError: none there, one that cannot be read, an address without credentials, an
+                encoder of another model.
         """
-        parts = []
-        for first in range(0, len(self.vectors), BLOCK):
-            block = self.vectors[first : first + BLOCK]
-            whole = np.abs(np.einsum("nd,nd->n", block, block) - 1) < 1e-2  # False for a NaN
-            if not whole.all():
+        with named(str(uri)):
+            index = cls(str(uri), lance.dataset(str(uri)), encoder)
+        if encoder is not None and encoder.digest != index.meta["model"]:
+            raise ValueError(
+                f"encoder is of the model {encoder.digest!r}, {uri} holds vectors of "
+                f"{index.meta['model']!r}"
+            )
+        return index
+
+    @classmethod
+    def create(
+        cls,
+        uri: str | Path,
+        meta: Mapping[str, Any],
+        dims: int,
+        storage: str = "float32",
+        rows: Iterable[Sequence[Row]] = (),
+    ) -> Index:
+        """A new index, of some rows or none, in one commit.
+
+        Args:
+            meta: of which "model" and "settings" at least.
+            dims: D, of its vectors.
+            storage: what components are stored as: "float32", "float16" or "int8" (times a number
+                per vector; no approximate index can be made of those).
+        """
+        meta = {"format_version": FORMAT_VERSION, **meta, "storage": storage, "dims": dims}
+        schema, rows = tables.schema_of(meta, dims, storage), iter(rows)
+        first = list(next(rows, ()))
+        for field in tables.new_columns([row.item for row in first], schema):
+            schema = schema.append(field)
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            for part in chain([first], rows) if first else ():
+                yield from tables.as_table(part, schema).to_batches()
+
+        with named(str(uri)):
+            dataset = lance.write_dataset(batches(), str(uri), schema=schema, mode="create")
+        return cls(str(uri), dataset)
+
+    def __len__(self) -> int:
+        """How many vectors there are."""
+        return self.dataset.count_rows(WHOLE)
+
+    def distinct(self, column: str) -> int:
+        """How many different values the items with a vector have."""
+        query = f"SELECT count(DISTINCT {column}) FROM dataset WHERE {WHOLE}"
+        with named(self.uri):
+            return self.dataset.sql(query).build().to_batch_records()[0][0][0].as_py()
+
+    def refresh(self) -> None:
+        """From now on this is the newest state of the table."""
+        with named(self.uri):
+            self.dataset = lance.dataset(self.uri)
+
+    @property
+    def columns(self) -> list[str]:
+        """What items say."""
+        own = {"vector", "scale", *tables.OWN}
+        return [name for name in self.dataset.schema.names if name not in own]
+
+    @cached_property
+    def encoder(self) -> BTokEncoder:
+        """What makes vectors of queries."""
+        if self._encoder is None:
+            from btok.tools.command_line import load
+
+            if not (checkpoint := self.meta.get("checkpoint")):
+                raise ValueError(f"{self.uri} names no checkpoint; give Index.open an encoder")
+            self._encoder = load(checkpoint)
+            if self._encoder.digest != self.meta["model"]:
                 raise ValueError(
-                    f"{self.folder}: vector {first + int(whole.argmin())} in "
-                    f"{self.meta.get('vectors', FORMAT_1[0])} is damaged, its length is not 1; "
-                    "delete the folder, and encode makes it again"
+                    f"{self.uri} holds vectors of the model {self.meta['model']!r}, {checkpoint} "
+                    f"is now {self._encoder.digest!r}; give Index.open the encoder"
                 )
-            parts.append(block @ queries.T)
-        scores = np.concatenate(parts).T
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
-        return [[(float(s[row]), int(row)) for row in b] for s, b in zip(scores, best, strict=True)]
+        return self._encoder
+
+    # -- what is there
+
+    def rows(
+        self, columns: Sequence[str] | None = None, where: str | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows, a batch at a time, in the order in which they were written.
+
+        Args:
+            columns: their names; by default what items say.
+            where: which rows, as SQL: "uri LIKE '%.pdf' AND page < 3".
+        """
+        with named(self.uri, where):
+            scanner = self.dataset.scanner(
+                columns=self.columns if columns is None else list(columns),
+                filter=where,
+                batch_size=READ,
+                io_buffer_size=BUFFER,
+                scan_in_order=True,
+            )
+            yield from scanner.to_batches()
+
+    def look_up(
+        self, column: str, values: Collection[str], seen: NDArray[np.bool_] | None = None
+    ) -> list[dict[str, Any]]:
+        """What rows say whose "id" or "uri" is one of these, and their "error".
+
+        Args:
+            seen: bool [rows], made true where one of them is.
+        """
+        wanted = pa.array(values, pa.string())
+        first, found = 0, 0
+        for batch in self.rows([column]):
+            here = pc.is_in(batch[column], value_set=wanted)
+            if seen is not None:
+                seen[first : first + len(batch)] |= here.to_numpy(zero_copy_only=False)
+            found += here.true_count
+            first += len(batch)
+        if not found:
+            return []
+        said = []
+        for batch in self.rows([*self.columns, "error"]):
+            said += batch.filter(pc.is_in(batch[column], value_set=wanted)).to_pylist()
+        return [without_none(row) for row in said]
+
+    def unreadable(self) -> dict[str, str]:
+        """Why, by name, there is no vector."""
+        found = self.rows([*self.columns, "error"], "error IS NOT NULL")
+        rows = (row for batch in found for row in batch.to_pylist())
+        return {item_name(row): row["error"] for row in rows}
+
+    def vectors(
+        self, where: str | None = None, ids: bool = False
+    ) -> Iterator[tuple[NDArray[np.float32], pa.Array]]:
+        """float32 [n, D] a batch at a time, and the rows' numbers (or ids).
+
+        ValueError for a vector that is not of length 1: a file is damaged.
+        """
+        wanted = ["vector", *(["scale"] if self.storage == "int8" else [])]
+        with named(self.uri, where):
+            scanner = self.dataset.scanner(
+                columns=wanted + (["id"] if ids else []),
+                filter=f"({where}) AND {WHOLE}" if where else WHOLE,
+                batch_size=READ,
+                batch_readahead=2,
+                io_buffer_size=BUFFER,
+                scan_in_order=True,
+                with_row_id=True,
+            )
+            for batch in scanner.to_batches():
+                rows = self._floats(batch)
+                good = np.abs(np.einsum("nd,nd->n", rows, rows) - 1) < LENGTHS  # False for a NaN
+                if not good.all():
+                    number = batch["_rowid"][int(good.argmin())].as_py()
+                    (item,) = self._items([number])
+                    raise ValueError(
+                        f"the vector of {item_name(item)} is damaged, its length is not 1; delete "
+                        "the index, and encode makes it again"
+                    )
+                yield rows, batch["id" if ids else "_rowid"]
+
+    def _floats(self, batch: pa.RecordBatch) -> NDArray[np.float32]:
+        rows = batch["vector"].flatten().to_numpy(zero_copy_only=False)
+        rows = rows.reshape(len(batch), self.dims).astype(np.float32, copy=False)
+        if self.storage == "int8":
+            rows *= batch["scale"].to_numpy(zero_copy_only=False)[:, None]
+        return rows
+
+    def _items(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """What the rows of these numbers say."""
+        if not numbers:
+            return []
+        columns = self.columns
+        wanted = f"_rowid IN ({', '.join(map(str, sorted(set(numbers))))})"
+        with named(self.uri):
+            table = self.dataset.scanner(
+                columns=columns, filter=wanted, with_row_id=True
+            ).to_table()
+        by_number = {row.pop("_rowid"): without_none(row) for row in table.to_pylist()}
+        return [by_number[number] for number in numbers]
+
+    # -- search
+
+    def search(
+        self,
+        queries: Any,
+        k: int = 5,
+        where: str | None = None,
+        exact: bool | None = None,
+        instruction: str | None = None,
+    ) -> list[list[Hit]]:
+        """Of each query the k nearest items, the best first.
+
+        Args:
+            queries: vectors, float32 [Q, D], unit norm, or what `BTokEncoder.encode` takes.
+            where: among which rows, as SQL: "uri LIKE '%.pdf'".
+            exact: compare with all rows; by default only where no approximate index was built.
+                Scores are exact either way.
+            instruction: put before the text of queries that are no vectors.
+
+        Returns:
+            Hits per query; equal scores in the order in which the rows were written.
+
+        Raises:
+            ValueError: k below 1, vectors of another length, a condition that is no SQL or names
+                what no item says, a damaged vector.
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}, expected at least 1")
+        if isinstance(queries, np.ndarray) and queries.dtype != np.uint8:
+            if queries.ndim != 2 or queries.shape[1] != self.dims:
+                raise ValueError(
+                    f"queries is {queries.dtype} {list(queries.shape)}, expected float32 "
+                    f"[Q, {self.dims}]"
+                )
+            queries = queries.astype(np.float32, copy=False)
+        else:
+            queries = self.encoder.encode(queries, instruction, show_progress=False)
+        look = self._exact if exact or (exact is None and not self.indexed) else self._probed
+        found = look(queries, k, where)
+        items = self._items([number for of_query in found for _, number in of_query])
+        left = iter(items)
+        return [[Hit(score, next(left)) for score, _ in of_query] for of_query in found]
+
+    def _exact(
+        self, queries: NDArray[np.float32], k: int, where: str | None
+    ) -> list[list[tuple[float, int]]]:
+        """Scores and rows' numbers, by all rows of the table, which are read once."""
+        best = np.full((len(queries), k), -np.inf, np.float32)
+        numbers = np.zeros((len(queries), k), np.uint64)
+        for rows, of_rows in self.vectors(where):
+            scores, theirs = queries @ rows.T, of_rows.to_numpy()
+            better = scores > best[:, -1:]  # of equal ones the earlier stays
+            for query in np.flatnonzero(better.any(1)):
+                new = np.flatnonzero(better[query])
+                joint = np.concatenate((best[query], scores[query, new]))
+                order = np.argsort(-joint, kind="stable")[:k]
+                best[query] = joint[order]
+                numbers[query] = np.concatenate((numbers[query], theirs[new]))[order]
+        return [
+            [(float(score), int(n)) for score, n in zip(*pair, strict=True) if score > -np.inf]
+            for pair in zip(best, numbers, strict=True)
+        ]
+
+    def _probed(
+        self, queries: NDArray[np.float32], k: int, where: str | None, probes: int | None = None
+    ) -> list[list[tuple[float, int]]]:
+        """Scores and rows' numbers, by the approximate index and what is not in it yet."""
+        nearest = {
+            "column": "vector",
+            "q": queries,
+            "k": k,
+            "nprobes": probes or self.meta.get("probes", PROBES[-1]),
+            "refine_factor": REFINED,
+        }
+        with named(self.uri, where):
+            table = self.dataset.scanner(
+                columns=["vector"],
+                nearest=nearest,
+                filter=where,
+                prefilter=True,
+                with_row_id=True,
+                disable_scoring_autoprojection=True,
+            ).to_table()
+        table = table.filter(pc.is_valid(table["vector"]))
+        rows: Any = self._floats(table.combine_chunks().to_batches()[0]) if len(table) else []
+        found: list[list[tuple[float, int]]] = [[] for _ in queries]
+        asking = table["query_index"].to_pylist() if len(queries) > 1 else [0] * len(table)
+        for row, query, number in zip(rows, asking, table["_rowid"].to_pylist(), strict=True):
+            found[query].append((float(queries[query] @ row), number))
+        return [sorted(of_query, key=lambda hit: (-hit[0], hit[1])) for of_query in found]
+
+    @property
+    def indexed(self) -> bool:
+        """Whether an approximate index was built."""
+        return any(each.name == "vector_idx" for each in self.dataset.describe_indices())
+
+    def build(self, kind: str = "IVF_PQ", k: int = 10) -> float:
+        """Make an approximate index, and look at as many of its partitions as its recall needs.
+
+        Args:
+            kind: "IVF_PQ" (small), or "IVF_HNSW_SQ" (faster; a byte per component).
+
+        Returns:
+            Recall at k against exact search, of stored vectors that ask for their neighbours; what
+            other queries get may be less. Of a table of a few rows only there is no index to make.
+
+        Raises:
+            ValueError: another kind, a table of int8.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        if self.storage == "int8":
+            raise ValueError(
+                f"{self.uri} has vectors of int8, of which no approximate index can be made; "
+                "encode with float16, or search it exactly"
+            )
+        self.refresh()
+        if (count := len(self)) < LEAST:
+            raise ValueError(f"{self.uri} has {count} vectors, an index needs {LEAST}")
+        settings: dict[str, Any] = {"num_partitions": max(1, round(count**0.5))}
+        if kind == "IVF_PQ":
+            eighth = (n for n in (8, 4, 2) if self.dims % n == 0)
+            settings["num_sub_vectors"] = self.dims // next(eighth, 1)
+        with named(self.uri):
+            self.dataset.create_index("vector", kind, metric="cosine", replace=True, **settings)
+        queries = self._sample()
+        expected = self._exact(queries, k + 1, None)  # a vector is its own nearest
+        recall = 0.0
+        for probes in PROBES:
+            found = self._probed(queries, k + 1, None, probes)
+            recall = _recall(expected, found, k)
+            if recall >= RECALL or probes >= settings["num_partitions"]:
+                break
+        self._describe(probes=probes, recall=round(recall, 4), kind=kind)
+        return recall
+
+    def _sample(self) -> NDArray[np.float32]:
+        """Some of the vectors, evenly."""
+        count = len(self)
+        step = max(1, count // SAMPLE)
+        taken, first = [], 0
+        for rows, _ in self.vectors():
+            taken.append(rows[-first % step :: step].copy())
+            first += len(rows)
+        return np.concatenate(taken)[:SAMPLE]
+
+    def _describe(self, **more: Any) -> None:
+        """Add to the table's metadata."""
+        self.meta |= more
+        with named(self.uri):
+            self.dataset.update_schema_metadata({tables.METADATA.decode(): json.dumps(self.meta)})
+
+    # -- change
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Add rows in one commit; a row whose id is there already takes its place.
+
+        ValueError for an id twice among them.
+        """
+        ids = [row.item["id"] for row in rows]
+        refuse_twice(self.uri, ids)
+        self.refresh()
+        self.write(rows, replacing=bool(self.look_up("id", ids)))
+
+    def write(self, rows: Sequence[Row], replacing: bool = False) -> None:
+        """Add rows in one commit, none of whose ids is there, or all of whose may be."""
+        if not rows:
+            return
+        with named(self.uri):
+            self._widen([row.item for row in rows])
+            table = tables.as_table(rows, self.dataset.schema)
+            if replacing:
+                merge = self.dataset.merge_insert("id").when_matched_update_all()
+                merge.when_not_matched_insert_all().execute(table)
+            else:
+                self.dataset = lance.write_dataset(table, self.uri, mode="append")
+
+    def update(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """Have rows say what items of the same ids say, in one commit; their vectors stay."""
+        if not items:
+            return
+        with named(self.uri):
+            self._widen(items)
+            fields = [self.dataset.schema.field(name) for name in self.columns]
+            said = {field.name: tables.column(items, field.name, field.type) for field in fields}
+            self.dataset.merge_insert("id").when_matched_update_all().execute(pa.table(said))
+
+    def _widen(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """Make the columns that items need."""
+        if fields := tables.new_columns(items, self.dataset.schema):
+            self.dataset.add_columns(fields)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Forget rows, 10,000 in a commit."""
+        with named(self.uri):
+            for first in range(0, len(ids), MANY):
+                quoted = ("'" + each.replace("'", "''") + "'" for each in ids[first : first + MANY])
+                self.dataset.delete(f"id IN ({', '.join(quoted)})")
+
+    def tidy(self) -> float | None:
+        """Join small files, forget old states, keep the approximate index up; its recall, if one
+        was built now.
+        """
+        recall = None
+        with named(self.uri):
+            if len(self.dataset.get_fragments()) > FRAGMENTS:
+                self.dataset.optimize.compact_files()
+            if self.indexed:
+                stats = self.dataset.stats.index_stats("vector_idx")
+                if stats["num_unindexed_rows"] > STALE * stats["num_indexed_rows"]:
+                    self.dataset.optimize.optimize_indices()
+            elif self.storage != "int8" and len(self) >= LARGE:
+                recall = self.build()
+            self.dataset.cleanup_old_versions(older_than=KEPT)
+        return recall
 
 
-def open_index(encoder: BTokEncoder, folder: str | Path, instruction: str | None = None) -> Index:
-    """The index of an encoder and its settings in a folder, made if there is none.
+def _recall(
+    expected: Sequence[Sequence[tuple[float, int]]],
+    found: Sequence[Sequence[tuple[float, int]]],
+    k: int,
+) -> float:
+    """Of the k nearest but the first, which is the query itself, how many were found."""
+    hits = [
+        len({n for _, n in right[1:]} & {n for _, n in got})
+        for right, got in zip(expected, found, strict=True)
+    ]
+    return sum(hits) / sum(len(right) - 1 for right in expected)
+
+
+@contextmanager
+def named(uri: str, where: str | None = None) -> Iterator[None]:
+    """One line that says which table it was, and what could be wrong with it, for Lance's errors.
+
+    ValueError in place of those that it raises.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, KeyError, TypeError, pa.ArrowException) as error:
+        said = WORDY.sub("", one_line(error))
+        if said.startswith(f"{uri}: "):
+            raise
+        if where and any(word in said for word in ("Schema error", "parsing statement", "SQL")):
+            raise ValueError(f"where is {where!r}, which is no condition: {said}") from error
+        raise ValueError(f"{uri}: {said}{DAMAGED if _is_damage(uri, error) else ''}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust
+            raise
+        raise ValueError(f"{uri}: {one_line(error)}{DAMAGED}") from error
+
+
+def _is_damage(uri: str, error: BaseException) -> bool:
+    """Whether it may be that a local table lost a file, or part of one."""
+    said = str(error).lower()
+    signs = ("protobuf", "decod", "corrupt", "magic", "invalid range", "too small", "truncated")
+    gone = "not found" in said and ("/data/" in said or "/_deletions/" in said)
+    return "://" not in uri and (gone or any(sign in said for sign in signs))
+
+
+def open_index(
+    encoder: BTokEncoder,
+    uri: str | Path,
+    instruction: str | None = None,
+    storage: str | None = None,
+) -> Index:
+    """The index of an encoder and its settings, made if there is none; one of an older format is
+    rewritten. All processes of a group call it.
 
     Args:
         encoder: from `BTokEncoder.from_pretrained`, which names its checkpoint.
         instruction: put before the text of every input; an index is of one instruction.
+        storage: as `Index.create` takes it; None for what there is, or float32.
 
     Raises:
-        ValueError: vectors of another model or other settings, or no index; no checkpoint to name
-            the model; several processes that have no process group.
+        ValueError: vectors of another model, settings or storage, or no index; no checkpoint to
+            name the model; several processes that have no process group.
     """
-    folder = Path(folder)
-    settings = {"instruction": instruction or "", **encoder.settings}
-    asked = {"model": encoder.digest, **settings}
+    asked, place = described(encoder, instruction), str(uri)
     if int(os.environ.get("WORLD_SIZE", 1)) > world():
         raise ValueError("under torchrun call torch.distributed.init_process_group first")
     if rank() == 0:
-        for name in FORMAT_1:  # a kill may have left them on their way, to be moved in this order
-            if (folder / ".ready" / name).exists():
-                rename(folder / ".ready" / name, folder / name)
-        if not (folder / "meta.json").exists():
-            if any(not path.name.startswith("meta.json.") for path in folder.glob("*")):
-                raise ValueError(f"{folder} is no index and not empty; give another folder")
-            folder.mkdir(parents=True, exist_ok=True)
-            meta = {"format_version": FORMAT_VERSION, "model": encoder.digest, "settings": settings}
-            _write_manifest(folder, {**meta, "count": 0, "unreadable": {}})
-    _all_here()
-    index = Index(folder)
-    had = {"model": index.meta.get("model"), **index.meta.get("settings", {})}
-    # bounds on pixels were once kept for models of text alone, too
-    kept = {name for name in had if not name.endswith("_pixels")}
-    for name in sorted(asked.keys() | kept):
-        if had.get(name) != asked.get(name):
-            raise ValueError(
-                f"{folder} holds vectors of {name} {had.get(name)!r}, this is "
-                f"{asked.get(name)!r}; delete it or give another folder"
-            )
+        folder = None if "://" in place else Path(place)
+        if folder is not None and (folder / old_index.MANIFEST).exists():
+            _renew(folder, asked, storage, encoder.dims)
+        elif not _is_there(place):
+            if folder is not None and folder.exists() and not _is_empty(folder):
+                raise ValueError(f"{place} is no index and not empty; give another folder")
+            Index.create(place, asked, encoder.dims, storage or "float32")
+    gather(None)  # all processes are here: there is a table now
+    index = Index.open(place)
+    refuse_other(place, index.meta, asked)
+    if storage not in (None, index.storage):
+        raise ValueError(f"storage is {storage!r}, but {place} has vectors of {index.storage}")
+    index._encoder = encoder
     return index
 
 
-def item_name(item: Mapping[str, Any]) -> str:
-    """What people call an item: its "path", with its "page" where it has one; else its "id"."""
-    page = f", page {item['page']}" if item.get("page") else ""
-    return f"{item.get('path', item['id'])}{page}"
-
-
-def encode_to(
-    encoder: BTokEncoder,
-    folder: str | Path,
-    inputs: Iterable[Any],
-    items: Iterable[str | Mapping[str, Any]],
-    instruction: str | None = None,
-    batch_tokens: int = 16384,
-    show_progress: bool = True,
-) -> Index:
-    """Make `folder` the index of exactly these inputs, in order; encode what it lacks.
-
-    A killed call goes on where it was, to the same bytes. Inputs that cannot be read are left out
-    and named in the index's `meta["unreadable"]` by `item_name`. In a process group the ranks share
-    the work and the folder.
-
-    Args:
-        encoder: from `BTokEncoder.from_pretrained`.
-        inputs, instruction, batch_tokens, show_progress: as `BTokEncoder.encode` takes them.
-        items: per input its id, or a mapping for JSON with its "id", all different. A vector of the
-            same id is not computed again, so an id must change with the content.
-
-    Raises:
-        ValueError: what `open_index` refuses; an id twice; no input that can be read.
-    """
-    index = open_index(encoder, folder, instruction)
-    known = {item["id"] for item in index.items}
-    for _, ids, reasons in _parts(index.folder):
-        known.update(ids, reasons)
-    _all_here()  # no part is written before every rank has looked
-    order: list[Mapping[str, Any]] = []
-    mine: list[str] = []
-
-    def lacking() -> Iterator[Any]:
-        """Inputs that have no vector yet; of every world() parts of them this rank's one."""
-        count = 0
-        for value, item in zip(inputs, items, strict=True):
-            order.append({"id": item} if isinstance(item, str) else item)
-            if order[-1]["id"] not in known:
-                if count // PART % world() == rank():
-                    mine.append(order[-1]["id"])
-                    yield value
-                count += 1
-
-    rows: dict[str, np.ndarray] = {}
-    broken: dict[int, str] = {}
-
-    def write_part() -> None:
-        """Keep vectors by id, and reasons by id."""
-        text = json.dumps([list(rows), {mine[i]: why for i, why in broken.items()}]).encode()
-        with whole(_part(index.folder, "{}.npz", text)) as draft, open(draft, "wb") as file:
-            np.savez(file, text=np.frombuffer(text, np.uint8), rows=np.array([*rows.values()]))
-        rows.clear()
-        broken.clear()
-
-    arguments = (lacking(), instruction, batch_tokens, show_progress and rank() == 0)
-    for indices, vectors in encoder.encode_iter(*arguments, window=PART, unreadable=broken):
-        rows.update(zip((mine[i] for i in indices), vectors, strict=True))
-        if len(rows) + len(broken) == PART:  # always met: a window is a part
-            write_part()
-    if rows or broken:
-        write_part()
+def _is_there(uri: str) -> bool:
+    """Whether there is a table, of whatever kind."""
     try:
-        return _commit(index, order)
-    except FileNotFoundError as error:
-        raise ValueError(f"{index.folder}: {error}; {SHARED}") from error
+        lance.dataset(uri)
+    except ValueError as error:
+        if "not found" in str(error).lower() and "Dataset at path" in str(error):
+            return False
+        with named(uri):
+            raise
+    return True
 
 
-def _part(folder: Path, name: str, holds: bytes) -> Path:
-    """The path of a part, with a digest of what it holds in its name."""
-    (folder / "parts").mkdir(exist_ok=True)
-    return folder / "parts" / name.format(hashlib.sha256(holds).hexdigest()[:24])
+def _is_empty(folder: Path) -> bool:
+    """Whether there is nothing in it but what a writer left who was killed before its first
+    commit.
+    """
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {
+        "data",
+        "_transactions",
+        "_versions",
+    }
 
 
-def _parts(folder: Path, vectors: bool = False) -> Iterator[tuple[Any, list[str], dict[str, str]]]:
-    """Of each part that is done its vectors, if wanted, the ids of its rows, and reasons by id."""
-    for path in sorted(folder.glob("parts/*.npz")):
-        try:
-            with np.load(path) as part:
-                rows = part["rows"] if vectors else None
-                ids, reasons = json.loads(part["text"].tobytes())
-            whys = reasons.values() if isinstance(reasons, dict) else [None]
-            if not all(isinstance(each, str) for each in chain(ids, whys)):
-                raise ValueError("it does not hold ids and reasons")
-            if rows is not None and ids and (rows.dtype != np.float32 or len(rows) != len(ids)):
-                raise ValueError(f"it holds {rows.dtype} {list(rows.shape)} for {len(ids)} ids")
-        except FileNotFoundError:  # another process has it; what is missing then will be told
-            continue
-        except Exception as error:  # of numpy, of its zip files and of JSON
-            why = f"{path} cannot be read ({error}); delete it, and the same command makes its"
-            raise ValueError(f"{why} vectors again") from error
-        yield rows, ids, reasons
-
-
-def _commit(index: Index, order: list[Mapping[str, Any]]) -> Index:
-    """Make the index hold exactly these items, less unreadable ones."""
-    _all_here()  # all parts are written
-    folder = index.folder
-    reasons = {i: why for _, _, broken in _parts(folder) for i, why in broken.items()}
-    kept = [dict(item) for item in order if item["id"] not in reasons]
-    row_of = {item["id"]: row for row, item in enumerate(kept)}
-    if twice := [item["id"] for row, item in enumerate(kept) if row_of[item["id"]] != row]:
-        raise ValueError(f"{folder}: the id {twice[0]!r} came twice, expected all different")
-    left_out = (item for item in order if item["id"] in reasons)
-    unreadable = {item_name(item): reasons[item["id"]] for item in left_out}
-    _all_here()  # every rank has read the parts
-    if rank() == 0:
-        if kept and (kept != index.items or unreadable != index.meta["unreadable"]):
-            lines = "".join(json.dumps(item) + "\n" for item in kept)
-            vectors = _part(folder, "vectors-{}.npy", json.dumps(list(row_of)).encode())
-            items = _part(folder, "items-{}.jsonl", lines.encode())
-            if vectors != index.files[0]:  # that one was read; another may be any file
-                _write_vectors(vectors, index, row_of)
-            write_text(items, lines)
-            meta = index.meta | {"format_version": FORMAT_VERSION, "count": len(kept)}
-            meta |= {"vectors": f"parts/{vectors.name}", "items": f"parts/{items.name}"}
-            _write_manifest(folder, meta | {"unreadable": unreadable})
-            index = Index(folder)
-        named = {folder / "meta.json", *index.files}
-        for pattern in ("parts/*", "meta.json.*", *FORMAT_1, ".draft/*"):  # there format 1 wrote
-            for path in set(folder.glob(pattern)) - named:
-                path.unlink(missing_ok=True)  # another process may be at it too
-    _all_here()
-    if not kept:
-        first = f", the first: {next(iter(unreadable.values()))}" if unreadable else ""
-        raise ValueError(f"none of {len(order)} inputs can be read{first}")
-    return Index(folder)
-
-
-def _write_vectors(path: Path, index: Index, row_of: Mapping[str, int]) -> None:
-    """Write the vectors of these ids, out of the index and of parts, each in its row."""
-    own: Iterable[Any] = [(index.vectors, [item["id"] for item in index.items], {})]
-    missing, out = set(row_of), None
-    with whole(path) as draft:
-        for rows, ids, _ in chain(own, _parts(index.folder, vectors=True)):
-            if pairs := [(row_of[name], row) for row, name in enumerate(ids) if name in row_of]:
-                there, here = map(list, zip(*pairs, strict=True))
-                if out is None:
-                    shape = (len(row_of), rows.shape[1])
-                    out = np.lib.format.open_memmap(draft, "w+", np.float32, shape)
-                out[there] = rows[here]
-                missing.difference_update(ids)
-        if missing or out is None:
-            raise ValueError(
-                f"{index.folder}: {len(row_of) - len(missing)} of {len(row_of)} vectors are there; "
-                + SHARED
-            )
-        out.flush()
-
-
-def _write_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
-    """From now on the index is what this says; file names that are no UTF-8 stay escaped."""
-    write_text(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
-
-
-def _all_here() -> None:
-    """Go on once every process is here."""
-    if world() > 1:
-        dist.barrier()
+def _renew(folder: Path, asked: Mapping[str, Any], storage: str | None, dims: int) -> None:
+    """Make a table, in one commit, of an index of an older format, whose files then go."""
+    if not _is_there(str(folder)):  # else a kill came between the commit and their going
+        old = old_index.OldIndex(folder)
+        refuse_other(folder, old.meta, asked)
+        Index.create(folder, asked, dims, storage or "float32", old.rows())
+    old_index.remove(folder)

@@ -95,10 +95,8 @@ class MTEBEncoder(AbsEncoder):
         window = 64 if "video" in task_metadata.modalities else 1024
         rows: dict[int, np.ndarray] = {}
         sides = _sides(_as_files(inputs))
-        for indices, vectors in self.encoder.encode_iter(
-            sides, prompt, show_progress=show, window=window
-        ):
-            rows |= zip(indices, vectors, strict=True)
+        for made in self.encoder.encode_iter(sides, prompt, show_progress=show, window=window):
+            rows |= zip(made.ids, made.vectors, strict=True)
         return np.stack([rows[i] for i in range(len(rows))])
 
 

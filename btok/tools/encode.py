@@ -1,0 +1,137 @@
+"""Inputs become vectors in a sink: only those that it lacks, in parts, shared by the ranks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import blake2b
+from itertools import islice, tee
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btok.encoder import BTokEncoder
+from btok.tools.rows import Encoded, Row, as_item, refuse_twice
+from btok.tools.sinks import open_sink
+from btok_kernels.ranks import from_first, gather, rank, world
+
+PART = 256  # inputs that are encoded together, by one process
+SECONDS = 10.0  # between two writes, so that many small parts make one commit
+WINDOW = 1 << 14  # items that are looked up together
+
+
+def encode_to(
+    encoder: BTokEncoder,
+    output: str | Path,
+    inputs: Iterable[Any],
+    items: Iterable[str | Mapping[str, Any]],
+    instruction: str | None = None,
+    batch_tokens: int = 16384,
+    show_progress: bool = True,
+    storage: str | None = None,
+) -> Encoded:
+    """Make an index, or another sink, hold exactly these inputs; encode what it lacks.
+
+    A call that was stopped or killed goes on where it was: at most the parts of the last ten
+    seconds, or the part in work, are made again. Inputs that cannot be read are told, and tried
+    again by the next call. In a process group the ranks share the work.
+
+    Args:
+        encoder: from `BTokEncoder.from_pretrained`.
+        output: a folder or an address for an index, NAME.parquet or NAME.npz; see
+            `btok.tools.sinks`.
+        inputs, instruction, batch_tokens, show_progress: as `BTokEncoder.encode` takes them.
+        items: per input its id, or a mapping with its "id" and what else is to be found and
+            filtered by, all different. A vector of the same id is not computed again, so an id must
+            change with the content. Items are drawn in windows, ahead of their inputs.
+        storage: what an index stores: "float32", "float16" or "int8"; by default what it does
+            already, or float32.
+
+    Raises:
+        ValueError: what `btok.tools.index.open_index` refuses; an id twice; no input that can be
+            read.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > world():
+        raise ValueError("under torchrun call torch.distributed.init_process_group first")
+    sink = open_sink(encoder, output, instruction, storage)
+    waiting: dict[str, Mapping[str, Any]] = {}
+
+    def lacking() -> Iterator[tuple[str, Any]]:
+        """What has no vector yet; of every world() parts of it this rank's one."""
+        given, described, count = iter(inputs), map(as_item, items), 0
+        came = Ids()
+        while window := list(islice(described, WINDOW)):
+            came.add(str(output), [item["id"] for item in window])
+            for item, wanted in zip(window, sink.lacking(window), strict=True):
+                try:
+                    value = next(given)
+                except StopIteration:
+                    raise ValueError("inputs is shorter than items") from None
+                if wanted:
+                    if count // PART % world() == rank():
+                        waiting[item["id"]] = item
+                        yield item["id"], value
+                    count += 1
+        if next(given, waiting) is not waiting:
+            raise ValueError("items is shorter than inputs")
+
+    def write(part: dict[str, Row]) -> None:
+        """Rows in the order of their items, in which vectors are not made."""
+        sink.write([part[name] for name in waiting if name in part])
+        for name in part:
+            del waiting[name]
+
+    part: dict[str, Row] = {}
+    since = time.monotonic()
+    ids, values = tee(lacking())
+    made = encoder.encode_iter(
+        (value for _, value in values),
+        instruction,
+        batch_tokens,
+        show_progress and rank() == 0,
+        ids=(name for name, _ in ids),
+        window=PART,
+        strict=False,
+    )
+    try:
+        for names, vectors, errors, tokens in made:
+            for name, row, count in zip(names, vectors, tokens, strict=True):
+                part[name] = Row(waiting[name], row, count)
+            part |= {name: Row(waiting[name], None, None, why) for name, why in errors.items()}
+            if len(part) % PART == 0 and time.monotonic() - since >= SECONDS:
+                write(part)
+                part, since = {}, time.monotonic()
+    finally:  # what was made is kept, whatever happened
+        if part:
+            write(part)
+    gather(None)  # all have written
+    outcome: Encoded | Exception | None = None
+    if rank() == 0:
+        try:
+            outcome = sink.finish()
+        except (ValueError, OSError) as error:
+            outcome = error  # the others must not wait
+    outcome = from_first(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert outcome is not None
+    return outcome
+
+
+class Ids:
+    """Ids that came, 16 bytes each, so that one that comes twice is told."""
+
+    def __init__(self) -> None:
+        self.digests = np.empty(0, "S16")
+
+    def add(self, where: str, ids: list[str]) -> None:
+        """ValueError for one that is among them twice, or came before."""
+        refuse_twice(where, ids)
+        digests = np.array([blake2b(each.encode(), digest_size=16).digest() for each in ids], "S16")
+        if (before := np.isin(digests, self.digests)).any():
+            raise ValueError(
+                f"{where}: the id {ids[int(before.argmax())]!r} came twice, expected all different"
+            )
+        self.digests = np.union1d(self.digests, digests)

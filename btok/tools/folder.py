@@ -1,0 +1,217 @@
+"""A folder's files, and documents' pages, as the items of an index that follows the folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice, tee
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btok.encoder import BTokEncoder
+from btok.files import printable, sha256
+from btok.inputs import DOCUMENTS, KINDS, Page, pages
+from btok.tools.encode import encode_to
+from btok.tools.sinks import NPZ, PARQUET
+from btok_kernels.ranks import rank
+
+if TYPE_CHECKING:
+    from btok.tools.index import Index
+
+READING = 2  # of files; another makes all vectors again
+SHA256 = 64  # hexadecimal digits
+SHOWN = 10  # unreadable files that are named
+WINDOW = 1 << 14  # files that are looked up together
+
+
+@dataclass
+class Listing:
+    """What there is in a folder.
+
+    Args:
+        paths: of the files of the kinds that are embedded, relative to the folder, sorted.
+        others: how many files of each other ending there are, and of links and hidden things.
+        unreadable: folders that cannot be read, relative to it, and why.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def passed_over(self) -> str:
+        """In words, the most frequent first; empty for nothing."""
+        most = sorted(self.others.items(), key=lambda other: (-other[1], other[0]))
+        said = ", ".join(f"{count} {what}" for what, count in most)
+        return said and f"; passed over: {said}"
+
+
+def list_files(root: Path, output: Path | None = None) -> Listing:
+    """Look through a folder, but for an index in it.
+
+    Hidden things are passed over, which an index and what macOS leaves on other disks are, too, and
+    symbolic links, which may lead out of the folder or in circles.
+    """
+    found = Listing()
+    own = None if output is None else output.resolve()
+
+    def name(path: str | Path) -> str:
+        return Path(path).relative_to(root).as_posix()
+
+    def unreadable(error: OSError) -> None:
+        found.unreadable[name(error.filename)] = error.strerror or str(error)
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        for each in list(folders):
+            path = Path(folder, each)
+            if path == own or each.startswith(".") or path.is_symlink():
+                folders.remove(each)
+                if path != own:
+                    found.others["links" if path.is_symlink() else "hidden"] += 1
+        for path in (Path(folder, each) for each in names):
+            if path.name.startswith("."):
+                found.others["hidden"] += 1
+            elif path.is_symlink():
+                found.others["links"] += 1
+            elif path.suffix.lower() not in KINDS or not path.is_file():
+                ending = path.suffix.lower() if path.suffix else "without an ending"
+                found.others[printable(ending) if path.is_file() else "no ordinary files"] += 1
+            else:
+                found.paths.append(name(path))
+    found.paths.sort()
+    return found
+
+
+def update(
+    encoder: BTokEncoder,
+    root: Path,
+    listed: Listing,
+    output: str | Path,
+    instruction: str,
+    batch_tokens: int,
+    storage: str | None = None,
+) -> Index | None:
+    """Make an index, or another sink, hold just these files of a folder, and say what was done.
+
+    What lies in a folder that cannot be read now stays as it was.
+
+    Returns:
+        The index, if it is one.
+    """
+    old = None
+    if Path(output).suffix.lower() not in (NPZ, PARQUET):
+        from btok.tools.index import Index, open_index
+
+        old = open_index(encoder, output, instruction, storage)
+        if others := next(old.rows(["id"], "uri IS NULL"), ()):
+            raise ValueError(
+                f"{output} is an index of other things than files ({others[0][0].as_py()!r:.60}); "
+                "give another --output"
+            )
+    real = {as_uri(path): path for path in listed.paths if as_uri(path) != path}
+    items, again = tee(describe(root, listed, old))
+    inputs = (as_input(root, item, real) for item in again)
+    done = encode_to(encoder, output, inputs, items, instruction, batch_tokens, storage=storage)
+    index = None if old is None else Index.open(output, encoder)
+    if rank() == 0:
+        files = done.vectors if index is None else index.distinct("uri")
+        several = f", {done.vectors} items" if done.vectors > files else ""
+        there = {as_uri(path) for path in listed.paths}
+        gone = sum(row.get("uri") not in there for row in done.removed)
+        said = f"{files} files{several}, {done.added} of them new or changed"
+        said += f", {gone} gone, {len(done.unreadable) + len(listed.unreadable)} unreadable"
+        print(f"{printable(output)}: {said}{listed.passed_over()}", file=sys.stderr)
+        told = {
+            f"{folder}/": f"{why}; what was known of it stays"
+            for folder, why in listed.unreadable.items()
+        }
+        told |= done.unreadable
+        for name, why in list(told.items())[:SHOWN]:
+            print(printable(f"  {name}: {why}"), file=sys.stderr)
+        if len(told) > SHOWN:
+            rest = f"  ... and {len(told) - SHOWN} more"
+            rest += "" if index is None else f"; python -m btok index {output} names all"
+            print(printable(rest), file=sys.stderr)
+        if done.recall is not None:
+            print(f"{printable(output)}: {said_of_recall(done.recall)}", file=sys.stderr)
+    return index
+
+
+def said_of_recall(recall: float) -> str:
+    """What there is to say of a new approximate index."""
+    return (
+        f"an approximate index was made, its recall@10 is {recall:.3f} of exact search "
+        "(stored vectors asked for their neighbours)"
+    )
+
+
+def describe(root: Path, listed: Listing, old: Index | None) -> Iterator[dict[str, Any]]:
+    """Files as items, a document's pages each as one; a content is looked at where size or time are
+    not those of the old items. What lies in a folder that cannot be read stays as it was.
+
+    An id is the content, the ending that says how to read it, which way of reading that was, which
+    file of these it is, and which page: the same after a file was renamed.
+    """
+    count: Counter[str] = Counter()
+    taken: set[str] = set()
+    for folder in listed.unreadable if old is not None else ():
+        assert old is not None
+        quoted = as_uri(folder).replace("'", "''")
+        for batch in old.rows(where=f"starts_with(uri, '{quoted}/')"):
+            for row in batch.to_pylist():
+                taken.add(row["id"].partition("#")[0])
+                yield {name: value for name, value in row.items() if value is not None}
+    paths = iter(listed.paths)
+    while window := list(islice(paths, WINDOW)):
+        known: dict[str, dict[str, Any]] = {}
+        if old is not None and len(old):
+            for row in old.look_up("uri", [as_uri(path) for path in window]):
+                known.setdefault(row["uri"], row)
+        for path in window:
+            yield from _items(root, path, known.get(as_uri(path), {}), count, taken)
+
+
+def _items(
+    root: Path, path: str, known: Mapping[str, Any], count: Counter[str], taken: set[str]
+) -> Iterator[dict[str, Any]]:
+    """A file's one item, or its pages'."""
+    item: dict[str, Any] = {"uri": as_uri(path)}
+    number = known.get("pages", 0)
+    ending = Path(path).suffix.lower()
+    try:
+        stat = (root / path).stat()
+        item |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        item["ctime_ns"] = stat.st_ctime_ns  # which a copy that keeps the time does not keep
+        if item.items() <= known.items():
+            content = known["id"][:SHA256]
+        else:
+            content, number = sha256(root / path), 0
+        content += f"{ending}@{READING}"
+        if ending in DOCUMENTS and not number:
+            number = len(pages(root / path))
+    except (OSError, ValueError, ImportError):  # the encoder will say what is wrong
+        content = as_uri(path)
+    count[content] += 1
+    while f"{content}-{count[content]}" in taken:
+        count[content] += 1
+    name = f"{content}-{count[content]}"
+    if number > 1:
+        item["pages"] = number
+        yield from ({"id": f"{name}#{n}", **item, "page": n} for n in range(1, number + 1))
+    else:
+        yield {"id": name, **item, **({"pages": 1} if number else {})}
+
+
+def as_uri(path: str) -> str:
+    """A path as an index has it: bytes that are no UTF-8 are spelled out, as "\\udce9"."""
+    return path.encode(errors="backslashreplace").decode()
+
+
+def as_input(
+    root: Path, item: Mapping[str, Any], real: Mapping[str, str] | None = None
+) -> Path | Page:
+    """What an item of a folder is encoded from; `real` has the paths that are no UTF-8."""
+    path = root / (real or {}).get(item["uri"], item["uri"])
+    return Page(path, item["page"]) if item.get("page") else path

@@ -1,0 +1,100 @@
+"""What an index, or a file of vectors, is made of: rows, and what their vectors depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from btok.encoder import BTokEncoder
+
+
+class Row(NamedTuple):
+    """What an item says, at least its "id", and its vector, float32 [D], or why it has none."""
+
+    item: Mapping[str, Any]
+    vector: NDArray[np.float32] | None
+    tokens: int | None = None
+    error: str | None = None
+
+
+class Encoded(NamedTuple):
+    """What a run left: how many vectors there are, how many of them are new, what the items said
+    that went, by name why others have no vector; the recall of an approximate index, if one was
+    made.
+    """
+
+    vectors: int
+    added: int
+    removed: list[dict[str, Any]]
+    unreadable: dict[str, str]
+    recall: float | None = None
+
+
+def as_item(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """An item as a mapping; a TypeError where its "id" is no text."""
+    found = {"id": item} if isinstance(item, str) else item
+    if not isinstance(found, Mapping) or not isinstance(found.get("id"), str):
+        raise TypeError(f"an item is {item!r:.60}, expected a text or a mapping with a text as id")
+    return found
+
+
+def item_name(item: Mapping[str, Any]) -> str:
+    """What people call an item: its "uri", with its "page" or times where it has them; else its
+    "id".
+    """
+    name = str(item.get("uri") or item["id"])
+    if item.get("page"):
+        name += f", page {item['page']}"
+    if item.get("end") is not None:
+        name += f", {_clock(item.get('start') or 0)}-{_clock(item['end'])}"
+    return name
+
+
+def _clock(seconds: float) -> str:
+    """1:05:30, or 5:30 within an hour."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def without_none(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says; a null says nothing."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def refuse_twice(where: str, ids: Sequence[str]) -> None:
+    """A ValueError that names an id which is there twice."""
+    if len(set(ids)) < len(ids):
+        before: set[str] = set()
+        for each in ids:
+            if each in before:
+                raise ValueError(f"{where}: the id {each!r} came twice, expected all different")
+            before.add(each)
+
+
+def described(encoder: BTokEncoder, instruction: str | None) -> dict[str, Any]:
+    """What an encoder's vectors depend on, and where it is."""
+    digest = encoder.digest  # which needs a checkpoint
+    return {
+        "model": digest,
+        "checkpoint": str(Path(str(encoder.checkpoint)).resolve()),
+        "settings": {"instruction": instruction or "", **encoder.settings},
+    }
+
+
+def refuse_other(place: str | Path, had: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """A ValueError where vectors there are of another model or other settings."""
+    old = {"model": had.get("model"), **had.get("settings", {})}
+    new = {"model": asked["model"], **asked["settings"]}
+    # bounds on pixels were once kept for models of text alone, too
+    kept = {name for name in old if not name.endswith("_pixels")}
+    for name in sorted(new.keys() | kept):
+        if old.get(name) != new.get(name):
+            raise ValueError(
+                f"{place} holds vectors of {name} {old.get(name)!r}, this is {new.get(name)!r}; "
+                "delete it or give another output"
+            )

@@ -1,0 +1,135 @@
+"""Rows as Arrow tables, for an index and for Parquet files.
+
+id        what a row is of, different in all rows; the same where the content is the same
+uri, page, pages, start, end, size, mtime_ns, ctime_ns, and what else the items say
+vector    float32, float16 or int8 (then beside its "scale") [D]; null where there is an error
+tokens    that it was made of
+part      a digest of the ids that were written with it
+error     why there is no vector
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from btok.files import one_line
+from btok.tools.rows import Row
+
+try:
+    import pyarrow as pa
+except ImportError as error:
+    raise ImportError(
+        'tables of vectors need pyarrow: pip install "btok[lance]"; without it vectors can be '
+        "written to an output that ends in .npz"
+    ) from error
+
+METADATA = b"btok"  # the key, among those of a schema, of what the vectors depend on
+SAID = {  # by items of files; others may say more
+    "id": pa.string(),
+    "uri": pa.string(),
+    "page": pa.int32(),
+    "pages": pa.int32(),
+    "start": pa.float64(),
+    "end": pa.float64(),
+    "size": pa.int64(),
+    "mtime_ns": pa.int64(),
+    "ctime_ns": pa.int64(),
+}
+OWN = {"tokens": pa.int32(), "part": pa.string(), "error": pa.string()}  # that no item says
+STORAGE = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}
+
+
+def schema_of(meta: Mapping[str, Any], dims: int, storage: str) -> pa.Schema:
+    """The columns of every table, and its metadata."""
+    if storage not in STORAGE:
+        raise ValueError(f"storage is {storage!r}, expected one of {', '.join(STORAGE)}")
+    fields = {**SAID, "vector": pa.list_(STORAGE[storage], dims)}
+    fields |= {"scale": pa.float32()} if storage == "int8" else {}
+    return pa.schema({**fields, **OWN}, {METADATA: json.dumps(dict(meta))})
+
+
+def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
+    """Rows as a table of this schema.
+
+    ValueError for a vector of another length, or for what an item says that is of another type than
+    the table's others.
+    """
+    items = [row.item for row in rows]
+    part = hashlib.sha256(json.dumps([item["id"] for item in items]).encode()).hexdigest()[:16]
+    kind = schema.field("vector").type
+    missing = np.array([row.vector is None for row in rows])
+    vectors = np.zeros((len(rows), kind.list_size), np.float32)
+    for number, row in enumerate(rows):
+        if row.vector is not None:
+            if np.shape(row.vector) != (kind.list_size,):
+                had = f"the vector of {row.item['id']!r} is {list(np.shape(row.vector))}"
+                raise ValueError(f"{had}, expected [{kind.list_size}]")
+            vectors[number] = row.vector
+    (storage,) = (name for name, stored in STORAGE.items() if stored == kind.value_type)
+    stored, scale = compressed(vectors, storage)
+    made = {
+        "vector": pa.FixedSizeListArray.from_arrays(
+            pa.array(stored.ravel(), kind.value_type), kind.list_size, mask=pa.array(missing)
+        ),
+        "scale": pa.array(scale, pa.float32()),
+        "tokens": pa.array([row.tokens for row in rows], pa.int32()),
+        "part": pa.array([part] * len(rows)),
+        "error": pa.array([row.error for row in rows], pa.string()),
+    }
+    columns = [
+        made[field.name] if field.name in made else column(items, field.name, field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def compressed(
+    vectors: NDArray[np.float32], storage: str
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """[N, D] as they are stored, and the factor of each row, [N]."""
+    ones = np.ones(len(vectors), np.float32)
+    if storage != "int8":
+        return vectors.astype(storage, copy=False), ones
+    scale = np.abs(vectors).max(1, initial=0).astype(np.float32) / 127
+    scale[scale == 0] = 1
+    return np.rint(vectors / scale[:, None]).astype(np.int8), scale
+
+
+def new_columns(items: Sequence[Mapping[str, Any]], schema: pa.Schema) -> list[pa.Field]:
+    """Those that these items need and the schema has not.
+
+    ValueError for a name that is the table's own.
+    """
+    found = []
+    for name in dict.fromkeys(name for item in items for name in item):
+        if name in OWN or name in ("vector", "scale") or name.startswith("_"):
+            raise ValueError(f"an item has {name!r}, which is the index's own; give another name")
+        if name not in schema.names:
+            kind = column(items, name).type
+            if not pa.types.is_null(kind):
+                found.append(pa.field(name, kind))
+    return found
+
+
+def column(items: Sequence[Mapping[str, Any]], name: str, kind: Any = None) -> pa.Array:
+    """What all items say by one name; a ValueError where it is of several types, or another."""
+    values = [item.get(name) for item in items]
+    try:
+        return pa.array(values, kind)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        wrong = values[0]
+        for wrong in values if kind is not None else ():
+            try:
+                pa.array([wrong], kind)
+            except (pa.ArrowException, TypeError, OverflowError):
+                break
+        expected = "values of one type" if kind is None else str(kind)
+        raise ValueError(
+            f"an item's {name} is {wrong!r:.60}, expected {expected} ({one_line(error)})"
+        ) from error
