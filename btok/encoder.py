@@ -146,16 +146,43 @@ class BTokEncoder:
         bar = tqdm(total=total, unit="input", disable=None if show_progress else True)
         with bar, closing(_ahead(batches)) as ahead:
             for names, tokens, packed, broken in ahead:
-                vectors = np.empty((0, 0), np.float32)
-                if packed is not None:
-                    with torch.inference_mode(), _evaluating(self.model):
-                        output = self.model(packed.to(self.model.backbone.device))
-                    vectors = output.embeddings.float().cpu().numpy()
-                if not (finite := np.isfinite(vectors).all(1)).all():
-                    where = names[finite.argmin()]
-                    raise ValueError(f"BTokEncoder: the vector of input {where} is not finite")
+                vectors = self._vectors(names, packed)
                 bar.update(len(names) + len(broken))
                 yield Vectors(names, vectors, broken, tokens)
+
+    def encode_samples(
+        self, samples: Sequence[Mapping[str, Any]], batch_tokens: int = 16384
+    ) -> tuple[np.ndarray, list[int]]:
+        """Embed what `processor(with_frames(side))` made of inputs, perhaps elsewhere.
+
+        Args:
+            samples: one per input.
+            batch_tokens: as `encode` takes it.
+
+        Returns:
+            float32 [N, D], unit norm; and how many tokens each was made of.
+        """
+        rows = np.empty((len(samples), self.dims), np.float32)
+        tokens = [0] * len(samples)
+        order = sorted(range(len(samples)), key=lambda i: -len(samples[i]["input_ids"]))
+        for names, lengths, packed in self._packed(((i, samples[i]) for i in order), batch_tokens):
+            if names:
+                rows[names] = self._vectors(names, packed)
+                for i, length in zip(names, lengths, strict=True):
+                    tokens[i] = length
+        return rows, tokens
+
+    def _vectors(self, names: Sequence[Any], packed: PackedBatch | None) -> np.ndarray:
+        """float32 [n, D] of a packed batch; a ValueError where one is not finite."""
+        if packed is None:
+            return np.empty((0, 0), np.float32)
+        with torch.inference_mode(), _evaluating(self.model):
+            output = self.model(packed.to(self.model.backbone.device))
+        vectors = output.embeddings.float().cpu().numpy()
+        if not (finite := np.isfinite(vectors).all(1)).all():
+            where = names[finite.argmin()]
+            raise ValueError(f"BTokEncoder: the vector of input {where} is not finite")
+        return vectors
 
     @property
     def dims(self) -> int:
@@ -221,10 +248,7 @@ class BTokEncoder:
 
         numbered = iter(numbered)
         while held := dict(islice(numbered, window)):
-            names: list[Any] = []
-            samples: list[Mapping[str, Any]] = []
             broken = {}
-            tokens: list[int] = []
             sides = {
                 i: read(i, value, lambda v: as_side(v, instruction)) for i, value in held.items()
             }
@@ -233,18 +257,34 @@ class BTokEncoder:
                 for i, side in sides.items()
                 if side is not None
             }
-            for i in sorted(lengths, key=lambda i: -lengths[i]):
-                sample = read(i, sides.pop(i), lambda side: self.processor(with_frames(side)))
-                if sample is None:
-                    continue
-                length = len(sample["input_ids"]) + len(self.model.btok_token_ids)
-                if samples and sum(tokens) + length > budget:
-                    yield names, tokens, self.model.pack(samples), broken
-                    names, samples, broken, tokens = [], [], {}, []
-                names.append(i)
-                samples.append(sample)
-                tokens.append(length)
-            yield names, tokens, self.model.pack(samples) if samples else None, broken
+            prepared = (
+                (i, read(i, sides.pop(i), lambda side: self.processor(with_frames(side))))
+                for i in sorted(lengths, key=lambda i: -lengths[i])
+            )
+            for names, tokens, packed in self._packed(prepared, budget):
+                yield names, tokens, packed, broken
+                broken = {}
+
+    def _packed(
+        self, prepared: Iterable[tuple[Any, Mapping[str, Any] | None]], budget: int
+    ) -> Iterator[tuple[list[Any], list[int], PackedBatch | None]]:
+        """Samples in this order, packed to the budget: their names, tokens, and they themselves;
+        the last may be none.
+        """
+        names: list[Any] = []
+        tokens: list[int] = []
+        samples: list[Mapping[str, Any]] = []
+        for name, sample in prepared:
+            if sample is None:
+                continue
+            length = len(sample["input_ids"]) + len(self.model.btok_token_ids)
+            if samples and sum(tokens) + length > budget:
+                yield names, tokens, self.model.pack(samples)
+                names, tokens, samples = [], [], []
+            names.append(name)
+            tokens.append(length)
+            samples.append(sample)
+        yield names, tokens, self.model.pack(samples) if samples else None
 
 
 def _several(inputs: Any) -> Any:

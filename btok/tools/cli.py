@@ -22,7 +22,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch.distributed as dist
 import tyro
@@ -41,6 +41,10 @@ from btok.tools.rows import item_name
 from btok.tools.sinks import NPZ, PARQUET
 from btok_kernels.ranks import rank
 
+if TYPE_CHECKING:
+    from btok.tools.index import Index
+
+WITH_RAY = ("workers", "address", "staging")  # options
 CAPTION = 60  # characters of a text file that a picture shows
 
 
@@ -56,6 +60,10 @@ class Encode:
         instruction: put before the text of every file; an index is of one instruction.
         batch_tokens: tokens per packed row.
         storage: what a new index stores: float32, float16 (half the size) or int8 (a quarter).
+        engine: "ray" shares the work among the machines of a Ray cluster (extra `ray`).
+        workers: with Ray, how many encode; one per GPU, or per two CPUs, by default.
+        address: of the Ray cluster; RAY_ADDRESS's by default, or a new one on this machine.
+        staging: with Ray, a folder that all machines see; OUTPUT.parts by default.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
@@ -64,6 +72,10 @@ class Encode:
     instruction: str = ""
     batch_tokens: int = 16384
     storage: str | None = None
+    engine: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    address: str | None = None
+    staging: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -216,9 +228,19 @@ def encode(command: Encode) -> None:
         raise ValueError(
             f"folder {command.folder} has {had}; expected one ending in {' '.join(KINDS)}"
         )
-    encoder = load(command.checkpoint)
     settings = command.instruction, command.batch_tokens, command.storage
-    index = update(encoder, root, listed, output, *settings)
+    index: Index | None
+    if command.engine == "ray":
+        from btok.tools import ray_engine
+
+        where = command.workers, command.address, command.staging
+        index = ray_engine.update(command.checkpoint, root, listed, output, *settings, *where)
+        encoder = index.encoder
+    else:
+        if given := [name for name in WITH_RAY if getattr(command, name) is not None]:
+            raise ValueError(f"{given[0]} is given, which only --engine ray has")
+        encoder = load(command.checkpoint)
+        index = update(encoder, root, listed, output, *settings)
     if isinstance(command, Search) and index is not None and rank() == 0:
         vectors = encoder.encode([query], command.query_instruction, show_progress=False)
         (hits,) = index.search(vectors, command.top, command.where, command.exact or None)

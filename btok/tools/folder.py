@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice, tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from btok.encoder import BTokEncoder
 from btok.files import printable, sha256
 from btok.inputs import DOCUMENTS, KINDS, Page, pages
 from btok.tools.encode import encode_to
+from btok.tools.rows import Encoded, without_none
 from btok.tools.sinks import NPZ, PARQUET
 from btok_kernels.ranks import rank
 
@@ -102,41 +103,55 @@ def update(
     """
     old = None
     if Path(output).suffix.lower() not in (NPZ, PARQUET):
-        from btok.tools.index import Index, open_index
-
-        old = open_index(encoder, output, instruction, storage)
-        if others := next(old.rows(["id"], "uri IS NULL"), ()):
-            raise ValueError(
-                f"{output} is an index of other things than files ({others[0][0].as_py()!r:.60}); "
-                "give another --output"
-            )
+        old = index_of_files(encoder, output, instruction, storage)
     real = {as_uri(path): path for path in listed.paths if as_uri(path) != path}
     items, again = tee(describe(root, listed, old))
     inputs = (as_input(root, item, real) for item in again)
     done = encode_to(encoder, output, inputs, items, instruction, batch_tokens, storage=storage)
-    index = None if old is None else Index.open(output, encoder)
+    if old is not None:
+        old.refresh()
     if rank() == 0:
-        files = done.vectors if index is None else index.distinct("uri")
-        several = f", {done.vectors} items" if done.vectors > files else ""
-        there = {as_uri(path) for path in listed.paths}
-        gone = sum(row.get("uri") not in there for row in done.removed)
-        said = f"{files} files{several}, {done.added} of them new or changed"
-        said += f", {gone} gone, {len(done.unreadable) + len(listed.unreadable)} unreadable"
-        print(f"{printable(output)}: {said}{listed.passed_over()}", file=sys.stderr)
-        told = {
-            f"{folder}/": f"{why}; what was known of it stays"
-            for folder, why in listed.unreadable.items()
-        }
-        told |= done.unreadable
-        for name, why in list(told.items())[:SHOWN]:
-            print(printable(f"  {name}: {why}"), file=sys.stderr)
-        if len(told) > SHOWN:
-            rest = f"  ... and {len(told) - SHOWN} more"
-            rest += "" if index is None else f"; python -m btok index {output} names all"
-            print(printable(rest), file=sys.stderr)
-        if done.recall is not None:
-            print(f"{printable(output)}: {said_of_recall(done.recall)}", file=sys.stderr)
+        tell(listed, output, done, done.vectors if old is None else old.distinct("uri"))
+    return old
+
+
+def index_of_files(
+    encoder: BTokEncoder, uri: str | Path, instruction: str, storage: str | None
+) -> Index:
+    """The index there, or a new one; a ValueError where it is of other things than files."""
+    from btok.tools.index import open_index
+
+    index = open_index(encoder, uri, instruction, storage)
+    if others := next(index.rows(["id"], "uri IS NULL"), ()):
+        raise ValueError(
+            f"{uri} is an index of other things than files ({others[0][0].as_py()!r:.60}); "
+            "give another --output"
+        )
     return index
+
+
+def tell(listed: Listing, output: str | Path, done: Encoded, files: int) -> None:
+    """Say what was done, and what could not be read."""
+    several = f", {done.vectors} items" if done.vectors > files else ""
+    there = {as_uri(path) for path in listed.paths}
+    gone = sum(row.get("uri") not in there for row in done.removed)
+    said = f"{files} files{several}, {done.added} of them new or changed"
+    said += f", {gone} gone, {len(done.unreadable) + len(listed.unreadable)} unreadable"
+    print(f"{printable(output)}: {said}{listed.passed_over()}", file=sys.stderr)
+    told = {
+        f"{folder}/": f"{why}; what was known of it stays"
+        for folder, why in listed.unreadable.items()
+    }
+    told |= done.unreadable
+    for name, why in list(told.items())[:SHOWN]:
+        print(printable(f"  {name}: {why}"), file=sys.stderr)
+    if len(told) > SHOWN:
+        rest = f"  ... and {len(told) - SHOWN} more"
+        if not str(output).lower().endswith((NPZ, PARQUET)):
+            rest += f"; python -m btok index {output} names all"
+        print(printable(rest), file=sys.stderr)
+    if done.recall is not None:
+        print(f"{printable(output)}: {said_of_recall(done.recall)}", file=sys.stderr)
 
 
 def said_of_recall(recall: float) -> str:
@@ -147,36 +162,51 @@ def said_of_recall(recall: float) -> str:
     )
 
 
-def describe(root: Path, listed: Listing, old: Index | None) -> Iterator[dict[str, Any]]:
-    """Files as items, a document's pages each as one; a content is looked at where size or time are
-    not those of the old items. What lies in a folder that cannot be read stays as it was.
-
-    An id is the content, the ending that says how to read it, which way of reading that was, which
-    file of these it is, and which page: the same after a file was renamed.
+class Looked(NamedTuple):
+    """What a look at a file found: what an index says of it, the digest that its content and the
+    way of reading it have, and how many pages; the path and 0 where it cannot be read.
     """
-    count: Counter[str] = Counter()
-    taken: set[str] = set()
-    for folder in listed.unreadable if old is not None else ():
-        assert old is not None
+
+    item: dict[str, Any]
+    content: str
+    pages: int
+
+
+def describe(root: Path, listed: Listing, old: Index | None) -> Iterator[dict[str, Any]]:
+    """Files as items, a document's pages each as one. What lies in a folder that cannot be read
+    stays as it was.
+    """
+    naming = Naming()
+    if old is not None:
+        yield from naming.take(lost(listed, old))
+    for window, known in known_windows(listed, old):
+        for path in window:
+            yield from naming.items(look(root, path, known.get(as_uri(path), {})))
+
+
+def lost(listed: Listing, old: Index) -> Iterator[dict[str, Any]]:
+    """Items in folders that cannot be read now."""
+    for folder in listed.unreadable:
         quoted = as_uri(folder).replace("'", "''")
         for batch in old.rows(where=f"starts_with(uri, '{quoted}/')"):
-            for row in batch.to_pylist():
-                taken.add(row["id"].partition("#")[0])
-                yield {name: value for name, value in row.items() if value is not None}
+            yield from map(without_none, batch.to_pylist())
+
+
+def known_windows(
+    listed: Listing, old: Index | None
+) -> Iterator[tuple[list[str], dict[str, dict[str, Any]]]]:
+    """The paths, some at a time, and what the index says of their files, by uri."""
     paths = iter(listed.paths)
     while window := list(islice(paths, WINDOW)):
         known: dict[str, dict[str, Any]] = {}
         if old is not None and len(old):
             for row in old.look_up("uri", [as_uri(path) for path in window]):
                 known.setdefault(row["uri"], row)
-        for path in window:
-            yield from _items(root, path, known.get(as_uri(path), {}), count, taken)
+        yield window, known
 
 
-def _items(
-    root: Path, path: str, known: Mapping[str, Any], count: Counter[str], taken: set[str]
-) -> Iterator[dict[str, Any]]:
-    """A file's one item, or its pages'."""
+def look(root: Path, path: str, known: Mapping[str, Any]) -> Looked:
+    """A content is read where size or time are not those that are known."""
     item: dict[str, Any] = {"uri": as_uri(path)}
     number = known.get("pages", 0)
     ending = Path(path).suffix.lower()
@@ -193,15 +223,36 @@ def _items(
             number = len(pages(root / path))
     except (OSError, ValueError, ImportError):  # the encoder will say what is wrong
         content = as_uri(path)
-    count[content] += 1
-    while f"{content}-{count[content]}" in taken:
-        count[content] += 1
-    name = f"{content}-{count[content]}"
-    if number > 1:
-        item["pages"] = number
-        yield from ({"id": f"{name}#{n}", **item, "page": n} for n in range(1, number + 1))
-    else:
-        yield {"id": name, **item, **({"pages": 1} if number else {})}
+    return Looked(item, content, number)
+
+
+class Naming:
+    """Ids of items: the content, the ending that says how to read it, which way of reading that
+    was, which file of these it is, and which page; the same after a file was renamed.
+    """
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+        self.taken: set[str] = set()
+
+    def take(self, items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Items that have ids, which no others get."""
+        for item in items:
+            self.taken.add(item["id"].partition("#")[0])
+            yield item
+
+    def items(self, looked: Looked) -> Iterator[dict[str, Any]]:
+        """A file's one item, or its pages'."""
+        item, content, number = looked
+        self.count[content] += 1
+        while f"{content}-{self.count[content]}" in self.taken:
+            self.count[content] += 1
+        name = f"{content}-{self.count[content]}"
+        if number > 1:
+            pages = range(1, number + 1)
+            yield from ({"id": f"{name}#{n}", **item, "pages": number, "page": n} for n in pages)
+        else:
+            yield {"id": name, **item, **({"pages": 1} if number else {})}
 
 
 def as_uri(path: str) -> str:
@@ -214,4 +265,9 @@ def as_input(
 ) -> Path | Page:
     """What an item of a folder is encoded from; `real` has the paths that are no UTF-8."""
     path = root / (real or {}).get(item["uri"], item["uri"])
+    return as_page(path, item)
+
+
+def as_page(path: Path, item: Mapping[str, Any]) -> Path | Page:
+    """A file, or that page of it which the item is."""
     return Page(path, item["page"]) if item.get("page") else path

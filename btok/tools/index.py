@@ -465,6 +465,18 @@ class Index:
             else:
                 self.dataset = lance.write_dataset(table, self.uri, mode="append")
 
+    def write_all(self, parts: Iterable[Sequence[Row]]) -> None:
+        """Add rows of new ids, part by part, in one commit; items say what the table has columns
+        for.
+        """
+        made = (tables.as_table(part, self.dataset.schema) for part in parts if part)
+        if (first := next(made, None)) is None:
+            return
+        batches = (batch for table in chain([first], made) for batch in table.to_batches())
+        reader = pa.RecordBatchReader.from_batches(self.dataset.schema, batches)
+        with named(self.uri):
+            self.dataset = lance.write_dataset(reader, self.uri, mode="append")
+
     def update(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Have rows say what items of the same ids say, in one commit; their vectors stay."""
         if not items:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,6 +109,18 @@ class IndexSink:
         again = [row for row in rows if row.item["id"] in self.failed]
         news = [row for row in again if row.error != self.failed[row.item["id"]]]
         self.index.write(news, replacing=True)
+
+    def commit(self, parts: Iterable[Sequence[Row]]) -> None:
+        """`write` of many parts in one commit, and in another what has rows without vectors."""
+        again: list[Row] = []
+
+        def fresh() -> Iterator[Sequence[Row]]:
+            for rows in parts:
+                again.extend(row for row in rows if row.item["id"] in self.failed)
+                yield [row for row in rows if row.item["id"] not in self.failed]
+
+        self.index.write_all(fresh())
+        self.write(again)
 
     def finish(self) -> Encoded:
         index = self.index
