@@ -248,7 +248,8 @@ def test_the_command_and_its_page(study, tmp_path, capsys):
     assert packing["lengths"] == list(probes.PACKED)
     for gap in packing["gaps"]:
         exact = "bf16" not in f"{gap['one']} {gap['other']}"
-        assert gap["largest"] < (2e-6 if exact else 0.1), gap
+        # rounding: 1e-6 where vectors are of 256 bits, 2.4e-6 where they are of 512
+        assert gap["largest"] < (5e-6 if exact else 0.1), gap
     assert any(gap["largest"] > 1e-4 for gap in packing["gaps"])  # of bf16
     cases = found["overhead"]["cases"]
     assert [(case["num_btoks"], case["tokens"]) for case in cases] == [

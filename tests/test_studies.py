@@ -254,3 +254,24 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
     pages += (ROOT / "bench/results/smollm2.md").read_text()  # tests/test_smollm2.py makes it anew
     shown = re.findall(r"[+-]\d+\.\d ± \d+\.\d", (ROOT / "README.md").read_text())
     assert len(shown) > 6 and all(figure in pages for figure in shown)
+
+
+def test_what_an_index_costs(tmp_path):
+    """At small sizes: the steps run, each in its process, and the page is of the results alone."""
+    pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
+    from bench.studies import index
+
+    assert index.main(["--rows", "300", "1000", "--dims", "32", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "index.json").read_text())
+    assert list(results["sizes"]) == ["300", "1000"]
+    for found in results["sizes"].values():
+        assert {*index.STEPS, "disk MiB"} == found.keys()
+        assert found["indexed"]["recall@10"] > 0.9 and found["exact"]["seconds"] > 0
+    page = (tmp_path / "index.md").read_text()
+    assert "**measured**" in page and "(modelled)" in page and "| add 1 % |" in page
+    (tmp_path / "index.md").unlink()
+    assert index.main(["--page", str(tmp_path / "index.json")]) == 0
+    assert (tmp_path / "index.md").read_text() == page
+    found = {"before": {"found": [[1, 2, 3]]}, "exact": {"found": [[1, 2, 9]]}, "indexed": {}}
+    with pytest.raises(RuntimeError, match="the exact search found"):
+        index.judged(found, 10)
