@@ -274,13 +274,15 @@ class BTokEncoder:
         names: list[Any] = []
         tokens: list[int] = []
         samples: list[Mapping[str, Any]] = []
+        total = 0
         for name, sample in prepared:
             if sample is None:
                 continue
             length = len(sample["input_ids"]) + len(self.model.btok_token_ids)
-            if samples and sum(tokens) + length > budget:
+            if samples and total + length > budget:
                 yield names, tokens, self.model.pack(samples)
-                names, tokens, samples = [], [], []
+                names, tokens, samples, total = [], [], [], 0
+            total += length
             names.append(name)
             tokens.append(length)
             samples.append(sample)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -332,3 +333,33 @@ def held(uri):
     assert len(items) == len(vectors) == len({item["id"] for item in items}) == len(index)
     said = [{k: v for k, v in item.items() if v is not None} for item in items]
     return {item.pop("id"): (item, row) for item, row in zip(said, vectors, strict=True)}
+
+
+def same(one, other):
+    """Whether two indexes, as `held` gives them, hold the same, whatever the order."""
+    assert one.keys() == other.keys()
+    for name, (item, row) in one.items():
+        assert item == other[name][0]
+        assert abs(row - other[name][1]).max() < 1e-6
+    return True
+
+
+def counted(encoder):
+    """The ids of what the encoder makes from now on."""
+    made, iterate = [], encoder.encode_iter
+
+    def noted(*arguments, **named):
+        for vectors in iterate(*arguments, **named):
+            made.extend(vectors.ids)
+            yield vectors
+
+    encoder.encode_iter = noted
+    return made
+
+
+def environment(**more):
+    """In which a child finds what this process does, these helpers included."""
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join(map(str, (root, root / "kernels", root / "tests")))
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), path)))
+    return {**os.environ, "PYTHONPATH": path, **more}

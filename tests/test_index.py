@@ -10,12 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.multiprocessing as mp
-from helpers import gloo, held, tiny_checkpoint
+from helpers import counted, environment, gloo, held, same, tiny_checkpoint
 from PIL import Image
 
 from btok import BTokEncoder, Side
@@ -27,7 +26,6 @@ pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installe
 from btok.tools import index as index_module
 from btok.tools.index import Index, open_index
 
-ROOT = Path(__file__).parent.parent
 TEXTS = [f"text {i} " + "x" * (7 * i % 31) for i in range(22)]
 IDS = [f"id {i}" for i in range(22)]
 NOISE = random.Random(0).randbytes(5000)
@@ -63,15 +61,6 @@ def encoder(loaded, monkeypatch):
     monkeypatch.setattr("btok.tools.encode.SECONDS", 0)
     COUNTED.clear()
     return loaded
-
-
-def same(one, other):
-    """Whether two hold the same, whatever the order."""
-    assert one.keys() == other.keys()
-    for name, (item, row) in one.items():
-        assert item == other[name][0]
-        assert np.abs(row - other[name][1]).max() < 1e-6
-    return True
 
 
 def synthetic(count, dims=64, seed=0):
@@ -193,19 +182,13 @@ def kill_at(code, arguments, ready):
         child.wait()
 
 
-def environment():
-    """In which a child finds what this process does."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), path)))
-    return {**os.environ, "PYTHONPATH": path}
-
-
 KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import btok.tools.encode
 import lance  # not used before a fork, which its threads would not survive
 from btok import BTokEncoder
+from helpers import counted
 from test_index import IDS, TEXTS
 btok.tools.encode.PART, btok.tools.encode.SECONDS = 4, 0
 encoder = BTokEncoder.from_pretrained(sys.argv[1])
@@ -230,12 +213,7 @@ def again(folder):
     if (folder / "_versions").exists() and any((folder / "_versions").iterdir()):
         ids = [b["id"].to_pylist() for b in Index.open(folder).rows(["id"])]
         before = {each for of_batch in ids for each in of_batch}
-    made, iterate = [], encoder.encode_iter
-    def counted(*arguments, **named):
-        for vectors in iterate(*arguments, **named):
-            made.extend(vectors.ids)
-            yield vectors
-    encoder.encode_iter = counted
+    made = counted(encoder)
     run(folder)
     (folder / "counted.json").write_text(json.dumps([sorted(before), sorted(made)]))
 
@@ -340,14 +318,7 @@ def on_two_ranks(rank, folder, checkpoint):
     btok.tools.encode.PART, btok.tools.encode.SECONDS = 4, 0
     with gloo(folder, rank, 2):
         encoder = BTokEncoder.from_pretrained(checkpoint)
-        made, iterate = [], encoder.encode_iter
-
-        def counted(*arguments, **named):
-            for vectors in iterate(*arguments, **named):
-                made.extend(vectors.ids)
-                yield vectors
-
-        encoder.encode_iter = counted
+        made = counted(encoder)
         for ending in ("", ".npz", ".parquet"):
             made.clear()
             done = encoder.encode_to(f"{folder}/of_two{ending}", TEXTS, IDS)

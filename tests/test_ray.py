@@ -11,13 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import held, tiny_checkpoint
+from helpers import environment, held, same, tiny_checkpoint
 
 for name in ("lance", "ray"):
     pytest.importorskip(name, reason=f"{name} (the extra `ray`) is not installed")
 from btok.tools.cli import main  # noqa: E402
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +36,6 @@ def write(folder, count):
     return folder
 
 
-def same(one, other):
-    assert one.keys() == other.keys()
-    for name, (item, row) in one.items():
-        assert item == other[name][0] and abs(row - other[name][1]).max() < 1e-6
-    return True
-
-
 ENCODE = """
 import sys
 from btok.tools.cli import main
@@ -52,22 +43,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def environment():
-    """In which a child, and Ray's processes, find what this process does."""
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), path)))
-    return {
-        **os.environ,
-        "PYTHONPATH": path,
-        "HF_HUB_OFFLINE": "1",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    }
+ALONE = {"HF_HUB_OFFLINE": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}  # of children
 
 
 def encode(*arguments):
     """`python -m btok encode` with Ray, in a process of its own."""
     command = [sys.executable, "-c", ENCODE, "encode", *map(str, arguments), "--engine", "ray"]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        command, env=environment(**ALONE), capture_output=True, text=True, timeout=900
+    )
 
 
 def test_ray_makes_the_rows_of_one_process(checkpoint, tmp_path, capsys):
@@ -149,7 +133,7 @@ def test_a_worker_then_the_driver_are_killed(checkpoint, tmp_path):
         return [p for p in staging.glob("done/*.parquet") if "pending" not in p.name]
 
     with open(tmp_path / "log.txt", "w") as log:
-        driver = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+        driver = subprocess.Popen(command, env=environment(**ALONE), stdout=log, stderr=log)
         until(lambda: len(parts()) >= 2)
         os.kill(int(next(made.glob("*.txt")).stem), signal.SIGKILL)
         there = len(parts())
@@ -160,7 +144,9 @@ def test_a_worker_then_the_driver_are_killed(checkpoint, tmp_path):
     before = {each for path in parts() for each in parquet.read_table(path)["id"].to_pylist()}
     first = {path: path.read_text() for path in made.glob("*.txt")}
     assert 5 * 200 <= len(before) < 5000
-    said = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
+    said = subprocess.run(
+        command, env=environment(**ALONE), capture_output=True, text=True, timeout=900
+    )
     assert said.returncode == 0, said.stderr
     again = ids_of(path for path in made.glob("*.txt") if path not in first)
     assert len(again) == len(set(again)) and not before & set(again)

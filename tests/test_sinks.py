@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_checkpoint
+from helpers import counted, environment, tiny_checkpoint
 
 from btok import BTokEncoder
 
-ROOT = Path(__file__).parent.parent
 TEXTS = [f"text {i} " + "x" * (7 * i % 31) for i in range(22)]
 IDS = [f"id {i}" for i in range(22)]
 ENDINGS = (".npz", ".parquet")
@@ -66,20 +64,13 @@ def test_what_a_file_of_vectors_holds(encoder, tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_only_what_is_new_is_encoded(encoder, tmp_path, monkeypatch, ending):
-    path, made = tmp_path / f"out{ending}", []
-    iterate = encoder.encode_iter
-
-    def counted(*arguments, **named):
-        for vectors in iterate(*arguments, **named):
-            made.extend(vectors.ids)
-            yield vectors
+def test_only_what_is_new_is_encoded(encoder, tmp_path, ending):
+    path, made = tmp_path / f"out{ending}", counted(encoder)
 
     def breaking():
         yield from TEXTS[:10]
         raise KeyError("gone")
 
-    monkeypatch.setattr(encoder, "encode_iter", counted)
     with pytest.raises(KeyError):
         encoder.encode_to(path, breaking(), IDS)
     assert sorted(made) == sorted(IDS[:8])
@@ -140,11 +131,9 @@ def test_without_the_extra(checkpoint, tmp_path):
     """Vectors are written all the same, and what an index needs is named."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a.txt").write_text("a text")
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    path = os.pathsep.join(filter(None, (path, os.environ.get("PYTHONPATH"))))
     said = subprocess.run(
         [sys.executable, "-c", WITHOUT, str(checkpoint), str(tmp_path / "folder"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -38,7 +38,7 @@ from btok.tools.export import export
 from btok.tools.folder import as_input, list_files, said_of_recall, update
 from btok.tools.gguf import export_gguf
 from btok.tools.rows import item_name
-from btok.tools.sinks import NPZ, PARQUET
+from btok.tools.sinks import is_index
 from btok_kernels.ranks import rank
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def encode(command: Encode) -> None:
         raise ValueError(f"folder is {command.folder}, expected a folder")
     root = command.folder.resolve()
     output = command.output or str(root / ".btok")
-    if isinstance(command, Search) and output.lower().endswith((NPZ, PARQUET)):
+    if isinstance(command, Search) and not is_index(output):
         raise ValueError(f"output is {output}, which encode makes; expected an index to search")
     listed = list_files(root, None if "://" in output else Path(output))
     if not listed.paths:

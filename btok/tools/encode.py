@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from btok.encoder import BTokEncoder
-from btok.tools.rows import Encoded, Row, as_item, refuse_twice
+from btok.tools.rows import Encoded, Row, as_item, refuse_twice, refuse_ungrouped
 from btok.tools.sinks import open_sink
 from btok_kernels.ranks import from_first, gather, rank, world
 
@@ -53,8 +52,7 @@ def encode_to(
         ValueError: what `btok.tools.index.open_index` refuses; an id twice; no input that can be
             read.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > world():
-        raise ValueError("under torchrun call torch.distributed.init_process_group first")
+    refuse_ungrouped()
     sink = open_sink(encoder, output, instruction, storage)
     waiting: dict[str, Mapping[str, Any]] = {}
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from btok.encoder import BTokEncoder
 from btok.files import printable, sha256
 from btok.inputs import DOCUMENTS, KINDS, Page, pages
-from btok.tools.encode import encode_to
+from btok.tools.encode import WINDOW, encode_to
 from btok.tools.rows import Encoded, without_none
-from btok.tools.sinks import NPZ, PARQUET
+from btok.tools.sinks import is_index
 from btok_kernels.ranks import rank
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 READING = 2  # of files; another makes all vectors again
 SHA256 = 64  # hexadecimal digits
 SHOWN = 10  # unreadable files that are named
-WINDOW = 1 << 14  # files that are looked up together
 
 
 @dataclass
@@ -41,6 +40,11 @@ class Listing:
     paths: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     unreadable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def real(self) -> dict[str, str]:
+        """By uri the paths that are no UTF-8."""
+        return {as_uri(path): path for path in self.paths if as_uri(path) != path}
 
     def passed_over(self) -> str:
         """In words, the most frequent first; empty for nothing."""
@@ -102,10 +106,10 @@ def update(
         The index, if it is one.
     """
     old = None
-    if Path(output).suffix.lower() not in (NPZ, PARQUET):
+    if is_index(output):
         old = index_of_files(encoder, output, instruction, storage)
-    real = {as_uri(path): path for path in listed.paths if as_uri(path) != path}
     items, again = tee(describe(root, listed, old))
+    real = listed.real
     inputs = (as_input(root, item, real) for item in again)
     done = encode_to(encoder, output, inputs, items, instruction, batch_tokens, storage=storage)
     if old is not None:
@@ -147,7 +151,7 @@ def tell(listed: Listing, output: str | Path, done: Encoded, files: int) -> None
         print(printable(f"  {name}: {why}"), file=sys.stderr)
     if len(told) > SHOWN:
         rest = f"  ... and {len(told) - SHOWN} more"
-        if not str(output).lower().endswith((NPZ, PARQUET)):
+        if is_index(output):
             rest += f"; python -m btok index {output} names all"
         print(printable(rest), file=sys.stderr)
     if done.recall is not None:

@@ -26,8 +26,16 @@ from numpy.typing import NDArray
 
 from btok.files import one_line
 from btok.tools import old_index, tables
-from btok.tools.rows import Row, described, item_name, refuse_other, refuse_twice, without_none
-from btok_kernels.ranks import gather, rank, world
+from btok.tools.rows import (
+    Row,
+    described,
+    item_name,
+    refuse_other,
+    refuse_twice,
+    refuse_ungrouped,
+    without_none,
+)
+from btok_kernels.ranks import gather, rank
 
 if TYPE_CHECKING:
     from btok.encoder import BTokEncoder
@@ -86,7 +94,9 @@ class Index:
     """
 
     def __init__(self, uri: str, dataset: Any, encoder: BTokEncoder | None = None) -> None:
-        self.uri, self.dataset, self._encoder = uri, dataset, encoder
+        self.uri, self.dataset = uri, dataset
+        if encoder is not None:
+            self.encoder = encoder
         with named(uri):
             found = (dataset.schema.metadata or {}).get(tables.METADATA)
             if found is None:
@@ -175,18 +185,17 @@ class Index:
     @cached_property
     def encoder(self) -> BTokEncoder:
         """What makes vectors of queries."""
-        if self._encoder is None:
-            from btok.tools.command_line import load
+        from btok.tools.command_line import load
 
-            if not (checkpoint := self.meta.get("checkpoint")):
-                raise ValueError(f"{self.uri} names no checkpoint; give Index.open an encoder")
-            self._encoder = load(checkpoint)
-            if self._encoder.digest != self.meta["model"]:
-                raise ValueError(
-                    f"{self.uri} holds vectors of the model {self.meta['model']!r}, {checkpoint} "
-                    f"is now {self._encoder.digest!r}; give Index.open the encoder"
-                )
-        return self._encoder
+        if not (checkpoint := self.meta.get("checkpoint")):
+            raise ValueError(f"{self.uri} names no checkpoint; give Index.open an encoder")
+        encoder = load(checkpoint)
+        if encoder.digest != self.meta["model"]:
+            raise ValueError(
+                f"{self.uri} holds vectors of the model {self.meta['model']!r}, {checkpoint} "
+                f"is now {encoder.digest!r}; give Index.open the encoder"
+            )
+        return encoder
 
     # -- what is there
 
@@ -199,13 +208,20 @@ class Index:
             columns: their names; by default what items say.
             where: which rows, as SQL: "uri LIKE '%.pdf' AND page < 3".
         """
+        yield from self._scan(self.columns if columns is None else columns, where)
+
+    def _scan(
+        self, columns: Sequence[str], where: str | None, **more: Any
+    ) -> Iterator[pa.RecordBatch]:
+        """Batches in the order in which rows were written, few of them ahead."""
         with named(self.uri, where):
             scanner = self.dataset.scanner(
-                columns=self.columns if columns is None else list(columns),
+                columns=list(columns),
                 filter=where,
                 batch_size=READ,
                 io_buffer_size=BUFFER,
                 scan_in_order=True,
+                **more,
             )
             yield from scanner.to_batches()
 
@@ -238,25 +254,15 @@ class Index:
         rows = (row for batch in found for row in batch.to_pylist())
         return {item_name(row): row["error"] for row in rows}
 
-    def vectors(
-        self, where: str | None = None, ids: bool = False
-    ) -> Iterator[tuple[NDArray[np.float32], pa.Array]]:
-        """float32 [n, D] a batch at a time, and the rows' numbers (or ids).
+    def vectors(self, where: str | None = None) -> Iterator[tuple[NDArray[np.float32], pa.Array]]:
+        """float32 [n, D] a batch at a time, and the rows' numbers.
 
         ValueError for a vector that is not of length 1: a file is damaged.
         """
         wanted = ["vector", *(["scale"] if self.storage == "int8" else [])]
+        among = f"({where}) AND {WHOLE}" if where else WHOLE
         with named(self.uri, where):
-            scanner = self.dataset.scanner(
-                columns=wanted + (["id"] if ids else []),
-                filter=f"({where}) AND {WHOLE}" if where else WHOLE,
-                batch_size=READ,
-                batch_readahead=2,
-                io_buffer_size=BUFFER,
-                scan_in_order=True,
-                with_row_id=True,
-            )
-            for batch in scanner.to_batches():
+            for batch in self._scan(wanted, among, batch_readahead=2, with_row_id=True):
                 rows = self._floats(batch)
                 good = np.abs(np.einsum("nd,nd->n", rows, rows) - 1) < LENGTHS  # False for a NaN
                 if not good.all():
@@ -266,7 +272,7 @@ class Index:
                         f"the vector of {item_name(item)} is damaged, its length is not 1; delete "
                         "the index, and encode makes it again"
                     )
-                yield rows, batch["id" if ids else "_rowid"]
+                yield rows, batch["_rowid"]
 
     def _floats(self, batch: pa.RecordBatch) -> NDArray[np.float32]:
         rows = batch["vector"].flatten().to_numpy(zero_copy_only=False)
@@ -577,9 +583,8 @@ def open_index(
         ValueError: vectors of another model, settings or storage, or no index; no checkpoint to
             name the model; several processes that have no process group.
     """
+    refuse_ungrouped()
     asked, place = described(encoder, instruction), str(uri)
-    if int(os.environ.get("WORLD_SIZE", 1)) > world():
-        raise ValueError("under torchrun call torch.distributed.init_process_group first")
     if rank() == 0:
         folder = None if "://" in place else Path(place)
         if folder is not None and (folder / old_index.MANIFEST).exists():
@@ -593,7 +598,7 @@ def open_index(
     refuse_other(place, index.meta, asked)
     if storage not in (None, index.storage):
         raise ValueError(f"storage is {storage!r}, but {place} has vectors of {index.storage}")
-    index._encoder = encoder
+    index.encoder = encoder
     return index
 
 

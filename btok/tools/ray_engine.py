@@ -29,8 +29,8 @@ from btok.files import printable, write_json
 from btok.inputs import as_side, with_frames
 from btok.processing import Processor
 from btok.tools.command_line import load
+from btok.tools.encode import PART, WINDOW
 from btok.tools.folder import (
-    WINDOW,
     Listing,
     Looked,
     Naming,
@@ -44,7 +44,7 @@ from btok.tools.folder import (
 )
 from btok.tools.index import READ, Index
 from btok.tools.rows import Row, described, refuse_other, without_none
-from btok.tools.sinks import NPZ, PARQUET, IndexSink
+from btok.tools.sinks import IndexSink, is_index
 from btok.tools.tables import SAID, as_table, schema_of
 
 try:
@@ -57,7 +57,6 @@ except ImportError as error:
 
 LOOKED = 512  # files of a task that looks at them
 PREPARED = 32  # inputs of a task that prepares them
-PART = 256  # inputs of a part
 AHEAD = 0.5  # CPUs of a task; others than an encoder's, else Ray would run both in one process
 ITEMS, ROWS, DONE, META = "items", "rows", "done", "meta.json"  # in the staging folder
 
@@ -83,7 +82,7 @@ def update(
         address: of a Ray cluster; by default RAY_ADDRESS's, or a new one on this machine.
         staging: the staging folder; by default OUTPUT.parts, beside a local index.
     """
-    if output.lower().endswith((NPZ, PARQUET)):
+    if not is_index(output):
         raise ValueError(f"output is {output}, expected an index's folder or address with Ray")
     if staging is None and "://" in output:
         raise ValueError(f"staging is None, expected a folder that all machines see, for {output}")
@@ -93,22 +92,16 @@ def update(
     encoder = load(checkpoint)
     old = index_of_files(encoder, output, instruction, storage)
     sink = IndexSink(encoder, output, instruction, storage)
-    prepare_staging(staging, described(encoder, instruction))
+    meta = described(encoder, instruction)
+    prepare_staging(staging, meta)
     start = time.monotonic()
     started = connect(address, workers)
     try:
         count = write_items(staging / ITEMS, root, listed, old, sink)
         if count:
             model = encoder.checkpoint if Path(checkpoint).exists() else checkpoint
-            settings = described(encoder, instruction)
-            encode(
-                staging,
-                str(model),
-                len(encoder.model.btok_token_ids),
-                settings,
-                batch_tokens,
-                workers,
-            )
+            btoks = len(encoder.model.btok_token_ids)
+            encode(staging, str(model), btoks, meta, batch_tokens, workers)
     finally:
         if started:
             ray.shutdown()
@@ -161,7 +154,7 @@ def write_items(folder: Path, root: Path, listed: Listing, old: Index, sink: Ind
         for looked in looked_at(root, listed, old):
             yield from naming.items(looked)
 
-    real = {as_uri(path): path for path in listed.paths if as_uri(path) != path}
+    real = listed.real
     naming, count = Naming(), 0
     coming = items()
     while window := list(islice(coming, WINDOW)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btok.encoder import BTokEncoder
+from btok_kernels.ranks import world
 
 
 class Row(NamedTuple):
@@ -64,6 +66,12 @@ def _clock(seconds: float) -> str:
 def without_none(row: Mapping[str, Any]) -> dict[str, Any]:
     """What a row says; a null says nothing."""
     return {name: value for name, value in row.items() if value is not None}
+
+
+def refuse_ungrouped() -> None:
+    """A ValueError where torchrun started several processes that have no process group."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > world():
+        raise ValueError("under torchrun call torch.distributed.init_process_group first")
 
 
 def refuse_twice(where: str, ids: Sequence[str]) -> None:

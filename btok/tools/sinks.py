@@ -15,7 +15,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,11 @@ from btok.tools.rows import Encoded, Row, described, item_name, refuse_other, wi
 from btok_kernels.ranks import from_first, gather, rank
 
 NPZ, PARQUET = ".npz", ".parquet"
+
+
+def is_index(output: str | Path) -> bool:
+    """Whether an output of this name is an index, and no file for other programs."""
+    return Path(output).suffix.lower() not in (NPZ, PARQUET)
 
 
 class Sink(Protocol):
@@ -54,12 +59,11 @@ def open_sink(
         ValueError: vectors of another model or other settings there, or something else.
         ImportError: the extra `lance` is missing.
     """
-    ending = Path(output).suffix.lower()
-    if ending not in (NPZ, PARQUET):
+    if is_index(output):
         return IndexSink(encoder, output, instruction, storage)
     if storage not in (None, "float32"):
         raise ValueError(f"storage is {storage!r}, expected 'float32' for {output}")
-    kind = NpzSink if ending == NPZ else ParquetSink
+    kind = NpzSink if Path(output).suffix.lower() == NPZ else ParquetSink
     return kind(Path(output), described(encoder, instruction), encoder.dims)
 
 
@@ -228,8 +232,7 @@ class NpzSink:
                 if not all(isinstance(item["id"], str) for item in items):
                     raise ValueError("it holds items without ids")
             except Exception as error:  # of numpy, of its zip files and of JSON
-                why = one_line(f"{path} cannot be read ({error})")
-                raise ValueError(f"{why}; delete it, and its vectors are made again") from error
+                _refuse_damaged(path, error)
             refuse_other(path, meta, self.meta)
             yield vectors, items, errors
 
@@ -298,10 +301,14 @@ def read_ids(path: Path, meta: Mapping[str, Any]) -> list[str]:
         found = json.loads((parquet.read_schema(path).metadata or {})[METADATA])
         table = parquet.read_table(path, columns=["id", "error"]).to_pylist()
     except Exception as error:  # of Parquet and of JSON
-        why = one_line(f"{path} cannot be read ({error})")
-        raise ValueError(f"{why}; delete it, and its vectors are made again") from error
+        _refuse_damaged(path, error)
     refuse_other(path, found, meta)
     return [row["id"] for row in table if row["error"] is None]
+
+
+def _refuse_damaged(path: Path, error: Exception) -> NoReturn:
+    why = one_line(f"{path} cannot be read ({error})")
+    raise ValueError(f"{why}; delete it, and its vectors are made again") from error
 
 
 def _refuse_none(asked: int, unreadable: Mapping[str, str]) -> None:
