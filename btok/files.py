@@ -58,7 +58,8 @@ def sha256(path: str | Path) -> str:
 def whole(path: Path) -> Iterator[Path]:
     """Where to write a file that is to be at `path`, and on the disk, once the block has ended.
 
-    Until then there is what was there before, and after an error or a kill still.
+    Until then there is what was there before, and after an error or a kill still. An OSError that
+    names no file, as of a full disk, names it.
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -66,6 +67,10 @@ def whole(path: Path) -> Iterator[Path]:
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         rename(draft, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         draft.unlink(missing_ok=True)
 

@@ -344,6 +344,25 @@ def same(one, other):
     return True
 
 
+def noting(checkpoint, texts):
+    """An encoder of this checkpoint, which adds to a list the texts that it prepares."""
+    from btok import BTokEncoder
+
+    encoder = BTokEncoder.from_pretrained(checkpoint)
+    processor = encoder.processor
+
+    class Noting:
+        def __getattr__(self, name):
+            return getattr(processor, name)
+
+        def __call__(self, side):
+            texts.append(side.text)
+            return processor(side)
+
+    encoder.processor = Noting()
+    return encoder
+
+
 def counted(encoder):
     """The ids of what the encoder makes from now on."""
     made, iterate = [], encoder.encode_iter

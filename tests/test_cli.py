@@ -464,6 +464,10 @@ def test_a_contact_sheet(checkpoint, folder, tmp_path, capsys, monkeypatch):
         (["search", "MODEL", "MINE"], "query is empty, expected words or an --image"),
         (["search", "MODEL", "MINE", "x", "--top", "0"], "top is 0, expected at least 1"),
         (["search", "MODEL", "MINE", "x", "--image", "no.png"], "image is no.png, expected a file"),
+        (
+            ["search", "MODEL", "MINE", "x", "--where", "colour = 3"],
+            "where is 'colour = 3', which is no condition",
+        ),
         (["search", "OTHER", "INDEXED", "x"], "delete it or give another output"),
         (
             ["search", "MODEL", "MINE", "x", "--picture", "a.txt"],

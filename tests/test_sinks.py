@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -125,6 +127,26 @@ assert main(["search", checkpoint, folder, "x"]) == 2
 assert main(["search", checkpoint, folder, "x", "--output", f"{out}/vectors.npz"]) == 2
 assert main(["index", f"{out}/index"]) == 2
 """
+
+
+@pytest.mark.parametrize("ending", ["", *ENDINGS])
+def test_a_full_disk_is_told_and_what_was_written_stays(encoder, tmp_path, ending):
+    if ending != ".npz":
+        pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
+    path = tmp_path / f"out{ending}"
+    wide = {"id": "wide", "uri": Random(0).randbytes(200_000).hex()}
+    encoder.encode_to(path, TEXTS[:8], IDS[:8])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # stands for the end of a disk
+    try:
+        with pytest.raises((ValueError, OSError), match=r"[Tt]oo large") as told:
+            encoder.encode_to(path, [*TEXTS, "more"], [*IDS, wide])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(path) in str(told.value)
+    made = counted(encoder)
+    done = encoder.encode_to(path, TEXTS, IDS)
+    assert done.vectors == 22 and not {*made} & {*IDS[:20]}  # parts of four, of which five went in
 
 
 def test_without_the_extra(checkpoint, tmp_path):

@@ -229,21 +229,22 @@ def encode(command: Encode) -> None:
             f"folder {command.folder} has {had}; expected one ending in {' '.join(KINDS)}"
         )
     settings = command.instruction, command.batch_tokens, command.storage
+    where = command.where if isinstance(command, Search) else None
     index: Index | None
     if command.engine == "ray":
         from btok.tools import ray_engine
 
-        where = command.workers, command.address, command.staging
-        index = ray_engine.update(command.checkpoint, root, listed, output, *settings, *where)
+        ray = command.workers, command.address, command.staging
+        index = ray_engine.update(command.checkpoint, root, listed, output, *settings, *ray, where)
         encoder = index.encoder
     else:
         if given := [name for name in WITH_RAY if getattr(command, name) is not None]:
             raise ValueError(f"{given[0]} is given, which only --engine ray has")
         encoder = load(command.checkpoint)
-        index = update(encoder, root, listed, output, *settings)
+        index = update(encoder, root, listed, output, *settings, where)
     if isinstance(command, Search) and index is not None and rank() == 0:
         vectors = encoder.encode([query], command.query_instruction, show_progress=False)
-        (hits,) = index.search(vectors, command.top, command.where, command.exact or None)
+        (hits,) = index.search(vectors, command.top, where, command.exact or None)
         for place, (score, item) in enumerate(hits, 1):
             print(f"{place:>3}  {score:6.3f}  {printable(item_name(item))}")
         if command.picture is not None:

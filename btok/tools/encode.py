@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from hashlib import blake2b
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from btok.encoder import BTokEncoder
-from btok.tools.rows import Encoded, Row, as_item, refuse_twice, refuse_ungrouped
+from btok.tools.lookup import Came
+from btok.tools.rows import Encoded, Row, as_item, refuse_ungrouped
 from btok.tools.sinks import open_sink
 from btok_kernels.ranks import from_first, gather, rank, world
 
 PART = 256  # inputs that are encoded together, by one process
 SECONDS = 10.0  # between two writes, so that many small parts make one commit
-WINDOW = 1 << 14  # items that are looked up together
+WINDOW = 1 << 12  # items that are looked up together
 
 
 def encode_to(
@@ -59,9 +57,12 @@ def encode_to(
     def lacking() -> Iterator[tuple[str, Any]]:
         """What has no vector yet; of every world() parts of it this rank's one."""
         given, described, count = iter(inputs), map(as_item, items), 0
-        came = Ids()
+        came = Came()
         while window := list(islice(described, WINDOW)):
-            came.add(str(output), [item["id"] for item in window])
+            ids = [item["id"] for item in window]
+            if (again := came.add(ids)).any():
+                twice = ids[int(again.argmax())]
+                raise ValueError(f"{output}: the id {twice!r} came twice, expected all different")
             for item, wanted in zip(window, sink.lacking(window), strict=True):
                 try:
                     value = next(given)
@@ -116,20 +117,3 @@ def encode_to(
         raise outcome
     assert outcome is not None
     return outcome
-
-
-class Ids:
-    """Ids that came, 16 bytes each, so that one that comes twice is told."""
-
-    def __init__(self) -> None:
-        self.digests = np.empty(0, "S16")
-
-    def add(self, where: str, ids: list[str]) -> None:
-        """ValueError for one that is among them twice, or came before."""
-        refuse_twice(where, ids)
-        digests = np.array([blake2b(each.encode(), digest_size=16).digest() for each in ids], "S16")
-        if (before := np.isin(digests, self.digests)).any():
-            raise ValueError(
-                f"{where}: the id {ids[int(before.argmax())]!r} came twice, expected all different"
-            )
-        self.digests = np.union1d(self.digests, digests)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, tee
 from pathlib import Path
@@ -15,6 +15,7 @@ from btok.encoder import BTokEncoder
 from btok.files import printable, sha256
 from btok.inputs import DOCUMENTS, KINDS, Page, pages
 from btok.tools.encode import WINDOW, encode_to
+from btok.tools.lookup import Came
 from btok.tools.rows import Encoded, without_none
 from btok.tools.sinks import is_index
 from btok_kernels.ranks import rank
@@ -97,6 +98,7 @@ def update(
     instruction: str,
     batch_tokens: int,
     storage: str | None = None,
+    where: str | None = None,
 ) -> Index | None:
     """Make an index, or another sink, hold just these files of a folder, and say what was done.
 
@@ -107,7 +109,7 @@ def update(
     """
     old = None
     if is_index(output):
-        old = index_of_files(encoder, output, instruction, storage)
+        old = index_of_files(encoder, output, instruction, storage, where)
     items, again = tee(describe(root, listed, old))
     real = listed.real
     inputs = (as_input(root, item, real) for item in again)
@@ -120,9 +122,15 @@ def update(
 
 
 def index_of_files(
-    encoder: BTokEncoder, uri: str | Path, instruction: str, storage: str | None
+    encoder: BTokEncoder,
+    uri: str | Path,
+    instruction: str,
+    storage: str | None,
+    where: str | None = None,
 ) -> Index:
-    """The index there, or a new one; a ValueError where it is of other things than files."""
+    """The index there, or a new one; a ValueError where it is of other things than files, or a
+    search among some of them would be refused once all are encoded.
+    """
     from btok.tools.index import open_index
 
     index = open_index(encoder, uri, instruction, storage)
@@ -131,6 +139,8 @@ def index_of_files(
             f"{uri} is an index of other things than files ({others[0][0].as_py()!r:.60}); "
             "give another --output"
         )
+    if where is not None:
+        next(index.rows(["id"], where), None)
     return index
 
 
@@ -184,8 +194,8 @@ def describe(root: Path, listed: Listing, old: Index | None) -> Iterator[dict[st
     if old is not None:
         yield from naming.take(lost(listed, old))
     for window, known in known_windows(listed, old):
-        for path in window:
-            yield from naming.items(look(root, path, known.get(as_uri(path), {})))
+        looked = [look(root, path, known.get(as_uri(path), {})) for path in window]
+        yield from naming.items(looked)
 
 
 def lost(listed: Listing, old: Index) -> Iterator[dict[str, Any]]:
@@ -236,7 +246,8 @@ class Naming:
     """
 
     def __init__(self) -> None:
-        self.count: Counter[str] = Counter()
+        self.came = Came()
+        self.more: Counter[str] = Counter()  # of a content that came twice, the files but the first
         self.taken: set[str] = set()
 
     def take(self, items: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -245,18 +256,20 @@ class Naming:
             self.taken.add(item["id"].partition("#")[0])
             yield item
 
-    def items(self, looked: Looked) -> Iterator[dict[str, Any]]:
-        """A file's one item, or its pages'."""
-        item, content, number = looked
-        self.count[content] += 1
-        while f"{content}-{self.count[content]}" in self.taken:
-            self.count[content] += 1
-        name = f"{content}-{self.count[content]}"
-        if number > 1:
-            pages = range(1, number + 1)
-            yield from ({"id": f"{name}#{n}", **item, "pages": number, "page": n} for n in pages)
-        else:
-            yield {"id": name, **item, **({"pages": 1} if number else {})}
+    def items(self, files: Sequence[Looked]) -> Iterator[dict[str, Any]]:
+        """The one item of each file, or its pages'."""
+        again = self.came.add([file.content for file in files])
+        for (item, content, number), before in zip(files, again, strict=True):
+            if before:
+                self.more[content] += 1
+            while f"{content}-{1 + self.more[content]}" in self.taken:
+                self.more[content] += 1
+            name = f"{content}-{1 + self.more[content]}"
+            if number > 1:
+                numbered = ({"page": n, "pages": number} for n in range(1, number + 1))
+                yield from ({"id": f"{name}#{it['page']}", **item, **it} for it in numbered)
+            else:
+                yield {"id": name, **item, **({"pages": 1} if number else {})}
 
 
 def as_uri(path: str) -> str:

@@ -72,6 +72,7 @@ def update(
     workers: int | None = None,
     address: str | None = None,
     staging: Path | None = None,
+    where: str | None = None,
 ) -> Index:
     """Make an index hold just these files of a folder, and say what was done; `folder.update` on
     many machines.
@@ -90,7 +91,7 @@ def update(
         raise ValueError(f"workers is {workers}, expected at least 1")
     staging = Path(f"{output}.parts") if staging is None else staging
     encoder = load(checkpoint)
-    old = index_of_files(encoder, output, instruction, storage)
+    old = index_of_files(encoder, output, instruction, storage, where)
     sink = IndexSink(encoder, output, instruction, storage)
     meta = described(encoder, instruction)
     prepare_staging(staging, meta)
@@ -175,8 +176,8 @@ def write_items(folder: Path, root: Path, listed: Listing, old: Index, sink: Ind
     return count
 
 
-def looked_at(root: Path, listed: Listing, old: Index) -> Iterator[Looked]:
-    """A look at every file, in order, by tasks."""
+def looked_at(root: Path, listed: Listing, old: Index) -> Iterator[list[Looked]]:
+    """A look at every file, in order, by tasks, some at a time."""
     task = ray.remote(look_at).options(num_cpus=1)
     running: list[Any] = []
     for window, known in known_windows(listed, old):
@@ -185,9 +186,9 @@ def looked_at(root: Path, listed: Listing, old: Index) -> Iterator[Looked]:
             theirs = [known.get(as_uri(path), {}) for path in paths]
             running.append(task.remote(root, paths, theirs))
             if len(running) > 256:
-                yield from ray.get(running.pop(0))
+                yield ray.get(running.pop(0))
     for each in running:
-        yield from ray.get(each)
+        yield ray.get(each)
 
 
 def look_at(root: Path, paths: list[str], known: list[dict[str, Any]]) -> list[Looked]:
