@@ -257,16 +257,15 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
 
 
 def test_what_an_index_costs(tmp_path):
-    """At small sizes: the steps run, each in its process, and the page is of the results alone."""
+    """At a small size: the steps run, each in its process, and the page is of the results alone."""
     pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
     from bench.studies import index
 
-    assert index.main(["--rows", "300", "1000", "--dims", "32", "--out", str(tmp_path)]) == 0
+    assert index.main(["--rows", "1000", "--dims", "32", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "index.json").read_text())
-    assert list(results["sizes"]) == ["300", "1000"]
-    for found in results["sizes"].values():
-        assert {*index.STEPS, "disk MiB"} == found.keys()
-        assert found["indexed"]["recall@10"] > 0.9 and found["exact"]["seconds"] > 0
+    (found,) = results["sizes"].values()
+    assert {*index.STEPS, "disk MiB"} == found.keys()
+    assert found["indexed"]["recall@10"] > 0.9 and found["exact"]["seconds"] > 0
     page = (tmp_path / "index.md").read_text()
     assert "**measured**" in page and "(modelled)" in page and "| add 1 % |" in page
     (tmp_path / "index.md").unlink()

@@ -5,7 +5,8 @@
 
 Every step is a process of its own, whose peak memory is what the system says of it. Vectors are
 synthetic: clusters of a hundred in 64 of the D dimensions, with noise in all; what real embeddings
-give an approximate index is told by `python -m btok index INDEX --build IVF_PQ`.
+give an approximate index is told by `python -m btok index INDEX --build IVF_PQ`. The folder that is
+encoded has as many text files, and the model is the pocket benchmark's, untrained.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from numpy.typing import NDArray
 from bench import plots
 from bench.report import table
 from bench.studies.common import parse, surroundings
+from btok.encoder import BTokEncoder
 from btok.files import write_json
+from btok.tools.folder import list_files, update
 from btok.tools.index import Index
 from btok.tools.rows import Row
+from train.pocket.model import build
 
 BLOCK = 1 << 13
 QUERIES, K = 100, 10
+BATCH_TOKENS, ENCODED = 16384, 128  # of the encoder; its dimensions
 NEW = 100  # 1 in so many rows is added afterwards
 META = {"model": "synthetic", "settings": {}}
 STEPS = {  # in this order, each with what it is called on the page
@@ -44,9 +49,12 @@ STEPS = {  # in this order, each with what it is called on the page
     "exact": "search exactly",
     "build": "build IVF_PQ",
     "indexed": "search IVF_PQ",
+    "files": "write text files",
+    "encode": "encode a folder",
+    "again": "encode it again, nothing new",
 }
-SHOWN = ("write", "add", "before", "exact", "build", "indexed")
-PACKAGES = ("pylance", "pyarrow", "numpy")
+SHOWN = ("write", "add", "before", "exact", "build", "indexed", "encode", "again")
+PACKAGES = ("pylance", "pyarrow", "numpy", "torch", "transformers")
 Rows = NDArray[np.float32]
 
 
@@ -118,6 +126,17 @@ def step(name: str, rows: int, dims: int, work: Path) -> dict[str, Any]:
         blocks = range(0, rows, BLOCK)
         parts = (as_rows(i, np.asarray(stored[i : i + BLOCK])) for i in blocks)
         Index.create(folder, META, dims, rows=parts)
+    elif name == "files":
+        write_files(work / "files", rows)
+        for made in build(4, seed=0):
+            made.save_pretrained(work / "checkpoint")
+    elif name in ("encode", "again"):
+        encoder = BTokEncoder.from_pretrained(work / "checkpoint")
+        forward = timed(encoder)
+        start = time.perf_counter()
+        listed = list_files(work / "files")
+        update(encoder, work / "files", listed, work / "encoded", "", BATCH_TOKENS)
+        more["of it the model"] = round(sum(forward), 4)
     else:
         index, queries = Index.open(folder), asked(rows, dims)
         if name == "add":
@@ -145,6 +164,26 @@ def step(name: str, rows: int, dims: int, work: Path) -> dict[str, Any]:
     }
 
 
+def write_files(folder: Path, count: int) -> None:
+    """Text files of a few words, a thousand in a folder."""
+    for first in range(0, count, 1000):
+        (inner := folder / f"{first // 1000:04}").mkdir(parents=True)
+        for i in range(first, min(first + 1000, count)):
+            (inner / f"{i:07}.txt").write_text(f"text {i}")
+
+
+def timed(encoder: BTokEncoder) -> list[float]:
+    """Seconds of each of the model's forward passes, from now on."""
+    seconds: list[float] = []
+    encoder.model.register_forward_pre_hook(lambda *_: seconds.append(-time.perf_counter()))
+
+    def after(*_: Any) -> None:
+        seconds[-1] += time.perf_counter()
+
+    encoder.model.register_forward_hook(after)
+    return seconds
+
+
 def measure(options: Options) -> dict[str, Any]:
     """All steps at all sizes, each in a process of its own."""
     sizes: dict[str, Any] = {}
@@ -165,7 +204,7 @@ def measure(options: Options) -> dict[str, Any]:
         finally:
             shutil.rmtree(work)
         sizes[str(rows)] = judged(found, rows)
-    settings = {"dims": options.dims, "queries": QUERIES, "k": K}
+    settings = {"dims": options.dims, "queries": QUERIES, "k": K, "encoded dims": ENCODED}
     return {"sizes": sizes, **settings, **surroundings("bench/studies/index.py", packages=PACKAGES)}
 
 
@@ -202,6 +241,7 @@ def page(results: Mapping[str, Any]) -> str:
         seconds.append([STEPS[name], *(f"{value:.3g}" for value in values), steep])
         memory.append([STEPS[name], *(f"{each[name]['peak MiB']:,}" for each in of)])
     last, least = of[-1], of[0]["make"]["peak MiB"]
+    model = 100 * last["encode"]["of it the model"] / last["encode"]["seconds"]
     ratios = [
         ["question", "measured", "asked"],
         ["adding 1 %, of writing all", f"{100 * ratio(last, 'add', 'write'):.1f} %", "under 3 %"],
@@ -227,10 +267,12 @@ def page(results: Mapping[str, Any]) -> str:
         f"that of the process, of which Python and its libraries take {least:,}. Vectors are "
         "synthetic: clusters of a hundred in 64 of the dimensions, with noise in all. The array is "
         "how an index was searched before it was a table: a file in memory's map, all scores at "
-        "once, all sorted.",
+        "once, all sorted. The folder has as many text files of two words; the model that encodes "
+        f"them is the pocket benchmark's, untrained, of {results['encoded dims']} dimensions.",
         f"\n## At {sizes[-1]:,} rows\n\n{table(*ratios)}",
         f"\n## Seconds\n\n{table(*seconds)}",
-        "\nThe slope is that of the last two sizes on logarithmic axes: 1 is linear.",
+        "\nThe slope is that of the last two sizes on logarithmic axes: 1 is linear. Of encoding "
+        f"{sizes[-1]:,} files the model took {model:.0f} %.",
         "\n![Seconds over rows](index.png)",
         f"\n## Peak memory, MiB\n\n{table(*memory)}",
         "\n## On disk, MiB\n\n" + table(["", *head[1:-1]], ["table + approximate index", *disk]),
@@ -254,6 +296,8 @@ def beyond(results: Mapping[str, Any]) -> str:
     share = rows / int(size) * dims / results["dims"]
     written = last["write"]["seconds"] * share / 3600
     scanned = last["exact"]["seconds"] * share / 60
+    least = next(iter(results["sizes"].values()))["again"]["peak MiB"]
+    each = max(0, last["again"]["peak MiB"] - least) * 2**20 / int(size)
     rates = [["GPUs", "at 50 inputs/s each", "at 500 inputs/s each"]]
     for gpus in (8, 64):
         hours = [f"{rows / rate / gpus / 3600:,.1f} h" for rate in (50, 500)]
@@ -268,8 +312,9 @@ def beyond(results: Mapping[str, Any]) -> str:
         f"Vectors: {sizes}; IVF_PQ's codes {codes:,.0f} GB beside them. Writing at the rate above "
         f"takes {written:,.1f} hours of one process, an exact search of {QUERIES} queries "
         f"{scanned:,.0f} minutes: past some 10^7 rows only the approximate index is for people who "
-        "wait. Ids that came are 16 bytes each in every process, 1.6 GB, and the state of the "
-        "table before is a byte a row. Encoding is what takes the time; the rates are assumptions, "
+        f"wait. Of each file a process keeps {each:,.0f} bytes by the peaks above (its path, two "
+        f"digests, where its row stands): {each * rows / 1e9:,.0f} GB, eight times that on a "
+        "machine of eight processes. Encoding is what takes the time; the rates are assumptions, "
         f"not measured on a GPU:\n\n{table(*rates)}\n\n"
         "At 64 GPUs of 500 inputs/s a second brings 32,000 inputs: pictures of 200 KB are 6.4 GB/s "
         "to read, which is more than most file servers give, and the bottleneck. Parts of 256 rows "

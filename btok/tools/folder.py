@@ -61,31 +61,32 @@ def list_files(root: Path, output: Path | None = None) -> Listing:
     symbolic links, which may lead out of the folder or in circles.
     """
     found = Listing()
-    own = None if output is None else output.resolve()
-
-    def name(path: str | Path) -> str:
-        return Path(path).relative_to(root).as_posix()
-
-    def unreadable(error: OSError) -> None:
-        found.unreadable[name(error.filename)] = error.strerror or str(error)
-
-    for folder, folders, names in os.walk(root, onerror=unreadable):
-        for each in list(folders):
-            path = Path(folder, each)
-            if path == own or each.startswith(".") or path.is_symlink():
-                folders.remove(each)
-                if path != own:
-                    found.others["links" if path.is_symlink() else "hidden"] += 1
-        for path in (Path(folder, each) for each in names):
-            if path.name.startswith("."):
+    own = None if output is None else str(output.resolve())
+    top, waiting = str(root.resolve()), [""]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            with os.scandir(f"{top}/{folder}") as there:
+                entries = list(there)
+        except OSError as error:
+            found.unreadable[folder or "."] = error.strerror or str(error)
+            continue
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if f"{top}/{path}" == own:
+                continue
+            if entry.name.startswith("."):
                 found.others["hidden"] += 1
-            elif path.is_symlink():
+            elif entry.is_symlink():
                 found.others["links"] += 1
-            elif path.suffix.lower() not in KINDS or not path.is_file():
-                ending = path.suffix.lower() if path.suffix else "without an ending"
-                found.others[printable(ending) if path.is_file() else "no ordinary files"] += 1
+            elif entry.is_dir():
+                waiting.append(path)
+            elif not entry.is_file():
+                found.others["no ordinary files"] += 1
+            elif (ending := Path(entry.name).suffix.lower()) in KINDS:
+                found.paths.append(path)
             else:
-                found.paths.append(name(path))
+                found.others[printable(ending) or "without an ending"] += 1
     found.paths.sort()
     return found
 
@@ -147,7 +148,7 @@ def index_of_files(
 def tell(listed: Listing, output: str | Path, done: Encoded, files: int) -> None:
     """Say what was done, and what could not be read."""
     several = f", {done.vectors} items" if done.vectors > files else ""
-    there = {as_uri(path) for path in listed.paths}
+    there = {as_uri(path) for path in listed.paths} if done.removed else ()
     gone = sum(row.get("uri") not in there for row in done.removed)
     said = f"{files} files{several}, {done.added} of them new or changed"
     said += f", {gone} gone, {len(done.unreadable) + len(listed.unreadable)} unreadable"
