@@ -19,8 +19,8 @@ class Side:
         text: instruction and content, without any vision placeholder.
         images: PIL images, uint8 arrays [height, width, 3], paths, or a file's bytes; shown before
             the text.
-        video: the frames, each as an image, or a video file's path; before the text, too; empty
-            for none.
+        video: the frames, each as an image, or a video file's path, or a `btok.inputs.Clip` of one;
+            before the text, too; empty for none.
         frame_seconds: the time of each frame, in seconds; empty for two frames per second. Qwen2-VL
             does not look at it.
     """

@@ -17,11 +17,11 @@ from btok.data.records import Side
 from btok.inputs.documents import DOCUMENTS, NOMINAL, Page, at_page, only_page, pages
 from btok.inputs.images import IMAGES, is_animated, opened, read_animation, rgb_of
 from btok.inputs.text import TEXTS, read_text
-from btok.inputs.video import FRAMES, VIDEOS, is_transport_stream, read_video
+from btok.inputs.video import FRAMES, VIDEOS, Clip, cut, duration, is_video, read_video
 
-__all__ = ["DOCUMENTS", "FRAMES", "IMAGES", "KINDS", "TEXTS", "VIDEOS", "Page", "as_side"]
-__all__ += ["estimate_tokens", "frame_seconds", "pages", "read_video", "resized", "rgb_array"]
-__all__ += ["with_frames"]
+__all__ = ["DOCUMENTS", "FRAMES", "IMAGES", "KINDS", "TEXTS", "VIDEOS", "Clip", "Page", "as_side"]
+__all__ += ["cut", "duration", "estimate_tokens", "frame_seconds", "is_video", "pages"]
+__all__ += ["read_video", "resized", "rgb_array", "with_frames"]
 
 KINDS = tuple(dict.fromkeys(TEXTS + DOCUMENTS + IMAGES + VIDEOS))  # looked for in a folder
 FRAMES_PER_SECOND = 2.0  # of a video that does not say: the rate the checkpoints' own sampling has
@@ -34,7 +34,7 @@ def as_side(value: Any, instruction: str | None = None) -> Side:
     Args:
         value: a `Side`; a str, always a text; a `Path`, by its ending a text file (its first
             8,192 characters), a document of one page, a video, an animation (a video, too) or an
-            image; a `Page`; an image as bytes of a file, a PIL image or a uint8 array
+            image; a `Page` or a `Clip`; an image as bytes of a file, a PIL image or a uint8 array
             [height, width, 3]; or a list of images.
         instruction: put before the text, a space between the two unless it ends in white space;
             not where there is nothing to embed.
@@ -48,6 +48,8 @@ def as_side(value: Any, instruction: str | None = None) -> Side:
         value = Side(value)
     elif isinstance(value, Path):
         value = _file(value)
+    elif isinstance(value, Clip):
+        value = Side(video=value)
     elif not isinstance(value, Side):
         value = Side(images=value if isinstance(value, list | tuple) else [value])
     if not isinstance(value.text, str):
@@ -60,7 +62,7 @@ def as_side(value: Any, instruction: str | None = None) -> Side:
 
 def _file(path: Path) -> Side:
     kind = path.suffix.lower()
-    if kind in VIDEOS and (kind not in (".ts", ".mts") or is_transport_stream(path)):
+    if is_video(path):
         return Side(video=path)
     if kind in TEXTS:
         return Side(read_text(path))
@@ -73,15 +75,17 @@ def with_frames(side: Side) -> Side:
     """The side with a video file read; ValueError where there is nothing to embed, and for times
     beside a file, which has its own.
     """
-    if isinstance(side.video, str | Path):
+    if isinstance(side.video, str | Path | Clip):
         if len(side.frame_seconds):
             raise ValueError(
                 f"frame_seconds has {len(side.frame_seconds)} times beside the file {side.video}, "
                 "which has its own; expected none"
             )
-        path = Path(side.video)
-        read = read_animation if path.suffix.lower() in IMAGES else read_video
-        frames, seconds = read(path, FRAMES)
+        file = Path(side.video) if isinstance(side.video, str) else side.video
+        if isinstance(file, Path) and file.suffix.lower() in IMAGES:
+            frames, seconds = read_animation(file, FRAMES)
+        else:
+            frames, seconds = read_video(file, FRAMES)
         side = replace(side, video=frames, frame_seconds=seconds)
     try:
         side.text.encode()
@@ -94,7 +98,7 @@ def with_frames(side: Side) -> Side:
 
 
 def _is_empty(side: Side) -> bool:
-    seen = isinstance(side.video, str | Path) or len(side.images) or len(side.video)
+    seen = isinstance(side.video, str | Path | Clip) or len(side.images) or len(side.video)
     return not seen and not side.text.strip()
 
 
@@ -169,7 +173,8 @@ def estimate_tokens(value: Any, processor: Any) -> int:
     """About how many tokens an input takes, from headers alone; 0 where that cannot be told."""
     try:
         side = as_side(value)
-        frames = FRAMES if isinstance(side.video, str | Path) else len(side.video)
+        of_file = isinstance(side.video, str | Path | Clip)
+        frames = FRAMES if of_file else len(side.video)
         seen = 0
         if processor.image_processor is not None:
             pixels = [_pixels(image) for image in side.images]

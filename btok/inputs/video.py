@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +23,112 @@ STEPS_BACK = (0.0, 3.0, 12.0, 48.0)  # seconds before a time, from where a key f
 PACKET = 188  # bytes of an MPEG transport stream's packets, each of which starts with "G"
 
 
-def is_transport_stream(path: Path) -> bool:
-    """Whether a file named .ts or .mts is a video, and not a program's text."""
+@dataclass(frozen=True)
+class Clip:
+    """A part of a video file, which is read as if it had been cut out.
+
+    Args:
+        path: the video's file.
+        start, end: in seconds from its first frame.
+    """
+
+    path: Path
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end < math.inf:
+            raise ValueError(
+                f"a clip is of seconds {self.start} to {self.end}, expected 0 <= start < end"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.path}, seconds {self.start:g} to {self.end:g}"
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video by its ending; of .ts and .mts, which programs' texts have too, by
+    its content.
+    """
+    kind = path.suffix.lower()
+    return kind in VIDEOS and (kind not in (".ts", ".mts") or _is_transport_stream(path))
+
+
+def _is_transport_stream(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(2 * PACKET + 8)
     # cameras put four bytes before each packet
     return start[: 2 * PACKET : PACKET] == b"GG" or start[4 :: PACKET + 4][:2] == b"GG"
 
 
-def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray], list[float]]:
-    """At most so many frames, uint8 [height, width, 3], evenly over a video's time; their seconds.
+def duration(path: str | Path) -> float | None:
+    """Seconds from a video's first frame to the end of its last; None where its frames have no
+    times. Raises what `read_video` does.
+    """
+    with _opened(path) as (container, stream):
+        if not _has_times(container, stream):
+            return None
+        start, end = _stored_span(container, stream) or _scanned_span(container, stream)
+        return end - start
+
+
+def cut(length: float, most: float) -> list[tuple[float, float]]:
+    """Starts and ends, in seconds, of as few equal parts of a length as are at most so long."""
+    length = max(round(length, 3), 0.001)
+    count = max(1, math.ceil(length / most - 1e-6))
+    return list(pairwise(round(length * i / count, 3) for i in range(count + 1)))
+
+
+def read_video(
+    path: str | Path | Clip, frames: int = FRAMES
+) -> tuple[list[np.ndarray], list[float]]:
+    """At most so many frames, uint8 [height, width, 3], evenly over a video's time, or a clip's;
+    their seconds.
 
     The time is cut into equal parts, and what is shown in the middle of each is taken, once. A
-    frame is turned as the file's display matrix says. Seconds count from the first frame.
+    frame is turned as the file's display matrix says. Seconds count from the first frame, or the
+    clip's start.
 
     Raises:
         ImportError: PyAV is missing (the extra `video`).
-        ValueError: a file that is no readable video, or holds sound alone.
+        ValueError: a file that is no readable video, or holds sound alone; a clip of one whose
+            frames have no times, or that ends before.
     """
+    if isinstance(path, Clip):
+        return _read_clip(path, frames)
+    with _opened(path) as (container, stream):
+        found: dict[float, np.ndarray] = {}
+        if _has_times(container, stream):
+            start, end = _stored_span(container, stream) or _scanned_span(container, stream)
+            found = _at(container, stream, start, end, frames)
+            if len(found) < frames:  # a short video, or one shorter than its file says
+                start, end = _scanned_span(container, stream, end)
+                found = _at(container, stream, start, end, frames)
+        return _in_order(found or _counted(path, frames))
+
+
+def _read_clip(clip: Clip, frames: int) -> tuple[list[np.ndarray], list[float]]:
+    with _opened(clip.path) as (container, stream):
+        if not _has_times(container, stream):
+            raise ValueError("its frames have no times to cut at")
+        start, last = _stored_span(container, stream) or _scanned_span(container, stream)
+        if start + clip.start >= last:
+            raise ValueError(f"it ends at {last - start:g} seconds, a clip of it at {clip.start:g}")
+        first, end = start + clip.start, min(start + clip.end, last)
+        return _in_order(_at(container, stream, first, end, frames))
+
+
+def _in_order(found: dict[float, np.ndarray]) -> tuple[list[np.ndarray], list[float]]:
+    """Frames and their seconds; of a damaged stream a later look may come out earlier."""
+    if not found:
+        raise ValueError("it has no frame")
+    found = dict(sorted(found.items()))
+    return list(found.values()), list(found)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    """A video's container and its moving pictures; what is wrong in the block, too, names it."""
     try:
         import av
     except ImportError as error:
@@ -46,23 +137,14 @@ def read_video(path: str | Path, frames: int = FRAMES) -> tuple[list[np.ndarray]
         with av.open(os.path.abspath(path)) as container:  # "10:30.mp4" would be of a protocol 10
             if container.format.name in LISTS or container.format.name.endswith("_pipe"):
                 raise ValueError(f"it is a {container.format.name}, expected a video")
-            stream = _moving(container)
-            found: dict[float, np.ndarray] = {}
-            # AVI has no times for frames that are stored in another order than they are shown in
-            if container.format.name != "avi" or not stream.codec_context.has_b_frames:
-                start, end = _stored_span(container, stream) or _scanned_span(container, stream)
-                found = _at(container, stream, start, end, frames)
-                if len(found) < frames:  # a short video, or one shorter than its file says
-                    start, end = _scanned_span(container, stream, end)
-                    found = _at(container, stream, start, end, frames)
-        if not found:
-            found = _counted(path, frames)
+            yield container, _moving(container)
     except (av.FFmpegError, ValueError) as error:
         raise ValueError(f"video {printable(path)} cannot be read: {one_line(error)}") from error
-    if not found:
-        raise ValueError(f"video {printable(path)} cannot be read: it has no frame")
-    found = dict(sorted(found.items()))  # of a damaged stream a later look may come out earlier
-    return list(found.values()), list(found)
+
+
+def _has_times(container: Any, stream: Any) -> bool:
+    """AVI has none for frames that are stored in another order than they are shown in."""
+    return container.format.name != "avi" or not stream.codec_context.has_b_frames
 
 
 def _moving(container: Any) -> Any:
@@ -115,15 +197,22 @@ def _at(
     found: dict[float, np.ndarray] = {}
     for i in range(frames):
         until = start + (end - start) * (i + 0.5) / frames
+        after = broken = None
         try:
-            # where a file has no list of key frames, as of .ts, one after the time may be found
+            # where a file has no list of key frames, as of .ts, one after the time may be found, or
+            # none: what is decoded without one is grey, and a last resort
             for back in STEPS_BACK:
-                frame = _shown(container, stream, until - back, until)
-                if frame is not None and frame.time <= until:
+                frame, complete = _shown(container, stream, until - back, until)
+                if frame is not None and frame.time > until:
+                    after = frame
+                elif complete:
                     break
+                else:
+                    broken = frame or broken
             else:  # behind the end of a file that was cut off there may be hours to decode in vain
+                frame = broken or after
                 if frame is not None or until - start < STEPS_BACK[-1]:
-                    frame = _shown(container, stream, None, until)
+                    frame, _ = _shown(container, stream, None, until)
         except av.FFmpegError:  # a damaged part: others may be whole
             continue
         if frame is not None and (at := max(frame.time - start, 0.0)) not in found:
@@ -131,21 +220,22 @@ def _at(
     return found
 
 
-def _shown(container: Any, stream: Any, seek: float | None, until: float) -> Any:
+def _shown(container: Any, stream: Any, seek: float | None, until: float) -> tuple[Any, bool]:
     """The last frame of a time up to `until`, or the first; looked for from `seek` on, or from the
-    file's beginning."""
+    file's beginning. And whether a key frame was before it, or it is one.
+    """
     if seek is None:
         container.seek(0)
     else:
         container.seek(int(seek / float(stream.time_base or 1e-6)), stream=stream)
-    shown = None
+    shown, complete = None, False
     for frame in _to_the_end(container.decode(stream)):
         if frame.time is None:
             continue
         if shown is not None and frame.time > until:
             break
-        shown = frame
-    return shown
+        shown, complete = frame, complete or frame.key_frame
+    return shown, complete
 
 
 def _counted(path: str | Path, frames: int) -> dict[float, np.ndarray]:

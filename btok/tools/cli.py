@@ -17,6 +17,7 @@ among processes.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,7 @@ class Encode:
         instruction: put before the text of every file; an index is of one instruction.
         batch_tokens: tokens per packed row.
         storage: what a new index stores: float32, float16 (half the size) or int8 (a quarter).
+        clip: seconds; a video is cut into equal parts of at most so many, each an item of its own.
         engine: "ray" shares the work among the machines of a Ray cluster (extra `ray`).
         workers: with Ray, how many encode; one per GPU, or per two CPUs, by default.
         address: of the Ray cluster; RAY_ADDRESS's by default, or a new one on this machine.
@@ -72,6 +74,7 @@ class Encode:
     instruction: str = ""
     batch_tokens: int = 16384
     storage: str | None = None
+    clip: float | None = None
     engine: Literal["local", "ray"] = "local"
     workers: int | None = None
     address: str | None = None
@@ -228,20 +231,22 @@ def encode(command: Encode) -> None:
         raise ValueError(
             f"folder {command.folder} has {had}; expected one ending in {' '.join(KINDS)}"
         )
-    settings = command.instruction, command.batch_tokens, command.storage
+    if command.clip is not None and not 0.1 <= command.clip < math.inf:
+        raise ValueError(f"clip is {command.clip}, expected at least 0.1 seconds")
     where = command.where if isinstance(command, Search) else None
+    settings = command.instruction, command.batch_tokens, command.storage, where, command.clip
     index: Index | None
     if command.engine == "ray":
         from btok.tools import ray_engine
 
         ray = command.workers, command.address, command.staging
-        index = ray_engine.update(command.checkpoint, root, listed, output, *settings, *ray, where)
+        index = ray_engine.update(command.checkpoint, root, listed, output, *settings, *ray)
         encoder = index.encoder
     else:
         if given := [name for name in WITH_RAY if getattr(command, name) is not None]:
             raise ValueError(f"{given[0]} is given, which only --engine ray has")
         encoder = load(command.checkpoint)
-        index = update(encoder, root, listed, output, *settings, where)
+        index = update(encoder, root, listed, output, *settings)
     if isinstance(command, Search) and index is not None and rank() == 0:
         vectors = encoder.encode([query], command.query_instruction, show_progress=False)
         (hits,) = index.search(vectors, command.top, where, command.exact or None)

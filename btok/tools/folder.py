@@ -1,4 +1,4 @@
-"""A folder's files, and documents' pages, as the items of an index that follows the folder."""
+"""A folder's files, pages and clips as the items of an index that follows the folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from btok.encoder import BTokEncoder
 from btok.files import printable, sha256
-from btok.inputs import DOCUMENTS, KINDS, Page, pages
+from btok.inputs import DOCUMENTS, KINDS, Clip, Page, cut, duration, is_video, pages
 from btok.tools.encode import WINDOW, encode_to
 from btok.tools.lookup import Came
 from btok.tools.rows import Encoded, without_none
@@ -100,6 +100,7 @@ def update(
     batch_tokens: int,
     storage: str | None = None,
     where: str | None = None,
+    clip: float | None = None,
 ) -> Index | None:
     """Make an index, or another sink, hold just these files of a folder, and say what was done.
 
@@ -111,7 +112,7 @@ def update(
     old = None
     if is_index(output):
         old = index_of_files(encoder, output, instruction, storage, where)
-    items, again = tee(describe(root, listed, old))
+    items, again = tee(describe(root, listed, old, clip))
     real = listed.real
     inputs = (as_input(root, item, real) for item in again)
     done = encode_to(encoder, output, inputs, items, instruction, batch_tokens, storage=storage)
@@ -179,23 +180,26 @@ def said_of_recall(recall: float) -> str:
 
 class Looked(NamedTuple):
     """What a look at a file found: what an index says of it, the digest that its content and the
-    way of reading it have, and how many pages; the path and 0 where it cannot be read.
+    way of reading it have (the path where it cannot be read), and by the names that set them apart
+    what it says of the file's parts, a document's pages or a video's clips.
     """
 
     item: dict[str, Any]
     content: str
-    pages: int
+    parts: Mapping[str, Mapping[str, Any]]
 
 
-def describe(root: Path, listed: Listing, old: Index | None) -> Iterator[dict[str, Any]]:
-    """Files as items, a document's pages each as one. What lies in a folder that cannot be read
-    stays as it was.
+def describe(
+    root: Path, listed: Listing, old: Index | None, clip: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """Files as items, a document's pages and, of so many seconds, a video's clips each as one. What
+    lies in a folder that cannot be read stays as it was.
     """
     naming = Naming()
     if old is not None:
         yield from naming.take(lost(listed, old))
     for window, known in known_windows(listed, old):
-        looked = [look(root, path, known.get(as_uri(path), {})) for path in window]
+        looked = [look(root, path, known.get(as_uri(path), {}), clip) for path in window]
         yield from naming.items(looked)
 
 
@@ -220,10 +224,10 @@ def known_windows(
         yield window, known
 
 
-def look(root: Path, path: str, known: Mapping[str, Any]) -> Looked:
+def look(root: Path, path: str, known: Mapping[str, Any], clip: float | None = None) -> Looked:
     """A content is read where size or time are not those that are known."""
     item: dict[str, Any] = {"uri": as_uri(path)}
-    number = known.get("pages", 0)
+    parts: Mapping[str, Mapping[str, Any]] = {}
     ending = Path(path).suffix.lower()
     try:
         stat = (root / path).stat()
@@ -232,18 +236,34 @@ def look(root: Path, path: str, known: Mapping[str, Any]) -> Looked:
         if item.items() <= known.items():
             content = known["id"][:SHA256]
         else:
-            content, number = sha256(root / path), 0
+            content, known = sha256(root / path), {}
         content += f"{ending}@{READING}"
-        if ending in DOCUMENTS and not number:
-            number = len(pages(root / path))
+        if ending in DOCUMENTS:
+            parts = _pages(known.get("pages") or len(pages(root / path)))
+        elif clip is not None and is_video(root / path):
+            length = known.get("duration") or duration(root / path)
+            parts = {} if length is None else _clips(length, clip)
     except (OSError, ValueError, ImportError):  # the encoder will say what is wrong
         content = as_uri(path)
-    return Looked(item, content, number)
+    return Looked(item, content, parts)
+
+
+def _pages(count: int) -> dict[str, dict[str, Any]]:
+    if count == 1:
+        return {"": {"pages": 1}}
+    return {f"#{number}": {"pages": count, "page": number} for number in range(1, count + 1)}
+
+
+def _clips(length: float, most: float) -> dict[str, dict[str, Any]]:
+    return {
+        f"#t={start:.3f},{end:.3f}": {"duration": length, "start": start, "end": end}
+        for start, end in cut(length, most)
+    }
 
 
 class Naming:
     """Ids of items: the content, the ending that says how to read it, which way of reading that
-    was, which file of these it is, and which page; the same after a file was renamed.
+    was, which file of these it is, and which part; the same after a file was renamed.
     """
 
     def __init__(self) -> None:
@@ -258,19 +278,16 @@ class Naming:
             yield item
 
     def items(self, files: Sequence[Looked]) -> Iterator[dict[str, Any]]:
-        """The one item of each file, or its pages'."""
+        """The one item of each file, or those of its parts."""
         again = self.came.add([file.content for file in files])
-        for (item, content, number), before in zip(files, again, strict=True):
+        for (item, content, parts), before in zip(files, again, strict=True):
             if before:
                 self.more[content] += 1
             while f"{content}-{1 + self.more[content]}" in self.taken:
                 self.more[content] += 1
             name = f"{content}-{1 + self.more[content]}"
-            if number > 1:
-                numbered = ({"page": n, "pages": number} for n in range(1, number + 1))
-                yield from ({"id": f"{name}#{it['page']}", **item, **it} for it in numbered)
-            else:
-                yield {"id": name, **item, **({"pages": 1} if number else {})}
+            for which, said in (parts or {"": {}}).items():
+                yield {"id": name + which, **item, **said}
 
 
 def as_uri(path: str) -> str:
@@ -280,12 +297,15 @@ def as_uri(path: str) -> str:
 
 def as_input(
     root: Path, item: Mapping[str, Any], real: Mapping[str, str] | None = None
-) -> Path | Page:
+) -> Path | Page | Clip:
     """What an item of a folder is encoded from; `real` has the paths that are no UTF-8."""
-    path = root / (real or {}).get(item["uri"], item["uri"])
-    return as_page(path, item)
+    return as_part(root / (real or {}).get(item["uri"], item["uri"]), item)
 
 
-def as_page(path: Path, item: Mapping[str, Any]) -> Path | Page:
-    """A file, or that page of it which the item is."""
-    return Page(path, item["page"]) if item.get("page") else path
+def as_part(path: Path, item: Mapping[str, Any]) -> Path | Page | Clip:
+    """A file, or that page or clip of it which the item is."""
+    if item.get("page"):
+        return Page(path, item["page"])
+    if item.get("end") is not None:
+        return Clip(path, item["start"], item["end"])
+    return path

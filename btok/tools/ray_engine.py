@@ -34,7 +34,7 @@ from btok.tools.folder import (
     Listing,
     Looked,
     Naming,
-    as_page,
+    as_part,
     as_uri,
     index_of_files,
     known_windows,
@@ -69,10 +69,11 @@ def update(
     instruction: str = "",
     batch_tokens: int = 16384,
     storage: str | None = None,
+    where: str | None = None,
+    clip: float | None = None,
     workers: int | None = None,
     address: str | None = None,
     staging: Path | None = None,
-    where: str | None = None,
 ) -> Index:
     """Make an index hold just these files of a folder, and say what was done; `folder.update` on
     many machines.
@@ -98,7 +99,7 @@ def update(
     start = time.monotonic()
     started = connect(address, workers)
     try:
-        count = write_items(staging / ITEMS, root, listed, old, sink)
+        count = write_items(staging / ITEMS, root, listed, old, sink, clip)
         if count:
             model = encoder.checkpoint if Path(checkpoint).exists() else checkpoint
             btoks = len(encoder.model.btok_token_ids)
@@ -147,12 +148,14 @@ def prepare_staging(staging: Path, asked: Mapping[str, Any]) -> None:
         (staging / name).mkdir(exist_ok=True)
 
 
-def write_items(folder: Path, root: Path, listed: Listing, old: Index, sink: IndexSink) -> int:
+def write_items(
+    folder: Path, root: Path, listed: Listing, old: Index, sink: IndexSink, clip: float | None
+) -> int:
     """Parquet files of the items that the index lacks; how many they are."""
 
     def items() -> Iterator[dict[str, Any]]:
         yield from naming.take(lost(listed, old))
-        for looked in looked_at(root, listed, old):
+        for looked in looked_at(root, listed, old, clip):
             yield from naming.items(looked)
 
     real = listed.real
@@ -176,7 +179,9 @@ def write_items(folder: Path, root: Path, listed: Listing, old: Index, sink: Ind
     return count
 
 
-def looked_at(root: Path, listed: Listing, old: Index) -> Iterator[list[Looked]]:
+def looked_at(
+    root: Path, listed: Listing, old: Index, clip: float | None
+) -> Iterator[list[Looked]]:
     """A look at every file, in order, by tasks, some at a time."""
     task = ray.remote(look_at).options(num_cpus=1)
     running: list[Any] = []
@@ -184,16 +189,18 @@ def looked_at(root: Path, listed: Listing, old: Index) -> Iterator[list[Looked]]
         for first in range(0, len(window), LOOKED):
             paths = window[first : first + LOOKED]
             theirs = [known.get(as_uri(path), {}) for path in paths]
-            running.append(task.remote(root, paths, theirs))
+            running.append(task.remote(root, paths, theirs, clip))
             if len(running) > 256:
                 yield ray.get(running.pop(0))
     for each in running:
         yield ray.get(each)
 
 
-def look_at(root: Path, paths: list[str], known: list[dict[str, Any]]) -> list[Looked]:
+def look_at(
+    root: Path, paths: list[str], known: list[dict[str, Any]], clip: float | None
+) -> list[Looked]:
     """A task: looks at some files."""
-    return [look(root, path, theirs) for path, theirs in zip(paths, known, strict=True)]
+    return [look(root, path, theirs, clip) for path, theirs in zip(paths, known, strict=True)]
 
 
 def encode(
@@ -249,7 +256,7 @@ def prepared(batch: pa.Table, checkpoint: str, btoks: int, instruction: str) -> 
     for said, path in zip(batch["item"].to_pylist(), batch["path"].to_pylist(), strict=True):
         sample = error = None
         try:
-            value = as_page(Path(json.loads(path)), json.loads(said))
+            value = as_part(Path(json.loads(path)), json.loads(said))
             sample = processor(with_frames(as_side(value, instruction)))
         except Exception as found:  # a decoder of a broken file may raise anything
             error = str(found)
