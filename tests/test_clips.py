@@ -25,6 +25,8 @@ def bright(frames):
 def test_a_clip_shows_its_part_of_the_video(tmp_path, name):
     path = video(tmp_path / name, bright=LONG)
     assert duration(path) == pytest.approx(25, abs=0.15)
+    frames, seconds = read_video(path)
+    assert len(frames) == 8 and np.abs(bright(frames) - 10 * np.array(seconds)).max() < 8
     frames, seconds = read_video(Clip(path, 10.0, 18.0))
     assert len(frames) == 8 and np.abs(np.array(seconds) - np.arange(0.5, 8)).max() < 0.15
     assert np.abs(bright(frames) - 10 * (10 + np.array(seconds))).max() < 8

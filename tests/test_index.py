@@ -316,8 +316,11 @@ def test_a_search_among_some(tmp_path):
         if exact:
             index.build()
     for wrong in ("page <", "color = 3", "drop table"):
-        with pytest.raises(ValueError, match=f"where is .*{wrong}.*, which is no condition: "):
-            index.search(query, 3, wrong)
+        for exact in (True, None):
+            with pytest.raises(ValueError) as told:
+                index.search(query, 3, wrong, exact)
+            assert str(told.value).startswith(f"where is {wrong!r}, which is no condition: ")
+            assert str(told.value).count("condition") == 1
     for queries in (np.ones((2, 3), np.float32), np.ones(64, np.float32)):
         with pytest.raises(ValueError, match=r"queries is float32 .*, expected float32 \[Q, 64\]"):
             index.search(queries)

@@ -74,6 +74,7 @@ WORDY = re.compile(
     r"|(External error|Generic \S+ error|LanceError\(\w+\)|Invalid user input): "
 )
 XML = re.compile(r"<\?xml.*<Message>(.*?)</Message>.*", re.DOTALL)  # of object stores
+NO_CONDITION = "which is no condition: "
 DAMAGED = "; a file of it is damaged or gone: delete it, and encode makes it again"
 
 
@@ -574,7 +575,8 @@ def named(uri: str, where: str | None = None) -> Iterator[None]:
         if said.startswith(f"{uri}: "):
             raise
         if where and any(word in said for word in ("Schema error", "parsing statement", "SQL")):
-            raise ValueError(f"where is {where!r}, which is no condition: {said}") from error
+            said = said.rpartition(NO_CONDITION)[2]  # of a part of this condition
+            raise ValueError(f"where is {where!r}, {NO_CONDITION}{said}") from error
         raise ValueError(f"{uri}: {said}{DAMAGED if _is_damage(uri, error) else ''}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of Rust

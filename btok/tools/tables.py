@@ -1,7 +1,7 @@
 """Rows as Arrow tables, for an index and for Parquet files.
 
 id        what a row is of, different in all rows; the same where the content is the same
-uri, page, pages, start, end, size, mtime_ns, ctime_ns, and what else the items say
+uri, page, pages, start, end, duration, size, mtime_ns, ctime_ns, and what else the items say
 vector    float32, float16 or int8 (then beside its "scale") [D]; null where there is an error
 tokens    that it was made of
 part      a digest of the ids that were written with it
@@ -37,6 +37,7 @@ SAID = {  # by items of files; others may say more
     "pages": pa.int32(),
     "start": pa.float64(),
     "end": pa.float64(),
+    "duration": pa.float64(),
     "size": pa.int64(),
     "mtime_ns": pa.int64(),
     "ctime_ns": pa.int64(),
