@@ -266,11 +266,17 @@ def test_what_an_index_costs(tmp_path):
     (found,) = results["sizes"].values()
     assert {*index.STEPS, "disk MiB"} == found.keys()
     assert found["indexed"]["recall@10"] > 0.9 and found["exact"]["seconds"] > 0
+    assert 0.9 < found["before"]["recall@10 of int8"] <= found["before"]["recall@10 of float16"]
     page = (tmp_path / "index.md").read_text()
     assert "**measured**" in page and "(modelled)" in page and "| add 1 % |" in page
     (tmp_path / "index.md").unlink()
     assert index.main(["--page", str(tmp_path / "index.json")]) == 0
     assert (tmp_path / "index.md").read_text() == page
-    found = {"before": {"found": [[1, 2, 3]]}, "exact": {"found": [[1, 2, 9]]}, "indexed": {}}
+    smaller = {name: [[1, 2, 3]] for name in index.SMALLER}
+    found = {
+        "before": {"found": [[1, 2, 3]], **smaller},
+        "exact": {"found": [[1, 2, 9]]},
+        "indexed": {},
+    }
     with pytest.raises(RuntimeError, match="the exact search found"):
         index.judged(found, 10)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ from btok.files import write_json
 from btok.tools.folder import list_files, update
 from btok.tools.index import Index
 from btok.tools.rows import Row
+from btok.tools.tables import compressed
 from train.pocket.model import build
 
 BLOCK = 1 << 13
 QUERIES, K = 100, 10
 BATCH_TOKENS, ENCODED = 16384, 128  # of the encoder; its dimensions
+SMALLER = ("float16", "int8")  # storage
 NEW = 100  # 1 in so many rows is added afterwards
 META = {"model": "synthetic", "settings": {}}
 STEPS = {  # in this order, each with what it is called on the page
@@ -103,10 +105,19 @@ def asked(rows: int, dims: int) -> Rows:
     return next(vectors(rows, dims, 2))[:QUERIES]
 
 
-def searched_whole(stored: Rows, queries: Rows, k: int) -> list[list[tuple[float, int]]]:
+def searched_whole(
+    stored: Rows, queries: Rows, k: int, storage: str = "float32"
+) -> list[list[tuple[float, int]]]:
     """As an index was searched before it was a table: all scores at once, all sorted."""
+
+    def scores_of(rows: Rows) -> Rows:
+        if storage != "float32":
+            smaller, scale = compressed(rows, storage)
+            rows = smaller.astype(np.float32) * scale[:, None]
+        return rows @ queries.T
+
     blocks = range(0, len(stored), 1 << 16)
-    scores = np.concatenate([stored[i : i + (1 << 16)] @ queries.T for i in blocks]).T
+    scores = np.concatenate([scores_of(stored[i : i + (1 << 16)]) for i in blocks]).T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return [[(float(s[row]), int(row)) for row in b] for s, b in zip(scores, best, strict=True)]
 
@@ -153,6 +164,11 @@ def step(name: str, rows: int, dims: int, work: Path) -> dict[str, Any]:
             start = time.perf_counter()
             found = searched_whole(stored, queries, K)
             more["found"] = [[row for _, row in hits] for hits in found]
+            taken = time.perf_counter() - start
+            for storage in SMALLER:
+                other = searched_whole(stored, queries, K, storage)
+                more[storage] = [[row for _, row in hits] for hits in other]
+            start = time.perf_counter() - taken
         else:
             start = time.perf_counter()
             hits = index.search(queries, K, exact=name == "exact")
@@ -212,15 +228,21 @@ def judged(found: dict[str, Any], rows: int) -> dict[str, Any]:
     """Recall in place of what was found. A RuntimeError where an exact search missed anything of
     those that were there before."""
     right = [set(each) for each in found["before"].pop("found")]
+    for storage in SMALLER:
+        found["before"][f"recall@10 of {storage}"] = overlap(right, found["before"].pop(storage))
     exact = [set(each) for each in found["exact"].pop("found")]
     for one, other in zip(right, exact, strict=True):
         old = {row for row in other if row < rows}  # some of the new may be nearer
         if not old <= one or len(one - old) > len(other - old):
             raise RuntimeError(f"of {rows} rows the exact search found {old}, expected {one}")
-    got = [set(each) for each in found["indexed"].pop("found")]
-    hits = [len(one & other) / K for one, other in zip(exact, got, strict=True)]
-    found["indexed"]["recall@10"] = round(sum(hits) / len(hits), 4)
+    found["indexed"]["recall@10"] = overlap(exact, found["indexed"].pop("found"))
     return found
+
+
+def overlap(right: Sequence[Set[int]], got: Sequence[Sequence[int]]) -> float:
+    """Of the K that are right, how many there are."""
+    hits = [len(one & set(other)) / K for one, other in zip(right, got, strict=True)]
+    return round(sum(hits) / len(hits), 4)
 
 
 def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
@@ -252,6 +274,11 @@ def page(results: Mapping[str, Any]) -> str:
             "10 at least",
         ],
         ["recall@10 of IVF_PQ", f"{last['indexed']['recall@10']:.3f}", "0.95 at least"],
+        *(
+            [f"recall@10 of {name}, searched exactly", f"{kept:.3f}", ""]
+            for name in SMALLER
+            for kept in [last["before"][f"recall@10 of {name}"]]
+        ),
         ["peak memory of the table's steps, MiB", f"{peak(last):,}", "under 1,536"],
     ]
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
