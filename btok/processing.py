@@ -6,7 +6,10 @@ images. This one needs numpy and Pillow, reads and writes the same files, and gi
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from btok.families import DEFAULT, FAMILIES, named_family
 from btok.families.family import IMAGE_FILE, VIDEO_FILE, Seen, encode_text
 from btok.files import one_line, read_json, write_json
 from btok.inputs import rgb_array as rgb_array  # where it was to be had before
-from btok.tokens import STEM, add_to_tokenizer
+from btok.tokens import STEM, add_to_tokenizer, end_with_btoks
 from btok.vision import Processed
 
 
@@ -30,6 +33,8 @@ class Processor:
     Args:
         tokenizer: a transformers tokenizer, with the family's special tokens where there is vision.
         model_type: the backbone's, one of `btok.families.FAMILIES`.
+        num_btoks: K, of the tokens that `save_pretrained` has all inputs of other engines end with;
+            None for as many as the tokenizer has.
         settings: of the family's image processor; for Qwen's `QwenImageProcessor` names them.
 
     Attributes:
@@ -41,7 +46,14 @@ class Processor:
         TypeError: a setting that it does not have.
     """
 
-    def __init__(self, tokenizer: Any, *, model_type: str = DEFAULT, **settings: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        model_type: str = DEFAULT,
+        num_btoks: int | None = None,
+        **settings: Any,
+    ) -> None:
         family = named_family(model_type, "Processor: model_type")
         self.tokenizer, self.model_type, self.bare = tokenizer, model_type, False
         self.image_processor = None
@@ -59,6 +71,8 @@ class Processor:
             tokenizer.encode(part, add_special_tokens=False) for part in turn
         )
         reserved = self.image_processor.reserved if self.image_processor else frozenset[int]()
+        absent = (n for n in count() if f"{STEM}{n}|>" not in vocabulary)
+        self.num_btoks = next(absent) if num_btoks is None else num_btoks
         self.reserved = reserved | {i for name, i in vocabulary.items() if name.startswith(STEM)}
 
     @classmethod
@@ -95,14 +109,23 @@ class Processor:
         kind = settings.pop("model_type", kind)
         vision = named_family(kind, "Processor: model_type").vision
         saved = vision.image_processor.read(image, video, config) if vision else {}
-        return cls(tokenizer, model_type=kind, **saved | settings)
+        return cls(tokenizer, model_type=kind, num_btoks=num_btoks, **saved | settings)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer and the files that the stock image and video processors read.
 
-        These give the same patches then.
+        These give the same patches then. What the stock tokenizer makes of a text or a conversation
+        ends with the K tokens: see `btok.tokens.end_with_btoks`.
         """
-        self.tokenizer.save_pretrained(folder)
+        shown = None if self.image_processor is None else self.image_processor.shown
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if not end_with_btoks(tokenizer, self.num_btoks, shown):
+            warnings.warn(
+                f"{type(tokenizer).__name__} cannot end inputs with bottleneck tokens; other "
+                "engines than this library will lack them",
+                stacklevel=2,
+            )
+        tokenizer.save_pretrained(folder)
         if self.image_processor is not None:
             for name, own in self.image_processor.files().items():
                 write_json(Path(folder) / name, own)

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 Init = Literal["checkpoint", "eos"]
 STEM = "<|btok_"  # of the names of bottleneck tokens
+CHAT = "chat"  # the template that a tokenizer had
+
+# in Jinja, of a conversation: its pictures, its videos and its texts, as `Processor` has those of a
+# side, and what every input ends with
+TEMPLATE = """\
+{%- set all = namespace(image='', video='', text='') -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set parts = [{'type': 'text', 'text': message['content']}] -%}
+{%- else -%}
+{%- set parts = message['content'] or [] -%}
+{%- endif -%}
+{%- for part in parts -%}
+{%- if part['type'] in ('image', 'image_url') -%}
+{%- set all.image = all.image + IMAGE -%}
+{%- elif part['type'] in ('video', 'video_url') -%}
+{%- set all.video = all.video + VIDEO -%}
+{%- elif part['type'] == 'text' -%}
+{%- set gap = ' ' if all.text and part['text'] and not all.text[-1:].isspace() else '' -%}
+{%- set all.text = all.text + gap + part['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- set gap = (VIDEO_GAP if all.video else IMAGE_GAP if all.image else '') if all.text else '' -%}
+{{- all.image + all.video + gap + all.text + BTOKS -}}"""
 
 
 def add_to_tokenizer(tokenizer: Any, num_btoks: int) -> list[int]:
@@ -23,9 +48,61 @@ def add_to_tokenizer(tokenizer: Any, num_btoks: int) -> list[int]:
     """
     if num_btoks < 0:
         raise ValueError(f"add_to_tokenizer: num_btoks is {num_btoks}, expected at least 0")
-    names = [f"{STEM}{index}|>" for index in range(num_btoks)]
+    names = btok_names(num_btoks)
     tokenizer.add_tokens(names, special_tokens=True)
     return tokenizer.convert_tokens_to_ids(names)
+
+
+def btok_names(num_btoks: int) -> list[str]:
+    """`<|btok_0|>` .. `<|btok_{K-1}|>`."""
+    return [f"{STEM}{index}|>" for index in range(num_btoks)]
+
+
+def end_with_btoks(
+    tokenizer: Any, num_btoks: int, shown: Mapping[str, tuple[str, str]] | None = None
+) -> bool:
+    """Have all that a tokenizer makes of a text, or of a conversation, end with the K tokens.
+
+    Other engines, which know nothing of bottleneck tokens, then give a model the ids that
+    `Processor` and the model's own packing do: a text's after `tokenizer(text)`, a conversation's
+    after `tokenizer.apply_chat_template`. Nothing else is added, also where the tokenizer did
+    before; a chat template that it had is kept under the name "chat". What is encoded with
+    `add_special_tokens=False` stays as it was.
+
+    Args:
+        tokenizer: a transformers tokenizer that has the tokens, changed in place.
+        num_btoks: K.
+        shown: of "image" and "video" what stands for one in a conversation, and what comes between
+            the last and the text.
+
+    Returns:
+        Whether it could be done: a tokenizer that is not of the `tokenizers` library cannot.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return False
+    from tokenizers.processors import TemplateProcessing
+
+    names = btok_names(num_btoks)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    end = [f"{name}:0" for name in names]
+    backend.post_processor = TemplateProcessing(
+        single=["$A:0", *end],
+        pair=["$A:0", "$B:0", *end],
+        special_tokens=list(zip(names, ids, strict=True)),
+    )
+    named = {"BTOKS": "".join(names)}
+    for kind in ("image", "video"):
+        named[kind.upper()], named[f"{kind.upper()}_GAP"] = (shown or {}).get(kind, ("", ""))
+    values = "".join(f"{{%- set {name} = {value!r} -%}}\n" for name, value in named.items())
+    had = tokenizer.chat_template or {}
+    if not isinstance(had, dict):
+        had = {"default": had}
+    kept = {CHAT if name == "default" else name: each for name, each in had.items()}
+    kept = {name: each for name, each in kept.items() if not each.endswith(TEMPLATE)}
+    own = values + TEMPLATE
+    tokenizer.chat_template = {"default": own, **kept} if kept else own
+    return True
 
 
 @torch.no_grad()

@@ -532,12 +532,12 @@ def test_export_merges_adapters(tmp_path, checkpoint, capsys):
     lora = Lora(rank=2, alpha=4, dropout=0.0)
     BTokModel.from_pretrained(checkpoint, lora=lora).save_pretrained(tmp_path / "lora")
     assert main(["export", str(tmp_path / "lora"), str(tmp_path / "out")]) == 0
-    assert "merged; embeddings move by" in capsys.readouterr().out
+    assert "a plain checkpoint; embeddings move by" in capsys.readouterr().out
     assert BTokModel.from_pretrained(tmp_path / "out").btok_token_ids
     assert main(["export", str(tmp_path / "lora"), str(tmp_path / "out")]) == 2
     assert "is not empty; name a new folder" in capsys.readouterr().err
-    assert main(["export", checkpoint, str(tmp_path / "other")]) == 2
-    assert "has no adapters" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "other")]) == 2
+    assert "has no btok_config.json, so it was never trained here" in capsys.readouterr().err
 
 
 def test_a_folder_is_searched_for_every_kind_of_input(tmp_path):

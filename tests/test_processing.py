@@ -305,11 +305,16 @@ def test_a_chat_template_stays_with_the_tokenizer(tmp_path):
 
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}<|im_end|>"
-    Processor(tokenizer).save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    assert again.chat_template == tokenizer.chat_template
-    said = again.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
-    assert said == "ab<|im_end|>"
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        Processor(tokenizer).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        said = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "ab"}], chat_template="chat", tokenize=False
+        )
+        assert said == "ab<|im_end|>"
+        assert tokenizer.chat_template.keys() == {"default", "chat"}
+        # of inputs for embeddings: see test_stock_ids.py
+        assert tokenizer.apply_chat_template([{"content": "ab"}], tokenize=False) == "ab"
 
 
 def test_paths_bytes_pil_images_and_arrays_are_one(tmp_path):

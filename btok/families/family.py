@@ -60,6 +60,8 @@ class ImageProcessor(ABC):
     reserved: frozenset[int]  # tokens that say where pictures are, so that no text may hold them
     brackets: frozenset[int] | None = None  # of them, those around a picture; None: it needs more
     stock: ClassVar[str]  # the stem of transformers' names, as in `Qwen2VLProcessor`
+    # of "image" and "video" what stands for one in the stock processors' prompts, and `Seen.gap`
+    shown: ClassVar[Mapping[str, tuple[str, str]]]
 
     @abstractmethod
     def __init__(self, tokenizer: Any, **settings: Any) -> None: ...

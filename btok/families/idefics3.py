@@ -61,6 +61,7 @@ class TileImageProcessor(ImageProcessor):
     BOUNDS = ("longest_edge", "tile", "do_image_splitting")
     SETTINGS = (*BOUNDS, "patch_size", "merge_size", "image_mean", "image_std")
     stock = "Idefics3"
+    shown = {"image": ("<image>", ""), "video": ("<video>", "\n\n")}  # noqa: RUF012
 
     def __init__(
         self,

@@ -57,6 +57,9 @@ class QwenImageProcessor(ImageProcessor):
     BOUNDS = ("min_pixels", "max_pixels", "min_frame_pixels", "max_frame_pixels")
     SETTINGS = (*BOUNDS, "patch_size", "merge_size", "image_mean", "image_std")
     stock = stock_video = "Qwen2VL"
+    shown = {  # noqa: RUF012
+        kind: (f"<|vision_start|><|{kind}_pad|><|vision_end|>", "\n") for kind in ("image", "video")
+    }
     patch_size = 14
     image_mean: tuple[float, ...] = CLIP[0]
     image_std: tuple[float, ...] = CLIP[1]

@@ -1,4 +1,4 @@
-"""A folder of your own becomes an index and is searched; adapters are merged; a checkpoint is
+"""A folder of your own becomes an index and is searched; a checkpoint becomes a plain one, or is
 scored on a public benchmark.
 
     python -m btok encode CHECKPOINT FOLDER [--output INDEX] [--storage float16]
@@ -119,11 +119,12 @@ class Describe:
 
 @dataclass(frozen=True)
 class Export:
-    """Merge a checkpoint's LoRA adapters into a plain checkpoint, and compare the two; or make one
-    of a GGUF file.
+    """Make a plain checkpoint that other engines read: merge LoRA adapters and compare the two,
+    join weights in several files, have the tokenizer end with the bottleneck tokens; or make one of
+    a GGUF file.
 
     Args:
-        checkpoint: a folder with adapters, or a text model's .gguf file (extra `gguf`).
+        checkpoint: a folder, or a text model's .gguf file (extra `gguf`).
         out: a new folder.
         bound: what a component of an embedding may move by; by default 1e-5, or 2e-2 below fp32.
     """
@@ -192,7 +193,7 @@ def run(command: Encode | Describe | Export | Evaluate) -> None:
             print(f"{command.out}: dequantised to float32")
             return
         moved = export(command.checkpoint, command.out, command.bound)
-        print(f"{command.out}: merged; embeddings move by {moved:.1e} at most")
+        print(f"{command.out}: a plain checkpoint; embeddings move by {moved:.1e} at most")
     elif isinstance(command, Describe):
         describe(command)
     else:

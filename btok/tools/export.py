@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from btok import adapters
+from btok.config import CONFIG_NAME
 from btok.model import BTokModel
+from btok.processing import Processor
 
-# of a checkpoint in several files; of a run's checkpoint, what is its alone
-INDEX, RUN = "model.safetensors.index.json", ("model", "manifest", "trainer")
+RUN = ("model", "manifest", "trainer")  # of a run's checkpoint, what is its alone
 
 
 def refuse_used(out: Path) -> None:
@@ -22,12 +23,12 @@ def refuse_used(out: Path) -> None:
 
 
 def export(folder: str | Path, out: str | Path, bound: float | None = None) -> float:
-    """Merge saved adapters into a plain checkpoint, and compare the two on random texts; or write
-    one whose weights are in several files, as of a sharded run, as one.
+    """Make a checkpoint a plain one that other engines read: adapters are merged, and the two
+    compared on random texts; weights in several files, as of a sharded run, become one; a tokenizer
+    that was saved by an older version ends inputs with the K tokens (`end_with_btoks`).
 
     Args:
-        folder: what `BTokModel.save_pretrained` wrote of a model with adapters, or a checkpoint in
-            several files.
+        folder: what `BTokModel.save_pretrained` and `Processor.save_pretrained` wrote.
         out: a new folder; tokenizer and processor files of `folder` are copied along.
         bound: what a component of an embedding may move by; None for 1e-5, or 2e-2 in a precision
             lower than fp32.
@@ -36,11 +37,12 @@ def export(folder: str | Path, out: str | Path, bound: float | None = None) -> f
         The largest difference found.
 
     Raises:
-        ValueError: no adapters, `out` is not empty, a difference over the bound; `out` stays empty.
+        ValueError: a checkpoint never saved by us, `out` is not empty, a difference over the bound;
+            `out` stays empty.
     """
     folder, out = Path(folder), Path(out)
-    if adapters.base_of(folder) is None and not (folder / INDEX).exists():
-        raise ValueError(f"export: {folder} has no adapters ({adapters.CONFIG_NAME})")
+    if not (folder / CONFIG_NAME).exists():
+        raise ValueError(f"export: {folder} has no {CONFIG_NAME}, so it was never trained here")
     refuse_used(out)
     model = BTokModel.from_pretrained(folder).eval()
     config = model.backbone.config
@@ -62,4 +64,6 @@ def export(folder: str | Path, out: str | Path, bound: float | None = None) -> f
         known = file.name.startswith(("adapter_", *RUN)) or (out / file.name).exists()
         if file.suffix in (".json", ".txt", ".jinja") and not known:
             shutil.copy(file, out)
+    if (out / "tokenizer_config.json").exists():
+        Processor.from_pretrained(out, len(model.btok_token_ids)).save_pretrained(out)
     return error

@@ -1,0 +1,201 @@
+"""What other engines make of an input, by our checkpoints' files alone, are the ids we give."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from helpers import FAMILIES, VISION, tiny_module, tiny_tokenizer
+from PIL import Image
+
+from btok import BTokEncoder, Side
+from btok.inputs import as_side
+from btok.processing import Processor
+from btok.tokens import add_to_tokenizer, btok_names, end_with_btoks
+from btok.tools.export import export
+
+TEXTS = ["what is it?", "a", "milk, bread\nand a red seven ", "x" * 200]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    """A family's checkpoint, and its model and processor, as they were before it was saved."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, processor = tiny_module(request.param)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return request.param, folder, model, processor
+
+
+def stock_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def ours(model, processor, side):
+    """As the model packs it."""
+    return [*processor(side)["input_ids"].tolist(), *model.btok_token_ids]
+
+
+def test_a_text(saved):
+    _, folder, model, processor = saved
+    stock = stock_tokenizer(folder)
+    for text in TEXTS:
+        assert stock(text)["input_ids"] == ours(model, processor, Side(text))
+    assert stock(TEXTS[3], truncation=True, max_length=9)["input_ids"][-4:] == [
+        *model.btok_token_ids
+    ]
+    plain = stock(TEXTS[0], add_special_tokens=False)["input_ids"]
+    assert plain == processor(Side(TEXTS[0]))["input_ids"].tolist()
+
+
+def test_a_conversation(saved):
+    _, folder, model, processor = saved
+    stock = stock_tokenizer(folder)
+
+    def of(*contents, **more):
+        messages = [
+            {"role": role, "content": content}
+            for role, content in zip(("system", "user")[-len(contents) :], contents, strict=True)
+        ]
+        return stock.apply_chat_template(messages, return_dict=False, **more)
+
+    for text in TEXTS:
+        assert of(text) == ours(model, processor, Side(text))
+        assert of([{"type": "text", "text": text}], add_generation_prompt=True) == of(text)
+    for instruction in ("Find it:", "Find it:\n"):
+        expected = ours(model, processor, as_side("a text", instruction))
+        assert of(instruction, "a text") == expected
+        assert of([{"type": "text", "text": instruction}], "a text") == expected
+    assert of("", "a text") == ours(model, processor, Side("a text"))
+
+
+def stock_processor(kind, folder, monkeypatch):
+    """Transformers' own, made without torchvision, which its video half alone needs."""
+    import transformers
+    from transformers.processing_utils import ProcessorMixin
+
+    names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    found = getattr(transformers, f"{names.get(kind, 'Idefics3')}Processor")
+    image_processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    tokenizer = stock_tokenizer(folder)
+    if kind not in names:
+        return found(image_processor, tokenizer, image_seq_len=4)
+
+    def without_checks(self, image_processor, tokenizer, video_processor, chat_template=None):
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.video_processor = self.feature_extractor = video_processor
+        self.chat_template = tokenizer.chat_template
+
+    monkeypatch.setattr(ProcessorMixin, "__init__", without_checks)
+    return found(image_processor, tokenizer, None)
+
+
+def test_pictures(saved, monkeypatch):
+    kind, folder, model, processor = saved
+    if kind not in VISION:
+        pytest.skip("text alone")
+    stock = stock_processor(kind, folder, monkeypatch)
+    rng = np.random.default_rng(0)
+    shown = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((40, 60), (70, 33))]
+    pictures = [Image.fromarray(each) for each in shown]
+    for count, text in ((1, "what is it?"), (2, "what are they?"), (2, "")):
+        parts = [{"type": "image", "image": each} for each in pictures[:count]]
+        parts += [{"type": "text", "text": text}] if text else []
+        messages = [{"role": "user", "content": parts}]
+        asked = stock.tokenizer.apply_chat_template(messages, tokenize=False)
+        got = stock(text=[asked], images=[pictures[:count]], add_special_tokens=False)
+        expected = ours(model, processor, Side(text, shown[:count]))
+        assert np.array(got["input_ids"])[0].tolist() == expected
+    # a prompt that is written by hand, as for the text part of an embeddings request
+    image, gap = processor.image_processor.shown["image"]
+    got = stock(text=[f"{image}{gap}what is it?"], images=[pictures[:1]])
+    assert np.array(got["input_ids"])[0].tolist() == ours(
+        model, processor, Side("what is it?", shown[:1])
+    )
+
+
+def test_videos(saved):
+    """Their place in a conversation; the stock processors need torchvision to fill it."""
+    kind, folder, _, processor = saved
+    if kind not in VISION:
+        pytest.skip("text alone")
+    parts = [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "what moves?"}]
+    stock = stock_tokenizer(folder)
+    asked = stock.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    video, gap = processor.image_processor.shown["video"]
+    assert asked == f"{video}{gap}what moves?{''.join(btok_names(4))}"
+    frames = [np.zeros((16, 16, 3), np.uint8)] * 2
+    said = processor.tokenizer.decode(processor(Side("what moves?", video=frames))["input_ids"])
+    assert said.endswith(f"{gap}what moves?")
+
+
+def test_a_saved_checkpoint_is_loaded_and_saved_again(saved, tmp_path):
+    _, folder, model, processor = saved
+    again = Processor.from_pretrained(folder, 4)
+    side = Side("what is it?")
+    assert again(side)["input_ids"].tolist() == processor(side)["input_ids"].tolist()
+    again.save_pretrained(tmp_path)
+    assert stock_tokenizer(tmp_path)(side.text)["input_ids"] == ours(model, again, side)
+    fewer = Processor.from_pretrained(folder, 2)
+    fewer.save_pretrained(tmp_path / "fewer")
+    expected = [*processor(side)["input_ids"].tolist(), *model.btok_token_ids[:2]]
+    assert stock_tokenizer(tmp_path / "fewer")(side.text)["input_ids"] == expected
+
+
+def test_export_upgrades_what_was_saved_before(saved, tmp_path):
+    """By a version that left the tokenizer as it was."""
+    _, folder, model, processor = saved
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    (old / "chat_template.jinja").unlink()
+    processor.tokenizer.save_pretrained(old)
+    assert stock_tokenizer(old)("a")["input_ids"] == processor(Side("a"))["input_ids"].tolist()
+    encoder = BTokEncoder.from_pretrained(old)
+    assert export(old, tmp_path / "new") == 0.0
+    assert stock_tokenizer(tmp_path / "new")("a")["input_ids"] == ours(model, processor, Side("a"))
+    again = BTokEncoder.from_pretrained(tmp_path / "new")
+    assert np.array_equal(encoder.encode(["a"]), again.encode(["a"]))
+    assert encoder.settings == again.settings
+    assert stock_tokenizer(old)("a")["input_ids"] == processor(Side("a"))["input_ids"].tolist()
+
+
+def test_without_bottleneck_tokens_nothing_is_added(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    start = tokenizer.convert_ids_to_tokens(3)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[start, "$A"], pair=[start, "$A", "$B"], special_tokens=[(start, 3)]
+    )
+    assert tokenizer("a")["input_ids"][0] == 3
+    Processor(tokenizer, model_type="llama").save_pretrained(tmp_path)
+    assert stock_tokenizer(tmp_path)("a")["input_ids"] == tokenizer.encode(
+        "a", add_special_tokens=False
+    )
+    assert tokenizer("a")["input_ids"][0] == 3  # the one in memory stays as it was
+
+
+def test_a_tokenizer_that_cannot_is_told(tmp_path):
+    assert not end_with_btoks(object(), 4)
+    tokenizer = tiny_tokenizer()
+    add_to_tokenizer(tokenizer, 2)
+    processor = Processor(tokenizer, model_type="llama")
+    assert processor.num_btoks == 2
+
+    class Slow:
+        def __deepcopy__(self, _):
+            return self
+
+        def save_pretrained(self, folder):
+            pass
+
+    processor.tokenizer = Slow()
+    with pytest.warns(UserWarning, match="Slow cannot end inputs with bottleneck tokens"):
+        processor.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Processor(tokenizer, model_type="llama").save_pretrained(tmp_path)
