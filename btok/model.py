@@ -25,6 +25,7 @@ from btok.files import IN_GGUF, find, read_json, sha256
 from btok.gated_mlp import use_gated_mlps
 from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
+from btok.modules import write_modules
 from btok.packing import PackedBatch, pack
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
 from btok.vision import Vision, join
@@ -177,7 +178,8 @@ class BTokModel(nn.Module):
     def save_pretrained(
         self, folder: str | Path, state: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Write `btok_config.json` and a plain transformers checkpoint, or the adapters alone.
+        """Write a plain transformers checkpoint, or the adapters alone; `btok_config.json`, and
+        what sentence-transformers reads.
 
         Args:
             state: the weights, or a part of them; None for those of `saved_state()`.
@@ -187,7 +189,10 @@ class BTokModel(nn.Module):
             adapters.save(self.backbone, folder, state)
         else:
             self.backbone.save_pretrained(folder, state_dict=state)
-        self.settings.save(folder, self.backbone.config.model_type)
+        config = self.backbone.config
+        self.settings.save(folder, config.model_type)
+        plain = family_of(config).vision is None and not hasattr(self.backbone, "peft_config")
+        write_modules(folder, self.settings, config.get_text_config().hidden_size, plain)
 
     def checkpoint_activations(self, on: bool = True) -> None:
         """Make each layer's activations again in the backward instead of keeping them, or not."""

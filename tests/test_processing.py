@@ -313,7 +313,7 @@ def test_a_chat_template_stays_with_the_tokenizer(tmp_path):
         )
         assert said == "ab<|im_end|>"
         assert tokenizer.chat_template.keys() == {"default", "chat"}
-        # of inputs for embeddings: see test_stock_ids.py
+        # of inputs for embeddings: see test_stock.py
         assert tokenizer.apply_chat_template([{"content": "ab"}], tokenize=False) == "ab"
 
 

@@ -126,10 +126,10 @@ class Recipe:
         for name in ("temperature", "learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and finite")
-        if (self.num_btoks == 0) == (self.pooling_rows == "btok"):
+        if self.pooling_rows not in (("btok", "last") if self.num_btoks else ("last", "mean")):
             raise ValueError(
                 f"num_btoks is {self.num_btoks} and pooling '{self.pooling}'; K = 0 needs pooling "
-                "'last' or 'mean', and K > 0 'btok'"
+                "'last' or 'mean', and K > 0 'btok' or 'last'"
             )
         if not (0 <= self.lora_dropout < 1 and 0 <= self.final_rate <= 1 and 0 < self.beta2 < 1):
             had = f"{self.lora_dropout}, {self.final_rate}, {self.beta2}"

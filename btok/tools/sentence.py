@@ -19,6 +19,7 @@ from btok.families import family_of
 from btok.files import read_json
 from btok.inputs import as_side, with_frames
 from btok.model import BTokModel, use_condensed_attention
+from btok.modules import MODULES, STOCK
 from btok.processing import Processor
 from btok.vision import KEYS, by_name
 
@@ -51,8 +52,8 @@ def load_sentence_transformer(
         ImportError: sentence-transformers is missing (the extra `sentence-transformers`).
         ValueError: a checkpoint saved with more modules than ours; what `BTokModel` refuses.
     """
-    names = [module["type"] for module in read_json(name_or_path, "modules.json")]
-    if len(names) > 1:
+    names = [module["type"] for module in read_json(name_or_path, MODULES)]
+    if len(names) > 1 and names != list(STOCK):  # which ours takes the place of
         raise ValueError(
             f"load_sentence_transformer: {name_or_path} was saved with the modules {names}, "
             "expected BTokTransformer alone; use SentenceTransformer(..., trust_remote_code=True)"

@@ -1,17 +1,22 @@
-"""What other engines make of an input, by our checkpoints' files alone, are the ids we give."""
+"""What other engines make of our checkpoints by their files alone: our ids, and our vectors."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
-from helpers import FAMILIES, VISION, tiny_module, tiny_tokenizer
+from helpers import FAMILIES, VISION, environment, tiny_module, tiny_tokenizer
 from PIL import Image
 
-from btok import BTokEncoder, Side
+from btok import BTokEncoder, Side, load_sentence_transformer
+from btok.adapters import Lora
 from btok.inputs import as_side
+from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_tokenizer, btok_names, end_with_btoks
 from btok.tools.export import export
@@ -161,6 +166,69 @@ def test_export_upgrades_what_was_saved_before(saved, tmp_path):
     assert np.array_equal(encoder.encode(["a"]), again.encode(["a"]))
     assert encoder.settings == again.settings
     assert stock_tokenizer(old)("a")["input_ids"] == processor(Side("a"))["input_ids"].tolist()
+
+
+WITHOUT_US = """
+import sys
+sys.modules["btok"] = None  # not to be imported
+import json
+import numpy as np
+from sentence_transformers import SentenceTransformer
+texts = json.loads(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = SentenceTransformer(folder, device="cpu")
+    got = model.encode(texts, batch_size=3)
+    assert [type(part).__name__ for part in model] == ["Transformer", "Pooling", "Normalize"]
+    assert np.abs(got - np.load(f"{folder}/ours.npy")).max() < 1e-6, folder
+    print("right")
+"""
+POOLED = {"last of 4": (4, "last"), "one": (1, "btok"), "last": (0, "last"), "mean": (0, "mean")}
+
+
+def test_sentence_transformers_alone_gives_our_vectors(tmp_path):
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    folders = []
+    for kind in ("llama", "qwen2", "qwen3"):
+        for name, (count, pooling) in POOLED.items():
+            made, processor = tiny_module(kind)
+            ids = made.btok_token_ids[:count]
+            model = BTokModel.from_backbone(made.backbone, btok_token_ids=ids, pooling=pooling)
+            folder = tmp_path / f"{kind} {name}"
+            model.save_pretrained(folder)
+            Processor(processor.tokenizer, model_type=kind, num_btoks=count).save_pretrained(folder)
+            vectors = BTokEncoder.from_pretrained(folder).encode(TEXTS)
+            np.save(folder / "ours.npy", vectors)
+            again = load_sentence_transformer(folder, device="cpu")
+            assert np.abs(again.encode(TEXTS) - vectors).max() < 1e-6
+            folders.append(folder)
+    command = [sys.executable, "-c", WITHOUT_US, json.dumps(TEXTS), *map(str, folders)]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    assert said.stdout.split() == ["right"] * 12, said.stderr
+
+
+@pytest.mark.parametrize("kind, adapted", [("llama", False), ("qwen2_vl", False), ("llama", True)])
+def test_what_needs_our_pooling_is_refused_without_it(tmp_path, kind, adapted):
+    """sentence-transformers would take the last row of a decoder, and say nothing."""
+    st = pytest.importorskip("sentence_transformers", reason="it is not installed")
+    model, processor = tiny_module(kind)
+    if adapted or kind == "qwen2_vl":
+        settings = {"btok_token_ids": model.btok_token_ids, "pooling": "last"}
+        model = BTokModel.from_backbone(model.backbone, **settings)
+    if adapted:
+        pytest.importorskip("peft", reason="peft is not installed")
+        model.save_pretrained(tmp_path / "base")
+        model = BTokModel.from_pretrained(tmp_path / "base", lora=Lora(rank=2, alpha=4, dropout=0))
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        st.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    trusted = st.SentenceTransformer(str(tmp_path / "saved"), device="cpu", trust_remote_code=True)
+    vectors = BTokEncoder.from_pretrained(tmp_path / "saved").encode(TEXTS)
+    assert np.abs(trusted.encode(TEXTS) - vectors).max() < 1e-6
+    if adapted:  # merged it is a plain one
+        export(tmp_path / "saved", tmp_path / "merged")
+        alone = st.SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+        assert len(alone) == 3 and np.abs(alone.encode(TEXTS) - vectors).max() < 1e-5
 
 
 def test_without_bottleneck_tokens_nothing_is_added(tmp_path):

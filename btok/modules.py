@@ -1,0 +1,63 @@
+"""`modules.json`: how sentence-transformers reads a checkpoint, which else would guess its pooling.
+
+A text model that pools one row, or the mean of all, is three of its own modules, and needs nothing
+of ours. Any other is `BTokTransformer`, which it loads with `trust_remote_code=True` alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from btok.config import BTokConfig
+from btok.files import write_json
+
+OURS = "btok.tools.sentence.BTokTransformer"
+PACKAGE = "sentence_transformers.models"
+TRANSFORMER, POOLING, NORMALIZE = STOCK = tuple(
+    f"{PACKAGE}.{name}" for name in ("Transformer", "Pooling", "Normalize")
+)
+MODULES = "modules.json"
+
+
+def stock_pooling(settings: BTokConfig) -> str | None:
+    """What sentence-transformers calls the pooling of [x ; B]; None for a mean of several rows."""
+    if settings.pooling == "btok":  # of one row: it is the last
+        return "lasttoken" if len(settings.btok_token_ids) == 1 else None
+    return {"last": "lasttoken", "mean": "mean"}[settings.pooling]
+
+
+def write_modules(folder: Path, settings: BTokConfig, dims: int, plain: bool) -> None:
+    """Write `modules.json` and what it names.
+
+    Args:
+        dims: D, of an embedding.
+        plain: whether transformers alone makes the last hidden states of it: a text model without
+            adapters, whose tokenizer ends inputs with B.
+    """
+    pooling = stock_pooling(settings) if plain else None
+    kinds = (OURS,) if pooling is None else STOCK
+    for kind in (POOLING, NORMALIZE):  # of a checkpoint that was here before
+        shutil.rmtree(folder / _path(kind), ignore_errors=True)
+    modules = [
+        {"idx": i, "name": str(i), "path": _path(kind), "type": kind}
+        for i, kind in enumerate(kinds)
+    ]
+    _write(folder / MODULES, modules)
+    if pooling is not None:
+        # read by all versions; those of today have shorter names
+        named = {"lasttoken": "lasttoken", "mean_tokens": "mean", "cls_token": "cls"}
+        modes = {f"pooling_mode_{name}": mode == pooling for name, mode in named.items()}
+        config = {"word_embedding_dimension": dims, **modes}
+        _write(folder / _path(POOLING) / "config.json", config)
+        (folder / _path(NORMALIZE)).mkdir(exist_ok=True)
+
+
+def _path(kind: str) -> str:
+    return {POOLING: "1_Pooling", NORMALIZE: "2_Normalize"}.get(kind, "")
+
+
+def _write(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, value)
