@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import pytest
 from helpers import held, tiny_checkpoint
 from PIL import Image
 
-from btok import inputs
+from btok import BTokEncoder, inputs
 from btok.adapters import Lora
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tools import cli
+from btok.tools import folder as folder_module
 from btok.tools.cli import list_files, main
 
 RNG = np.random.default_rng(0)
@@ -102,6 +104,52 @@ def test_only_new_and_changed_files_are_encoded(checkpoint, folder, capsys, enco
     assert main(["encode", checkpoint, str(folder)]) == 0
     assert not encoded
     assert "5 files, 0 of them new or changed, 0 gone" in capsys.readouterr().err
+
+
+def test_a_file_that_could_not_be_read_is_looked_at_again(checkpoint, tmp_path, capsys):
+    """Its id is not of its content, which nobody knows."""
+    pytest.importorskip("pypdfium2", reason="pypdfium2 (the extra `pdf`) is not installed")
+    folder = tmp_path / "a folder whose name is long" / "and another one, so that paths are alike"
+    folder.mkdir(parents=True)
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (40, 40), colour).save(folder / f"{name}.pdf")
+    (tmp_path / "note.txt").write_text("a note")
+    command = ["encode", checkpoint, str(tmp_path)]
+    with pytest.MonkeyPatch.context() as without:
+        without.setitem(sys.modules, "pypdfium2", None)
+        assert main(command) == 0
+        assert 'pip install "btok[pdf]"' in capsys.readouterr().err
+    assert main(command) == 0
+    before = held(tmp_path / ".btok")
+    assert len(before) == 3 and all(re.match("[0-9a-f]{64}[.]", name) for name in before)
+    alone = BTokEncoder.from_pretrained(checkpoint).encode([folder / "b.pdf"])[0]
+    (folder / "a.pdf").unlink()
+    assert main(command) == 0
+    (vector,) = (v for item, v in held(tmp_path / ".btok").values() if item["uri"].endswith("pdf"))
+    assert np.abs(vector - alone).max() < 1e-6
+
+
+def test_a_file_that_changes_while_it_is_read(checkpoint, folder, capsys, monkeypatch):
+    """As a log that is rotated: what is encoded may be of another content than its id says."""
+    look = folder_module.look
+
+    def rotated(root, path, *more):
+        looked = look(root, path, *more)
+        if path == "note.txt":
+            (folder / "note.txt").rename(folder / "old.txt")
+            (folder / "note.txt").write_text("a new note")
+        return looked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "look", rotated)
+        assert main(["encode", checkpoint, str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "note.txt: it changed while it was read; the next run tries again" in said
+    assert main(["encode", checkpoint, str(folder)]) == 0
+    found = {item["uri"]: vector for item, vector in held(folder / ".btok").values()}
+    for name in ("note.txt", "old.txt"):
+        alone = BTokEncoder.from_pretrained(checkpoint).encode([folder / name])[0]
+        assert np.abs(found[name] - alone).max() < 1e-6
 
 
 def test_files_of_one_content_are_each_found(checkpoint, folder, capsys, encoded):

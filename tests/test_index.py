@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import time
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -220,10 +222,15 @@ def test_bad_inputs_are_refused_and_the_index_stays(encoder, tmp_path, monkeypat
     for item, message in (
         ({"id": "e", "page": "one"}, "an item's page is 'one', expected int32"),
         ({"id": "e", "vector": 3}, "an item has 'vector', which is the index's own"),
-        ({"id": "e", "mine": object()}, "an item's mine is <object"),
+        ({"id": "e", "page": 9.99}, "an item's page is 9.99, expected int32"),
     ):
         with pytest.raises(ValueError, match=message):
             encoder.encode_to(index, ["x"], [item])
+    for value in (object(), {"a": 1}, (1, 2), {1}, float("nan"), np.float32(1), [np.zeros(2)]):
+        with pytest.raises(TypeError, match=r"item .e. has mine = .*, expected a text, a number"):
+            encoder.encode_to(index, ["x"], [{"id": "e", "mine": value}])
+    with pytest.raises(TypeError, match="item 'e' has 5, expected names of text"):
+        encoder.encode_to(index, ["x"], [{"id": "e", 5: 1}])
     monkeypatch.setattr("btok.tools.encode.WINDOW", 2)  # twice, in windows of their own
     with pytest.raises(ValueError, match="index: the id 'id 0' came twice"):
         encoder.encode_to(index, TEXTS[:5], [*IDS[:4], "id 0"])
@@ -315,19 +322,101 @@ def test_a_search_among_some(tmp_path):
         assert index.search(query, 3, "page = 99", exact) == [[]]
         if exact:
             index.build()
-    for wrong in ("page <", "color = 3", "drop table"):
+    wrongs = ("page <", "color = 3", "drop table", "page", "page = 'abc'", "1/0 = 1", "")
+    for wrong in (*wrongs, "true) OR (true", "uri LIKE '%"):
         for exact in (True, None):
             with pytest.raises(ValueError) as told:
                 index.search(query, 3, wrong, exact)
             assert str(told.value).startswith(f"where is {wrong!r}, which is no condition: ")
-            assert str(told.value).count("condition") == 1
+            assert "\n" not in str(told.value)
+    (hits,) = index.search(query, 3, "(uri = '7.pdf') OR uri = 'a)b'")
+    assert [hit.item["id"] for hit in hits] == ["7"]
     for queries in (np.ones((2, 3), np.float32), np.ones(64, np.float32)):
         with pytest.raises(ValueError, match=r"queries is float32 .*, expected float32 \[Q, 64\]"):
             index.search(queries)
     with pytest.raises(ValueError, match="k is 0"):
         index.search(query, 0)
+    for k in (1.5, "3", True):
+        with pytest.raises(TypeError, match=f"k is {k!r}, expected a whole number"):
+            index.search(query, k)
+    with pytest.raises(ValueError, match="queries has NaNs"):
+        index.search(query * np.nan)
+    assert index.search(query[:0]) == []
+    for exact in (True, None):
+        assert len(index.search(query, 10**12, None, exact)[0]) == 300
     with pytest.raises(ValueError, match=r"names no checkpoint; give Index\.open an encoder"):
         index.search(["a text"])
+
+
+@pytest.mark.parametrize("kind", index_module.KINDS)
+@pytest.mark.parametrize("large", [50, 1000])
+def test_an_approximate_search_among_some_finds_them_all(tmp_path, monkeypatch, kind, large):
+    """Those that match may all lie where a search without the condition would not look."""
+    monkeypatch.setattr(index_module, "LARGE", large)
+    rows = synthetic(4000)
+    index = Index.create(tmp_path / "index", MADE, 64, rows=[rows])
+    index.build(kind)
+    queries = np.stack([row.vector for row in rows[::400]])
+    for where, count in (("id = '17'", 1), ("uri LIKE '%77.pdf'", 40), ("page = 4", 444)):
+        found = index.search(queries, 10, where)
+        expected = index.search(queries, 10, where, exact=True)
+        assert [len(hits) for hits in found] == [min(count, 10)] * 10
+        alike = [
+            len({hit.item["id"] for hit in one} & {hit.item["id"] for hit in other})
+            for one, other in zip(found, expected, strict=True)
+        ]
+        assert sum(alike) >= 0.95 * 10 * min(count, 10)
+    many = index.search(queries, 2000)
+    assert [len(hits) for hits in many] == [2000] * 10
+
+
+def test_recall_where_many_are_alike(tmp_path):
+    """A neighbour that is as near as the right one is right."""
+    rows = synthetic(300)
+    rows = [row._replace(vector=rows[0].vector) for row in rows]
+    assert Index.create(tmp_path / "index", MADE, 64, rows=[rows]).build() == 1.0
+
+
+def test_rows_of_two_runs_at_once_are_there_once(encoder, tmp_path):
+    encoder.encode_to(tmp_path / "index", TEXTS[:4], IDS[:4])
+    index = Index.open(tmp_path / "index")
+    items = [{"id": name} for name in IDS]
+    for row, item in zip(encoder.encode(TEXTS), items, strict=True):
+        if item["id"] != IDS[0]:
+            index.write([Row(item, row, 3)])  # as another run does that began with an empty one
+    done = encoder.encode_to(tmp_path / "index", [*TEXTS, "more"], [*IDS, "more"])
+    assert done.vectors == 23
+    encoder.encode_to(tmp_path / "whole", [*TEXTS, "more"], [*IDS, "more"])
+    assert same(held(tmp_path / "index"), held(tmp_path / "whole"))
+
+
+def test_two_runs_make_one_index(encoder, tmp_path, monkeypatch):
+    made, create = [], Index.create.__func__
+
+    def late(cls, *arguments, **more):
+        create(Index, *arguments, **more)  # by another run, just now
+        made.append(1)
+        return create(cls, *arguments, **more)
+
+    monkeypatch.setattr(Index, "create", classmethod(late))
+    assert encoder.encode_to(tmp_path / "index", TEXTS, IDS).vectors == 22 and made == [1]
+
+
+def test_what_is_written_at_once_is_tried_again(tmp_path, monkeypatch):
+    rows = synthetic(20)
+    index = Index.create(tmp_path / "index", MADE, 64, rows=[rows[:10]])
+    other, tries = Index.open(tmp_path / "index"), []
+
+    def first(fields):
+        tries.append(1)
+        if len(tries) == 1:
+            other.write([Row({**rows[10].item, "mine": "a"}, rows[10].vector)])
+            raise OSError("Retryable commit conflict for version 2: this Merge was preempted")
+
+    monkeypatch.setattr(index.dataset, "add_columns", first, raising=False)
+    index.write([Row({**rows[11].item, "mine": "b"}, rows[11].vector)])
+    found = {row["id"]: row["mine"] for row in index.look_up("id", ["10", "11"])}
+    assert found == {"10": "a", "11": "b"} and tries == [1]
 
 
 @pytest.mark.parametrize("kind", index_module.KINDS)
@@ -426,6 +515,23 @@ def test_a_reader_keeps_the_state_it_opened(encoder, tmp_path):
     assert len(index) == 9 and index.search([TEXTS[0]], 1)[0][0].item == {"id": "id 0"}
     index.refresh()
     assert len(index) == 17 and index.search([TEXTS[20]], 1)[0][0].item == {"id": "id 20"}
+
+
+def test_a_state_goes_an_hour_after_another_took_its_place(encoder, tmp_path, monkeypatch):
+    """However long it stood before."""
+    encoder.encode_to(tmp_path / "index", TEXTS[:9], IDS[:9])
+    first = Index.open(tmp_path / "index", encoder)
+    time.sleep(0.5)
+    monkeypatch.setattr(index_module, "KEPT", timedelta(seconds=0.4))
+    monkeypatch.setattr(index_module, "FRAGMENTS", 0)  # whole files are written anew
+    encoder.encode_to(tmp_path / "index", TEXTS[5:12], IDS[5:12])
+    assert first.search([TEXTS[0]], 1)[0][0].item == {"id": "id 0"}
+    time.sleep(0.5)
+    encoder.encode_to(tmp_path / "index", TEXTS[5:14], IDS[5:14])
+    with pytest.raises(ValueError, match="open it again"):
+        first.search([TEXTS[0]], 1)
+    first.refresh()
+    assert first.search([TEXTS[12]], 1)[0][0].item == {"id": "id 12"}
 
 
 def test_an_encoder_is_loaded_for_texts(encoder, checkpoint, tmp_path):
@@ -528,6 +634,19 @@ def older(folder, encoder, version, texts=TEXTS[:3], ids=IDS[:3]):
     (folder / "meta.json").write_text(json.dumps(meta))
     COUNTED.clear()
     return vectors
+
+
+def test_what_few_items_of_an_older_format_say_stays(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("btok.tools.old_index.BLOCK", 2)
+    older(tmp_path / "index", encoder, 2)
+    (path,) = (tmp_path / "index").rglob("*.jsonl")
+    items = [json.loads(line) for line in path.read_text().splitlines()]
+    items[2]["seldom"] = "said"
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    with pytest.raises(ValueError, match=r"is an index of an older format; `python -m btok encode"):
+        Index.open(tmp_path / "index")
+    index = open_index(encoder, tmp_path / "index")
+    assert [row["seldom"] for row in index.look_up("id", [items[2]["id"]])] == ["said"]
 
 
 @pytest.mark.parametrize("version", [1, 2])

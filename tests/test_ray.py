@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import environment, held, same, tiny_checkpoint
 
@@ -34,6 +36,35 @@ def write(folder, count):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 nothing")
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.txt")).write_text("an odd name")
     return folder
+
+
+def test_only_what_this_run_asked_for_is_committed(tmp_path):
+    """Parts of a run that was killed may be of files that are gone, or clips of another length."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from btok.tools.ray_engine import rows_of
+    from btok.tools.rows import Row
+    from btok.tools.tables import as_table, schema_of
+
+    rows, items = tmp_path / "rows", tmp_path / "items"
+    rows.mkdir()
+    items.mkdir()
+    schema = schema_of({"model": "a digest", "settings": {}}, 4, "float32")
+    vectors = np.eye(4, dtype=np.float32)
+    for part, ids in enumerate((("gone", "moved"), ("moved", "bad", "new"))):
+        made = [Row({"id": name, "uri": f"old {name}"}, vectors[part], 3) for name in ids]
+        made = [row if row.item["id"] != "bad" else Row(row.item, None, None, "no") for row in made]
+        parquet.write_table(as_table(made, schema), rows / f"{part}.parquet")
+    ids = ["new", "bad", "moved", "not made"]
+    said = [json.dumps({"id": name, "uri": f"new {name}"}) for name in ids]
+    parquet.write_table(pa.table({"id": ids, "item": said, "path": said}), items / "0.parquet")
+    found = {row.item["id"]: row for part in rows_of(rows, items) for row in part}
+    assert found.keys() == {"new", "bad", "moved"}
+    assert all(row.item["uri"] == f"new {name}" for name, row in found.items())
+    assert found["bad"].error == "no" and found["bad"].vector is None
+    assert found["moved"].vector.tolist() == vectors[0].tolist()
+    assert found["new"].vector.tolist() == vectors[1].tolist()
 
 
 ENCODE = """

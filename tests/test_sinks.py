@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from random import Random
 
@@ -147,6 +148,26 @@ def test_a_full_disk_is_told_and_what_was_written_stays(encoder, tmp_path, endin
     made = counted(encoder)
     done = encoder.encode_to(path, TEXTS, IDS)
     assert done.vectors == 22 and not {*made} & {*IDS[:20]}  # parts of four, of which five went in
+
+
+def test_all_parts_of_a_parquet_folder_have_the_same_types(encoder, tmp_path):
+    dataset = pytest.importorskip("pyarrow.dataset", reason="pyarrow is not installed")
+    path = tmp_path / "out.parquet"
+    encoder.encode_to(path, TEXTS[:4], [{"id": name, "price": 1} for name in IDS[:4]])
+    more = [{"id": name, "price": 1} for name in IDS[:8]]
+    encoder.encode_to(path, TEXTS[:8], more)
+    assert dataset.dataset(path).to_table()["price"].to_pylist() == [1] * 8
+    more[7] = {"id": "other", "price": 9.99}
+    with pytest.raises(ValueError, match=r"an item's price is 9.99, expected int64"):
+        encoder.encode_to(path, TEXTS[:8], more)
+
+
+def test_what_no_npz_can_say_is_refused_before_anything_is_encoded(encoder, tmp_path):
+    made = counted(encoder)
+    for value in (b"bytes", datetime(2026, 1, 1)):
+        with pytest.raises(TypeError, match=r"item 'b' cannot be written to .*out.npz \(Object of"):
+            encoder.encode_to(tmp_path / "out.npz", TEXTS[:2], ["a", {"id": "b", "is": value}])
+    assert not made and not list(tmp_path.iterdir())
 
 
 def test_without_the_extra(checkpoint, tmp_path):

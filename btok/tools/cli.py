@@ -225,7 +225,8 @@ def encode(command: Encode) -> None:
     output = command.output or str(root / ".btok")
     if isinstance(command, Search) and not is_index(output):
         raise ValueError(f"output is {output}, which encode makes; expected an index to search")
-    listed = list_files(root, None if "://" in output else Path(output))
+    own = [] if "://" in output else [Path(output), Path(f"{output}.parts")]
+    listed = list_files(root, *own, *filter(None, [command.staging]))
     if not listed.paths:
         why = [f"{name}: {why}" for name, why in listed.unreadable.items()]
         had = f"no file that can be encoded{listed.passed_over()}{'; '.join(['', *why])}"

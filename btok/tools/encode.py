@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, tee
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def encode_to(
     batch_tokens: int = 16384,
     show_progress: bool = True,
     storage: str | None = None,
+    check: Callable[[Mapping[str, Any]], str | None] = lambda item: None,
 ) -> Encoded:
     """Make an index, or another sink, hold exactly these inputs; encode what it lacks.
 
@@ -45,6 +46,7 @@ def encode_to(
             change with the content. Items are drawn in windows, ahead of their inputs.
         storage: what an index stores: "float32", "float16" or "int8"; by default what it does
             already, or float32.
+        check: of an item whose vector was made, why it is not to be kept; None to keep it.
 
     Raises:
         ValueError: what `btok.tools.index.open_index` refuses; an id twice; no input that can be
@@ -97,7 +99,9 @@ def encode_to(
     try:
         for names, vectors, errors, tokens in made:
             for name, row, count in zip(names, vectors, tokens, strict=True):
-                part[name] = Row(waiting[name], row, count)
+                why = check(waiting[name])
+                kept = (row, count) if why is None else (None, None, why)
+                part[name] = Row(waiting[name], *kept)
             part |= {name: Row(waiting[name], None, None, why) for name, why in errors.items()}
             if len(part) % PART == 0 and time.monotonic() - since >= SECONDS:
                 write(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from btok.tools.index import Index
 
 READING = 2  # of files; another makes all vectors again
-SHA256 = 64  # hexadecimal digits
+DIGEST = re.compile(r"([0-9a-f]{64})(\.[^@]*)@\d+-")  # of a file that could be read, in its id
 SHOWN = 10  # unreadable files that are named
 
 
@@ -54,14 +55,14 @@ class Listing:
         return said and f"; passed over: {said}"
 
 
-def list_files(root: Path, output: Path | None = None) -> Listing:
-    """Look through a folder, but for an index in it.
+def list_files(root: Path, *own: Path) -> Listing:
+    """Look through a folder, but for these folders in it, as of an index.
 
     Hidden things are passed over, which an index and what macOS leaves on other disks are, too, and
     symbolic links, which may lead out of the folder or in circles.
     """
     found = Listing()
-    own = None if output is None else str(output.resolve())
+    passed = {str(path.resolve()) for path in own}
     top, waiting = str(root.resolve()), [""]
     while waiting:
         folder = waiting.pop()
@@ -73,7 +74,7 @@ def list_files(root: Path, output: Path | None = None) -> Listing:
             continue
         for entry in entries:
             path = f"{folder}/{entry.name}" if folder else entry.name
-            if f"{top}/{path}" == own:
+            if f"{top}/{path}" in passed:
                 continue
             if entry.name.startswith("."):
                 found.others["hidden"] += 1
@@ -104,7 +105,8 @@ def update(
 ) -> Index | None:
     """Make an index, or another sink, hold just these files of a folder, and say what was done.
 
-    What lies in a folder that cannot be read now stays as it was.
+    What lies in a folder that cannot be read now stays as it was. A file that changes while it is
+    encoded gets no vector, and is tried again by the next call.
 
     Returns:
         The index, if it is one.
@@ -115,7 +117,16 @@ def update(
     items, again = tee(describe(root, listed, old, clip))
     real = listed.real
     inputs = (as_input(root, item, real) for item in again)
-    done = encode_to(encoder, output, inputs, items, instruction, batch_tokens, storage=storage)
+    done = encode_to(
+        encoder,
+        output,
+        inputs,
+        items,
+        instruction,
+        batch_tokens,
+        storage=storage,
+        check=lambda item: changed(root / real.get(item["uri"], item["uri"]), item),
+    )
     if old is not None:
         old.refresh()
     if rank() == 0:
@@ -142,7 +153,7 @@ def index_of_files(
             "give another --output"
         )
     if where is not None:
-        next(index.rows(["id"], where), None)
+        index.count(where)
     return index
 
 
@@ -233,8 +244,9 @@ def look(root: Path, path: str, known: Mapping[str, Any], clip: float | None = N
         stat = (root / path).stat()
         item |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         item["ctime_ns"] = stat.st_ctime_ns  # which a copy that keeps the time does not keep
-        if item.items() <= known.items():
-            content = known["id"][:SHA256]
+        had = DIGEST.match(known.get("id", ""))
+        if had is not None and had[2] == ending and item.items() <= known.items():
+            content = had[1]
         else:
             content, known = sha256(root / path), {}
         content += f"{ending}@{READING}"
@@ -244,7 +256,7 @@ def look(root: Path, path: str, known: Mapping[str, Any], clip: float | None = N
             length = known.get("duration") or duration(root / path)
             parts = {} if length is None else _clips(length, clip)
     except (OSError, ValueError, ImportError):  # the encoder will say what is wrong
-        content = as_uri(path)
+        content, parts = f"?{as_uri(path)}", {}
     return Looked(item, content, parts)
 
 
@@ -259,6 +271,17 @@ def _clips(length: float, most: float) -> dict[str, dict[str, Any]]:
         f"#t={start:.3f},{end:.3f}": {"duration": length, "start": start, "end": end}
         for start, end in cut(length, most)
     }
+
+
+def changed(path: Path, item: Mapping[str, Any]) -> str | None:
+    """Why a file's vector is not of the content that its id says; None where it is."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        return str(error)
+    found = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    same = all(item.get(name, value) == value for name, value in found.items())
+    return None if same else "it changed while it was read; the next run tries again"
 
 
 class Naming:

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,27 +58,33 @@ except ImportError as error:
 FORMAT_VERSION = 3
 READ = 1 << 13  # rows of a batch that is read: 50 MB of 1,536 dimensions in fp32
 BUFFER = 1 << 27  # bytes that are read ahead
-WHOLE = "vector IS NOT NULL"
+WHOLE = "error IS NULL"  # it is there or a vector is, and is read in no time
 LENGTHS = 5e-2  # by which a stored vector's squared length may be off
 LARGE = 100_000  # rows from which encoding builds an approximate index
 STALE = 0.1  # of the rows outside of it, from which it is extended
 KINDS = ("IVF_PQ", "IVF_HNSW_SQ")
 RECALL = 0.95  # what `build` looks for
 PROBES = (8, 16, 32, 64, 128, 256, 512)  # partitions of an index that a query looks at
+TUNED = 10  # the k for which `build` finds how many of them
+NEAR = 1e-6  # in score, that two rows are as near
 REFINED = 10  # times k: candidates whose vectors are compared exactly
 SAMPLE = 200  # stored vectors that ask, to tell a recall
 LEAST = 256  # vectors, which is how many codes a product quantiser has
 FRAGMENTS = 64  # files of a table, from which small ones are joined
 KEPT = timedelta(hours=1)  # that a state which is no longer the newest stays, for who reads it
 MANY = 10_000  # ids of a commit that removes
+RETRIES = 20  # of a commit beside others'
+CONFLICTS = ("conflict", "preempted")  # as Lance tells of them
 # where in Lance it was, and through which of its layers it came
 WORDY = re.compile(
     r"(, )?/\S+\.rs:\d+:\d+"
     r"|(External error|Generic \S+ error|LanceError\(\w+\)|Invalid user input): "
 )
 XML = re.compile(r"<\?xml.*<Message>(.*?)</Message>.*", re.DOTALL)  # of object stores
-NO_CONDITION = "which is no condition: "
-DAMAGED = "; a file of it is damaged or gone: delete it, and encode makes it again"
+DAMAGED = (
+    "; a file of it is damaged or gone: open it again, and if that does not help delete it, and "
+    "encode makes it again"
+)
 
 
 class Hit(NamedTuple):
@@ -125,6 +134,11 @@ class Index:
             ValueError: none there, one that cannot be read, an address without credentials, an
                 encoder of another model.
         """
+        if "://" not in str(uri) and Path(uri, old_index.MANIFEST).exists():
+            raise ValueError(
+                f"{uri} is an index of an older format; `python -m btok encode CHECKPOINT FOLDER "
+                f"--output {uri}` rewrites it, vectors unchanged"
+            )
         with named(str(uri)):
             index = cls(str(uri), lance.dataset(str(uri)), encoder)
         if encoder is not None and encoder.digest != index.meta["model"]:
@@ -142,6 +156,7 @@ class Index:
         dims: int,
         storage: str = "float32",
         rows: Iterable[Sequence[Row]] = (),
+        items: Iterable[Mapping[str, Any]] | None = None,
     ) -> Index:
         """A new index, of some rows or none, in one commit.
 
@@ -150,11 +165,13 @@ class Index:
             dims: D, of its vectors.
             storage: what components are stored as: "float32", "float16" or "int8" (times a number
                 per vector; no approximate index can be made of those).
+            items: what rows may say; by default what the first part of them does.
         """
         meta = {"format_version": FORMAT_VERSION, **meta, "storage": storage, "dims": dims}
         schema, rows = tables.schema_of(meta, dims, storage), iter(rows)
         first = list(next(rows, ()))
-        for field in tables.new_columns([row.item for row in first], schema):
+        said = [row.item for row in first] if items is None else items
+        for field in tables.new_columns(list(said), schema):
             schema = schema.append(field)
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -167,7 +184,8 @@ class Index:
 
     def __len__(self) -> int:
         """How many vectors there are."""
-        return self.dataset.count_rows(WHOLE)
+        with named(self.uri):
+            return self.dataset.count_rows(WHOLE)
 
     def distinct(self, column: str) -> int:
         """How many different values the items with a vector have."""
@@ -218,7 +236,7 @@ class Index:
         self, columns: Sequence[str], where: str | None, **more: Any
     ) -> Iterator[pa.RecordBatch]:
         """Batches in the order in which rows were written, few of them ahead."""
-        with named(self.uri, where):
+        with named(self.uri):
             scanner = self.dataset.scanner(
                 columns=list(columns),
                 filter=where,
@@ -292,7 +310,7 @@ class Index:
         """
         wanted = ["vector", *(["scale"] if self.storage == "int8" else [])]
         among = f"({where}) AND {WHOLE}" if where else WHOLE
-        with named(self.uri, where):
+        with named(self.uri):
             for batch in self._scan(wanted, among, batch_readahead=2, with_row_id=True):
                 rows = self._floats(batch)
                 good = np.abs(np.einsum("nd,nd->n", rows, rows) - 1) < LENGTHS  # False for a NaN
@@ -335,8 +353,8 @@ class Index:
         Args:
             queries: vectors, float32 [Q, D], unit norm, or what `BTokEncoder.encode` takes.
             where: among which rows, as SQL: "uri LIKE '%.pdf'".
-            exact: compare with all rows; by default only where no approximate index was built.
-                Scores are exact either way.
+            exact: compare with all rows; by default only where no approximate index was built, or a
+                condition leaves 100,000 rows or fewer. Scores are exact either way.
             instruction: put before the text of queries that are no vectors.
 
         Returns:
@@ -346,6 +364,8 @@ class Index:
             ValueError: k below 1, vectors of another length, a condition that is no SQL or names
                 what no item says, a damaged vector.
         """
+        if not isinstance(k, Integral) or isinstance(k, bool):
+            raise TypeError(f"k is {k!r:.60}, expected a whole number")
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1")
         if isinstance(queries, np.ndarray) and queries.dtype != np.uint8:
@@ -355,13 +375,44 @@ class Index:
                     f"[Q, {self.dims}]"
                 )
             queries = queries.astype(np.float32, copy=False)
+            if not np.isfinite(queries).all():
+                raise ValueError("queries has NaNs or infinities, expected unit vectors")
         else:
             queries = self.encoder.encode(queries, instruction, show_progress=False)
-        look = self._exact if exact or (exact is None and not self.indexed) else self._probed
-        found = look(queries, k, where)
+        if not len(queries):
+            return []
+        count = self.count(where)
+        k, probes = min(int(k), count), 0
+        if not exact and self.indexed and (where is None or count > LARGE):
+            # of a part of the rows, or for more of them, as good results lie further away
+            share = max(1, len(self) / max(count, 1)) * max(1, k / TUNED)
+            probes = round(self.meta.get("probes", PROBES[-1]) * share)
+        if not count:
+            return [[] for _ in queries]
+        found = self._probed(queries, k, where, probes) if probes else []
+        if not probes or min(map(len, found)) < k:
+            found = self._exact(queries, k, where)
         items = self._items([number for of_query in found for _, number in of_query])
         left = iter(items)
         return [[Hit(score, next(left)) for score, _ in of_query] for of_query in found]
+
+    def count(self, where: str | None) -> int:
+        """How many vectors there are among these rows; a ValueError for what is no condition."""
+        if where is None:
+            return len(self)
+        depth = 0
+        for bracket in re.sub(r"'[^']*'|\"[^\"]*\"|[^()]", "", where):
+            depth += 1 if bracket == "(" else -1
+            if depth < 0:
+                break
+        try:
+            if depth:
+                raise ValueError("its brackets do not match")
+            self.dataset.count_rows(where)
+            return self.dataset.count_rows(f"({where}) AND {WHOLE}")
+        except (ValueError, OSError, RuntimeError, pa.ArrowException) as error:
+            said = WORDY.sub("", one_line(error))
+            raise ValueError(f"where is {where!r}, which is no condition: {said}") from error
 
     def _exact(
         self, queries: NDArray[np.float32], k: int, where: str | None
@@ -384,17 +435,17 @@ class Index:
         ]
 
     def _probed(
-        self, queries: NDArray[np.float32], k: int, where: str | None, probes: int | None = None
+        self, queries: NDArray[np.float32], k: int, where: str | None, probes: int
     ) -> list[list[tuple[float, int]]]:
         """Scores and rows' numbers, by the approximate index and what is not in it yet."""
         nearest = {
             "column": "vector",
             "q": queries,
             "k": k,
-            "nprobes": probes or self.meta.get("probes", PROBES[-1]),
+            "nprobes": probes,
             "refine_factor": REFINED,
         }
-        with named(self.uri, where):
+        with named(self.uri):
             table = self.dataset.scanner(
                 columns=["vector"],
                 nearest=nearest,
@@ -416,7 +467,7 @@ class Index:
         """Whether an approximate index was built."""
         return any(each.name == "vector_idx" for each in self.dataset.describe_indices())
 
-    def build(self, kind: str = "IVF_PQ", k: int = 10) -> float:
+    def build(self, kind: str = "IVF_PQ", k: int = TUNED) -> float:
         """Make an approximate index, and look at as many of its partitions as its recall needs.
 
         Args:
@@ -488,7 +539,8 @@ class Index:
         """Add rows in one commit, none of whose ids is there, or all of whose may be."""
         if not rows:
             return
-        with named(self.uri):
+
+        def write() -> None:
             self._widen([row.item for row in rows])
             table = tables.as_table(rows, self.dataset.schema)
             if replacing:
@@ -496,6 +548,22 @@ class Index:
                 merge.when_not_matched_insert_all().execute(table)
             else:
                 self.dataset = lance.write_dataset(table, self.uri, mode="append")
+
+        self._again(write)
+
+    def _again(self, write: Callable[[], None]) -> None:
+        """Write, again where another process wrote at the same time what this goes not together
+        with.
+        """
+        for left in reversed(range(RETRIES)):
+            try:
+                with named(self.uri):
+                    return write()
+            except ValueError as error:
+                if not left or not any(sign in str(error) for sign in CONFLICTS):
+                    raise
+                time.sleep(random.random() / 4)
+                self.refresh()
 
     def write_all(self, parts: Iterable[Sequence[Row]]) -> None:
         """Add rows of new ids, part by part, in one commit; items say what the table has columns
@@ -513,11 +581,14 @@ class Index:
         """Have rows say what items of the same ids say, in one commit; their vectors stay."""
         if not items:
             return
-        with named(self.uri):
+
+        def write() -> None:
             self._widen(items)
             fields = [self.dataset.schema.field(name) for name in self.columns]
             said = {field.name: tables.column(items, field.name, field.type) for field in fields}
             self.dataset.merge_insert("id").when_matched_update_all().execute(pa.table(said))
+
+        self._again(write)
 
     def _widen(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Make the columns that items need."""
@@ -526,10 +597,30 @@ class Index:
 
     def delete(self, ids: Sequence[str]) -> None:
         """Forget rows, 10,000 in a commit."""
-        with named(self.uri):
-            for first in range(0, len(ids), MANY):
-                quoted = ("'" + each.replace("'", "''") + "'" for each in ids[first : first + MANY])
-                self.dataset.delete(f"id IN ({', '.join(quoted)})")
+        for first in range(0, len(ids), MANY):
+            quoted = ("'" + each.replace("'", "''") + "'" for each in ids[first : first + MANY])
+            which = f"id IN ({', '.join(quoted)})"
+            self._again(lambda which=which: self.dataset.delete(which))  # type: ignore[misc]
+
+    def delete_twins(self) -> None:
+        """Of rows of one id, as of two runs at the same time, keep the first."""
+        places = self._places("id")
+        twins = np.zeros(len(places.hashes), bool)
+        twins[1:] = places.hashes[1:] == places.hashes[:-1]
+        twins[:-1] |= twins[1:]
+        if not twins.any():
+            return
+        numbers = places.numbers[np.sort(places.rows[twins])]
+        table = self._numbered(["id"], numbers)
+        came: set[str] = set()
+        gone = []
+        for row in table.sort_by("_rowid").to_pylist():
+            if row["id"] in came:
+                gone.append(row["_rowid"])
+            came.add(row["id"])
+        if gone:
+            which = f"_rowid IN ({', '.join(map(str, gone))})"
+            self._again(lambda: self.dataset.delete(which))
 
     def tidy(self) -> float | None:
         """Join small files, forget old states, keep the approximate index up; its recall, if one
@@ -545,7 +636,12 @@ class Index:
                     self.dataset.optimize.optimize_indices()
             elif self.storage != "int8" and len(self) >= LARGE:
                 recall = self.build()
-            self.dataset.cleanup_old_versions(older_than=KEPT)
+            # those in whose place another stood already then
+            versions = self.dataset.versions()
+            until = datetime.now() - KEPT
+            old = [v["version"] for v, later in pairwise(versions) if later["timestamp"] < until]
+            if old:
+                self.dataset.cleanup_old_versions(timedelta(0), versions=old)
         return recall
 
 
@@ -554,16 +650,18 @@ def _recall(
     found: Sequence[Sequence[tuple[float, int]]],
     k: int,
 ) -> float:
-    """Of the k nearest but the first, which is the query itself, how many were found."""
+    """Of the k nearest but the first, which is the query itself, how many were found, or others
+    that are as near.
+    """
     hits = [
-        len({n for _, n in right[1:]} & {n for _, n in got})
+        min(k, max(0, sum(score >= right[-1][0] - NEAR for score, _ in got) - 1))
         for right, got in zip(expected, found, strict=True)
     ]
     return sum(hits) / sum(len(right) - 1 for right in expected)
 
 
 @contextmanager
-def named(uri: str, where: str | None = None) -> Iterator[None]:
+def named(uri: str) -> Iterator[None]:
     """One line that says which table it was, and what could be wrong with it, for Lance's errors.
 
     ValueError in place of those that it raises.
@@ -574,9 +672,6 @@ def named(uri: str, where: str | None = None) -> Iterator[None]:
         said = XML.sub(r"\1", WORDY.sub("", one_line(error)))
         if said.startswith(f"{uri}: "):
             raise
-        if where and any(word in said for word in ("Schema error", "parsing statement", "SQL")):
-            said = said.rpartition(NO_CONDITION)[2]  # of a part of this condition
-            raise ValueError(f"where is {where!r}, {NO_CONDITION}{said}") from error
         raise ValueError(f"{uri}: {said}{DAMAGED if _is_damage(uri, error) else ''}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of Rust
@@ -587,7 +682,16 @@ def named(uri: str, where: str | None = None) -> Iterator[None]:
 def _is_damage(uri: str, error: BaseException) -> bool:
     """Whether it may be that a local table lost a file, or part of one."""
     said = str(error).lower()
-    signs = ("protobuf", "decod", "corrupt", "magic", "invalid range", "too small", "truncated")
+    signs: tuple[str, ...] = (
+        "protobuf",
+        "decod",
+        "corrupt",
+        "magic",
+        "invalid range",
+        "too small",
+        "truncated",
+    )
+    signs += ("sufficient data",)
     gone = "not found" in said and ("/data/" in said or "/_deletions/" in said)
     return "://" not in uri and (gone or any(sign in said for sign in signs))
 
@@ -619,7 +723,11 @@ def open_index(
         elif not _is_there(place):
             if folder is not None and folder.exists() and not _is_empty(folder):
                 raise ValueError(f"{place} is no index and not empty; give another folder")
-            Index.create(place, asked, encoder.dims, storage or "float32")
+            try:
+                Index.create(place, asked, encoder.dims, storage or "float32")
+            except ValueError:
+                if not _is_there(place):  # else another run made it just now
+                    raise
     gather(None)  # all processes are here: there is a table now
     index = Index.open(place)
     refuse_other(place, index.meta, asked)
@@ -657,5 +765,5 @@ def _renew(folder: Path, asked: Mapping[str, Any], storage: str | None, dims: in
     if not _is_there(str(folder)):  # else a kill came between the commit and their going
         old = old_index.OldIndex(folder)
         refuse_other(folder, old.meta, asked)
-        Index.create(folder, asked, dims, storage or "float32", old.rows())
+        Index.create(folder, asked, dims, storage or "float32", old.rows(), old.items)
     old_index.remove(folder)

@@ -59,7 +59,10 @@ class OldIndex:
                     raise ValueError(f"it holds {had}, expected float32 [N, D]")
                 file = names[1]
                 lines = (folder / file).read_bytes().splitlines()
-                self.items = [json.loads(line) for line in lines]
+                self.items = [
+                    {"uri" if name == "path" else name: v for name, v in json.loads(line).items()}
+                    for line in lines
+                ]
                 ids = {item["id"] for item in self.items}
                 if wrong := [each for each in ids if not isinstance(each, str)]:
                     raise ValueError(f"an item's id is {wrong[0]!r:.60}, expected a text")
@@ -77,10 +80,7 @@ class OldIndex:
     def rows(self) -> Iterator[Sequence[Row]]:
         """What a table of it holds; what was a "path" is now a "uri"."""
         for first in range(0, len(self.items), BLOCK):
-            items = [
-                {"uri" if name == "path" else name: value for name, value in item.items()}
-                for item in self.items[first : first + BLOCK]
-            ]
+            items = self.items[first : first + BLOCK]
             vectors = self.vectors[first : first + BLOCK]
             yield [Row(item, vector) for item, vector in zip(items, vectors, strict=True)]
 

@@ -25,6 +25,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from btok.files import printable, write_json
 from btok.inputs import as_side, with_frames
 from btok.processing import Processor
@@ -36,6 +38,7 @@ from btok.tools.folder import (
     Naming,
     as_part,
     as_uri,
+    changed,
     index_of_files,
     known_windows,
     look,
@@ -43,9 +46,10 @@ from btok.tools.folder import (
     tell,
 )
 from btok.tools.index import READ, Index
-from btok.tools.rows import Row, described, refuse_other, without_none
+from btok.tools.lookup import Places
+from btok.tools.rows import Row, described, refuse_other
 from btok.tools.sinks import IndexSink, is_index
-from btok.tools.tables import SAID, as_table, schema_of
+from btok.tools.tables import as_table, schema_of
 
 try:
     import pyarrow as pa
@@ -90,7 +94,7 @@ def update(
         raise ValueError(f"staging is None, expected a folder that all machines see, for {output}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")
-    staging = Path(f"{output}.parts") if staging is None else staging
+    staging = Path(f"{output}.parts") if staging is None else staging  # `list_files` passes it over
     encoder = load(checkpoint)
     old = index_of_files(encoder, output, instruction, storage, where)
     sink = IndexSink(encoder, output, instruction, storage)
@@ -107,7 +111,7 @@ def update(
     finally:
         if started:
             ray.shutdown()
-    sink.commit(rows_of(staging / ROWS))
+    sink.commit(rows_of(staging / ROWS, staging / ITEMS))
     done = sink.finish()
     shutil.rmtree(staging)
     index = Index.open(output, encoder)
@@ -258,6 +262,8 @@ def prepared(batch: pa.Table, checkpoint: str, btoks: int, instruction: str) -> 
         try:
             value = as_part(Path(json.loads(path)), json.loads(said))
             sample = processor(with_frames(as_side(value, instruction)))
+            if (why := changed(Path(json.loads(path)), json.loads(said))) is not None:
+                sample, error = None, why
         except Exception as found:  # a decoder of a broken file may raise anything
             error = str(found)
         samples.append(None if error is not None else pickle.dumps(sample))
@@ -294,20 +300,26 @@ class Encode:
         return as_table(rows, self.schema)
 
 
-def rows_of(folder: Path) -> Iterator[list[Row]]:
-    """The rows of all parts, a few thousand at a time; of an id that is in two the first."""
-    came: set[str] = set()
+def rows_of(folder: Path, items: Path) -> Iterator[list[Row]]:
+    """The rows of all parts that are of items of this run, as these say now, a few thousand at a
+    time; of an id that is in two parts the first. Parts of a run that was killed may be of others:
+    files have changed since, or clips are of another length.
+    """
     if not any(folder.glob("*.parquet")):
         return
-    names = [*SAID, "tokens", "error"]
+    asked = dataset.dataset(items, format="parquet").to_table(columns=["id", "item"])
+    ids = asked["id"].to_pylist()
+    places = Places([(ids, np.arange(len(ids), dtype=np.uint64))])
+    left = np.ones(len(ids), bool)
     for batch in dataset.dataset(folder, format="parquet").to_batches(batch_size=READ):
         vectors = batch["vector"].flatten().to_numpy().reshape(-1, batch["vector"].type.list_size)
-        left, rows = iter(vectors), []
-        for said in batch.select(names).to_pylist():
-            tokens, error = said.pop("tokens"), said.pop("error")
-            row = Row(without_none(said), None if error is not None else next(left), tokens, error)
-            if said["id"] not in came:
-                came.add(said["id"])
-                rows.append(row)
+        made, rows = iter(vectors), []
+        for said in batch.select(["id", "tokens", "error"]).to_pylist():
+            vector = next(made) if said["error"] is None else None
+            for at in places.find([said["id"]]):
+                if left[at] and ids[at] == said["id"]:
+                    left[at] = False
+                    item = json.loads(asked["item"][int(at)].as_py())
+                    rows.append(Row(item, vector, said["tokens"], said["error"]))
         if rows:
             yield rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from btok.encoder import BTokEncoder
 from btok_kernels.ranks import world
+
+SAYABLE = (str, int, float, bool, bytes, datetime, date)  # by an item
 
 
 class Row(NamedTuple):
@@ -37,10 +40,21 @@ class Encoded(NamedTuple):
 
 
 def as_item(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """An item as a mapping; a TypeError where its "id" is no text."""
+    """An item as a mapping; a TypeError where its "id" is no text, or it says what no column holds
+    and gives back as it was.
+    """
     found = {"id": item} if isinstance(item, str) else item
     if not isinstance(found, Mapping) or not isinstance(found.get("id"), str):
         raise TypeError(f"an item is {item!r:.60}, expected a text or a mapping with a text as id")
+    for name, value in found.items():
+        if not isinstance(name, str):
+            raise TypeError(f"item {found['id']!r:.60} has {name!r:.60}, expected names of text")
+        each = value if isinstance(value, list) else [value]
+        if not all(v is None or (type(v) in SAYABLE and v == v) for v in each):  # not of a NaN
+            raise TypeError(
+                f"item {found['id']!r:.60} has {name} = {value!r:.60}, expected a text, a number, "
+                "bytes, a date or a list of these"
+            )
     return found
 
 

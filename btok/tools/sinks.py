@@ -129,6 +129,8 @@ class IndexSink:
     def finish(self) -> Encoded:
         index = self.index
         index.refresh()
+        if index.dataset.version != self.before.dataset.version:
+            index.delete_twins()
         added = len(index) - len(self.before)
         if not self.good + added:
             _refuse_none(self.asked, index.unreadable())
@@ -169,6 +171,14 @@ class NpzSink:
         gather(None)  # all processes have looked: now they may write
 
     def lacking(self, items: Sequence[Mapping[str, Any]]) -> list[bool]:
+        for item in items:
+            try:
+                json.dumps(dict(item))
+            except TypeError as error:
+                raise TypeError(
+                    f"item {item['id']!r:.60} cannot be written to {self.path} ({error}); expected "
+                    "texts, numbers and lists of these, or another output"
+                ) from error
         self.items += items
         return [item["id"] not in self.known for item in items]
 
@@ -253,7 +263,11 @@ class ParquetSink:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, expected a folder of Parquet files")
         for path in sorted(folder.glob("*.parquet")):
-            self.known.update(read_ids(path, meta))
+            ids, schema = read_ids(path, meta)
+            self.known.update(ids)
+            for field in schema:  # a column has one type in all parts, or none reads them together
+                if field.name not in self.schema.names:
+                    self.schema = self.schema.append(field)
         gather(None)  # all processes have looked: now they may write
 
     def lacking(self, items: Sequence[Mapping[str, Any]]) -> list[bool]:
@@ -263,10 +277,9 @@ class ParquetSink:
     def write(self, rows: Sequence[Row]) -> None:
         from pyarrow import parquet
 
-        schema = self.schema
-        for field in self.tables.new_columns([row.item for row in rows], schema):
-            schema = schema.append(field)
-        table = self.tables.as_table(rows, schema)
+        for field in self.tables.new_columns([row.item for row in rows], self.schema):
+            self.schema = self.schema.append(field)
+        table = self.tables.as_table(rows, self.schema)
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole(self.folder / f"part-{table['part'][0].as_py()}.parquet") as draft:
             parquet.write_table(table, draft)
@@ -289,21 +302,22 @@ class ParquetSink:
         return Encoded(len(good), len(good - self.known), [], unreadable)
 
 
-def read_ids(path: Path, meta: Mapping[str, Any]) -> list[str]:
-    """Ids of a Parquet file's rows that have a vector; a ValueError where it cannot be read or is
-    of another model or settings.
+def read_ids(path: Path, meta: Mapping[str, Any]) -> tuple[list[str], Any]:
+    """Ids of a Parquet file's rows that have a vector, and its schema; a ValueError where it cannot
+    be read or is of another model or settings.
     """
     from pyarrow import parquet
 
     from btok.tools.tables import METADATA
 
     try:
-        found = json.loads((parquet.read_schema(path).metadata or {})[METADATA])
+        schema = parquet.read_schema(path)
+        found = json.loads((schema.metadata or {})[METADATA])
         table = parquet.read_table(path, columns=["id", "error"]).to_pylist()
     except Exception as error:  # of Parquet and of JSON
         _refuse_damaged(path, error)
     refuse_other(path, found, meta)
-    return [row["id"] for row in table if row["error"] is None]
+    return [row["id"] for row in table if row["error"] is None], schema
 
 
 def _refuse_damaged(path: Path, error: Exception) -> NoReturn:

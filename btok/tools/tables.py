@@ -62,6 +62,8 @@ def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     the table's others.
     """
     items = [row.item for row in rows]
+    if unknown := {name for item in items for name in item} - set(schema.names):
+        raise ValueError(f"items have {sorted(unknown)}, of which the table has no column")
     part = hashlib.sha256(json.dumps([item["id"] for item in items]).encode()).hexdigest()[:16]
     kind = schema.field("vector").type
     missing = np.array([row.vector is None for row in rows])
@@ -122,12 +124,17 @@ def column(items: Sequence[Mapping[str, Any]], name: str, kind: Any = None) -> p
     """What all items say by one name; a ValueError where it is of several types, or another."""
     values = [item.get(name) for item in items]
     try:
-        return pa.array(values, kind)
+        made = pa.array(values, kind)
+        for value, given in zip(values, made.to_pylist(), strict=True):
+            if value != given:  # pyarrow makes 9 of 9.99
+                raise TypeError(f"{value!r:.60} would become {given!r:.60}")
+        return made
     except (pa.ArrowException, TypeError, OverflowError) as error:
         wrong = values[0]
         for wrong in values if kind is not None else ():
             try:
-                pa.array([wrong], kind)
+                if pa.array([wrong], kind).to_pylist() != [wrong]:
+                    break
             except (pa.ArrowException, TypeError, OverflowError):
                 break
         expected = "values of one type" if kind is None else str(kind)
