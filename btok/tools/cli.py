@@ -5,6 +5,7 @@ scored on a public benchmark.
     python -m btok search CHECKPOINT FOLDER "a red seven" [--top 5] [--picture hits.png]
     python -m btok index INDEX [--build IVF_PQ]
     python -m btok export CHECKPOINT OUT
+    python -m btok check-server URL CHECKPOINT
     python -m btok eval CHECKPOINT mmeb-v2 --data DIR [--tasks V-RET,DocVQA] [--output SCORES]
 
 Images, text files (.txt, .md, source code, ...; their first 8,192 characters) and, with the extras
@@ -33,6 +34,7 @@ from btok.files import one_line, printable
 from btok.inputs import KINDS, Page, as_side, rgb_array, with_frames
 from btok.inputs.documents import at_page
 from btok.tools import pictures
+from btok.tools.check_server import BOUND, compare, report
 from btok.tools.command_line import load, parse
 from btok.tools.evaluate import Evaluate, evaluate
 from btok.tools.export import export
@@ -134,11 +136,30 @@ class Export:
     bound: float | None = None
 
 
+@dataclass(frozen=True)
+class CheckServer:
+    """Ask a server for embeddings of a dozen inputs, compare them with the checkpoint's, and say
+    what is wrong; exits with 1 where something is.
+
+    Args:
+        url: of a server with OpenAI's embeddings interface, as of vLLM: http://localhost:8000.
+        checkpoint: what it should serve.
+        model: its name there; the first that the server lists by default.
+        bound: a cosine from which vectors are the same; 0.999 suits a server in bfloat16.
+    """
+
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    model: str | None = None
+    bound: float = BOUND
+
+
 Command = (
     Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Describe, tyro.conf.subcommand("index")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[CheckServer, tyro.conf.subcommand("check-server")]
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
 )
 
@@ -158,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             group = dist.PrefixStore("group", store)
             dist.init_process_group("gloo", store=group, rank=number, world_size=count)
-        run(command)
+        status = run(command)
         if sys.stdout is not None:
             sys.stdout.flush()
         if dist.is_initialized():
@@ -180,24 +201,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if dist.is_initialized():
         dist.destroy_process_group()
-    return 0
+    return status
 
 
-def run(command: Encode | Describe | Export | Evaluate) -> None:
-    """Bring the index up to date and, for a search, print what is nearest; or one of the others."""
+def run(command: Encode | Describe | Export | CheckServer | Evaluate) -> int:
+    """Bring the index up to date and, for a search, print what is nearest; or one of the others.
+
+    Returns:
+        What the process ends with: 0, or 1 where a server was found wrong.
+    """
+    if isinstance(command, CheckServer):
+        if not 0 < command.bound <= 1:
+            raise ValueError(f"bound is {command.bound}, expected above 0 and at most 1")
+        encoder = load(command.checkpoint)
+        found = compare(command.url, encoder, command.model)
+        right, said = report(encoder, found, command.bound)
+        print("\n".join(map(printable, said.splitlines())))
+        return 0 if right else 1
     if isinstance(command, Evaluate):
         evaluate(command)
     elif isinstance(command, Export):
         if command.checkpoint.suffix == ".gguf":
             export_gguf(command.checkpoint, command.out)
             print(f"{command.out}: dequantised to float32")
-            return
+            return 0
         moved = export(command.checkpoint, command.out, command.bound)
         print(f"{command.out}: a plain checkpoint; embeddings move by {moved:.1e} at most")
     elif isinstance(command, Describe):
         describe(command)
     else:
         encode(command)
+    return 0
 
 
 def describe(command: Describe) -> None:

@@ -1,0 +1,223 @@
+"""check-server tells a right server, and of a wrong one what is wrong, by a stand-in of HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_checkpoint, tiny_module
+from PIL import Image
+
+from btok import BTokEncoder, Side
+from btok.model import BTokModel
+from btok.tools.check_server import mistakes, sides
+from btok.tools.cli import main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Its final norm's weights are not 1, as no trained model's are: rows differ in length."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    encoder = BTokEncoder.from_pretrained(folder)
+    norm = encoder.model.family.decoder(encoder.model.backbone).norm
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(64, generator=torch.Generator().manual_seed(0)) ** 4)
+    encoder.model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint):
+    return BTokEncoder.from_pretrained(checkpoint)
+
+
+def asked_for(body):
+    """The side that a request is about."""
+    if "input" in body:
+        return Side(body["input"][0])
+    text, images = "", []
+    for part in body["messages"][0]["content"]:
+        if part["type"] == "text":
+            text = part["text"]
+        else:
+            data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+            images.append(np.asarray(Image.open(io.BytesIO(data))))
+    return Side(text, images)
+
+
+@contextmanager
+def serving(answer, models=("served",)):
+    """A server's address; `answer` gives a side's vector and tokens, or raises what it refuses."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, status, content):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def do_GET(self):
+            assert self.path == "/v1/models"
+            self.reply(200, {"data": [{"id": name} for name in models]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/v1/embeddings" and body["model"] == "served"
+            try:
+                vector, tokens = answer(asked_for(body))
+            except ValueError as error:
+                return self.reply(400, {"message": str(error)})
+            data = [{"embedding": np.asarray(vector).tolist()}]
+            self.reply(200, {"data": data, "usage": {"prompt_tokens": tokens}})
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def checked(url, checkpoint, capsys, *more):
+    status = main(["check-server", url, str(checkpoint), *more])
+    return status, capsys.readouterr()
+
+
+def test_a_right_server(encoder, checkpoint, capsys):
+    def answer(side):
+        count = len(encoder.processor(side)["input_ids"]) + 4
+        return encoder.encode([side], show_progress=False)[0], count
+
+    with serving(answer) as url:
+        for address in (url, f"{url}/v1/"):
+            status, said = checked(address, checkpoint, capsys)
+            assert status == 0 and said.out.endswith("the same vectors, to a cosine of 0.9999\n")
+            lines = said.out.splitlines()
+            assert len(lines) == len(sides(encoder)) + 1 == 12
+            assert all("cosine 1.000000" in line for line in lines[:-1])
+
+
+def by(encoder, ids, pooling):
+    """Another pooling of the same weights."""
+    model = BTokModel.from_backbone(encoder.model.backbone, btok_token_ids=ids, pooling=pooling)
+    return BTokEncoder(model, encoder.processor)
+
+
+WRONG = {
+    "4 bottleneck tokens are not in its input, and it takes the last row (LAST)": ((), "last"),
+    "4 bottleneck tokens are not in its input, and it takes the mean": ((), "mean"),
+    "it takes the last row (LAST), not what the checkpoint pools": (1, "last"),
+    "it takes the mean of all rows (MEAN), not what the checkpoint pools": (1, "mean"),
+    "the 4 bottleneck tokens are in its input twice": (2, "btok"),
+    "it normalises each row before the mean": (1, "rows"),
+}
+
+
+@pytest.mark.parametrize("reason", WRONG)
+def test_a_usual_mistake_is_named(encoder, checkpoint, capsys, reason):
+    times, pooling = WRONG[reason]
+    ids = tuple(encoder.model.btok_token_ids) * (times or 0)
+
+    def answer(side):
+        count = len(encoder.processor(side)["input_ids"]) + len(ids)
+        if pooling in ("last", "mean"):
+            return by(encoder, ids, pooling).encode([side], show_progress=False)[0], count
+        sample = encoder.processor(side)
+        model = by(encoder, ids, "btok").model
+        with torch.inference_mode():
+            rows = model.hidden_states(model.pack([sample]))[-4:]
+        if pooling == "rows":
+            rows = torch.nn.functional.normalize(rows, dim=-1)
+        return torch.nn.functional.normalize(rows.mean(0), dim=-1).numpy(), count
+
+    with serving(answer) as url:
+        status, said = checked(url, checkpoint, capsys)
+    assert status == 1 and said.out.count("WRONG ") >= 8
+    assert reason in said.out.splitlines()[-1]
+    assert ("counts other tokens than we do" in said.out) == (times != 1)
+
+
+def test_guesses_are_told_apart(encoder):
+    """Else a cause would be named by chance."""
+    vectors = np.stack([vector for _, vector in mistakes(encoder, Side("what is it?"))])
+    vectors = np.concatenate([vectors, encoder.encode([Side("what is it?")])])
+    same = (vectors @ vectors.T > 0.9999).sum()
+    assert same == len(vectors)
+
+
+def test_other_faults(encoder, checkpoint, capsys):
+    def right(side):
+        return encoder.encode([side], show_progress=False)[0], None
+
+    def long(side):
+        return 3 * right(side)[0], None
+
+    def short(side):
+        return right(side)[0][:8], None
+
+    def noise(side):
+        vector = np.random.default_rng(len(side.text)).standard_normal(64)
+        return vector / np.linalg.norm(vector), None
+
+    def blind(side):
+        if side.images:
+            raise ValueError("pictures are not supported")
+        return right(side)
+
+    def shrunk(side):
+        return right(Side(side.text, [image[::3, ::3] for image in side.images]))
+
+    for answer, status, reason in (
+        (long, 1, "its vectors are not of length 1, but 3 to 3"),
+        (short, 1, "its vectors have 8 components, ours 64"),
+        (noise, 1, "none of the usual mistakes gives its vectors"),
+        (blind, 1, "other vectors; it refuses 3 pictures"),
+        (shrunk, 1, "texts are right, pictures are not"),
+    ):
+        with serving(answer) as url:
+            got, said = checked(url, checkpoint, capsys)
+        assert got == status and reason in said.out.splitlines()[-1], said.out
+
+
+def test_a_text_model_that_pools_the_last_row(tmp_path, capsys):
+    model, processor = tiny_module("llama")
+    settings = {"btok_token_ids": model.btok_token_ids, "pooling": "last"}
+    model = BTokModel.from_backbone(model.backbone, **settings)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    right = BTokEncoder.from_pretrained(tmp_path)
+    averaged = by(right, model.btok_token_ids, "btok")
+    for served, status, reason in (
+        (right, 0, "the same vectors"),
+        (averaged, 1, "it takes the mean of the 4 bottleneck rows, not what the checkpoint pools"),
+    ):
+        with serving(lambda side: (served.encode([side])[0], None)) as url:  # noqa: B023
+            got, said = checked(url, tmp_path, capsys)
+        assert got == status and reason in said.out.splitlines()[-1]
+
+
+def test_mistakes_are_one_line(checkpoint, capsys):
+    def refusing(side):
+        raise ValueError("no such model\nat all")
+
+    with serving(refusing) as url, serving(refusing, models=()) as empty:
+        for address, more, message in (
+            (url, (), "/v1/embeddings answers 400: "),
+            (empty, (), "/v1/models lists no model; give --model"),
+            ("http://127.0.0.1:9", (), "http://127.0.0.1:9/v1/models does not answer"),
+            ("localhost:8000", (), "url is 'localhost:8000', expected http:// or https://"),
+            (url, ("--bound", "2"), "bound is 2.0, expected above 0 and at most 1"),
+        ):
+            status, said = checked(address, checkpoint, capsys, *more)
+            assert status == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1
+            assert message in said.err
