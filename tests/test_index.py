@@ -168,12 +168,16 @@ def on_two_ranks(rank, folder, checkpoint):
             assert done == (22, 22, [], {}, None)
         with pytest.raises(ValueError, match="none of 1 inputs can be read, the first: it is emp"):
             encoder.encode_to(f"{folder}/of_none", [""], ["a"])  # on both, neither waits
+        noted = [{"id": name, "note": name} for name in IDS]  # a column that both would make
+        assert encoder.encode_to(f"{folder}/noted", TEXTS, noted).vectors == 22
         again = encoder.encode_to(f"{folder}/of_two", [*TEXTS[2:], "more"], [*IDS[2:], "more"])
         assert (again.vectors, again.added, len(again.removed)) == (21, 1, 2)
 
 
 def test_two_ranks_make_the_rows_of_one(encoder, checkpoint, tmp_path):
     mp.spawn(on_two_ranks, (str(tmp_path), checkpoint), nprocs=2)
+    noted = held(tmp_path / "noted")
+    assert noted.keys() == {*IDS} and all(item["note"] == name for name, (item, _) in noted.items())
     encoder.encode_to(tmp_path / "of_one", [*TEXTS[2:], "more"], [*IDS[2:], "more"])
     assert same(held(tmp_path / "of_two"), held(tmp_path / "of_one"))
 

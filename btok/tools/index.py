@@ -408,9 +408,11 @@ class Index:
         try:
             if depth:
                 raise ValueError("its brackets do not match")
-            self.dataset.count_rows(where)
             return self.dataset.count_rows(f"({where}) AND {WHOLE}")
         except (ValueError, OSError, RuntimeError, pa.ArrowException) as error:
+            if _is_damage(self.uri, error):
+                with named(self.uri):
+                    raise
             said = WORDY.sub("", one_line(error))
             raise ValueError(f"where is {where!r}, which is no condition: {said}") from error
 
