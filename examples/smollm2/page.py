@@ -7,7 +7,6 @@ mean over seeds) it is about which test pairs were drawn. A verdict asks both.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
@@ -24,7 +23,16 @@ from bench.report import table
 from bench.studies.common import interval, said
 from btok.files import write_text
 from examples.smollm2.pairs import SETS
-from examples.smollm2.runs import BASELINES, MAIN, SIDES, UNTRAINED, VARIANTS, measures
+from examples.smollm2.runs import (
+    BASELINES,
+    FLOORS,
+    MAIN,
+    SIDES,
+    UNTRAINED,
+    VARIANTS,
+    measures,
+    read,
+)
 
 STEM = "smollm2"
 HOW = ("raw", "centred")
@@ -99,9 +107,7 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.aside = folder / "set-aside"
-        found = [
-            json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*-seed*.json"))
-        ]
+        found = [read(path) for path in sorted(folder.glob("*-seed*.json"))]
         if not found:
             raise ValueError(f"results is {folder}, which has no run; `study.py grid` makes them")
         self.settings = found[0]["settings"]
@@ -120,6 +126,13 @@ class Results:
                     f"results is {folder}: {run['run']} has rate and weight {had}, another seed of "
                     "it others; set one aside"
                 )
+        path = folder / FLOORS
+        #: by set what words in common alone find, where that is known of the runs' test pairs
+        self.floors = {
+            name: floor
+            for name, floor in (read(path) if path.exists() else {}).items()
+            if floor["test"] == self.settings["data"][name].get("sha256", {}).get("test")
+        }
         self.sweep = [run for run in found if run["sweep"]]
         self.runs = [run for run in found if not run["sweep"]]
 
@@ -145,7 +158,7 @@ class Results:
     ) -> dict[str, list[float]]:
         """By measure, in percent, one a seed."""
         found = [
-            measures(self.ranks[trained_on, variant, seed, scored_on, how])
+            measures(self.ranks[trained_on, variant, seed, scored_on, how], digits=9)
             for seed in self.seeds(trained_on, variant)
             if (trained_on, variant, seed, scored_on, how) in self.ranks
         ]
@@ -273,10 +286,11 @@ def facts(main: Results) -> str:
     return "\n".join(
         [
             "- command: `python examples/smollm2/study.py grid`, then `python"
-            " examples/smollm2/study.py page`, which makes this page of the JSON files alone",
+            " examples/smollm2/study.py page`, which makes this page of the JSON files alone; what"
+            " the grid runs was changed after the commit below, see *Set aside*",
             f"- backbone: SmolLM2-135M-Instruct, dequantised Q4_1 (sha256 {s['backbone'][:16]}...)",
             f"- commit: {', '.join(commits)}; sha256 of its sources {s['code'][:16]}...",
-            f"- device: {'; '.join(devices)}; {count}, {seconds / 3600:.1f} hours",
+            f"- device: {'; '.join(devices)}; {count}, {seconds / 3600:.1f} hours at least",
             "- versions: " + ", ".join(f"{name} {n}" for name, n in s["versions"].items()),
         ]
     )
@@ -296,8 +310,12 @@ def sets_table(data: Mapping[str, Any]) -> str:
         rows.append([name, means[name], counts, words, f"{facts['floor']:.1f}"])
     return table(*rows) + (
         "\n\nThe floor is recall@1 of TF-IDF over words; what ties with the right answer is before"
-        " it. Chance is 0.1 (0.2 on stamps). On debian nothing below the floor is worth a claim of"
-        " use: a comparison between variants is all it serves for."
+        " it. Chance is 0.1 (0.2 on stamps). On WordNet it is 0 by construction: an answer whose"
+        " word shares its first four letters with a word of the gloss is left out. On debian"
+        " nothing below the floor is worth a claim of use: a comparison between variants is all it"
+        " serves for. No word or phrase that a test answer lists is listed by a training answer,"
+        " but it may be a part of a longer phrase there; on debian no package has texts in two"
+        " splits, but a few summaries differ from another package's in a version's number alone."
     )
 
 
@@ -347,8 +365,9 @@ def scores_table(main: Results, name: str) -> str:
             label = variant if trained_on == name else f"{variant}, untrained"
             values = [said(cell[what]) for cell in cells for what in WHAT]
             rows.append([label, says, str(len(cells[0]["mrr"])), *values])
-    floor = main.settings["data"][name]["floor"]
-    rows.append(["TF-IDF", "lexical floor", "", f"{floor:.1f}", *[""] * 5])
+    floor = main.floors.get(name, {"recall@1": main.settings["data"][name]["floor"]})
+    values = [f"{floor[what]:.1f}" if what in floor else "" for what in WHAT]
+    rows.append(["TF-IDF", "lexical floor", "", *values, *[""] * 3])
     return table(*rows)
 
 
@@ -417,7 +436,7 @@ def sweep_text(main: Results) -> str:
 
 def aside_part(main: Results) -> list[str]:
     """What is said of runs that are in no table above, if there are any."""
-    runs = [json.loads(path.read_text("utf-8")) for path in sorted(main.aside.glob("*.json"))]
+    runs = [read(path) for path in sorted(main.aside.glob("*.json"))]
     rows = [["run", "rate", "weight", "raw mrr", "lowest and last loss"]]
     for run in runs:
         losses = np.convolve(run["losses"]["contrastive"], np.full(10, 0.1), "valid")
@@ -483,7 +502,9 @@ def seconds_table(main: Results) -> str:
         if any(cells):
             rows.append([variant, *cells])
     return (
-        "Losses, contrastive / generative, are means of the last ten steps over seeds.\n\n"
+        "Losses, contrastive / generative, are means of the last ten steps over seeds. Seconds are"
+        " medians over seeds, on machines of different speed, and of a run that was stopped they"
+        " are those of its last sitting: they say what a run takes, and compare nothing.\n\n"
         + table(*rows)
     )
 

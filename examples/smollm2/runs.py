@@ -27,6 +27,7 @@ from train import main as training
 CODE = ("examples/smollm2/runs.py",)  # what the others make is known by its digest
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "gguf", "numpy", "scikit-learn")
 UNTRAINED = "untrained"  # in place of a set's name
+FLOORS = "floors.json"  # beside the runs: what words in common alone find, by set
 ELSEWHERE = 500  # test pairs of a set that was not trained on
 SWEEP_PAIRS = 500  # of the validation split
 Rows = NDArray[np.float32]
@@ -135,7 +136,7 @@ def perform(settings: Settings, run: Run) -> dict[str, Any]:
     common = depends_on(settings, model, sets)
     refuse_others(settings.results, common)
     if path.exists():
-        return json.loads(path.read_text("utf-8"))
+        return read(path)
     print(run.name, flush=True)
     log: list[dict[str, Any]] = []
     if run.trained_on == UNTRAINED:
@@ -148,9 +149,9 @@ def perform(settings: Settings, run: Run) -> dict[str, Any]:
         last = output / f"checkpoint-{settings.steps}"
         data = sets[run.trained_on].folder / "train.jsonl"
         if not last.exists():
-            training.main(arguments(settings, run, model, data, output))
-            if not last.exists():  # asked to stop, it saved and returned
-                raise SystemExit(1)
+            status = training.main(arguments(settings, run, model, data, output))
+            if not last.exists():  # a mistake, which it told, or asked to stop, it saved
+                raise SystemExit(status or 1)
         log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
         encoder = BTokEncoder.from_pretrained(last)
     if torch.cuda.is_available():
@@ -163,7 +164,7 @@ def perform(settings: Settings, run: Run) -> dict[str, Any]:
         "sweep": run.sweep,
         "losses": {key: [round(row[key], 4) for row in log] for key in ("contrastive", "ntp")},
         "seconds": {
-            "training": round(log[-1]["seconds"], 1) if log else 0.0,
+            "training": round(trained_seconds(log), 1),
             "scoring": round(time.perf_counter() - start, 1),
         },
         "settings": common,
@@ -175,6 +176,13 @@ def perform(settings: Settings, run: Run) -> dict[str, Any]:
     settings.results.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return result
+
+
+def trained_seconds(log: Sequence[Mapping[str, Any]]) -> float:
+    """Of all sittings of a run; each begins at 0."""
+    seconds = [row["seconds"] for row in log]
+    later = [*seconds[1:], 0.0]
+    return sum(one for one, other in zip(seconds, later, strict=True) if other < one)
 
 
 def asked(run: Run, sets: Mapping[str, pairs.TextSet]) -> dict[str, list[tuple[str, str]]]:
@@ -208,12 +216,12 @@ def ranks(queries: Rows, answers: Rows) -> NDArray[np.intp]:
     return (scores >= scores.diagonal()[:, None]).sum(1)
 
 
-def measures(found: NDArray[np.intp]) -> dict[str, float]:
+def measures(found: NDArray[np.intp], digits: int = 2) -> dict[str, float]:
     """Recall at 1 and 10 and the mean reciprocal rank, in percent."""
     return {
-        "recall@1": round(100 * float(np.mean(found == 1)), 2),
-        "recall@10": round(100 * float(np.mean(found <= 10)), 2),
-        "mrr": round(100 * float(np.mean(1 / found)), 2),
+        "recall@1": round(100 * float(np.mean(found == 1)), digits),
+        "recall@10": round(100 * float(np.mean(found <= 10)), digits),
+        "mrr": round(100 * float(np.mean(1 / found)), digits),
     }
 
 
@@ -231,10 +239,20 @@ def depends_on(
     }
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A run's file; a ValueError that names it where it is cut short."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no whole JSON ({error}); remove it, and run it again"
+        ) from error
+
+
 def refuse_others(folder: Path, common: Mapping[str, Any]) -> None:
     """A ValueError where a run in the folder depends on something else than the next one would."""
     for path in sorted(folder.glob("*-seed*.json")):
-        had = json.loads(path.read_text("utf-8"))["settings"]
+        had = read(path)["settings"]
         # the same code may have another commit, and another device moves no more than rounding
         for name in sorted(common.keys() - {"commit", "device"}):
             if had.get(name) != common[name]:

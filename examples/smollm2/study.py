@@ -24,17 +24,20 @@ from typing import Annotated, Any
 import tyro
 
 from bench.report import table
+from btok.files import write_json
 from btok.tools import command_line
 from examples.smollm2 import pairs
 from examples.smollm2.fetch import backbone, default_cache
 from examples.smollm2.runs import (
     BASELINES,
+    FLOORS,
     MAIN,
     SIDES,
     UNTRAINED,
     VARIANTS,
     Run,
     Settings,
+    measures,
     perform,
 )
 
@@ -68,7 +71,9 @@ class Common:
 
 @dataclass(frozen=True)
 class Sets(Common):
-    """Fetch the weights, build the sets of pairs, print what they are."""
+    """Fetch the weights, build the sets of pairs, print what they are; where there are results,
+    leave the lexical floors beside them, which the page shows.
+    """
 
 
 @dataclass(frozen=True)
@@ -276,12 +281,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = command_line.parse(Command, words, PROG)
         if isinstance(command, Sets):
             show_sets(command.cache)
+            if command.results.is_dir():
+                write_floors(command.cache, command.results)
         elif isinstance(command, Grid):
             grid(command)
         elif isinstance(command, Page):
             from examples.smollm2.page import write_page
 
-            write_page(command.results, command.also)
+            for path in write_page(command.results, command.also):
+                print(path)
         else:
             check_choice("trained_on", command.trained_on, SIDES)
             check_choice("variant", command.variant, VARIANTS)
@@ -293,6 +301,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def write_floors(cache: Path, results: Path) -> None:
+    """`floors.json`: by set what words in common alone find, and the test pairs it is of."""
+    floors = {}
+    for name in pairs.SETS:
+        found = pairs.load(cache, name)
+        queries, answers = zip(*found.pairs("test"), strict=True)
+        of = measures(pairs.lexical_ranks(queries, answers))
+        floors[name] = {"test": found.facts["sha256"]["test"], **of}
+    write_json(results / FLOORS, floors)
 
 
 def check_choice(name: str, value: str, among: Sequence[str] | Any) -> None:
