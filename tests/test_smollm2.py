@@ -86,6 +86,29 @@ def test_without_apt_the_package_is_named(tmp_path, monkeypatch):
     assert not (tmp_path / "pairs").exists()
 
 
+def test_where_no_mirror_answers_what_lies_there_stays(tmp_path, monkeypatch):
+    """apt tells of that with warnings, and succeeds."""
+    apt = tmp_path / "bin/apt-get"
+    apt.parent.mkdir()
+    apt.write_text("#!/bin/sh\necho 'W: Failed to fetch: connection refused' >&2\n")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{apt.parent}:{os.environ['PATH']}")
+    mine = tmp_path / "apt/x_main_i18n_Translation-en"
+    mine.parent.mkdir()
+    mine.write_text("by hand")
+    with pytest.raises(ValueError, match=r"_Packages is missing and `apt-get .*connection refused"):
+        fetch.apt_lists(tmp_path)
+    assert mine.read_text() == "by hand"
+    (tmp_path / "apt/x_main_binary-amd64_Packages").write_text("too")
+    assert fetch.apt_lists(tmp_path) == ("too", "by hand")
+
+
+def test_weights_that_are_cut_short_are_named(tmp_path):
+    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"Q4_1\.gguf has 4 bytes, expected 98,362,432"):
+        fetch.backbone(tmp_path)
+
+
 SYNSETS = """  1 This is the licence
 00001740 03 n 02 mutt 0 dog_house 1 001 @ 00001740 n 0000 | a home that a pet has; "the dog house"
 00002137 03 n 01 doghouse 0 000 | a house built for a pet dog
@@ -382,7 +405,7 @@ def test_the_committed_page_is_that_of_the_committed_runs(tmp_path):
         part = made.partition(f"scored on {name}\n")[2].partition("\n## ")[0]
         rows = [line.split("|") for line in part.splitlines() if "|" in line]
         raw = {cells[1].strip(): cells[6].strip() for cells in rows}
-        variants = ("last", "mean", "tokens", "full", "no-mask")
+        variants = ("TF-IDF", "last", "mean", "tokens", "full", "no-mask")
         assert " | ".join(raw[variant] for variant in variants) in readme
 
 
@@ -421,6 +444,40 @@ def test_a_run_stands_alone_and_is_not_done_again(small, monkeypatch):
     other = Settings(small.cache, small.results, steps=3, batch=4)
     with pytest.raises(ValueError, match=r"wordnet-full-seed0\.json has steps 2, this command 3"):
         runs.perform(other, Run("wordnet", "last", 0, 1e-3))
+
+
+def test_seconds_are_those_of_all_sittings():
+    log = [{"seconds": each} for each in (5.0, 9.0, 12.0, 2.0, 4.0, 1.0)]
+    assert runs.trained_seconds(log) == 12.0 + 4.0 + 1.0
+    assert runs.trained_seconds(log[:2]) == 9.0 and runs.trained_seconds([]) == 0
+
+
+def test_a_file_of_a_run_that_is_cut_short_is_named(small):
+    runs.perform(small, Run(runs.UNTRAINED, "mean", 0))
+    path = small.results / "untrained-mean-seed0.json"
+    path.write_text(path.read_text()[:500])
+    for call in (
+        lambda: page.write_page(small.results),
+        lambda: runs.perform(small, Run(runs.UNTRAINED, "last", 0)),
+        lambda: runs.perform(small, Run(runs.UNTRAINED, "mean", 0)),
+    ):
+        with pytest.raises(ValueError, match=r"untrained-mean-seed0\.json is no whole JSON"):
+            call()
+
+
+def test_floors_by_all_measures_stand_on_the_page(small):
+    runs.perform(small, Run("wordnet", "last", 0, 1e-3))
+    study.write_floors(small.cache, small.results)
+    floors = json.loads((small.results / "floors.json").read_text())
+    row = " | ".join(f"{floors['wordnet'][what]:.1f}" for what in page.WHAT)
+    page.write_page(small.results)
+    path = small.results.parent / "smollm2.md"
+    assert f"| TF-IDF | lexical floor |  | {row} |" in path.read_text()
+    floors["wordnet"]["test"] = "of other pairs"
+    (small.results / "floors.json").write_text(json.dumps(floors))
+    page.write_page(small.results)
+    first = f"{floors['wordnet']['recall@1']:.1f}"
+    assert f"| TF-IDF | lexical floor |  | {first} |  |  |" in path.read_text()
 
 
 def test_untrained_models_are_scored_on_all_sets(small):
