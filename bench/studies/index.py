@@ -133,10 +133,7 @@ def step(name: str, rows: int, dims: int, work: Path) -> dict[str, Any]:
             stored[i * BLOCK : i * BLOCK + len(block)] = block
         stored.flush()
     elif name == "write":
-        stored = np.load(array, mmap_mode="r")
-        blocks = range(0, rows, BLOCK)
-        parts = (as_rows(i, np.asarray(stored[i : i + BLOCK])) for i in blocks)
-        Index.create(folder, META, dims, rows=parts)
+        Index.create(folder, META, dims, rows=parts_of(array, rows, dims))
     elif name == "files":
         write_files(work / "files", rows)
         for made in build(4, seed=0):
@@ -178,6 +175,16 @@ def step(name: str, rows: int, dims: int, work: Path) -> dict[str, Any]:
         "peak MiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         **more,
     }
+
+
+def parts_of(array: Path, rows: int, dims: int) -> Iterator[list[Row]]:
+    """Read, and not mapped, so that the pages of the file are not counted as this process's."""
+    with open(array, "rb") as file:
+        file.seek(-4 * rows * dims, 2)  # behind numpy's head
+        for first in range(0, rows, BLOCK):
+            count = min(BLOCK, rows - first)
+            block = np.fromfile(file, np.float32, count * dims)
+            yield as_rows(first, block.reshape(count, dims))
 
 
 def write_files(folder: Path, count: int) -> None:

@@ -56,8 +56,8 @@ except ImportError as error:
     ) from error
 
 FORMAT_VERSION = 3
-READ = 1 << 13  # rows of a batch that is read: 50 MB of 1,536 dimensions in fp32
-BUFFER = 1 << 27  # bytes that are read ahead
+READ = 1 << 11  # rows of a batch that is read: 12 MB of 1,536 dimensions in fp32
+BUFFER = 1 << 26  # bytes that are read ahead
 WHOLE = "error IS NULL"  # it is there or a vector is, and is read in no time
 LENGTHS = 5e-2  # by which a stored vector's squared length may be off
 LARGE = 100_000  # rows from which encoding builds an approximate index
