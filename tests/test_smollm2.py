@@ -465,19 +465,20 @@ def test_a_file_of_a_run_that_is_cut_short_is_named(small):
             call()
 
 
-def test_floors_by_all_measures_stand_on_the_page(small):
-    runs.perform(small, Run("wordnet", "last", 0, 1e-3))
+def test_floors_by_all_measures_stand_on_the_page(small, tmp_path):
+    small.results.mkdir()
     study.write_floors(small.cache, small.results)
-    floors = json.loads((small.results / "floors.json").read_text())
-    row = " | ".join(f"{floors['wordnet'][what]:.1f}" for what in page.WHAT)
-    page.write_page(small.results)
-    path = small.results.parent / "smollm2.md"
-    assert f"| TF-IDF | lexical floor |  | {row} |" in path.read_text()
-    floors["wordnet"]["test"] = "of other pairs"
-    (small.results / "floors.json").write_text(json.dumps(floors))
-    page.write_page(small.results)
-    first = f"{floors['wordnet']['recall@1']:.1f}"
-    assert f"| TF-IDF | lexical floor |  | {first} |  |  |" in path.read_text()
+    found = json.loads((small.results / "floors.json").read_text())
+    facts = pairs.load(small.cache, "wordnet").facts
+    assert found["wordnet"]["test"] == facts["sha256"]["test"]
+    assert found["wordnet"]["recall@1"] == pytest.approx(facts["floor"], abs=0.06)
+    write_results(tmp_path / "smollm2", {"tokens": 6})
+    for test, shown in ((None, "3.0 | 4.0 | 5.0 |"), ("of other pairs", "3.0 |  |  |")):
+        floors = {"wordnet": {"test": test, "recall@1": 3.0, "recall@10": 4.0, "mrr": 5.0}}
+        (tmp_path / "smollm2/floors.json").write_text(json.dumps(floors))
+        page.write_page(tmp_path / "smollm2")
+        part = (tmp_path / "smollm2.md").read_text().partition("scored on wordnet")[2]
+        assert f"| TF-IDF | lexical floor |  | {shown}" in part
 
 
 def test_untrained_models_are_scored_on_all_sets(small):

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,9 +181,8 @@ def perform(settings: Settings, run: Run) -> dict[str, Any]:
 
 def trained_seconds(log: Sequence[Mapping[str, Any]]) -> float:
     """Of all sittings of a run; each begins at 0."""
-    seconds = [row["seconds"] for row in log]
-    later = [*seconds[1:], 0.0]
-    return sum(one for one, other in zip(seconds, later, strict=True) if other < one)
+    seconds = [*(row["seconds"] for row in log), 0.0]
+    return sum(one for one, later in pairwise(seconds) if later < one)
 
 
 def asked(run: Run, sets: Mapping[str, pairs.TextSet]) -> dict[str, list[tuple[str, str]]]:
