@@ -256,6 +256,16 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
     assert len(shown) > 6 and all(figure in pages for figure in shown)
 
 
+def test_the_page_of_the_index_is_of_the_committed_results():
+    pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
+    from bench.studies import index
+
+    folder = ROOT / "bench" / "results"
+    results = json.loads((folder / "index.json").read_text())
+    assert index.page(results) == (folder / "index.md").read_text()
+    assert list(results["sizes"]) == ["1000", "10000", "100000", "1000000"]
+
+
 def test_what_an_index_costs(tmp_path):
     """At a small size: the steps run, each in its process, and the page is of the results alone."""
     pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
