@@ -244,7 +244,7 @@ def index_of(ways: Ways, folder: Path, checkpoint: Path) -> None:
 
 def write_rows(files: Sequence[Odd], folder: Path) -> Path:
     """Training pairs: every input the positive of one, and plain ones to stand in for others."""
-    from btok.inputs import VIDEOS, is_transport_stream
+    from btok.inputs import is_video
     from btok.inputs.images import is_animated
 
     rows = []
@@ -252,11 +252,9 @@ def write_rows(files: Sequence[Odd], folder: Path) -> Path:
         path = folder / odd.name
         if isinstance(odd.expected, PassedOver) or not path.is_file():
             continue
-        ending = path.suffix.lower()
-        moving = ending in VIDEOS and (ending != ".ts" or is_transport_stream(path))
         if isinstance(odd.expected, Says):
             sides: list[Any] = [{"text": odd.expected.text}]
-        elif moving or is_animated(path):
+        elif is_video(path) or is_animated(path):
             sides = [{"video": f"{folder.name}/{odd.name}"}]
         else:
             inputs = inputs_of(path)

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 LORA = Lora(rank=4, alpha=8, dropout=0.0)
 NAMES = ("adapter_config.json", "adapter_model.safetensors", "btok_config.json", "config.json")
+NAMES += ("modules.json",)
 
 
 def base(folder, family="qwen2_vl", num_btoks=4, **options):

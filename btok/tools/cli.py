@@ -166,6 +166,7 @@ Command = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 2 for a mistake in it, told in a line (BTOK_DEBUG=1 shows where)."""
+    status = 0
     store: dist.Store = dist.HashStore()  # by which processes agree who tells of a mistake
     try:
         argv = list(sys.argv[1:] if argv is None else argv)

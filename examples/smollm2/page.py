@@ -282,12 +282,13 @@ def facts(main: Results) -> str:
         for key in ("commit", "device")
     )
     seconds = sum(sum(run["seconds"].values()) for run in [*main.runs, *main.sweep])
+    later = "; what the grid runs was changed after the commit below, see *Set aside*"
     count = f"{len(main.runs)} runs and {len(main.sweep)} of the sweep"
     return "\n".join(
         [
             "- command: `python examples/smollm2/study.py grid`, then `python"
-            " examples/smollm2/study.py page`, which makes this page of the JSON files alone; what"
-            " the grid runs was changed after the commit below, see *Set aside*",
+            " examples/smollm2/study.py page`, which makes this page of the JSON files alone"
+            + (later if aside_part(main) else ""),
             f"- backbone: SmolLM2-135M-Instruct, dequantised Q4_1 (sha256 {s['backbone'][:16]}...)",
             f"- commit: {', '.join(commits)}; sha256 of its sources {s['code'][:16]}...",
             f"- device: {'; '.join(devices)}; {count}, {seconds / 3600:.1f} hours at least",
