@@ -15,7 +15,7 @@ from btok.files import write_json
 
 OURS = "btok.tools.sentence.BTokTransformer"
 PACKAGE = "sentence_transformers.models"
-TRANSFORMER, POOLING, NORMALIZE = STOCK = tuple(
+_, POOLING, NORMALIZE = STOCK = tuple(
     f"{PACKAGE}.{name}" for name in ("Transformer", "Pooling", "Normalize")
 )
 MODULES = "modules.json"

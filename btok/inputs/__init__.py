@@ -75,7 +75,7 @@ def with_frames(side: Side) -> Side:
     """The side with a video file read; ValueError where there is nothing to embed, and for times
     beside a file, which has its own.
     """
-    if isinstance(side.video, str | Path | Clip):
+    if _of_file(side):
         if len(side.frame_seconds):
             raise ValueError(
                 f"frame_seconds has {len(side.frame_seconds)} times beside the file {side.video}, "
@@ -97,8 +97,13 @@ def with_frames(side: Side) -> Side:
     return side
 
 
+def _of_file(side: Side) -> bool:
+    """Whether a side's video is a file, or a part of one, that is still to be read."""
+    return isinstance(side.video, str | Path | Clip)
+
+
 def _is_empty(side: Side) -> bool:
-    seen = isinstance(side.video, str | Path | Clip) or len(side.images) or len(side.video)
+    seen = _of_file(side) or len(side.images) or len(side.video)
     return not seen and not side.text.strip()
 
 
@@ -173,8 +178,7 @@ def estimate_tokens(value: Any, processor: Any) -> int:
     """About how many tokens an input takes, from headers alone; 0 where that cannot be told."""
     try:
         side = as_side(value)
-        of_file = isinstance(side.video, str | Path | Clip)
-        frames = FRAMES if of_file else len(side.video)
+        frames = FRAMES if _of_file(side) else len(side.video)
         seen = 0
         if processor.image_processor is not None:
             pixels = [_pixels(image) for image in side.images]

@@ -68,7 +68,7 @@ def duration(path: str | Path) -> float | None:
     with _opened(path) as (container, stream):
         if not _has_times(container, stream):
             return None
-        start, end = _stored_span(container, stream) or _scanned_span(container, stream)
+        start, end = _span(container, stream)
         return end - start
 
 
@@ -99,7 +99,7 @@ def read_video(
     with _opened(path) as (container, stream):
         found: dict[float, np.ndarray] = {}
         if _has_times(container, stream):
-            start, end = _stored_span(container, stream) or _scanned_span(container, stream)
+            start, end = _span(container, stream)
             found = _at(container, stream, start, end, frames)
             if len(found) < frames:  # a short video, or one shorter than its file says
                 start, end = _scanned_span(container, stream, end)
@@ -111,7 +111,7 @@ def _read_clip(clip: Clip, frames: int) -> tuple[list[np.ndarray], list[float]]:
     with _opened(clip.path) as (container, stream):
         if not _has_times(container, stream):
             raise ValueError("its frames have no times to cut at")
-        start, last = _stored_span(container, stream) or _scanned_span(container, stream)
+        start, last = _span(container, stream)
         if start + clip.start >= last:
             raise ValueError(f"it ends at {last - start:g} seconds, a clip of it at {clip.start:g}")
         first, end = start + clip.start, min(start + clip.end, last)
@@ -159,6 +159,11 @@ def _moving(container: Any) -> Any:
         raise ValueError("its pictures are in a codec that PyAV does not know")
     first = moving[0].disposition.default  # of several the one that players show
     return max(moving, key=lambda s: (bool(s.disposition & first), s.width * s.height))
+
+
+def _span(container: Any, stream: Any) -> tuple[float, float]:
+    """Where a stream starts and ends, in seconds, as its file says, or else by its packets."""
+    return _stored_span(container, stream) or _scanned_span(container, stream)
 
 
 def _stored_span(container: Any, stream: Any) -> tuple[float, float] | None:

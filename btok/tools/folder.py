@@ -241,9 +241,7 @@ def look(root: Path, path: str, known: Mapping[str, Any], clip: float | None = N
     parts: Mapping[str, Mapping[str, Any]] = {}
     ending = Path(path).suffix.lower()
     try:
-        stat = (root / path).stat()
-        item |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        item["ctime_ns"] = stat.st_ctime_ns  # which a copy that keeps the time does not keep
+        item |= stamp(root / path)
         had = DIGEST.match(known.get("id", ""))
         if had is not None and had[2] == ending and item.items() <= known.items():
             content = had[1]
@@ -273,13 +271,19 @@ def _clips(length: float, most: float) -> dict[str, dict[str, Any]]:
     }
 
 
+def stamp(path: Path) -> dict[str, int]:
+    """By which a file that did not change is known unread."""
+    stat = path.stat()
+    found = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return found | {"ctime_ns": stat.st_ctime_ns}  # which a copy that keeps the time does not keep
+
+
 def changed(path: Path, item: Mapping[str, Any]) -> str | None:
     """Why a file's vector is not of the content that its id says; None where it is."""
     try:
-        stat = path.stat()
+        found = stamp(path)
     except OSError as error:
         return str(error)
-    found = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
     same = all(item.get(name, value) == value for name, value in found.items())
     return None if same else "it changed while it was read; the next run tries again"
 

@@ -388,7 +388,8 @@ class Index:
         k, probes = min(int(k), count), 0
         if not exact and self.indexed and (where is None or count > LARGE):
             # of a part of the rows, or for more of them, as good results lie further away
-            share = max(1, len(self) / max(count, 1)) * max(1, k / TUNED)
+            total = count if where is None else len(self)
+            share = max(1, total / max(count, 1)) * max(1, k / TUNED)
             probes = round(self.meta.get("probes", PROBES[-1]) * share)
         if not count:
             return [[] for _ in queries]
