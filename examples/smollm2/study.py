@@ -29,6 +29,7 @@ from btok.tools import command_line
 from examples.smollm2 import pairs
 from examples.smollm2.fetch import backbone, default_cache
 from examples.smollm2.runs import (
+    ALONE,
     BASELINES,
     FLOORS,
     MAIN,
@@ -292,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(path)
         else:
             check_choice("trained_on", command.trained_on, SIDES)
-            check_choice("variant", command.variant, VARIANTS)
+            check_choice("variant", command.variant, VARIANTS | ALONE)
             show_sets(command.cache)
             place = command.trained_on, command.variant, command.seed
             run = planned(command.results, *place, command.rate, command.weight)
