@@ -25,7 +25,7 @@ from btok.files import IN_GGUF, find, read_json, sha256
 from btok.gated_mlp import use_gated_mlps
 from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
-from btok.modules import write_modules
+from btok.modules import mark_architecture, write_modules
 from btok.packing import PackedBatch, pack
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
 from btok.vision import Vision, join
@@ -185,13 +185,14 @@ class BTokModel(nn.Module):
             state: the weights, or a part of them; None for those of `saved_state()`.
         """
         folder, state = Path(folder), self.saved_state() if state is None else dict(state)
-        if hasattr(self.backbone, "peft_config"):
+        config, adapted = self.backbone.config, hasattr(self.backbone, "peft_config")
+        plain = self.family.vision is None and not adapted
+        if adapted:
             adapters.save(self.backbone, folder, state)
         else:
             self.backbone.save_pretrained(folder, state_dict=state)
-        config = self.backbone.config
+            mark_architecture(folder, self.settings, self.family.architecture, plain)
         self.settings.save(folder, config.model_type)
-        plain = family_of(config).vision is None and not hasattr(self.backbone, "peft_config")
         write_modules(folder, self.settings, config.get_text_config().hidden_size, plain)
 
     def checkpoint_activations(self, on: bool = True) -> None:

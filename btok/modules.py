@@ -1,7 +1,12 @@
-"""`modules.json`: how sentence-transformers reads a checkpoint, which else would guess its pooling.
+"""What other engines read of a checkpoint to pool as it does, or to refuse it.
 
-A text model that pools one row, or the mean of all, is three of its own modules, and needs nothing
-of ours. Any other is `BTokTransformer`, which it loads with `trust_remote_code=True` alone.
+`modules.json` for sentence-transformers: a text model that pools one row, or the mean of all, is
+three of its own modules, and needs nothing of ours. Any other is `BTokTransformer`, which it loads
+with `trust_remote_code=True` alone.
+
+`architectures` in config.json for vLLM, SGLang and converters, which take the last row of what they
+know: where that is not what a checkpoint pools it names one that they do not know, and that vLLM
+has of our plugin. Transformers goes by `model_type`.
 """
 
 from __future__ import annotations
@@ -11,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from btok.config import BTokConfig
-from btok.files import write_json
+from btok.files import read_json, write_json
 
+ENGINE_PREFIX = "BTok"  # of an architecture that stock engines would embed wrongly with
 OURS = "btok.tools.sentence.BTokTransformer"
 PACKAGE = "sentence_transformers.models"
 _, POOLING, NORMALIZE = STOCK = tuple(
@@ -26,6 +32,20 @@ def stock_pooling(settings: BTokConfig) -> str | None:
     if settings.pooling == "btok":  # of one row: it is the last
         return "lasttoken" if len(settings.btok_token_ids) == 1 else None
     return {"last": "lasttoken", "mean": "mean"}[settings.pooling]
+
+
+def mark_architecture(folder: Path, settings: BTokConfig, architecture: str, plain: bool) -> None:
+    """Have config.json name an architecture that is served rightly or not at all.
+
+    Args:
+        architecture: transformers' class of the backbone.
+        plain: as `write_modules` takes it; such a mean is read of what that writes.
+    """
+    pooling = stock_pooling(settings)
+    served = pooling == "lasttoken" or (pooling == "mean" and plain)
+    config = dict(read_json(folder, "config.json"))
+    config["architectures"] = [architecture if served else f"{ENGINE_PREFIX}{architecture}"]
+    write_json(folder / "config.json", config)
 
 
 def write_modules(folder: Path, settings: BTokConfig, dims: int, plain: bool) -> None:

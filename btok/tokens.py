@@ -12,28 +12,32 @@ STEM = "<|btok_"  # of the names of bottleneck tokens
 CHAT = "chat"  # the template that a tokenizer had
 
 # in Jinja, of a conversation: its pictures, its videos and its texts, as `Processor` has those of a
-# side, and what every input ends with
-TEMPLATE = """\
-{%- set all = namespace(image='', video='', text='') -%}
-{%- for message in messages -%}
-{%- if message['content'] is string -%}
-{%- set parts = [{'type': 'text', 'text': message['content']}] -%}
-{%- else -%}
-{%- set parts = message['content'] or [] -%}
-{%- endif -%}
-{%- for part in parts -%}
-{%- if part['type'] in ('image', 'image_url') -%}
-{%- set all.image = all.image + IMAGE -%}
-{%- elif part['type'] in ('video', 'video_url') -%}
-{%- set all.video = all.video + VIDEO -%}
-{%- elif part['type'] == 'text' -%}
-{%- set gap = ' ' if all.text and part['text'] and not all.text[-1:].isspace() else '' -%}
-{%- set all.text = all.text + gap + part['text'] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- endfor -%}
-{%- set gap = (VIDEO_GAP if all.video else IMAGE_GAP if all.image else '') if all.text else '' -%}
-{{- all.image + all.video + gap + all.text + BTOKS -}}"""
+# side, and what every input ends with; vLLM looks for the loop over `message['content']`, and
+# without one makes a single text of the parts, with line breaks of its own
+END = "all.text + BTOKS -}}"
+TEMPLATE = f"""\
+{{%- set all = namespace(image='', video='', texts=[], text='') -%}}
+{{%- for message in messages -%}}
+{{%- if message['content'] is string -%}}
+{{%- set all.texts = all.texts + [message['content']] -%}}
+{{%- else -%}}
+{{%- for part in message['content'] | default([], true) -%}}
+{{%- if part['type'] in ('image', 'image_url') -%}}
+{{%- set all.image = all.image + IMAGE -%}}
+{{%- elif part['type'] in ('video', 'video_url') -%}}
+{{%- set all.video = all.video + VIDEO -%}}
+{{%- elif part['type'] == 'text' -%}}
+{{%- set all.texts = all.texts + [part['text']] -%}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- for text in all.texts -%}}
+{{%- set gap = ' ' if all.text and text and not all.text[-1:].isspace() else '' -%}}
+{{%- set all.text = all.text + gap + text -%}}
+{{%- endfor -%}}
+{{%- set gap = (VIDEO_GAP if all.video else IMAGE_GAP if all.image else '') if all.text else '' -%}}
+{{{{- all.image + all.video + gap + {END}"""
 
 
 def add_to_tokenizer(tokenizer: Any, num_btoks: int) -> list[int]:
@@ -100,7 +104,7 @@ def end_with_btoks(
     if not isinstance(had, dict):
         had = {"default": had}
     kept = {CHAT if name == "default" else name: each for name, each in had.items()}
-    kept = {name: each for name, each in kept.items() if not each.endswith(TEMPLATE)}
+    kept = {name: each for name, each in kept.items() if not each.endswith(END)}
     own = values + TEMPLATE
     if tokenizer.pad_token is None:  # which other engines need for a batch
         tokenizer.pad_token = tokenizer.eos_token or (names[-1] if names else None)

@@ -38,6 +38,7 @@ QWEN_IDS = {
     "vision_end_token_id": VISION_END,
 }
 NOTHING: dict[str, Any] = {}
+BRACKETS = {f"vision_{end}": f"<|vision_{end}|>" for end in ("start", "end")}
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 PIXELS = {"patch_size": 4, "min_pixels": 64, "max_pixels": 600, "max_frame_pixels": 600}
 
@@ -184,9 +185,13 @@ MROPE = tuple(family for family in FAMILIES if families.FAMILIES[family].mrope)
 
 
 def tiny_backbone(
-    seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2, family: str = "qwen2_vl"
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 2,
+    family: str = "qwen2_vl",
+    **more: Any,
 ) -> Any:
-    """A random model, hidden 64, 4 query and 2 key heads."""
+    """A random model, hidden 64, 4 query and 2 key heads; `more` of its language model's."""
     import transformers
 
     tiny = TINY[family]
@@ -204,6 +209,7 @@ def tiny_backbone(
         "initializer_range": 0.2,
         **tiny.language,
         "rope_parameters": rope | tiny.language.get("rope_parameters", {}),
+        **more,
     }
     language = {name: value for name, value in language.items() if value is not None}
     config = {"tie_word_embeddings": tiny.tied, **copy.deepcopy(tiny.config)}
@@ -214,14 +220,15 @@ def tiny_backbone(
 
 
 def tiny_module(
-    family: str = "qwen2_vl", dtype: torch.dtype = torch.float32
+    family: str = "qwen2_vl", dtype: torch.dtype = torch.float32, **more: Any
 ) -> tuple[BTokModel, Processor]:
     """The tiny model with 4 bottleneck tokens, and its processor: 8 pixels a merged token."""
     tiny, tokenizer = TINY[family], tiny_tokenizer()
     tokenizer.add_tokens(list(tiny.tokens), special_tokens=True)
-    backbone = tiny_backbone(dtype=dtype, family=family)
-    for kind, pad in tiny.pads.items() if family in VISION else ():
-        setattr(backbone.config, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(pad))
+    backbone = tiny_backbone(dtype=dtype, family=family, **more)
+    for kind, pad in {**BRACKETS, **tiny.pads}.items():
+        if hasattr(backbone.config, name := f"{kind}_token_id"):
+            setattr(backbone.config, name, tokenizer.convert_tokens_to_ids(pad))
     btoks = add_to_tokenizer(tokenizer, 4)
     add_to_embeddings(backbone, btoks)
     model = BTokModel.from_backbone(backbone, btok_token_ids=btoks)

@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -42,19 +43,29 @@ def asked_for(body):
     """The side that a request is about."""
     if "input" in body:
         return Side(body["input"][0])
-    text, images = "", []
+    text, shown = "", {"image_url": [], "video_url": []}
     for part in body["messages"][0]["content"]:
         if part["type"] == "text":
             text = part["text"]
-        else:
-            data = base64.b64decode(part["image_url"]["url"].partition(",")[2])
-            images.append(np.asarray(Image.open(io.BytesIO(data))))
-    return Side(text, images)
+            continue
+        start, *files = part[part["type"]]["url"].split(",")
+        assert (
+            start
+            == {"image_url": "data:image/png", "video_url": "data:video/jpeg"}[part["type"]]
+            + ";base64"
+        )
+        for file in files:
+            picture = Image.open(io.BytesIO(base64.b64decode(file)))
+            shown[part["type"]].append(np.asarray(picture))
+    images, video = shown.values()
+    return Side(text, images, video, range(len(video)))
 
 
 @contextmanager
-def serving(answer, models=("served",)):
-    """A server's address; `answer` gives a side's vector and tokens, or raises what it refuses."""
+def serving(answer, models=("served",), **more):
+    """A server's address; `answer` gives a side's vector and tokens, or raises what it refuses;
+    `more` is said of each model.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self, status, content):
@@ -64,7 +75,7 @@ def serving(answer, models=("served",)):
 
         def do_GET(self):
             assert self.path == "/v1/models"
-            self.reply(200, {"data": [{"id": name} for name in models]})
+            self.reply(200, {"data": [{"id": name, **more} for name in models]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -103,7 +114,7 @@ def test_a_right_server(encoder, checkpoint, capsys):
             status, said = checked(address, checkpoint, capsys)
             assert status == 0 and said.out.endswith("the same vectors, to a cosine of 0.9999\n")
             lines = said.out.splitlines()
-            assert len(lines) == len(sides(encoder)) + 1 == 12
+            assert len(lines) == len(sides(encoder)) + 1 == 14
             assert all("cosine 1.000000" in line for line in lines[:-1])
 
 
@@ -175,18 +186,36 @@ def test_other_faults(encoder, checkpoint, capsys):
         return right(side)
 
     def shrunk(side):
-        return right(Side(side.text, [image[::3, ::3] for image in side.images]))
+        return right(replace(side, images=[image[::3, ::3] for image in side.images]))
+
+    def still(side):
+        return right(replace(side, video=side.video[:2], frame_seconds=[0, 1][: len(side.video)]))
+
+    def shaken(side):
+        return still(replace(side, images=[image[::-1] for image in side.images]))
 
     for answer, status, reason in (
         (long, 1, "its vectors are not of length 1, but 3 to 3"),
         (short, 1, "its vectors have 8 components, ours 64"),
         (noise, 1, "none of the usual mistakes gives its vectors"),
-        (blind, 1, "other vectors; it refuses 3 pictures"),
-        (shrunk, 1, "texts are right, pictures are not"),
+        (blind, 1, "same vectors, to a cosine of 0.9999; it refuses a small picture, a picture al"),
+        (shrunk, 1, "other vectors; texts and frames are right, pictures are not: it"),
+        (still, 1, "texts and pictures are right, frames are not"),
+        (shaken, 1, "texts are right, pictures and frames are not"),
     ):
         with serving(answer) as url:
             got, said = checked(url, checkpoint, capsys)
         assert got == status and reason in said.out.splitlines()[-1], said.out
+
+
+def test_what_is_too_long_for_a_server_is_left_out(encoder, checkpoint, capsys):
+    def answer(side):
+        assert len(side.text) < 1000
+        return encoder.encode([side], show_progress=False)[0], None
+
+    with serving(answer, max_model_len=1000) as url:
+        status, said = checked(url, checkpoint, capsys)
+    assert status == 0 and "left out, of more tokens than it takes: 1,200 words\n" in said.out
 
 
 def test_a_text_model_that_pools_the_last_row(tmp_path, capsys):

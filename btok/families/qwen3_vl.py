@@ -83,6 +83,8 @@ class _ImageProcessor(QwenImageProcessor):
     image_mean = image_std = (0.5, 0.5, 0.5)
     bounds_of_all_frames = True
     timed_slots = True
+    # the stock processor puts brackets around each slot, and leaves those around all where they are
+    shown = QwenImageProcessor.shown | {"video": ("<|video_pad|>", "\n")}
 
 
 QWEN3_VL = Family(

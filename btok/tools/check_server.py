@@ -41,8 +41,14 @@ Vector = NDArray[np.float32]
 
 
 class Compared(NamedTuple):
-    """An input's name and side; the server's vector, or why there is none; tokens that the server
-    counted, None where it does not say; our vector and tokens.
+    """What a server made of an input.
+
+    Args:
+        name, side: the input's.
+        got: the server's vector; None where there is none.
+        error: what it said then.
+        counted: tokens that it counted; None where it does not say.
+        ours, tokens: our vector, and our number of tokens.
     """
 
     name: str
@@ -54,6 +60,11 @@ class Compared(NamedTuple):
     tokens: int
 
     @property
+    def kind(self) -> str:
+        """What is embedded: "texts", "pictures" or "frames"."""
+        return "frames" if len(self.side.video) else "pictures" if self.side.images else "texts"
+
+    @property
     def cosine(self) -> float:
         """Of both vectors; NaN where there is none, or one of another length."""
         if self.got is None or self.got.shape != self.ours.shape:
@@ -62,24 +73,37 @@ class Compared(NamedTuple):
 
 
 def sides(encoder: BTokEncoder) -> dict[str, Side]:
-    """What is sent, by name: texts and, where the model has vision, pictures."""
+    """What is sent, by name: texts and, where the model has vision, pictures and four frames of a
+    video, a second apart, as bytes of files.
+    """
     found = {name: Side(text) for name, text in TEXTS.items()}
     if encoder.processor.has_vision:
         rng = np.random.default_rng(0)
-        for name, (height, width), text in (
-            ("a small picture", (56, 84), "what is it?"),
-            ("a picture alone", (112, 112), ""),
-            ("a large picture", (901, 1203), "what is it?"),
-        ):
+
+        def file(height: int, width: int, kind: str) -> bytes:
             rough = rng.integers(0, 256, (height // 28 + 1, width // 28 + 1, 3), np.uint8)
-            picture = rough.repeat(28, 0).repeat(28, 1)[:height, :width]
-            found[name] = Side(text, [picture])
+            return _file(rough.repeat(28, 0).repeat(28, 1)[:height, :width], kind)
+
+        found["a small picture"] = Side("what is it?", [file(56, 84, "PNG")])
+        found["a picture alone"] = Side("", [file(112, 112, "PNG")])
+        found["two pictures"] = Side("which?", [file(84, 56, "PNG"), file(56, 56, "PNG")])
+        found["a large picture"] = Side("what is it?", [file(901, 1203, "PNG")])
+        frames = [file(112, 112, "JPEG") for _ in range(4)]
+        found["frames"] = Side("what happens?", video=frames, frame_seconds=range(4))
     return found
 
 
+def _file(picture: NDArray[np.uint8], kind: str) -> bytes:
+    from PIL import Image
+
+    made = io.BytesIO()
+    Image.fromarray(picture).save(made, kind)
+    return made.getvalue()
+
+
 def compare(url: str, encoder: BTokEncoder, model: str | None = None) -> list[Compared]:
-    """Send all inputs to a server of OpenAI's embeddings interface; pictures as vLLM's takes them,
-    in messages.
+    """Send all inputs to a server of OpenAI's embeddings interface; pictures and frames as vLLM's
+    takes them, in messages. One that is longer than what the server says it takes is left out.
 
     Args:
         url: of the server, with or without "/v1".
@@ -92,43 +116,60 @@ def compare(url: str, encoder: BTokEncoder, model: str | None = None) -> list[Co
     url = url.rstrip("/").removesuffix("/v1") + "/v1"
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"url is {url.removesuffix('/v1')!r}, expected http:// or https://")
-    if model is None:
-        try:
-            model = str(_sent(f"{url}/models")["data"][0]["id"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{url}/models lists no model; give --model") from error
-    asked = sides(encoder)
-    ours = encoder.encode(list(asked.values()), show_progress=False)
-    found = []
-    for (name, side), vector in zip(asked.items(), ours, strict=True):
+    model, most = _served(url, model)
+    asked = []
+    for name, side in sides(encoder).items():
         sample = encoder.processor(with_frames(side))
         tokens = len(sample["input_ids"]) + len(encoder.model.btok_token_ids)
-        got, refusal, counted = None, "", None
+        if tokens <= most:
+            asked.append((name, side, tokens))
+    ours = encoder.encode([side for _, side, _ in asked], show_progress=False)
+    found = []
+    for (name, side, tokens), vector in zip(asked, ours, strict=True):
+        made = Compared(name, side, None, "", None, vector, tokens)
         body: dict[str, Any] = {"model": model, "encoding_format": "float"}
-        body |= {"messages": _messages(side)} if side.images else {"input": [side.text]}
+        body |= {"input": [side.text]} if made.kind == "texts" else {"messages": messages(side)}
         try:
             answer = _sent(f"{url}/embeddings", body)
             got = np.array(answer["data"][0]["embedding"], np.float32)
-            counted = answer.get("usage", {}).get("prompt_tokens")
+            made = made._replace(got=got, counted=answer.get("usage", {}).get("prompt_tokens"))
         except (KeyError, IndexError, TypeError) as wrong:
             raise ValueError(f"{url}/embeddings gives no embeddings ({wrong!r})") from wrong
         except ValueError as refused:
-            if not side.images:
+            if made.kind == "texts":
                 raise
-            refusal = str(refused)  # as of an engine without pictures: texts may be right
-        found.append(Compared(name, side, got, refusal, counted, vector, tokens))
+            made = made._replace(error=str(refused))  # of an engine without: texts may be right
+        found.append(made)
     return found
 
 
-def _messages(side: Side) -> list[dict[str, Any]]:
-    from PIL import Image
+def _served(url: str, model: str | None) -> tuple[str, float]:
+    """A model's name on the server, and the most tokens that it takes, if it says."""
+    try:
+        listed = _sent(f"{url}/models")["data"]
+        one: dict[str, Any] = next((each for each in listed if model in (None, each["id"])), {})
+        name = str(one["id"]) if model is None else model
+        return name, float(one.get("max_model_len") or np.inf)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if model is not None:
+            return model, np.inf
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{url}/models lists no model; give --model") from error
 
+
+def messages(side: Side) -> list[dict[str, Any]]:
+    """A side whose images are PNG files' bytes, and its frames JPEG's, as vLLM takes it."""
     parts: list[dict[str, Any]] = []
+
+    def add(kind: str, files: Sequence[bytes], what: str) -> None:
+        data = ",".join(base64.b64encode(file).decode() for file in files)
+        parts.append({"type": f"{kind}_url", f"{kind}_url": {"url": f"data:{what};base64,{data}"}})
+
     for image in side.images:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "PNG")
-        data = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        parts.append({"type": "image_url", "image_url": {"url": data}})
+        add("image", [image], "image/png")
+    if len(side.video):
+        add("video", side.video, "video/jpeg")
     if side.text:
         parts.append({"type": "text", "text": side.text})
     return [{"role": "user", "content": parts}]
@@ -218,7 +259,7 @@ def causes(encoder: BTokEncoder, found: Sequence[Compared], bound: float = BOUND
             f"its vectors are not of length 1, but {min(lengths):.3g} to {max(lengths):.3g}"
         )
     wrong = [each for each in sent if not each.cosine >= bound]
-    texts = [each for each in wrong if not each.side.images]
+    texts = [each for each in wrong if each.kind == "texts"]
     if texts:
         closest: dict[str, list[float]] = {}
         for each in texts[:3]:
@@ -238,8 +279,12 @@ def causes(encoder: BTokEncoder, found: Sequence[Compared], bound: float = BOUND
         )
     if wrong and not texts:
         counts = {e.counted - e.tokens for e in wrong if e.counted is not None} - {0}
-        why = "resizes pictures otherwise" if counts else "has other pixels or positions for them"
-        said.append(f"texts are right, pictures are not: it {why}")
+        why = "resizes them otherwise" if counts else "has other pixels or positions for them"
+        kinds = [{e.kind for e in some} for some in (sent, wrong)]
+        right, off = (
+            " and ".join(sorted(found, reverse=True)) for found in (kinds[0] - kinds[1], kinds[1])
+        )
+        said.append(f"{right} are right, {off} are not: it {why}")
     return said
 
 
@@ -252,10 +297,13 @@ def report(
         told = each.error or f"cosine {each.cosine:.6f}"
         if each.counted is not None and each.counted != each.tokens:
             told += f", {each.counted} tokens where we have {each.tokens}"
-        lines.append(f"{'      ' if each.cosine >= bound else 'WRONG '}{each.name}: {told}")
-    right = all(each.cosine >= bound for each in found)
+        mark = "REFUSED " if each.got is None else "" if each.cosine >= bound else "WRONG "
+        lines.append(f"{mark:8}{each.name}: {told}")
+    if left := sides(encoder).keys() - {each.name for each in found}:
+        lines.append(f"{'':8}left out, of more tokens than it takes: {', '.join(sorted(left))}")
     reasons = causes(encoder, found, bound)
-    if refused := sum(each.got is None for each in found):
-        reasons.append(f"it refuses {refused} pictures")
-    verdict = f"the same vectors, to a cosine of {bound:g}" if right else "other vectors"
-    return right and not reasons, "\n".join([*lines, "; ".join([verdict, *reasons])])
+    if refused := [each.name for each in found if each.got is None]:
+        reasons.append(f"it refuses {', '.join(refused)}")
+    same = all(each.cosine >= bound for each in found if each.got is not None)
+    verdict = f"the same vectors, to a cosine of {bound:g}" if same else "other vectors"
+    return not reasons, "\n".join([*lines, "; ".join([verdict, *reasons])])

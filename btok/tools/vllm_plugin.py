@@ -1,0 +1,237 @@
+"""vLLM serves a checkpoint of ours: the entry point `btok` of its `vllm.general_plugins`.
+
+A checkpoint that pools more than its last row names its architecture `BTok...` in config.json
+(`btok.modules`), which a vLLM without this plugin does not know and so does not serve. With it, its
+class is vLLM's own for the backbone and its pooler the mean of the K bottleneck rows in fp32; every
+other checkpoint of ours is looked at, too. What would give other vectors is refused: at the start
+with a ValueError, or of a request with status 400.
+
+Source: vLLM's documentation, "Plugin System" and "Pooling Models"; run with the version below.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from btok.config import CONFIG_NAME, FORMAT_VERSION, BTokConfig
+from btok.families import FAMILIES
+from btok.modules import ENGINE_PREFIX, stock_pooling
+
+RUN_WITH = "0.32"  # of vLLM: what is used here is not all promised to stay
+ANY_VERSION = "BTOK_ANY_VLLM"
+IDS = "btok_token_ids"  # of the configuration that vLLM hands to all of its processes
+EXPORT = "python -m btok export FOLDER NEW_FOLDER"
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes; loads no model, and changes none but ours."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for family in FAMILIES.values():
+        stock, ours = family.architecture, f"{ENGINE_PREFIX}{family.architecture}"
+        if stock not in ModelRegistry.get_supported_archs():
+            continue  # then it says of ours, too, that it has no such architecture
+        if not hasattr(MODELS_CONFIG_MAP.get(stock), "checks_btok"):
+            ModelRegistry.register_model(ours, f"{__name__}:{ours}")
+            for name in (stock, ours):
+                MODELS_CONFIG_MAP[name] = _checked(MODELS_CONFIG_MAP.get(stock))
+    _check_prompts()
+
+
+def _checked(stock: Any) -> Any:
+    """What vLLM looks at before it loads a model, after what it has to say itself."""
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    class Checked(stock or VerifyAndUpdateConfig):  # type: ignore[misc]
+        checks_btok = True
+
+        @classmethod
+        def verify_and_update_config(cls, vllm_config: Any) -> None:
+            super().verify_and_update_config(vllm_config)
+            check(vllm_config)
+
+    return Checked
+
+
+def check(vllm_config: Any) -> None:
+    """Look at what is to be served; what is not of ours is let through.
+
+    Raises:
+        ValueError: a checkpoint of ours that this engine, as it is set up, would give other vectors
+            of than `btok.BTokEncoder`.
+    """
+    import vllm
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    model = vllm_config.model_config
+    architecture = model.architecture
+    ours = architecture.startswith(ENGINE_PREFIX)
+    saved = get_hf_file_to_dict(CONFIG_NAME, model.model, model.revision)
+    if (saved is None and not ours) or model.runner_type != "pooling":
+        return
+
+    def refuse(why: str) -> None:
+        raise ValueError(f"btok: {model.model} is not served: {why}")
+
+    if not vllm.__version__.startswith(f"{RUN_WITH}.") and ANY_VERSION not in os.environ:
+        refuse(
+            f"this is vLLM {vllm.__version__}, the plugin was run with {RUN_WITH}; install that, "
+            f"or set {ANY_VERSION}=1 and compare with `python -m btok check-server`"
+        )
+    if saved is None:
+        refuse(f"it is a {architecture} and has no {CONFIG_NAME}")
+    if saved.get("format_version") != FORMAT_VERSION:
+        refuse(f"format_version of its {CONFIG_NAME} is {saved.get('format_version')}, which this "
+               f"version of btok does not read, expected {FORMAT_VERSION}")  # fmt: skip
+    ids, pooling = [int(i) for i in saved[IDS]], saved["pooling"]
+    if saved.get("vision_positions", "mrope") != "mrope":
+        refuse("its vision_positions are 'text', which vLLM has no way to give")
+    rows = model.pooler_config.seq_pooling_type
+    names = {"lasttoken": "LAST", "mean": "MEAN", None: None}
+    stock = names[stock_pooling(BTokConfig(ids, pooling))]
+    if not ours and stock != rows:
+        refuse(
+            f"it pools '{pooling}' of {len(ids)} bottleneck tokens, as a {architecture} vLLM would "
+            f"take {rows}; `{EXPORT}` makes one that says what it is"
+        )
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    for on, what, off in (
+        (ours and scheduler.enable_chunked_prefill, "chunked prefill", "enable-chunked-prefill"),
+        (ours and cache.enable_prefix_caching, "prefix caching", "enable-prefix-caching"),
+    ):
+        if on:
+            refuse(f"{what} leaves a step without all rows that are pooled; give --no-{off}")
+    if model.pooler_config.enable_chunked_processing:
+        refuse("enable_chunked_processing embeds parts of an input, which is another model")
+    if vllm_config.lora_config is not None:
+        refuse(
+            f"adapters go without the K rows that were trained with them; `{EXPORT}` merges them"
+        )
+    if ids and not model.skip_tokenizer_init:
+        _check_tokenizer(model, ids, refuse)
+    # vLLM hands this configuration to the processes that check prompts and that pool
+    setattr(model.hf_config, IDS, ids)
+    model.hf_config.btok_pooling = pooling
+
+
+def _check_tokenizer(model: Any, ids: Sequence[int], refuse: Any) -> None:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    made = list(cached_tokenizer_from_config(model)("a").input_ids)
+    count = sum(i in set(ids) for i in made)
+    if made[len(made) - len(ids) :] != ids or count != len(ids):
+        refuse(
+            f"its tokenizer ends a text with {made[-len(ids) - 1 :]}, expected once the "
+            f"{len(ids)} bottleneck tokens {ids}; `{EXPORT}` makes one that does"
+        )
+
+
+def _check_prompts() -> None:
+    """Have vLLM answer 400 to a prompt of ours that does not end with B, once."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    stock = InputProcessor._validate_model_inputs
+    if hasattr(stock, "checks_btok"):
+        return
+
+    def validate(self: Any, encoder_input: Any, decoder_input: Any) -> Any:
+        ids = getattr(self.model_config.hf_config, IDS, ())
+        if ids:
+            prompt = decoder_input.get("prompt_token_ids")
+            if prompt is None:
+                raise VLLMValidationError("btok: an input is embeddings, expected text or tokens")
+            end, marks = list(prompt[-len(ids) :]), set(ids)
+            count = sum(i in marks for i in prompt)
+            if end != list(ids) or count != len(ids):
+                raise VLLMValidationError(
+                    f"btok: an input has {count} bottleneck tokens and ends with {end}, expected "
+                    f"the {len(ids)} {list(ids)} once, at its end; the checkpoint's tokenizer and "
+                    "chat template do so unless told otherwise (add_special_tokens, another "
+                    "template, truncation from the right), and a text may not spell them"
+                )
+        return stock(self, encoder_input, decoder_input)
+
+    validate.checks_btok = True  # type: ignore[attr-defined]
+    InputProcessor._validate_model_inputs = validate
+
+
+def __getattr__(name: str) -> type:
+    """The classes that are registered, made where vLLM asks for one by its name."""
+    stock = name.removeprefix(ENGINE_PREFIX)
+    if stock == name or stock not in {family.architecture for family in FAMILIES.values()}:
+        raise AttributeError(name)
+    return globals().setdefault(name, _served(stock))
+
+
+def _served(architecture: str) -> type:
+    """vLLM's class of a backbone with our pooler."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.adapters import as_embedding_model
+    from vllm.model_executor.models.interfaces_base import default_pooling_type
+
+    base = ModelRegistry._try_load_model_cls(architecture)
+
+    # MEAN is not what pools here: it has vLLM switch chunked prefill and prefix caching off, under
+    # which a step may hold some of the pooled rows alone
+    @default_pooling_type(seq_pooling_type="MEAN", tok_pooling_type="ALL")
+    class Served(as_embedding_model(base)):  # type: ignore[misc]
+        def _init_pooler(self, vllm_config: Any, prefix: str = "") -> Any:
+            return _pooler(vllm_config.model_config)
+
+    Served.__name__ = Served.__qualname__ = f"{ENGINE_PREFIX}{architecture}"
+    Served.__module__ = __name__
+    return Served
+
+
+def _pooler(model: Any) -> Any:
+    """`embed` is the checkpoint's embedding; `token_embed` the K rows, each of length 1 unless a
+    request says `use_activation: false`.
+    """
+    from vllm.model_executor.layers.pooler import DispatchPooler
+    from vllm.model_executor.layers.pooler.activations import PoolerNormalize
+    from vllm.model_executor.layers.pooler.seqwise import (
+        EmbeddingPoolerHead,
+        SequencePooler,
+        get_seq_pooling_method,
+    )
+    from vllm.model_executor.layers.pooler.tokwise import TokenEmbeddingPoolerHead, TokenPooler
+
+    mean, rows = _methods(len(getattr(model.hf_config, IDS)))
+    pooling = model.hf_config.btok_pooling
+    head = {"head_dtype": model.head_dtype, "activation": PoolerNormalize()}
+    pooled = mean if pooling == "btok" else get_seq_pooling_method(pooling.upper())
+    poolers = {"embed": SequencePooler(pooling=pooled, head=EmbeddingPoolerHead(**head))}
+    if rows is not None:
+        tokens = TokenPooler(pooling=rows, head=TokenEmbeddingPoolerHead(**head))
+        poolers["token_embed"] = tokens
+    return DispatchPooler(poolers)
+
+
+def _methods(count: int) -> tuple[Any, Any]:
+    """Of the last hidden states the mean of each prompt's `count` last rows, in fp32, and those
+    rows.
+    """
+    import torch
+    from vllm.model_executor.layers.pooler.seqwise import SequencePoolingMethod
+    from vllm.model_executor.layers.pooler.tokwise import TokenPoolingMethod
+
+    def last(hidden: Any, metadata: Any) -> Any:  # [N, count, D]
+        cursor = metadata.get_pooling_cursor()
+        if cursor.is_partial_prefill():
+            raise RuntimeError("btok: partial prefill, which was refused at the start")
+        ends = cursor.last_token_indices_gpu[:, None]
+        return hidden[ends + torch.arange(1 - count, 1, device=ends.device)].float()
+
+    class MeanOfBTokRows(SequencePoolingMethod):
+        def forward(self, hidden_states: Any, pooling_metadata: Any) -> Any:
+            return last(hidden_states, pooling_metadata).mean(1)
+
+    class BTokRows(TokenPoolingMethod):
+        def forward(self, hidden_states: Any, pooling_metadata: Any) -> Any:
+            return list(last(hidden_states, pooling_metadata))
+
+    return MeanOfBTokRows(), BTokRows() if count else None
