@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import FAMILIES, VISION, tiny_checkpoint, tiny_module
+from helpers import FAMILIES, VISION, environment, tiny_checkpoint, tiny_module
 from PIL import Image
 
 import btok
@@ -198,6 +198,48 @@ def test_what_is_pushed_to_the_hub_is_the_same(model, checkpoint, tmp_path, monk
     assert distance(btok.load_sentence_transformer(tmp_path / "hub").encode(INPUTS), expected) == 0
     again = BTokEncoder.from_pretrained(tmp_path / "hub")
     assert again.digest == model_digest(checkpoint)
+
+
+def test_by_its_name_on_a_hub(model, checkpoint, tmp_path):
+    """As it lies in the hub's own store after a download; asked for by name, by a child process."""
+    stored, commit = tmp_path / "models--someone--model", "0123456789" * 4
+    shutil.copytree(checkpoint, stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    code = """
+import btok
+from sentence_transformers import SentenceTransformer
+name = "someone/model"
+for made in (
+    SentenceTransformer(name, trust_remote_code=True),
+    btok.load_sentence_transformer(name),
+    btok.BTokEncoder.from_pretrained(name),
+):
+    print(made.encode(["a red seven", "x"]).tolist())
+"""
+    more = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(**more), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = model.encode(["a red seven", "x"])
+    for line in done.stdout.splitlines():
+        assert distance(np.array(json.loads(line), np.float32), expected) < 1e-6
+    assert done.stdout.count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "share"), [("int8", np.int8, 1), ("ubinary", np.uint8, 8)]
+)
+def test_smaller_vectors(model, precision, dtype, share):
+    """Sentence-transformers' own, of our vectors."""
+    from sentence_transformers.util import quantize_embeddings
+
+    texts = [f"text {i} of many" for i in range(120)]
+    whole = model.encode(texts)
+    smaller = model.encode(texts, precision=precision)
+    assert smaller.dtype == dtype and smaller.shape == (120, whole.shape[1] // share)
+    assert np.array_equal(smaller, quantize_embeddings(whole, precision))
 
 
 def test_saved_settings_are_kept(checkpoint, encoder, tmp_path):
