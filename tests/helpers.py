@@ -328,6 +328,17 @@ def one_step(model: Any, processor: Any, recipe: Recipe, pairs: Any, samples: An
     return train_step(model, recipe, pairs, microbatches, number, captioning)
 
 
+def stock_image_processor(folder: Path) -> Any:
+    """Transformers' own; the test is skipped where that needs torchvision to find it."""
+    import pytest
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except ImportError as error:
+        pytest.skip(f"AutoImageProcessor of this transformers: {error}")
+
+
 def held(uri):
     """By id what the items of an index say, less ids, and their vectors."""
     import numpy as np

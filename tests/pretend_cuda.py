@@ -174,6 +174,10 @@ class PretendCuda(TorchFunctionMode):
             return self._moved(name, func, args, kwargs)
         if name == "as_tensor" and isinstance(first, Cuda) and not kwargs:
             return first
+        if name == "__getitem__" and isinstance(first, Cuda) and torch.is_inference_mode_enabled():
+            where = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if all(at is None or at == slice(None) for at in where):
+                return Cuda(first.values[where])  # a view, which such a tensor refuses to make
         device = kwargs.get("device")
         if device is not None and name != "__get__" and torch.device(device).type == "cuda":
             kwargs["device"] = torch.device("cpu")
@@ -208,7 +212,7 @@ class PretendCuda(TorchFunctionMode):
     def __enter__(self) -> PretendCuda:
         self.before, PretendCuda.current = PretendCuda.current, self
         self.stack = ExitStack()
-        autocast, to = torch.autocast, nn.Module.to
+        autocast, to, is_on = torch.autocast, nn.Module.to, torch.is_autocast_enabled
 
         class Autocast(autocast):  # type: ignore[misc, valid-type]
             def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
@@ -222,6 +226,7 @@ class PretendCuda(TorchFunctionMode):
 
         replaced: dict[str, Any] = {
             "torch.autocast": Autocast,
+            "torch.is_autocast_enabled": lambda *device_type: is_on(*("cpu",) * len(device_type)),
             "torch.nn.Module.to": module_to,
             "torch.Tensor.pin_memory": _pinned,
             "torch.Tensor.is_pinned": lambda t, *_: getattr(t, "pinned", False),

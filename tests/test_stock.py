@@ -10,7 +10,14 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import FAMILIES, VISION, environment, tiny_module, tiny_tokenizer
+from helpers import (
+    FAMILIES,
+    VISION,
+    environment,
+    stock_image_processor,
+    tiny_module,
+    tiny_tokenizer,
+)
 from PIL import Image
 
 from btok import BTokEncoder, Side, load_sentence_transformer
@@ -78,6 +85,44 @@ def test_a_conversation(saved):
     assert of("", "a text") == ours(model, processor, Side("a text"))
 
 
+def test_engines_know_a_checkpoint_that_they_would_serve_rightly(saved):
+    """And no other; transformers goes by `model_type` and loads both."""
+    import transformers
+
+    kind, folder, model, _ = saved
+    architecture = model.family.architecture
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [f"BTok{architecture}"]
+    auto = {"ForCausalLM": "AutoModelForCausalLM"}.get(architecture[-11:])
+    load = getattr(transformers, auto or "AutoModelForImageTextToText").from_pretrained
+    again = load(folder)
+    assert type(again).__name__ == architecture
+    expected = model.backbone.state_dict()
+    assert all((weight == expected[name]).all() for name, weight in again.state_dict().items())
+    for pooling, count, marked in (
+        ("last", 4, False),
+        ("last", 0, False),
+        ("btok", 1, False),
+        ("mean", 4, kind in VISION),  # of a text model modules.json tells
+    ):
+        ids = model.btok_token_ids[:count]
+        other = BTokModel.from_backbone(model.backbone, btok_token_ids=ids, pooling=pooling)
+        other.save_pretrained(folder / "other")
+        config = json.loads((folder / "other" / "config.json").read_text())
+        assert config["architectures"] == ["BTok" * marked + architecture]
+
+
+def test_a_template_of_before_gives_way(saved):
+    """It ended alike; vLLM found no loop over a message's parts in it."""
+    _, folder, _, processor = saved
+    tokenizer = stock_tokenizer(folder)
+    own = tokenizer.chat_template
+    assert "{%- for part in message['content'] | default([], true) -%}" in own
+    tokenizer.chat_template = "{%- set IMAGE = '' -%}{{- all.image + all.text + BTOKS -}}"
+    assert end_with_btoks(tokenizer, 4, getattr(processor.image_processor, "shown", None))
+    assert tokenizer.chat_template == own
+
+
 def stock_processor(kind, folder, monkeypatch):
     """Transformers' own, made without torchvision, which its video half alone needs."""
     import transformers
@@ -85,7 +130,7 @@ def stock_processor(kind, folder, monkeypatch):
 
     names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
     found = getattr(transformers, f"{names.get(kind, 'Idefics3')}Processor")
-    image_processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    image_processor = stock_image_processor(folder)
     tokenizer = stock_tokenizer(folder)
     if kind not in names:
         return found(image_processor, tokenizer, image_seq_len=4)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, tiny_backbone, tiny_module, tiny_tokenizer
+from helpers import TINY, stock_image_processor, tiny_backbone, tiny_module, tiny_tokenizer
 from PIL import Image
 
 from btok.data.records import Side
@@ -157,7 +157,6 @@ def test_a_video_is_told_as_smolvlm_has_it(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stock_processors_read_our_files_and_we_read_theirs(kind, tmp_path):
-    from transformers import AutoImageProcessor
 
     model, _ = tiny_module(kind)
     settings = {"tile": 16, "longest_edge": 48, "image_mean": (0.4, 0.5, 0.6)}
@@ -165,7 +164,7 @@ def test_stock_processors_read_our_files_and_we_read_theirs(kind, tmp_path):
     ours.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     image = picture(70, 40)
-    stock = AutoImageProcessor.from_pretrained(tmp_path)
+    stock = stock_image_processor(tmp_path)
     again = Processor.from_pretrained(tmp_path, num_btoks=0)
     assert again.model_type == kind
     for name in ours.image_processor.SETTINGS:

@@ -184,7 +184,30 @@ def _served(architecture: str) -> type:
 
     Served.__name__ = Served.__qualname__ = f"{ENGINE_PREFIX}{architecture}"
     Served.__module__ = __name__
-    return Served
+    return _with_our_pixels(Served) if hasattr(Served, "_processor_factory") else Served
+
+
+def _with_our_pixels(served: type) -> type:
+    """The class with pictures resized by Pillow, as models are trained and as we embed: torchvision
+    does not round between rows and columns, and gives edges up to 8 of 255 levels others.
+    """
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    stock: Any = served._processor_factory  # type: ignore[attr-defined]
+
+    class Info(stock.info):  # type: ignore[misc]
+        def get_hf_processor(self, **kwargs: object) -> Any:
+            import transformers
+
+            made = super().get_hf_processor(**kwargs)  # which keeps it, and so what is put into it
+            name = type(made.image_processor).__name__
+            if not name.endswith("Pil"):
+                by_pillow = getattr(transformers, f"{name}Pil")
+                made.image_processor = by_pillow.from_dict(made.image_processor.to_dict())
+            return made
+
+    register = MULTIMODAL_REGISTRY.register_processor
+    return register(stock.processor, info=Info, dummy_inputs=stock.dummy_inputs)(served)
 
 
 def _pooler(model: Any) -> Any:

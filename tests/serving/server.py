@@ -108,7 +108,7 @@ def post(url: str, path: str = "v1/embeddings", **body: Any) -> Any:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         said = json.loads(error.read())
-        raise ValueError(f"{error.code}: {said['error']['message']}") from error
+        raise ValueError(f"{error.code}: {said.get('error', said).get('message', said)}") from error
 
 
 def rows_of(answer: Mapping[str, Any]) -> Rows:
