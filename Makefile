@@ -7,10 +7,12 @@ BENCH_OUT ?= runs/bench
 PROFILE_OUT ?= runs/profile
 GPU_OUT ?= runs/gpu
 SERVE_OUT ?= runs/serving
+VERSIONS ?=
+VERSIONS_PAGE ?=
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full serve-test lint graph bench profile aot gpu
+.PHONY: setup demo test test-full serve-test versions lint graph bench profile aot gpu
 
 setup: .venv/ready
 
@@ -42,6 +44,11 @@ test-full: setup
 # vLLM on the CPU over HTTP, beside our encoder
 serve-test: setup .venv/vllm/ready
 	PYTHONPATH=tests $(BIN)/python -m serving.run --engine .venv/vllm/bin/python --out $(SERVE_OUT)
+
+# other versions of what this stands on: those named, or all of tests/versions.py
+versions: setup
+	$(BIN)/python tests/versions.py $(VERSIONS) --processes $(PROCESSES) \
+		$(if $(VERSIONS_PAGE),--page $(VERSIONS_PAGE))
 
 # an environment of its own: vLLM wants other versions, and of torchvision there is no build for it
 .venv/vllm/ready: .venv/ready tests/serving/requirements.py

@@ -1,0 +1,78 @@
+"""What it costs to pool the last of K rows, which stock engines serve, instead of all of them.
+
+    train/main.py pocket [--pooling last] --output RUN --seed 0 | 1 | 2
+    examples/smollm2/study.py run wordnet | debian  last-of-4 | full --rate 1e-3 --weight 0.2 \
+        --seed 0 | 1 | 2 --results FOLDER
+    python bench/studies/pooling.py [FOLDER]
+
+The last makes a page of FOLDER, by default bench/results/pooling: the study's files, and of the
+pocket runs `metrics.json` as pocket-btok-seed0.json, pocket-last-seed0.json, and so on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from bench.report import table
+from btok.files import write_text
+from examples.smollm2.page import Comparison, Results, said
+
+SEEDS = (0, 1, 2)
+
+
+def main(folder: Path) -> Path:
+    """Write the page beside the folder; a ValueError where runs are missing."""
+    study, out = Results(folder), folder.with_suffix(".md")
+    rows = [["benchmark", "score", "all 4 rows (`btok`)", "the last of 4 (`last`)", "last - btok"]]
+    for name, what in (("wordnet", "a gloss -> its words"), ("debian", "a summary -> its text")):
+        found = study.compare(name, "last-of-4", "full")
+        if found is None:
+            raise ValueError(f"{folder} has no runs of {name}")
+        scores = [study.scores(name, v, name, "raw")["mrr"] for v in ("full", "last-of-4")]
+        rows.append([f"SmolLM2-135M, {what}", "MRR", *map(said, scores), difference(found)])
+    pocket = {
+        pooling: [read(folder / f"pocket-{pooling}-seed{seed}.json") for seed in SEEDS]
+        for pooling in ("btok", "last")
+    }
+    for task in ("overall", *pocket["btok"][0]["tasks"]):
+        both = [[score(run, task) for run in runs] for runs in pocket.values()]
+        gains = [last - btok for btok, last in zip(*both, strict=True)]
+        found = Comparison(task, gains, (math.nan, math.nan))
+        name = "pocket, mean of nine tasks" if task == "overall" else f"pocket, {task}"
+        rows.append([name, "hit@1" if task != "VisDoc" else "ndcg@5", *map(said, both)])
+        rows[-1].append(difference(found))
+    settings = study.settings
+    text = [
+        "# Pooling the last of the K rows",
+        "**Measured**, in percent: K = 4 tokens trained with both losses, the embedding the mean of"
+        " their rows or the last of them alone. The same seeds, batches and code; means over three"
+        " seeds, with 95 % intervals by Student's t, of the differences paired by seed.",
+        f"- command: `python bench/studies/pooling.py`, of files that the commands in it made\n"
+        f"- commit: {settings['commit']}\n- device: {settings['device']}\n- versions: "
+        + ", ".join(f"{name} {n}" for name, n in settings["versions"].items()),
+        table(*rows),
+    ]
+    write_text(out, "\n\n".join(text) + "\n")
+    return out
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8"))
+
+
+def score(run: dict, task: str) -> float:
+    return run["overall"] if task == "overall" else run["tasks"][task]["score"]
+
+
+def difference(found: Comparison) -> str:
+    mean, (low, high) = sum(found.seeds) / len(found.seeds), found.over_seeds
+    text = f"{mean:+.1f} ± {(high - low) / 2:.1f}"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+if __name__ == "__main__":
+    default = Path(__file__).resolve().parents[1] / "results" / "pooling"
+    print(main(Path(sys.argv[1]) if len(sys.argv) > 1 else default))
