@@ -203,6 +203,9 @@ def test_export_upgrades_what_was_saved_before(saved, tmp_path):
     shutil.copytree(folder, old)
     (old / "chat_template.jinja").unlink()
     processor.tokenizer.save_pretrained(old)
+    config = json.loads((old / "config.json").read_text())
+    config["architectures"] = [model.family.architecture]
+    (old / "config.json").write_text(json.dumps(config))
     assert stock_tokenizer(old)("a")["input_ids"] == processor(Side("a"))["input_ids"].tolist()
     encoder = BTokEncoder.from_pretrained(old)
     assert export(old, tmp_path / "new") == 0.0
@@ -210,6 +213,8 @@ def test_export_upgrades_what_was_saved_before(saved, tmp_path):
     again = BTokEncoder.from_pretrained(tmp_path / "new")
     assert np.array_equal(encoder.encode(["a"]), again.encode(["a"]))
     assert encoder.settings == again.settings
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["architectures"] == [f"BTok{model.family.architecture}"]
     assert stock_tokenizer(old)("a")["input_ids"] == processor(Side("a"))["input_ids"].tolist()
 
 

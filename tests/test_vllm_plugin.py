@@ -85,6 +85,21 @@ def test_what_is_not_ours_is_let_through(vllm, checkpoint):
     assert not vars(config.model_config.hf_config)
 
 
+def test_one_that_pools_the_last_row_may_generate(vllm, checkpoint, monkeypatch):
+    edit(checkpoint / "config.json", architectures=["LlamaForCausalLM"])
+    edit(checkpoint / "btok_config.json", pooling="last")
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    config = engine(checkpoint)
+    config.model_config.runner_type, config.model_config.pooler_config = "generate", None
+    vllm_plugin.check(config)
+    config = engine(checkpoint, "LAST")
+    monkeypatch.setattr(vllm, "__version__", "0.32.0")
+    vllm_plugin.check(config)
+    assert config.model_config.hf_config.btok_pooling == "last"
+    with pytest.raises(ValueError, match="vLLM would take MEAN"):
+        vllm_plugin.check(engine(checkpoint, "MEAN"))
+
+
 def test_what_would_give_other_vectors_is_refused(vllm, checkpoint, monkeypatch):
     def refused(words, config):
         with pytest.raises(ValueError, match=words) as found:
@@ -112,6 +127,9 @@ def test_what_would_give_other_vectors_is_refused(vllm, checkpoint, monkeypatch)
     edit(checkpoint / "config.json", architectures=["LlamaForCausalLM"])
     for rows in ("LAST", "MEAN"):
         refused(f"as a LlamaForCausalLM vLLM would take {rows}; `python", engine(checkpoint, rows))
+    config = engine(checkpoint)
+    config.model_config.runner_type, config.model_config.pooler_config = "generate", None
+    refused("as a LlamaForCausalLM vLLM would take nothing; `python", config)
     edit(checkpoint / "config.json", architectures=["BTokLlamaForCausalLM"])
 
     settings = checkpoint / "btok_config.json"

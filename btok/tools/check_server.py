@@ -184,7 +184,9 @@ def _sent(url: str, body: Mapping[str, Any] | None = None) -> Any:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         said = one_line(error.read().decode(errors="replace"))[:300]
-        raise ValueError(f"{url} answers {error.code}: {said}") from error
+        hint = "; of vLLM's server this one embeds nothing: start it with --runner pooling"
+        hint = hint if error.code == 404 and url.endswith("/embeddings") else ""
+        raise ValueError(f"{url} answers {error.code}: {said}{hint}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{url} does not answer ({one_line(error)})") from error
 

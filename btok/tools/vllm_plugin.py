@@ -70,33 +70,37 @@ def check(vllm_config: Any) -> None:
     architecture = model.architecture
     ours = architecture.startswith(ENGINE_PREFIX)
     saved = get_hf_file_to_dict(CONFIG_NAME, model.model, model.revision)
-    if (saved is None and not ours) or model.runner_type != "pooling":
+    if saved is None and not ours:
         return
 
     def refuse(why: str) -> None:
         raise ValueError(f"btok: {model.model} is not served: {why}")
 
+    if saved is None:
+        refuse(f"it is a {architecture} and has no {CONFIG_NAME}")
+    if saved.get("format_version") != FORMAT_VERSION:
+        refuse(
+            f"format_version of its {CONFIG_NAME} is {saved.get('format_version')}, expected "
+            f"{FORMAT_VERSION}; use the btok that wrote it"
+        )
+    ids, pooling = [int(i) for i in saved[IDS]], saved["pooling"]
+    names = {"lasttoken": "LAST", "mean": "MEAN", None: None}
+    stock = names[stock_pooling(BTokConfig(ids, pooling))]
+    if model.runner_type != "pooling" and stock is not None:
+        return  # to generate with
     if not vllm.__version__.startswith(f"{RUN_WITH}.") and ANY_VERSION not in os.environ:
         refuse(
             f"this is vLLM {vllm.__version__}, the plugin was run with {RUN_WITH}; install that, "
             f"or set {ANY_VERSION}=1 and compare with `python -m btok check-server`"
         )
-    if saved is None:
-        refuse(f"it is a {architecture} and has no {CONFIG_NAME}")
-    if saved.get("format_version") != FORMAT_VERSION:
-        refuse(f"format_version of its {CONFIG_NAME} is {saved.get('format_version')}, which this "
-               f"version of btok does not read, expected {FORMAT_VERSION}")  # fmt: skip
-    ids, pooling = [int(i) for i in saved[IDS]], saved["pooling"]
-    if saved.get("vision_positions", "mrope") != "mrope":
-        refuse("its vision_positions are 'text', which vLLM has no way to give")
-    rows = model.pooler_config.seq_pooling_type
-    names = {"lasttoken": "LAST", "mean": "MEAN", None: None}
-    stock = names[stock_pooling(BTokConfig(ids, pooling))]
+    rows = getattr(model.pooler_config, "seq_pooling_type", "nothing")
     if not ours and stock != rows:
         refuse(
             f"it pools '{pooling}' of {len(ids)} bottleneck tokens, as a {architecture} vLLM would "
             f"take {rows}; `{EXPORT}` makes one that says what it is"
         )
+    if saved.get("vision_positions", "mrope") != "mrope":
+        refuse("its vision_positions are 'text', which vLLM has no way to give")
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
     for on, what, off in (
         (ours and scheduler.enable_chunked_prefill, "chunked prefill", "enable-chunked-prefill"),

