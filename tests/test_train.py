@@ -205,6 +205,15 @@ def test_a_checkpoint_restores_weights_moments_and_random_state(tmp_path):
                 assert torch.equal(value, fresh[which].state[b][key]), (name, key)
 
 
+def test_an_index_tells_weights_from_moments(tmp_path):
+    """For engines that else take every safetensors file of a folder for weights."""
+    folder, *_ = saved_run(tmp_path)
+    found = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(found.values()) == {"model.safetensors"}
+    assert found.keys() == load_file(folder / "model.safetensors").keys()
+    assert "model.safetensors.index.json" in json.loads((folder / "manifest.json").read_text())
+
+
 @pytest.mark.parametrize("damage", ["flip a bit", "truncate", "no manifest", "a file missing"])
 def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage):
     saved_run(tmp_path, 3)

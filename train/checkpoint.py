@@ -151,7 +151,8 @@ class Checkpoints:
         if rank() == 0 and not failed:
             try:
                 digests = {name: digest for own, _ in found for name, digest in own.items()}
-                if parts := sorted(self.draft.glob(f"{WEIGHTS}-*")):
+                # of a single file, too: vLLM takes all safetensors files for weights without one
+                if parts := sorted(self.draft.glob(f"{WEIGHTS}*.safetensors")):
                     digests |= _index(self.draft, parts)
                 write_text(self.draft / MANIFEST, json.dumps(digests, indent=2))
                 if self.final.exists():  # the same step again, after a resume

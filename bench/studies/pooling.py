@@ -1,12 +1,12 @@
 """What it costs to pool the last of K rows, which stock engines serve, instead of all of them.
 
-    train/main.py pocket [--pooling last] --output RUN --seed 0 | 1 | 2
+    make demo, and with --pooling last, SEED=0 | 1 | 2
     examples/smollm2/study.py run wordnet | debian  last-of-4 | full --rate 1e-3 --weight 0.2 \
         --seed 0 | 1 | 2 --results FOLDER
     python bench/studies/pooling.py [FOLDER]
 
 The last makes a page of FOLDER, by default bench/results/pooling: the study's files, and of the
-pocket runs `metrics.json` as pocket-btok-seed0.json, pocket-last-seed0.json, and so on.
+pocket runs `metrics.json` as pocket-last-seed0.json and so on; those of all rows are the README's.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main(folder: Path) -> Path:
         scores = [study.scores(name, v, name, "raw")["mrr"] for v in ("full", "last-of-4")]
         rows.append([f"SmolLM2-135M, {what}", "MRR", *map(said, scores), difference(found)])
     pocket = {
-        pooling: [read(folder / f"pocket-{pooling}-seed{seed}.json") for seed in SEEDS]
-        for pooling in ("btok", "last")
+        "btok": [read(folder.parent / f"pocket-seed{seed}.json") for seed in SEEDS],
+        "last": [read(folder / f"pocket-last-seed{seed}.json") for seed in SEEDS],
     }
     for task in ("overall", *pocket["btok"][0]["tasks"]):
         both = [[score(run, task) for run in runs] for runs in pocket.values()]
@@ -48,8 +48,10 @@ def main(folder: Path) -> Path:
     text = [
         "# Pooling the last of the K rows",
         "**Measured**, in percent: K = 4 tokens trained with both losses, the embedding the mean of"
-        " their rows or the last of them alone. The same seeds, batches and code; means over three"
-        " seeds, with 95 % intervals by Student's t, of the differences paired by seed.",
+        " their rows or the last of them alone. The same seeds and batches; means over three seeds,"
+        " and of the differences by seed the 95 % interval of Student's t, in bold without 0. (The"
+        " pocket runs of all rows are the README's; seed 0 again, with the code of the others, gave"
+        " the same digits.)",
         f"- command: `python bench/studies/pooling.py`, of files that the commands in it made\n"
         f"- commit: {settings['commit']}\n- device: {settings['device']}\n- versions: "
         + ", ".join(f"{name} {n}" for name, n in settings["versions"].items()),

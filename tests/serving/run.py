@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from helpers import FAMILIES, VISION
+from helpers import FAMILIES, VISION, tiny_module
 from serving.server import (
     NotStartedError,
     at_once,
@@ -50,6 +50,7 @@ from btok.packing import pack
 from btok.processing import Processor
 from btok.tools import check_server
 from examples.smollm2.fetch import backbone, default_cache
+from train import main as training
 
 BOUND = 0.9999
 TIE = 1e-6  # between scores of two items whose order rounding may turn
@@ -190,6 +191,25 @@ def speed(url: str, encoder: BTokEncoder, count: int, length: int) -> Row:
     return expected(f"SmolLM2-135M, {count} texts of {length} tokens", True, said)
 
 
+def trained(options: Options) -> Iterator[Row]:
+    """A training run's checkpoint, its optimizer's moments beside the weights, as it lies there."""
+    run = options.work / "trained"
+    few = {"steps": 4, "caption-steps": 4, "reading-steps": 2, "warmup-steps": 1, "eval-queries": 0}
+    words = [word for name, n in few.items() for word in (f"--{name}", str(n))]
+    training.main(["pocket", "--output", str(run), *words])
+    folder = run / "checkpoint-8"
+    encoder = BTokEncoder.from_pretrained(folder)
+    with served(options.engine, folder, "--max-model-len", "4096") as url:
+        found = check_server.compare(url, encoder)
+        right, said = check_server.report(encoder, found)
+        lowest = min(each.cosine for each in found)
+        yield expected(
+            "the pocket recipe's, after 8 steps",
+            right,
+            f"check-server, {len(found)} inputs, cosine from {lowest:.6f}: {said.splitlines()[-1]}",
+        )
+
+
 def unchanged(options: Options) -> Iterator[Row]:
     """What an engine without the plugin serves rightly."""
     for name, family, settings, shown in (
@@ -216,7 +236,10 @@ def old_checkpoint(options: Options, family: str = "llama") -> Path:
     folder = options.work / f"old-{family}"
     encoder = tiny(folder, family)
     encoder.model.backbone.save_pretrained(folder)
-    encoder.processor.tokenizer.save_pretrained(folder)
+    _, processor = tiny_module(family)
+    processor.tokenizer.save_pretrained(folder)
+    for name in ("chat_template.jinja", "modules.json"):
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 
@@ -432,6 +455,7 @@ def tokens(options: Options) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "families": families,
+    "trained": trained,
     "smollm2": smollm2,
     "unchanged": unchanged,
     "fallback": fallback,
