@@ -61,11 +61,20 @@ def asked_for(body):
     return Side(text, images, video, range(len(video)))
 
 
+class Address(str):
+    def __new__(cls, url, keys):
+        made = super().__new__(cls, url)
+        made.keys = keys
+        return made
+
+
 @contextmanager
 def serving(answer, models=("served",), **more):
     """A server's address; `answer` gives a side's vector and tokens, or raises what it refuses;
-    `more` is said of each model.
+    or all that is sent; `more` is said of each model. What came as keys is in the address's `keys`.
     """
+
+    keys = []
 
     class Handler(BaseHTTPRequestHandler):
         def reply(self, status, content):
@@ -80,10 +89,14 @@ def serving(answer, models=("served",), **more):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert self.path == "/v1/embeddings" and body["model"] == "served"
+            keys.append(self.headers["Authorization"])
             try:
-                vector, tokens = answer(asked_for(body))
+                made = answer(asked_for(body))
             except ValueError as error:
                 return self.reply(400, {"message": str(error)})
+            if isinstance(made, dict):
+                return self.reply(200, made)
+            vector, tokens = made
             data = [{"embedding": np.asarray(vector).tolist()}]
             self.reply(200, {"data": data, "usage": {"prompt_tokens": tokens}})
 
@@ -93,7 +106,7 @@ def serving(answer, models=("served",), **more):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield Address(f"http://127.0.0.1:{server.server_port}", keys)
     finally:
         server.shutdown()
         server.server_close()
@@ -235,6 +248,56 @@ def test_a_text_model_that_pools_the_last_row(tmp_path, capsys):
         assert got == status and reason in said.out.splitlines()[-1]
 
 
+def test_answers_that_are_no_vectors(encoder, checkpoint, capsys):
+    def answering(embedding, **more):
+        return lambda side: {"data": [{"embedding": embedding}], **more}
+
+    for answer, status, message in (
+        (answering(None), 2, "gives no embeddings (TypeError('an embedding is a NoneType"),
+        (answering("QUFB"), 2, "gives no embeddings (TypeError('an embedding is a str"),
+        (answering([[1.0] * 64] * 4), 2, "gives no embeddings (TypeError('an embedding is a list"),
+        (lambda side: {"data": []}, 2, "gives no embeddings (IndexError("),
+        (lambda side: {"error": "no"}, 2, "gives no embeddings (KeyError('data')"),
+        (answering([float("nan")] * 64, usage=None), 1, "its vectors hold what is no number"),
+        (answering([1e300] * 64, usage=[]), 1, "its vectors are not of length 1"),
+        (answering([0.0] * 64), 1, "its vectors are not of length 1, but 0 to 0"),
+    ):
+        with serving(answer) as url:
+            got, said = checked(url, checkpoint, capsys)
+        text = said.err if status == 2 else said.out.splitlines()[-1]
+        assert got == status and message in text, (text, message)
+    with serving(answering([1.0]), max_model_len=1) as url:
+        got, said = checked(url, checkpoint, capsys)
+    assert got == 2 and "max_model_len is 1, which takes none of the inputs" in said.err
+
+
+def test_parts_that_are_joined_otherwise(encoder, checkpoint, capsys):
+    def joined(side):
+        sample = encoder.processor(side)
+        text = side.text if len(side.images) < 2 else f"\n{side.text}"
+        vector = encoder.encode([replace(side, text=text)], show_progress=False)[0]
+        return vector, len(sample["input_ids"]) + 4 + (len(side.images) > 1)
+
+    with serving(joined) as url:
+        status, said = checked(url, checkpoint, capsys)
+    assert status == 1 and said.out.count("WRONG") == 1
+    assert "it puts the parts of a message together otherwise" in said.out.splitlines()[-1]
+
+
+def test_a_key_is_sent(encoder, checkpoint, capsys, monkeypatch):
+    def answer(side):
+        return encoder.encode([side], show_progress=False)[0], None
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with serving(answer) as url:
+        assert checked(url, checkpoint, capsys)[0] == 0 and set(url.keys) == {None}
+    monkeypatch.setenv("OPENAI_API_KEY", "of the environment")
+    for more, key in (((), "of the environment"), (("--api-key", "given"), "given")):
+        with serving(answer) as url:
+            status, _ = checked(url.replace("http", "HTTP"), checkpoint, capsys, *more)
+        assert status == 0 and set(url.keys) == {f"Bearer {key}"}
+
+
 def test_mistakes_are_one_line(checkpoint, capsys):
     def refusing(side):
         raise ValueError("no such model\nat all")
@@ -244,6 +307,8 @@ def test_mistakes_are_one_line(checkpoint, capsys):
             (url, (), "/v1/embeddings answers 400: "),
             (empty, (), "/v1/models lists no model; give --model"),
             ("http://127.0.0.1:9", (), "http://127.0.0.1:9/v1/models does not answer"),
+            ("http://localhost:80x0", (), "/v1/models does not answer (InvalidURL("),
+            ("http://local host:80", (), "/v1/models does not answer ("),
             ("localhost:8000", (), "url is 'localhost:8000', expected http:// or https://"),
             (url, ("--bound", "2"), "bound is 2.0, expected above 0 and at most 1"),
         ):

@@ -8,6 +8,7 @@ those that the usual mistakes give.
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import urllib.error
@@ -37,7 +38,7 @@ TEXTS = {
     "120 words": " ".join(f"word{i}" for i in range(120)),
     "1,200 words": " ".join(f"word{i}" for i in range(1200)),
 }
-Vector = NDArray[np.float32]
+Vector = NDArray[np.floating[Any]]
 
 
 class Compared(NamedTuple):
@@ -101,7 +102,9 @@ def _file(picture: NDArray[np.uint8], kind: str) -> bytes:
     return made.getvalue()
 
 
-def compare(url: str, encoder: BTokEncoder, model: str | None = None) -> list[Compared]:
+def compare(
+    url: str, encoder: BTokEncoder, model: str | None = None, api_key: str | None = None
+) -> list[Compared]:
     """Send all inputs to a server of OpenAI's embeddings interface; pictures and frames as vLLM's
     takes them, in messages. One that is longer than what the server says it takes is left out.
 
@@ -109,20 +112,23 @@ def compare(url: str, encoder: BTokEncoder, model: str | None = None) -> list[Co
         url: of the server, with or without "/v1".
         encoder: of the checkpoint that it should serve.
         model: its name there; None for the first that the server lists.
+        api_key: sent as a bearer's token; None for none.
 
     Raises:
-        ValueError: no server there, or none that embeds texts.
+        ValueError: no server there, or none that embeds texts, or none of these inputs.
     """
     url = url.rstrip("/").removesuffix("/v1") + "/v1"
-    if not url.startswith(("http://", "https://")):
+    if not url.lower().startswith(("http://", "https://")):
         raise ValueError(f"url is {url.removesuffix('/v1')!r}, expected http:// or https://")
-    model, most = _served(url, model)
+    model, most = _served(url, model, api_key)
     asked = []
     for name, side in sides(encoder).items():
         sample = encoder.processor(with_frames(side))
         tokens = len(sample["input_ids"]) + len(encoder.model.btok_token_ids)
         if tokens <= most:
             asked.append((name, side, tokens))
+    if not asked:
+        raise ValueError(f"{url}/models: max_model_len is {most:g}, which takes none of the inputs")
     ours = encoder.encode([side for _, side, _ in asked], show_progress=False)
     found = []
     for (name, side, tokens), vector in zip(asked, ours, strict=True):
@@ -130,27 +136,43 @@ def compare(url: str, encoder: BTokEncoder, model: str | None = None) -> list[Co
         body: dict[str, Any] = {"model": model, "encoding_format": "float"}
         body |= {"input": [side.text]} if made.kind == "texts" else {"messages": messages(side)}
         try:
-            answer = _sent(f"{url}/embeddings", body)
-            got = np.array(answer["data"][0]["embedding"], np.float32)
-            made = made._replace(got=got, counted=answer.get("usage", {}).get("prompt_tokens"))
-        except (KeyError, IndexError, TypeError) as wrong:
-            raise ValueError(f"{url}/embeddings gives no embeddings ({wrong!r})") from wrong
+            answer = _sent(f"{url}/embeddings", body, api_key)
         except ValueError as refused:
             if made.kind == "texts":
                 raise
-            made = made._replace(error=str(refused))  # of an engine without: texts may be right
+            # as of an engine without pictures, whose texts may be right
+            found.append(made._replace(error=str(refused)))
+            continue
+        got, counted = _read(answer, f"{url}/embeddings")
+        made = made._replace(got=got, counted=counted)
         found.append(made)
     return found
 
 
-def _served(url: str, model: str | None) -> tuple[str, float]:
+def _read(answer: Any, where: str) -> tuple[Vector, int | None]:
+    """The vector of an answer, and its tokens; a ValueError for one that has no vector."""
+    try:
+        values = answer["data"][0]["embedding"]
+        if not isinstance(values, list) or not all(isinstance(x, int | float) for x in values):
+            raise TypeError(
+                f"an embedding is a {type(values).__name__}, expected a list of numbers"
+            )
+        usage = answer.get("usage")
+        counted = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+        return np.array(values, np.float64), counted if isinstance(counted, int) else None
+    except (KeyError, IndexError, TypeError, AttributeError) as wrong:
+        raise ValueError(f"{where} gives no embeddings ({one_line(repr(wrong))[:200]})") from wrong
+
+
+def _served(url: str, model: str | None, api_key: str | None) -> tuple[str, float]:
     """A model's name on the server, and the most tokens that it takes, if it says."""
     try:
-        listed = _sent(f"{url}/models")["data"]
+        listed = _sent(f"{url}/models", api_key=api_key)["data"]
         one: dict[str, Any] = next((each for each in listed if model in (None, each["id"])), {})
         name = str(one["id"]) if model is None else model
-        return name, float(one.get("max_model_len") or np.inf)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+        most = one.get("max_model_len")
+        return name, most if isinstance(most, int) and most > 0 else np.inf
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         if model is not None:
             return model, np.inf
         if isinstance(error, ValueError):
@@ -175,20 +197,23 @@ def messages(side: Side) -> list[dict[str, Any]]:
     return [{"role": "user", "content": parts}]
 
 
-def _sent(url: str, body: Mapping[str, Any] | None = None) -> Any:
+def _sent(url: str, body: Mapping[str, Any] | None = None, api_key: str | None = None) -> Any:
     """A server's answer; a ValueError that says what it refused, or that there is none."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    headers |= {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
+        request = urllib.request.Request(url, data, headers)
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             return json.load(answer)
     except urllib.error.HTTPError as error:
         said = one_line(error.read().decode(errors="replace"))[:300]
-        hint = "; of vLLM's server this one embeds nothing: start it with --runner pooling"
-        hint = hint if error.code == 404 and url.endswith("/embeddings") else ""
-        raise ValueError(f"{url} answers {error.code}: {said}{hint}") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{url} does not answer ({one_line(error)})") from error
+        said = said or one_line(error.headers.get("Location") or error.reason)
+        if error.code == 404 and said == '{"detail":"Not Found"}':
+            said += "; of vLLM's server this one embeds nothing: start it with --runner pooling"
+        raise ValueError(f"{url} answers {error.code}: {said}") from error
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+        raise ValueError(f"{url} does not answer ({one_line(repr(error))[:300]})") from error
 
 
 def mistakes(encoder: BTokEncoder, side: Side) -> Iterator[tuple[str, Vector]]:
@@ -255,6 +280,8 @@ def causes(encoder: BTokEncoder, found: Sequence[Compared], bound: float = BOUND
         if each.got.shape != each.ours.shape:
             had = f"its vectors have {each.got.shape[0]} components"
             return [f"{had}, ours {each.ours.shape[0]}: it serves another model, or `dimensions`"]
+    if any(not np.isfinite(each.got).all() for each in sent if each.got is not None):
+        return ["its vectors hold what is no number (NaN, infinity)"]
     lengths = [float(np.linalg.norm(each.got)) for each in sent if each.got is not None]
     if any(abs(length - 1) > 1e-2 for length in lengths):
         said.append(
@@ -266,7 +293,7 @@ def causes(encoder: BTokEncoder, found: Sequence[Compared], bound: float = BOUND
         closest: dict[str, list[float]] = {}
         for each in texts[:3]:
             assert each.got is not None
-            got = each.got / np.linalg.norm(each.got)
+            got = each.got / max(float(np.linalg.norm(each.got)), 1e-12)
             for guess, vector in mistakes(encoder, each.side):
                 closest.setdefault(guess, []).append(float(got @ vector))
         best = max(closest, key=lambda guess: min(closest[guess]))
@@ -282,6 +309,9 @@ def causes(encoder: BTokEncoder, found: Sequence[Compared], bound: float = BOUND
     if wrong and not texts:
         counts = {e.counted - e.tokens for e in wrong if e.counted is not None} - {0}
         why = "resizes them otherwise" if counts else "has other pixels or positions for them"
+        if counts and all(len(each.side.images) > 1 for each in wrong):
+            why = "puts the parts of a message together otherwise (another chat template, or "
+            why += "--chat-template-content-format)"
         kinds = [{e.kind for e in some} for some in (sent, wrong)]
         right, off = (
             " and ".join(sorted(found, reverse=True)) for found in (kinds[0] - kinds[1], kinds[1])

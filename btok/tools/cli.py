@@ -146,12 +146,14 @@ class CheckServer:
         checkpoint: what it should serve.
         model: its name there; the first that the server lists by default.
         bound: a cosine from which vectors are the same; 0.999 suits a server in bfloat16.
+        api_key: sent to it; OPENAI_API_KEY's by default.
     """
 
     url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     model: str | None = None
     bound: float = BOUND
+    api_key: str | None = None
 
 
 Command = (
@@ -214,8 +216,8 @@ def run(command: Encode | Describe | Export | CheckServer | Evaluate) -> int:
     if isinstance(command, CheckServer):
         if not 0 < command.bound <= 1:
             raise ValueError(f"bound is {command.bound}, expected above 0 and at most 1")
-        encoder = load(command.checkpoint)
-        found = compare(command.url, encoder, command.model)
+        encoder, key = load(command.checkpoint), os.environ.get("OPENAI_API_KEY")
+        found = compare(command.url, encoder, command.model, command.api_key or key)
         right, said = report(encoder, found, command.bound)
         print("\n".join(map(printable, said.splitlines())))
         return 0 if right else 1

@@ -12,7 +12,8 @@ Source: vLLM's documentation, "Plugin System" and "Pooling Models"; run with the
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from btok.config import CONFIG_NAME, FORMAT_VERSION, BTokConfig
@@ -21,7 +22,9 @@ from btok.modules import ENGINE_PREFIX, stock_pooling
 
 RUN_WITH = "0.32"  # of vLLM: what is used here is not all promised to stay
 ANY_VERSION = "BTOK_ANY_VLLM"
-IDS = "btok_token_ids"  # of the configuration that vLLM hands to all of its processes
+# attributes of the configuration that vLLM hands to all of its processes
+IDS, SPECIAL, POOLING = "btok_token_ids", "btok_special_ids", "btok_pooling"
+BLANK = 8  # tokens up to which an input is looked at for being blank
 EXPORT = "python -m btok export FOLDER NEW_FOLDER"
 
 
@@ -67,15 +70,18 @@ def check(vllm_config: Any) -> None:
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
     model = vllm_config.model_config
-    architecture = model.architecture
+    architecture, folder = model.architecture, model.model
     ours = architecture.startswith(ENGINE_PREFIX)
-    saved = get_hf_file_to_dict(CONFIG_NAME, model.model, model.revision)
-    if saved is None and not ours:
-        return
 
     def refuse(why: str) -> None:
-        raise ValueError(f"btok: {model.model} is not served: {why}")
+        raise ValueError(f"btok: {folder} is not served: {why}")
 
+    try:
+        saved = get_hf_file_to_dict(CONFIG_NAME, folder, model.revision)
+    except ValueError as error:
+        refuse(f"its {CONFIG_NAME} cannot be read ({error})")
+    if saved is None and not ours:
+        return
     if saved is None:
         refuse(f"it is a {architecture} and has no {CONFIG_NAME}")
     if saved.get("format_version") != FORMAT_VERSION:
@@ -83,84 +89,131 @@ def check(vllm_config: Any) -> None:
             f"format_version of its {CONFIG_NAME} is {saved.get('format_version')}, expected "
             f"{FORMAT_VERSION}; use the btok that wrote it"
         )
+    if IDS not in saved or "pooling" not in saved:
+        refuse(f"its {CONFIG_NAME} has no {IDS} or pooling")
     ids, pooling = [int(i) for i in saved[IDS]], saved["pooling"]
     names = {"lasttoken": "LAST", "mean": "MEAN", None: None}
     stock = names[stock_pooling(BTokConfig(ids, pooling))]
-    if model.runner_type != "pooling" and stock is not None:
+    if model.runner_type != "pooling" and not ours and stock is not None:
         return  # to generate with
     if not vllm.__version__.startswith(f"{RUN_WITH}.") and ANY_VERSION not in os.environ:
         refuse(
             f"this is vLLM {vllm.__version__}, the plugin was run with {RUN_WITH}; install that, "
             f"or set {ANY_VERSION}=1 and compare with `python -m btok check-server`"
         )
+    if get_hf_file_to_dict("adapter_config.json", folder, model.revision) is not None:
+        refuse(f"it is adapters; `{EXPORT}` merges them")
+    if vllm_config.lora_config is not None:
+        refuse(
+            f"adapters go without the K rows that were trained with them; `{EXPORT}` merges them"
+        )
+    if model.runner_type != "pooling" and ours:
+        refuse(f"it embeds, and the runner is {model.runner_type!r}; leave --runner out")
     rows = getattr(model.pooler_config, "seq_pooling_type", "nothing")
     if not ours and stock != rows:
         refuse(
             f"it pools '{pooling}' of {len(ids)} bottleneck tokens, as a {architecture} vLLM would "
             f"take {rows}; `{EXPORT}` makes one that says what it is"
         )
+    if ours and rows != "MEAN":
+        refuse(f"seq_pooling_type is {rows}, and it pools by itself; leave that out")
     if saved.get("vision_positions", "mrope") != "mrope":
         refuse("its vision_positions are 'text', which vLLM has no way to give")
     scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    partial = ours or stock == "MEAN"
     for on, what, off in (
-        (ours and scheduler.enable_chunked_prefill, "chunked prefill", "enable-chunked-prefill"),
-        (ours and cache.enable_prefix_caching, "prefix caching", "enable-prefix-caching"),
+        (scheduler.enable_chunked_prefill, "chunked prefill", "enable-chunked-prefill"),
+        (cache.enable_prefix_caching, "prefix caching", "enable-prefix-caching"),
     ):
-        if on:
+        if on and partial:
             refuse(f"{what} leaves a step without all rows that are pooled; give --no-{off}")
     if model.pooler_config.enable_chunked_processing:
         refuse("enable_chunked_processing embeds parts of an input, which is another model")
-    if vllm_config.lora_config is not None:
+    if given := getattr(model.multimodal_config, "mm_processor_kwargs", None):
         refuse(
-            f"adapters go without the K rows that were trained with them; `{EXPORT}` merges them"
+            f"mm_processor_kwargs are {given}, which show pictures otherwise than the checkpoint "
+            "does; leave them out, and save another size with its processor"
         )
-    if ids and not model.skip_tokenizer_init:
-        _check_tokenizer(model, ids, refuse)
-    # vLLM hands this configuration to the processes that check prompts and that pool
-    setattr(model.hf_config, IDS, ids)
-    model.hf_config.btok_pooling = pooling
+    moments = any(Path(folder).glob("optimizer*.safetensors"))
+    if moments and not (Path(folder) / "model.safetensors.index.json").exists():
+        refuse(f"vLLM would load its optimizer's moments for weights; `{EXPORT}` leaves them out")
+    special = [] if model.skip_tokenizer_init else _special_ids(model, ids, refuse)
+    for name, value in ((IDS, ids), (SPECIAL, special), (POOLING, pooling)):
+        setattr(model.hf_config, name, value)
 
 
-def _check_tokenizer(model: Any, ids: Sequence[int], refuse: Any) -> None:
+def _special_ids(model: Any, ids: list[int], refuse: Any) -> list[int]:
+    """The special tokens of a tokenizer that ends a text with B, and adds nothing else."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    made = list(cached_tokenizer_from_config(model)("a").input_ids)
-    count = sum(i in set(ids) for i in made)
-    if made[len(made) - len(ids) :] != ids or count != len(ids):
+    tokenizer = cached_tokenizer_from_config(model)
+    made, plain = (
+        list(tokenizer("a", add_special_tokens=added).input_ids) for added in (True, False)
+    )
+    if made != plain + ids:
         refuse(
-            f"its tokenizer ends a text with {made[-len(ids) - 1 :]}, expected once the "
-            f"{len(ids)} bottleneck tokens {ids}; `{EXPORT}` makes one that does"
+            f"its tokenizer makes {made} of the text 'a', expected {plain} and the {len(ids)} "
+            f"bottleneck tokens {ids}; `{EXPORT}` makes one that does"
         )
+    return sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def _check_prompts() -> None:
-    """Have vLLM answer 400 to a prompt of ours that does not end with B, once."""
+    """Have vLLM answer 400 to an input of ours that our encoder would refuse, or make other tokens
+    of, and look at what is served whatever its architecture is called.
+    """
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.input_processor import InputProcessor
 
-    stock = InputProcessor._validate_model_inputs
+    stock, start = InputProcessor._validate_model_inputs, InputProcessor.__init__
     if hasattr(stock, "checks_btok"):
         return
 
+    def started(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(vllm_config.model_config.hf_config, IDS):
+            check(vllm_config)
+        start(self, vllm_config, *args, **kwargs)
+
     def validate(self: Any, encoder_input: Any, decoder_input: Any) -> Any:
-        ids = getattr(self.model_config.hf_config, IDS, ())
-        if ids:
-            prompt = decoder_input.get("prompt_token_ids")
-            if prompt is None:
-                raise VLLMValidationError("btok: an input is embeddings, expected text or tokens")
-            end, marks = list(prompt[-len(ids) :]), set(ids)
-            count = sum(i in marks for i in prompt)
-            if end != list(ids) or count != len(ids):
-                raise VLLMValidationError(
-                    f"btok: an input has {count} bottleneck tokens and ends with {end}, expected "
-                    f"the {len(ids)} {list(ids)} once, at its end; the checkpoint's tokenizer and "
-                    "chat template do so unless told otherwise (add_special_tokens, another "
-                    "template, truncation from the right), and a text may not spell them"
-                )
+        config = self.model_config.hf_config
+        if hasattr(config, IDS) and (why := _wrong(decoder_input, config, self.tokenizer)):
+            raise VLLMValidationError(f"btok: {why}")
         return stock(self, encoder_input, decoder_input)
 
     validate.checks_btok = True  # type: ignore[attr-defined]
     InputProcessor._validate_model_inputs = validate
+    InputProcessor.__init__ = started
+
+
+def _wrong(asked: Mapping[str, Any], config: Any, tokenizer: Any) -> str:
+    """Why tokens are not those that our encoder has of any input; empty where they may be."""
+    ids, prompt = getattr(config, IDS), asked.get("prompt_token_ids")
+    if prompt is None:
+        return "an input is embeddings, expected text or tokens"
+    end, marks = list(prompt[len(prompt) - len(ids) :]), set(ids)
+    count = sum(i in marks for i in prompt)
+    if end != ids or count != len(ids):
+        return (
+            f"an input has {count} bottleneck tokens and ends with {end}, expected the {len(ids)} "
+            f"{ids} once, at its end; the checkpoint's tokenizer and chat template do so unless "
+            "told otherwise (add_special_tokens, another template, truncation from the right), and "
+            "a text may not spell them"
+        )
+    rest = list(prompt[: len(prompt) - len(ids)])
+    brackets = {getattr(config, f"vision_{end}_token_id", None) for end in ("start", "end")}
+    spans = [span for kind in (asked.get("mm_placeholders") or {}).values() for span in kind]
+    for span in spans:  # what stands for pictures, and the brackets around it
+        first, last = span.offset, span.offset + span.length
+        first -= first > 0 and rest[first - 1] in brackets
+        last += last < len(rest) and rest[last] in brackets
+        rest[first:last] = [None] * (last - first)
+    text = [i for i in rest if i is not None]
+    if spelled := set(getattr(config, SPECIAL)).intersection(text):
+        names = [tokenizer.decode([i]) for i in sorted(spelled)]
+        return f"a text spells {', '.join(names)}, which is a token here and text to the encoder"
+    if not spans and (not text or (len(text) <= BLANK and not tokenizer.decode(text).strip())):
+        return "an input is empty, expected a text or a picture"
+    return ""
 
 
 def __getattr__(name: str) -> type:
@@ -228,7 +281,7 @@ def _pooler(model: Any) -> Any:
     from vllm.model_executor.layers.pooler.tokwise import TokenEmbeddingPoolerHead, TokenPooler
 
     mean, rows = _methods(len(getattr(model.hf_config, IDS)))
-    pooling = model.hf_config.btok_pooling
+    pooling = getattr(model.hf_config, POOLING)
     head = {"head_dtype": model.head_dtype, "activation": PoolerNormalize()}
     pooled = mean if pooling == "btok" else get_seq_pooling_method(pooling.upper())
     poolers = {"embed": SequencePooler(pooling=pooled, head=EmbeddingPoolerHead(**head))}
