@@ -70,9 +70,9 @@ def end_with_btoks(
     Other engines, which know nothing of bottleneck tokens, then give a model the ids that
     `Processor` and the model's own packing do: a text's after `tokenizer(text)`, a conversation's
     after `tokenizer.apply_chat_template`. Nothing else is added, also where the tokenizer did
-    before; a chat template that it had is kept under the name "chat", and one without a token for
-    padding has its end token for that. What is encoded with `add_special_tokens=False` stays as it
-    was.
+    before; a chat template that it had is kept under the name "chat" ("chat_default" where it has
+    one of that name), and one without a token for padding has its end token for that. What is
+    encoded with `add_special_tokens=False` stays as it was.
 
     Args:
         tokenizer: a transformers tokenizer that has the tokens, changed in place.
@@ -103,7 +103,8 @@ def end_with_btoks(
     had = tokenizer.chat_template or {}
     if not isinstance(had, dict):
         had = {"default": had}
-    kept = {CHAT if name == "default" else name: each for name, each in had.items()}
+    free = f"{CHAT}_default" if CHAT in had else CHAT
+    kept = {free if name == "default" else name: each for name, each in had.items()}
     kept = {name: each for name, each in kept.items() if not each.endswith(END)}
     own = values + TEMPLATE
     if tokenizer.pad_token is None:  # which other engines need for a batch

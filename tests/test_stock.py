@@ -123,6 +123,17 @@ def test_a_template_of_before_gives_way(saved):
     assert tokenizer.chat_template == own
 
 
+def test_no_template_is_lost():
+    tokenizer = tiny_tokenizer()
+    add_to_tokenizer(tokenizer, 2)
+    tokenizer.chat_template = {"default": "D", "chat": "C", "tools": "T"}
+    for _ in range(2):
+        assert end_with_btoks(tokenizer, 2)
+        found = dict(tokenizer.chat_template)
+        assert found.pop("default").endswith("BTOKS -}}")
+        assert found == {"chat": "C", "chat_default": "D", "tools": "T"}
+
+
 def stock_processor(kind, folder, monkeypatch):
     """Transformers' own, made without torchvision, which its video half alone needs."""
     import transformers
