@@ -549,8 +549,8 @@ def page(found: dict[str, list[Row]], settings: Row, versions: str) -> str:
     text = [
         "# Served by vLLM on a CPU, beside our encoder",
         "**Measured** over HTTP, in float32 unless it says otherwise; every row but those of speed"
-        " is a check that `make serve-test` ends with 1 for. Tiny models are random, with norm weights that are"
-        " not 1. Seconds are of one run, as it came.",
+        " is a check that `make serve-test` ends with 1 for. Tiny models are random, with norm"
+        " weights that are not 1. Speeds are of one run, as it came.",
         f"- command: `make serve-test`\n- commit: {settings['commit']}\n- device:"
         f" {settings['device']}\n- engine: {versions}; torchvision's compiled operators do not"
         " load there (tests/serving/site)",
