@@ -44,17 +44,17 @@ MODEL += ("last_layer", "gated_mlp", "vision", "pretend_cuda")
 TORCH = ("model", "condensed_attention", "contrastive_loss", "step", "shards", "pretend_cuda")
 OLDER = {
     "test_the_host_waits_in_no_packed_pass[idefics3": "its tower waits for the device: slower",
-    "test_the_host_waits_in_no_packed_pass[smolvlm": "the same",
+    "test_the_host_waits_in_no_packed_pass[smolvlm": "its tower waits for the device: slower",
     "test_equal_to_transformers_where_that_is_right[qwen2_5_vl": "transformers rounds a video's "
     "seconds otherwise there; positions are ours in all versions",
 }
 DRIVER = {
-    "test_pretend_cuda": "this build asks the CUDA driver, which the tests' pretend device lacks",
+    "test_a_run_stopped_and_resumed": "this build asks the CUDA driver, which the tests' pretend device lacks",
 }
 ROWS = {
     **{
         f"transformers=={number}": Row((f"transformers=={number}", "numpy<2.4"), MODEL, fails=OLDER)
-        for number in ("5.17.0", "5.19.0", "5.21.1", "5.22.2", "5.24.0")
+        for number in ("5.17.0", "5.22.2", "5.24.0")
     },
     **{
         f"torch=={number}": Row((f"torch=={number}", "numpy<2.4"), TORCH, fails=DRIVER)
@@ -112,7 +112,7 @@ def run(name: str, row: Row, processes: int) -> tuple[list[str], bool]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             why = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            return [*about, "", "", "", f"not installed: {' '.join(why)[:200]}"], False
+            return [*about, "", "", f"not installed: {' '.join(why)[:200]}"], False
         (folder / "ready").touch()
     device = "device" in row.tests
     paths = [f"tests/test_{test}.py" for test in row.tests if test != "device"]
@@ -131,25 +131,24 @@ def run(name: str, row: Row, processes: int) -> tuple[list[str], bool]:
     )
     said = done.stdout.splitlines()
     failed = [line.split(" ")[1] for line in said if line.startswith(("FAILED ", "ERROR "))]
-    counts = dict.fromkeys(("passed", "skipped", "failed", "error"), 0)
-    for number, what in re.findall(
-        r"(\d+) (passed|skipped|failed|error)", said[-1] if said else ""
-    ):
+    counts = dict.fromkeys(("passed", "failed", "error"), 0)
+    for number, what in re.findall(r"(\d+) (passed|failed|error)", said[-1] if said else ""):
         counts[what] = int(number)
     known = {test: why for test, why in row.fails.items() if any(test in f for f in failed)}
     new = [f for f in failed if not any(test in f for test in known)]
-    notes = [f"{test}: {why}" for test, why in known.items()] + new[:5]
+    reasons = dict.fromkeys(known.values())
+    notes = [f"{', '.join(t for t in known if known[t] == why)}: {why}" for why in reasons]
+    notes += new[:5]
     fine = not new and counts["passed"] > 0 and not (done.returncode and not failed)
     if not fine and not failed:
         notes.append(" ".join((done.stdout + done.stderr).splitlines()[-3:])[:300])
     passed = f"{counts['passed']} in {time.monotonic() - begun:.0f} s"
-    others = str(counts["skipped"]), str(counts["failed"] + counts["error"])
-    return [*about, passed, *others, "; ".join(notes)], fine
+    return [*about, passed, str(counts["failed"] + counts["error"]), "; ".join(notes)], fine
 
 
 def write_page(page: Path, lines: dict[str, list[str]]) -> None:
     """The table of a page between its first line of dashes and its end: lines of these rows new."""
-    head, dashes, rest = page.read_text("utf-8").partition("|--|--|--|--|--|--|\n")
+    head, dashes, rest = page.read_text("utf-8").partition("|--|--|--|--|--|\n")
     kept = {line.split(" | ")[0].removeprefix("| "): line for line in rest.splitlines()}
     kept |= {name: f"| {' | '.join(line)} |" for name, line in lines.items()}
     page.write_text(head + dashes + "\n".join(kept[n] for n in ROWS if n in kept) + "\n", "utf-8")
