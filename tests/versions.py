@@ -49,7 +49,8 @@ OLDER = {
     "seconds otherwise there; positions are ours in all versions",
 }
 DRIVER = {
-    "test_a_run_stopped_and_resumed": "this build asks the CUDA driver, which the tests' pretend device lacks",
+    "test_a_run_stopped_and_resumed": "this build asks the CUDA driver, which the tests' "
+    "pretend device lacks",
 }
 ROWS = {
     **{

@@ -6,7 +6,7 @@
     python bench/studies/pooling.py [FOLDER]
 
 The last makes a page of FOLDER, by default bench/results/pooling: the study's files, and of the
-pocket runs `metrics.json` as pocket-last-seed0.json and so on; those of all rows are the README's.
+pocket runs `metrics.json` as pocket-last-0.json and so on; those of all rows are the README's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(folder: Path) -> Path:
         rows.append([f"SmolLM2-135M, {what}", "MRR", *map(said, scores), difference(found)])
     pocket = {
         "btok": [read(folder.parent / f"pocket-seed{seed}.json") for seed in SEEDS],
-        "last": [read(folder / f"pocket-last-seed{seed}.json") for seed in SEEDS],
+        "last": [read(folder / f"pocket-last-{seed}.json") for seed in SEEDS],
     }
     for task in ("overall", *pocket["btok"][0]["tasks"]):
         both = [[score(run, task) for run in runs] for runs in pocket.values()]
