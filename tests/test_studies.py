@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip("sklearn.datasets", reason="needs the demo extra")
 
-from bench.studies import ablations, common, efficiency, transfer
+from bench.studies import ablations, common, efficiency, pooling, transfer
 from btok.model import BTokModel
 from train.pocket import data, evaluation, source
 from train.pocket.model import build
@@ -251,6 +251,9 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
         write(json.loads(committed.with_suffix(".json").read_text()), tmp_path)
         assert (tmp_path / committed.name).read_text() == committed.read_text()
     pages = "".join(path.read_text() for path in tmp_path.glob("*.md"))
+    of_pooling = pooling.RUNS.with_suffix(".md").read_text()
+    assert pooling.page(pooling.RUNS) == of_pooling
+    pages += of_pooling
     pages += (ROOT / "bench/results/smollm2.md").read_text()  # tests/test_smollm2.py makes it anew
     shown = re.findall(r"[+-]\d+\.\d ± \d+\.\d", (ROOT / "README.md").read_text())
     assert len(shown) > 6 and all(figure in pages for figure in shown)

@@ -21,11 +21,12 @@ from btok.files import write_text
 from examples.smollm2.page import Comparison, Results, said
 
 SEEDS = (0, 1, 2)
+RUNS = Path(__file__).resolve().parents[1] / "results" / "pooling"
 
 
-def main(folder: Path) -> Path:
-    """Write the page beside the folder; a ValueError where runs are missing."""
-    study, out = Results(folder), folder.with_suffix(".md")
+def page(folder: Path) -> str:
+    """The page of a folder's runs; a ValueError where some are missing."""
+    study = Results(folder)
     rows = [["benchmark", "score", "all 4 rows (`btok`)", "the last of 4 (`last`)", "last - btok"]]
     for name, what in (("wordnet", "a gloss -> its words"), ("debian", "a summary -> its text")):
         found = study.compare(name, "last-of-4", "full")
@@ -57,8 +58,7 @@ def main(folder: Path) -> Path:
         + ", ".join(f"{name} {n}" for name, n in settings["versions"].items()),
         table(*rows),
     ]
-    write_text(out, "\n\n".join(text) + "\n")
-    return out
+    return "\n\n".join(text) + "\n"
 
 
 def read(path: Path) -> dict:
@@ -76,5 +76,5 @@ def difference(found: Comparison) -> str:
 
 
 if __name__ == "__main__":
-    default = Path(__file__).resolve().parents[1] / "results" / "pooling"
-    print(main(Path(sys.argv[1]) if len(sys.argv) > 1 else default))
+    runs = Path(sys.argv[1]) if len(sys.argv) > 1 else RUNS
+    write_text(runs.with_suffix(".md"), page(runs))

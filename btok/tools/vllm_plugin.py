@@ -11,6 +11,7 @@ Source: vLLM's documentation, "Plugin System" and "Pooling Models"; run with the
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,18 +31,28 @@ EXPORT = "python -m btok export FOLDER NEW_FOLDER"
 
 def register() -> None:
     """Called by vLLM in each of its processes; loads no model, and changes none but ours."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm import ModelRegistry, __version__
 
-    for family in FAMILIES.values():
-        stock, ours = family.architecture, f"{ENGINE_PREFIX}{family.architecture}"
-        if stock not in ModelRegistry.get_supported_archs():
-            continue  # then it says of ours, too, that it has no such architecture
+    try:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+        _check_prompts()
+    except (
+        ImportError,
+        AttributeError,
+    ) as error:  # of a version that serves other models all right
+        logging.getLogger("vllm.btok").warning(
+            "btok: off in vLLM %s, it was run with %s (%r)", __version__, RUN_WITH, error
+        )
+        return
+    known = ModelRegistry.get_supported_archs()
+    for stock in {family.architecture for family in FAMILIES.values()} & set(known):
         if not hasattr(MODELS_CONFIG_MAP.get(stock), "checks_btok"):
+            ours = f"{ENGINE_PREFIX}{stock}"
             ModelRegistry.register_model(ours, f"{__name__}:{ours}")
-            for name in (stock, ours):
-                MODELS_CONFIG_MAP[name] = _checked(MODELS_CONFIG_MAP.get(stock))
-    _check_prompts()
+            MODELS_CONFIG_MAP[stock] = MODELS_CONFIG_MAP[ours] = _checked(
+                MODELS_CONFIG_MAP.get(stock)
+            )
 
 
 def _checked(stock: Any) -> Any:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -512,6 +512,8 @@ PARTS: dict[str, Callable[[Options], Iterator[Row]]] = {
 
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
+    # not resolved: an environment's Python is a link, by whose place it finds its packages
+    options = replace(options, engine=options.engine.absolute())
     options.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[Row]] = {}
     for part, run in PARTS.items():
