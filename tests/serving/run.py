@@ -521,6 +521,7 @@ def main() -> int:
             continue
         for row in run(options):
             row["got"] = row.get("got") or f"cosine {row['cosine']:.7f}, {row['inputs']} inputs"
+            row["got"] = row["got"].replace(f"{options.work}/", "")
             found.setdefault(part, []).append(row)
             print(
                 "      " if row["right"] else "WRONG ",
