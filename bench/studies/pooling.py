@@ -11,14 +11,14 @@ pocket runs `metrics.json` as pocket-last-0.json and so on; those of all rows ar
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from pathlib import Path
 
 from bench.report import table
+from bench.studies.common import said
 from btok.files import write_text
-from examples.smollm2.page import Comparison, Results, said
+from examples.smollm2.page import Results
+from examples.smollm2.runs import read
 
 SEEDS = (0, 1, 2)
 RUNS = Path(__file__).resolve().parents[1] / "results" / "pooling"
@@ -33,7 +33,7 @@ def page(folder: Path) -> str:
         if found is None:
             raise ValueError(f"{folder} has no runs of {name}")
         scores = [study.scores(name, v, name, "raw")["mrr"] for v in ("full", "last-of-4")]
-        rows.append([f"SmolLM2-135M, {what}", "MRR", *map(said, scores), difference(found)])
+        rows.append([f"SmolLM2-135M, {what}", "MRR", *map(said, scores), said(found.seeds, "+")])
     pocket = {
         "btok": [read(folder.parent / f"pocket-seed{seed}.json") for seed in SEEDS],
         "last": [read(folder / f"pocket-last-{seed}.json") for seed in SEEDS],
@@ -41,10 +41,9 @@ def page(folder: Path) -> str:
     for task in ("overall", *pocket["btok"][0]["tasks"]):
         both = [[score(run, task) for run in runs] for runs in pocket.values()]
         gains = [last - btok for btok, last in zip(*both, strict=True)]
-        found = Comparison(task, gains, (math.nan, math.nan))
         name = "pocket, mean of nine tasks" if task == "overall" else f"pocket, {task}"
-        rows.append([name, "hit@1" if task != "VisDoc" else "ndcg@5", *map(said, both)])
-        rows[-1].append(difference(found))
+        metric = "hit@1" if task != "VisDoc" else "ndcg@5"
+        rows.append([name, metric, *map(said, both), said(gains, "+")])
     settings = study.settings
     text = [
         "# Pooling the last of the K rows",
@@ -61,18 +60,8 @@ def page(folder: Path) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text("utf-8"))
-
-
 def score(run: dict, task: str) -> float:
     return run["overall"] if task == "overall" else run["tasks"][task]["score"]
-
-
-def difference(found: Comparison) -> str:
-    mean, (low, high) = sum(found.seeds) / len(found.seeds), found.over_seeds
-    text = f"{mean:+.1f} ± {(high - low) / 2:.1f}"
-    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 if __name__ == "__main__":

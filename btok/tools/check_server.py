@@ -338,4 +338,4 @@ def report(
         reasons.append(f"it refuses {', '.join(refused)}")
     same = all(each.cosine >= bound for each in found if each.got is not None)
     verdict = f"the same vectors, to a cosine of {bound:g}" if same else "other vectors"
-    return not reasons, "\n".join([*lines, "; ".join([verdict, *reasons])])
+    return same and not reasons, "\n".join([*lines, "; ".join([verdict, *reasons])])

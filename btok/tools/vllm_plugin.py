@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from btok.config import CONFIG_NAME, FORMAT_VERSION, BTokConfig
 from btok.families import FAMILIES
@@ -37,31 +37,25 @@ def register() -> None:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
         _check_prompts()
-    except (
-        ImportError,
-        AttributeError,
-    ) as error:  # of a version that serves other models all right
+    except (ImportError, AttributeError) as error:  # it may serve other models all right
         logging.getLogger("vllm.btok").warning(
             "btok: off in vLLM %s, it was run with %s (%r)", __version__, RUN_WITH, error
         )
         return
     known = ModelRegistry.get_supported_archs()
     for stock in {family.architecture for family in FAMILIES.values()} & set(known):
-        if not hasattr(MODELS_CONFIG_MAP.get(stock), "checks_btok"):
-            ours = f"{ENGINE_PREFIX}{stock}"
+        if (ours := f"{ENGINE_PREFIX}{stock}") not in MODELS_CONFIG_MAP:
             ModelRegistry.register_model(ours, f"{__name__}:{ours}")
-            MODELS_CONFIG_MAP[stock] = MODELS_CONFIG_MAP[ours] = _checked(
-                MODELS_CONFIG_MAP.get(stock)
-            )
+            MODELS_CONFIG_MAP[ours] = _checked(MODELS_CONFIG_MAP.get(stock))
 
 
 def _checked(stock: Any) -> Any:
-    """What vLLM looks at before it loads a model, after what it has to say itself."""
+    """What vLLM asks of ours before it starts processes that load it, after what it has to say of
+    the stock architecture.
+    """
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
     class Checked(stock or VerifyAndUpdateConfig):  # type: ignore[misc]
-        checks_btok = True
-
         @classmethod
         def verify_and_update_config(cls, vllm_config: Any) -> None:
             super().verify_and_update_config(vllm_config)
@@ -77,83 +71,126 @@ def check(vllm_config: Any) -> None:
         ValueError: a checkpoint of ours that this engine, as it is set up, would give other vectors
             of than `btok.BTokEncoder`.
     """
-    import vllm
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
-
     model = vllm_config.model_config
-    architecture, folder = model.architecture, model.model
-    ours = architecture.startswith(ENGINE_PREFIX)
-
-    def refuse(why: str) -> None:
-        raise ValueError(f"btok: {folder} is not served: {why}")
-
-    try:
-        saved = get_hf_file_to_dict(CONFIG_NAME, folder, model.revision)
-    except ValueError as error:
-        refuse(f"its {CONFIG_NAME} cannot be read ({error})")
-    if saved is None and not ours:
+    if (saved := _saved(model)) is None:
         return
-    if saved is None:
-        refuse(f"it is a {architecture} and has no {CONFIG_NAME}")
-    if saved.get("format_version") != FORMAT_VERSION:
-        refuse(
-            f"format_version of its {CONFIG_NAME} is {saved.get('format_version')}, expected "
-            f"{FORMAT_VERSION}; use the btok that wrote it"
-        )
-    if IDS not in saved or "pooling" not in saved:
-        refuse(f"its {CONFIG_NAME} has no {IDS} or pooling")
     ids, pooling = [int(i) for i in saved[IDS]], saved["pooling"]
+    ours = model.architecture.startswith(ENGINE_PREFIX)
     names = {"lasttoken": "LAST", "mean": "MEAN", None: None}
     stock = names[stock_pooling(BTokConfig(ids, pooling))]
     if model.runner_type != "pooling" and not ours and stock is not None:
         return  # to generate with
-    if not vllm.__version__.startswith(f"{RUN_WITH}.") and ANY_VERSION not in os.environ:
-        refuse(
-            f"this is vLLM {vllm.__version__}, the plugin was run with {RUN_WITH}; install that, "
-            f"or set {ANY_VERSION}=1 and compare with `python -m btok check-server`"
-        )
-    if get_hf_file_to_dict("adapter_config.json", folder, model.revision) is not None:
-        refuse(f"it is adapters; `{EXPORT}` merges them")
-    if vllm_config.lora_config is not None:
-        refuse(
-            f"adapters go without the K rows that were trained with them; `{EXPORT}` merges them"
-        )
+    _check_version(model)
+    _check_files(model, saved)
     if model.runner_type != "pooling" and ours:
-        refuse(f"it embeds, and the runner is {model.runner_type!r}; leave --runner out")
+        _refuse(model, f"it embeds, and the runner is {model.runner_type!r}; leave --runner out")
     rows = getattr(model.pooler_config, "seq_pooling_type", "nothing")
     if not ours and stock != rows:
-        refuse(
-            f"it pools '{pooling}' of {len(ids)} bottleneck tokens, as a {architecture} vLLM would "
-            f"take {rows}; `{EXPORT}` makes one that says what it is"
+        _refuse(
+            model,
+            f"it pools '{pooling}' of {len(ids)} bottleneck tokens, as a {model.architecture} vLLM "
+            f"would take {rows}; `{EXPORT}` makes one that says what it is",
         )
     if ours and rows != "MEAN":
-        refuse(f"seq_pooling_type is {rows}, and it pools by itself; leave that out")
-    if saved.get("vision_positions", "mrope") != "mrope":
-        refuse("its vision_positions are 'text', which vLLM has no way to give")
-    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
-    partial = ours or stock == "MEAN"
-    for on, what, off in (
-        (scheduler.enable_chunked_prefill, "chunked prefill", "enable-chunked-prefill"),
-        (cache.enable_prefix_caching, "prefix caching", "enable-prefix-caching"),
-    ):
-        if on and partial:
-            refuse(f"{what} leaves a step without all rows that are pooled; give --no-{off}")
-    if model.pooler_config.enable_chunked_processing:
-        refuse("enable_chunked_processing embeds parts of an input, which is another model")
-    if given := getattr(model.multimodal_config, "mm_processor_kwargs", None):
-        refuse(
-            f"mm_processor_kwargs are {given}, which show pictures otherwise than the checkpoint "
-            "does; leave them out, and save another size with its processor"
-        )
-    moments = any(Path(folder).glob("optimizer*.safetensors"))
-    if moments and not (Path(folder) / "model.safetensors.index.json").exists():
-        refuse(f"vLLM would load its optimizer's moments for weights; `{EXPORT}` leaves them out")
-    special = [] if model.skip_tokenizer_init else _special_ids(model, ids, refuse)
+        _refuse(model, f"seq_pooling_type is {rows}, and it pools by itself; leave that out")
+    _check_options(vllm_config, whole=ours or stock == "MEAN")
+    special = [] if model.skip_tokenizer_init else _special_ids(model, ids)
     for name, value in ((IDS, ids), (SPECIAL, special), (POOLING, pooling)):
         setattr(model.hf_config, name, value)
 
 
-def _special_ids(model: Any, ids: list[int], refuse: Any) -> list[int]:
+def _refuse(model: Any, why: str) -> NoReturn:
+    raise ValueError(f"btok: {model.model} is not served: {why}")
+
+
+def _saved(model: Any) -> dict[str, Any] | None:
+    """`btok_config.json` of what is to be served; None for what is not of ours."""
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    try:
+        saved = get_hf_file_to_dict(CONFIG_NAME, model.model, model.revision)
+    except ValueError as error:
+        _refuse(model, f"its {CONFIG_NAME} cannot be read ({error})")
+    if saved is None:
+        if model.architecture.startswith(ENGINE_PREFIX):
+            _refuse(model, f"it is a {model.architecture} and has no {CONFIG_NAME}")
+        return None
+    if saved.get("format_version") != FORMAT_VERSION:
+        _refuse(
+            model,
+            f"format_version of its {CONFIG_NAME} is {saved.get('format_version')}, expected "
+            f"{FORMAT_VERSION}; use the btok that wrote it",
+        )
+    if IDS not in saved or "pooling" not in saved:
+        _refuse(model, f"its {CONFIG_NAME} has no {IDS} or pooling")
+    return saved
+
+
+def _check_version(model: Any) -> None:
+    import vllm
+
+    if not vllm.__version__.startswith(f"{RUN_WITH}.") and ANY_VERSION not in os.environ:
+        _refuse(
+            model,
+            f"this is vLLM {vllm.__version__}, the plugin was run with {RUN_WITH}; install that, "
+            f"or set {ANY_VERSION}=1 and compare with `python -m btok check-server`",
+        )
+
+
+def _check_files(model: Any, saved: Mapping[str, Any]) -> None:
+    """Refuse what a checkpoint is made of that vLLM would not take as we do."""
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    if get_hf_file_to_dict("adapter_config.json", model.model, model.revision) is not None:
+        _refuse(model, f"it is adapters; `{EXPORT}` merges them")
+    if saved.get("vision_positions", "mrope") != "mrope":
+        _refuse(model, "its vision_positions are 'text', which vLLM has no way to give")
+    folder = Path(model.model)
+    moments = any(folder.glob("optimizer*.safetensors"))
+    if moments and not (folder / "model.safetensors.index.json").exists():
+        _refuse(
+            model,
+            f"vLLM would load its optimizer's moments for weights; `{EXPORT}` leaves them out",
+        )
+
+
+def _check_options(vllm_config: Any, whole: bool) -> None:
+    """Refuse options of the engine that move vectors; `whole`: more rows than the last are pooled,
+    and have to be there in one step.
+    """
+    model = vllm_config.model_config
+    if vllm_config.lora_config is not None:
+        _refuse(
+            model,
+            f"adapters go without the K rows that were trained with them; `{EXPORT}` merges them",
+        )
+    for on, what, off in (
+        (
+            vllm_config.scheduler_config.enable_chunked_prefill,
+            "chunked prefill",
+            "enable-chunked-prefill",
+        ),
+        (
+            vllm_config.cache_config.enable_prefix_caching,
+            "prefix caching",
+            "enable-prefix-caching",
+        ),
+    ):
+        if on and whole:
+            _refuse(
+                model, f"{what} leaves a step without all rows that are pooled; give --no-{off}"
+            )
+    if model.pooler_config.enable_chunked_processing:
+        _refuse(model, "enable_chunked_processing embeds parts of an input, which is another model")
+    if given := getattr(model.multimodal_config, "mm_processor_kwargs", None):
+        _refuse(
+            model,
+            f"mm_processor_kwargs are {given}, which show pictures otherwise than the checkpoint "
+            "does; leave them out, and save another size with its processor",
+        )
+
+
+def _special_ids(model: Any, ids: list[int]) -> list[int]:
     """The special tokens of a tokenizer that ends a text with B, and adds nothing else."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
@@ -162,9 +199,10 @@ def _special_ids(model: Any, ids: list[int], refuse: Any) -> list[int]:
         list(tokenizer("a", add_special_tokens=added).input_ids) for added in (True, False)
     )
     if made != plain + ids:
-        refuse(
+        _refuse(
+            model,
             f"its tokenizer makes {made} of the text 'a', expected {plain} and the {len(ids)} "
-            f"bottleneck tokens {ids}; `{EXPORT}` makes one that does"
+            f"bottleneck tokens {ids}; `{EXPORT}` makes one that does",
         )
     return sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
 

@@ -249,12 +249,8 @@ def fallback(options: Options) -> Iterator[Row]:
     marked = options.work / "marked"
     tiny(marked, "llama")
     architecture = '{"architectures": ["LlamaForCausalLM"]}'
-    try:
-        with served(options.engine, marked, **WITHOUT):
-            yield expected("a checkpoint of today, without the plugin", False, "it is served")
-    except NotStartedError as error:
-        said = last_words(str(error), "BTokLlamaForCausalLM")
-        yield expected("a checkpoint of today, without the plugin", bool(said), said)
+    without = "a checkpoint of today, without the plugin"
+    yield not_started(options, without, marked, "BTokLlamaForCausalLM", **WITHOUT)
     for what, folder, more, cause in (
         (
             "the same, its architecture overridden",
@@ -354,10 +350,10 @@ def adapted(options: Options) -> Path:
 
 
 def not_started(
-    options: Options, what: str, folder: Path, words: str, *more: str, version: str = ""
+    options: Options, what: str, folder: Path, words: str, *more: str, **engine: str
 ) -> Row:
     try:
-        with served(options.engine, folder, *more, version=version):
+        with served(options.engine, folder, *more, **engine):
             return expected(what, False, "it is served")
     except NotStartedError as error:
         said = last_words(str(error), words)
