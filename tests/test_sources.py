@@ -91,6 +91,25 @@ def test_instructions_and_negatives(tmp_path):
     assert [len(open_source(path, negatives=n)[0].negatives) for n in (0, 1, 2)] == [0, 1, 2]
 
 
+def test_scores_of_a_teacher(tmp_path):
+    row = {**GOOD, "negatives": ["n", "m"], "scores": [3, 0.5, -1e300]}
+    path = write(tmp_path / "a.jsonl", [row, {**row, "scores": [1, 2, 3]}])
+    for _ in range(2):  # the second time by the index
+        cut = [open_source(path, negatives=n) for n in (None, 2, 1, 0)]
+        assert all(source.scored for source in cut)
+        assert [len(source[1].scores) for source in cut] == [3, 3, 2, 1]
+        assert cut[0][0].scores == (3, 0.5, -1e300) and cut[2][0].scores == (3, 0.5)
+    bare = write(tmp_path / "b.jsonl", [{**row, "scores": []}, {**row, "scores": None}, GOOD])
+    source = open_source(bare, negatives=0)
+    assert not source.scored and not any(source[i].scores for i in range(3))
+    some = write(tmp_path / "c.jsonl", [row, row, {**GOOD, "negatives": ["n", "m"]}, row])
+    message = r"c\.jsonl:3: some rows have scores and some have none, expected all or none"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            open_source(some)
+        assert open_source(some, rows=2).scored
+
+
 def test_a_folder_of_frames_is_a_video(tmp_path):
     for number in range(1, 21):
         Image.new("RGB", (8, 8)).save(tmp_path / f"f_{number}.png")
@@ -195,6 +214,18 @@ ORDER = "expected seconds from a video's start on, in order"
         ),
         (r'{"query": {"video": "a\u0000"}, "positive": "p"}', r"a path is 'a\\x00', expected none"),
         ('{"query": "q", "positive": "p", "positive_id": 4}', "positive_id is 4, expected a str"),
+        *(
+            (f'{{"query": "q", "positive": "p", "negatives": ["n"], "scores": {had}}}', message)
+            for had, message in (
+                ("2", "scores is 2, expected a list"),
+                ("[1, true]", r"scores is \[1, True\], expected finite numbers"),
+                ("[1, NaN]", r"scores is \[1, nan\], expected finite numbers"),
+                (f"[1, -{10**400}]", r"scores is \[1, -1000000.*, expected finite numbers"),
+                ('[1, "2"]', r"scores is \[1, '2'\], expected finite numbers"),
+                ("[1]", "it has 1 negatives and 1 scores, expected 2: the positive's, then each"),
+                ("[1, 2, 3]", "it has 1 negatives and 3 scores, expected 2"),
+            )
+        ),
         (f'{{"query": {"[" * 9999}{"]" * 9999}}}', "JSON object: maximum recursion depth"),
         (f'{{"query": {"9" * 9999}}}', "JSON object: Exceeds the limit"),
         ("\0" * 20, "it is UTF-16 .* or damaged, expected UTF-8"),
@@ -287,7 +318,7 @@ def damage_bit(index):
 
 
 def damage_version(index):
-    index.write_bytes(index.read_bytes().replace(b'"kind": "3 ', b'"kind": "2 '))
+    index.write_bytes(index.read_bytes().replace(b'"kind": "4 ', b'"kind": "3 '))
 
 
 @pytest.mark.parametrize("damage", [damage_cut, damage_bit, damage_version, Path.touch, None])
@@ -499,7 +530,9 @@ FINE = [
     with_picture(None, "a.png"),
     {**GOOD, "query": {"video": "a.mp4", "frame_seconds": [1.0]}},
     {**GOOD, "target": "t", "positive_id": "i", "negatives": ["n", "m"]},
-    {**GOOD, "target": None, "positive_id": None, "negatives": None},
+    {**GOOD, "target": None, "positive_id": None, "negatives": None, "scores": None},
+    {**GOOD, "negatives": ["n"], "scores": [1.5, -2.0]},
+    {**GOOD, "scores": [1]},
 ]
 WRONG: list[tuple[list[Any], Any, str]] = [  # behind which good rows
     ([GOOD], {**GOOD, "query": None}, "query is None, expected a text"),
@@ -522,6 +555,12 @@ WRONG: list[tuple[list[Any], Any, str]] = [  # behind which good rows
     (FINE[3:5], with_picture(b"", ""), "a picture is {'bytes': b''"),
     (FINE[5:6], {**GOOD, "query": {"video": "a\0"}}, r"a path is 'a\\x00'"),
     ([], {**GOOD, "query": {"video": "", "text": "t"}}, "video is ''"),
+    (FINE[9:], {**GOOD, "scores": [1, 2]}, "it has 0 negatives and 2 scores, expected 1"),
+    (FINE[8:9], {**FINE[8], "scores": [1.0, float("inf")]}, "scores is .*, expected finite"),
+    (FINE[8:9], {**FINE[8], "scores": [1.0, None]}, "scores is .*, expected finite"),
+    (FINE[8:9], {**FINE[8], "scores": [1.0]}, "it has 1 negatives and 1 scores, expected 2"),
+    ([GOOD], {**GOOD, "scores": 3}, "scores is 3, expected a list"),
+    ([GOOD], {**GOOD, "scores": ["a"]}, r"scores is \['a'\], expected finite"),
     ([], {**GOOD, "query": {"text": 3, "images": ["a"]}}, "text is 3"),
 ]
 
@@ -548,6 +587,16 @@ def test_right_rows_of_parquet_are_in_no_doubt(parquet):
     assert open_source(data.select([3, 0]))[0].query.text == "x"
     with pytest.raises(ValueError, match="data set data, row 2: query is empty"):
         open_source(data.select([3, 0, 1]))
+
+
+def test_scores_in_some_rows_of_parquet(parquet):
+    scored, bare = {**GOOD, "scores": [1.0]}, {**GOOD, "scores": None}
+    assert open_source(parquet("a.parquet", [scored, scored])).scored
+    assert not open_source(parquet("b.parquet", [bare, bare])).scored
+    path = parquet("c.parquet", [scored, scored, bare])
+    with pytest.raises(ValueError, match="data set c: some rows have scores and some have none"):
+        open_source(path)
+    assert open_source(path, rows=2)[1].scores == (1.0,)
 
 
 def test_parquet_texts_that_are_none(parquet):

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from btok.files import sha256, whole
 
-VERSION = 3  # of the index and of what rows are checked for: one of another is made again
+VERSION = 4  # of the index and of what rows are checked for: one of another is made again
 SEAL = 64  # the last bytes of an index
 TICK = 2_000_000_000  # nanoseconds that a change may leave a file's time as it was, on any disk
 Row = Mapping[str, Any]
+Kind = tuple[int, bool]  # how many hard negatives a row has, and whether it has scores
 logger = logging.getLogger("btok")
 
 
@@ -36,12 +37,12 @@ class JsonLines:
         path: the file.
         rows: how many are taken, from the first on; None for all.
         kind: of what `check` depends on; the first word is part of the index's name.
-        check: row -> its number of hard negatives, or a ValueError; the first opening has it look
-            at every row, with a progress bar where stderr is a terminal.
+        check: row -> its number of hard negatives and whether it has scores, or a ValueError; the
+            first opening has it look at every row, with a progress bar where stderr is a terminal.
 
     Attributes:
         digest: the sha256 of the whole file.
-        negatives: each number of hard negatives that a row taken has -> the first such line.
+        kinds: what the check says of the rows taken -> the first line of which it says that.
 
     Raises:
         ValueError: a line among those taken that is wrong (`file:line: why`).
@@ -49,7 +50,7 @@ class JsonLines:
     """
 
     def __init__(
-        self, path: Path, rows: int | None, kind: str, check: Callable[[Row], int]
+        self, path: Path, rows: int | None, kind: str, check: Callable[[Row], Kind]
     ) -> None:
         self.path = path
         starts, found = _index(path, f"{VERSION} {kind}", check)
@@ -57,8 +58,10 @@ class JsonLines:
         if found["wrong"] and (rows is None or rows > len(starts)):
             line, why = found["wrong"]
             raise ValueError(f"{path}:{line}: {why}")
-        self.negatives = {
-            count: line for count, row, line in found["negatives"] if row < len(self.starts)
+        self.kinds: dict[Kind, int] = {
+            (count, scored): line
+            for count, scored, row, line in found["kinds"]
+            if row < len(self.starts)
         }
 
     def __len__(self) -> int:
@@ -85,7 +88,9 @@ def _object(line: bytes) -> Row:
     return row
 
 
-def _index(path: Path, kind: str, check: Callable[[Row], int]) -> tuple[np.ndarray, dict[str, Any]]:
+def _index(
+    path: Path, kind: str, check: Callable[[Row], Kind]
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Where rows begin, int64 [n], and what the check found: of the index, or made and kept."""
     index = path.with_name(f"{path.name}.{kind.split()[1]}.index")
     stamp, (starts, found) = _stamp(path), _read(index)
@@ -133,10 +138,12 @@ def _read(index: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return np.empty(0, np.int64), {}
 
 
-def _check(path: Path, kind: str, check: Callable[[Row], int]) -> tuple[np.ndarray, dict[str, Any]]:
+def _check(
+    path: Path, kind: str, check: Callable[[Row], Kind]
+) -> tuple[np.ndarray, dict[str, Any]]:
     """What `_index` gives, of every line up to the first that is wrong; and the file's digest."""
     stamp, digest, at = _stamp(path), hashlib.sha256(), 0  # the stamp first: it may change now
-    starts, negatives = array("q"), dict[int, list[int]]()
+    starts, kinds = array("q"), dict[Kind, list[int]]()
     wrong: tuple[int, str] | None = None
     options: dict[str, Any] = {"unit": "B", "unit_scale": True, "disable": None}
     with (
@@ -147,7 +154,7 @@ def _check(path: Path, kind: str, check: Callable[[Row], int]) -> tuple[np.ndarr
             digest.update(line)
             if wrong is None and line.removeprefix(BOM_UTF8).strip():
                 try:
-                    negatives.setdefault(check(_object(line)), [len(starts), number])
+                    kinds.setdefault(check(_object(line)), [len(starts), number])
                     starts.append(at)
                 except (ValueError, RecursionError) as error:  # a value's too, if it is shown
                     wrong = number, str(error)
@@ -157,6 +164,6 @@ def _check(path: Path, kind: str, check: Callable[[Row], int]) -> tuple[np.ndarr
         "kind": kind,
         "stamp": stamp,
         "digest": digest.hexdigest(),
-        "negatives": [[count, *first] for count, first in negatives.items()],
+        "kinds": [[*kind, *first] for kind, first in kinds.items()],
         "wrong": wrong,
     }

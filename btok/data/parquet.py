@@ -108,20 +108,28 @@ class Table:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         return self.data[index].to_pylist()[0]
 
-    def negatives(self) -> set[int]:
-        """The numbers of hard negatives that rows have; none where they are no lists."""
-        if "negatives" not in self.data.column_names:
-            return {0}
-        lists = self.data.select_columns("negatives")[: self.count].column(0)
-        try:
-            return {count or 0 for count in pc.list_value_length(lists).unique().to_pylist()}
-        except pa.ArrowNotImplementedError:  # what they are a row says
-            return set()
+    def kinds(self) -> set[tuple[int, bool]]:
+        """How many hard negatives rows have, and whether scores; none where they are no lists."""
+        found = []
+        for name in ("negatives", "scores"):
+            lengths = np.zeros(self.count, int)
+            if name in self.data.column_names:
+                try:
+                    lengths = _counts(self.data.select_columns(name)[: self.count].column(0))
+                except pa.ArrowNotImplementedError:  # what they are a row says
+                    return set()
+            found.append(lengths)
+        negatives, scores = found
+        return {
+            (int(count), scored)
+            for scored in (False, True)
+            for count in np.unique(negatives[(scores > 0) == scored])
+        }
 
     def in_doubt(self) -> list[int]:
         """Rows of pairs in which a value may be wrong; all where columns cannot tell."""
         looks: dict[str, Look] = {"query": _sides, "positive": _sides, "negatives": _lists(_sides)}
-        looks |= {"target": _texts, "positive_id": _texts}
+        looks |= {"target": _texts, "positive_id": _texts, "scores": _lists(_numbers)}
         names = [name for name in looks if name in self.data.column_names]
         chosen = self.data._indices  # of a selection, which would copy its pictures if it were made
         table = self.data.data.table.select(names)
@@ -130,7 +138,12 @@ class Table:
             try:
                 batch.validate(full=True)  # texts are UTF-8
                 columns = zip(names, batch.columns, strict=True)
-                found.append(np.any([looks[name](column) for name, column in columns], axis=0))
+                doubts = [looks[name](column) for name, column in columns]
+                if "scores" in names:
+                    scores = _counts(batch["scores"])
+                    hard = _counts(batch["negatives"]) if "negatives" in names else 0
+                    doubts.append((scores > 0) & (scores != 1 + hard))
+                found.append(np.any(doubts, axis=0))
             except pa.ArrowException:
                 found.append(np.ones(len(batch), bool))
         doubt = np.concatenate(found)
@@ -194,6 +207,12 @@ def _lists(look: Look) -> Look:
         return doubt
 
     return lists
+
+
+def _numbers(column: Any) -> np.ndarray:
+    if not types.is_floating(column.type) and not types.is_integer(column.type):
+        return np.ones(len(column), bool)
+    return ~np.isfinite(column.cast(pa.float64()).to_numpy(zero_copy_only=False))  # a null is NaN
 
 
 def _seconds(column: Any) -> np.ndarray:

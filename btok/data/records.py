@@ -44,6 +44,7 @@ class Pair:
             of one word).
         positive_id: equal for pairs whose positives are interchangeable and so no negatives of each
             other; None: unlike all others.
+        scores: a teacher's, as of a reranker: the positive's, then each negative's; empty for none.
     """
 
     query: Side
@@ -53,6 +54,7 @@ class Pair:
     ntp_side: NtpSide = "positive"
     target: str | None = None
     positive_id: str | None = None
+    scores: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

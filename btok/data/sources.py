@@ -1,17 +1,19 @@
 """Training pairs on disk, with random access: a user's JSONL or parquet files.
 
 A row has `query` and `positive`, each a side, and may have `negatives` (a list of sides), `target`
-(a text) and `positive_id` (a text); other columns are passed over. A side is a text or an object of
-`text`, `images` (a list of pictures), `video` (a file, a folder of frames, or a list of pictures)
-and `frame_seconds` (a number per frame). A picture is a path, of a page `report.pdf#page=7`; in
-parquet also a file's bytes, or an object of `bytes` and `path` as the datasets library writes it.
-Pictures are not opened here.
+(a text), `positive_id` (a text) and `scores` (a teacher's, a number for the positive and one for
+each negative; in all rows or in none); other columns are passed over. A side is a text or an object
+of `text`, `images` (a list of pictures), `video` (a file, a folder of frames, or a list of
+pictures) and `frame_seconds` (a number per frame). A picture is a path, of a page
+`report.pdf#page=7`; in parquet also a file's bytes, or an object of `bytes` and `path` as the
+datasets library writes it. Pictures are not opened here.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from btok.data.jsonl import JsonLines, Row
+from btok.data.jsonl import JsonLines, Kind, Row
 from btok.data.records import NTP_SIDES, NtpSide, Pair, Side
 from btok.files import by_numbers, one_line
 from btok.inputs import FRAMES, IMAGES, LATEST, Page, as_side
@@ -63,8 +65,9 @@ class Source:
         ntp_side: the side that is generated.
         query_instruction, positive_instruction: put before the text of the query, of the positive
             and negatives.
-        negatives: how many of a row's hard negatives are taken.
+        negatives: how many of a row's hard negatives are taken, and of the scores, one more.
         digest: of the data set's content, so that a replaced file is noticed; "" for none.
+        scored: whether rows have a teacher's scores.
 
     Raises:
         ValueError: no rows, a setting out of range.
@@ -80,6 +83,7 @@ class Source:
     positive_instruction: str = ""
     negatives: int = 0
     digest: str = ""
+    scored: bool = False
 
     def __post_init__(self) -> None:
         for key, had, right, expected in (
@@ -107,6 +111,7 @@ class Source:
             query=as_side(_frames(pair.query), self.query_instruction),
             positive=keys[0],
             negatives=keys[1:],
+            scores=pair.scores[: 1 + self.negatives],
             dataset=self.name,
             ntp_side=self.ntp_side,
             positive_id=f"\0row {index}" if pair.positive_id is None else pair.positive_id,
@@ -140,7 +145,7 @@ def open_source(
     Raises:
         ValueError: another kind of file, a line or a row that is wrong (`file:line: why`; rows
             count from 0), one that cannot be read, missing columns, unequal or too small numbers of
-            negatives, what `Source` refuses.
+            negatives, scores in some rows alone, what `Source` refuses.
         OSError: no such file.
         ImportError: parquet without the datasets library (the extra `data`).
     """
@@ -150,25 +155,29 @@ def open_source(
     folder = Path(root) if root is not None else path.parent if path else Path()
     if rows is not None and rows < 1:
         raise ValueError(f"data set {name}: rows is {rows}, expected at least 1")
-    counts: set[int] = set()
+    kinds: set[Kind] = set()
 
-    def check(row: Row) -> int:
+    def check(row: Row) -> Kind:
         if missing := [column for column in schema.columns if column not in row]:
             raise ValueError(f"it has no {', '.join(missing)}, its columns are {', '.join(row)}")
-        return len(schema.pair(row, folder).negatives)
+        pair = schema.pair(row, folder)
+        return len(pair.negatives), len(pair.scores) > 0
 
-    def count(more: int) -> None:
-        counts.add(more)
+    def add(more: Kind) -> None:
+        kinds.add(more)
+        counts = {count for count, _ in kinds}
         if len(counts) > 1 if negatives is None else min(counts) < negatives:
             expected = "one number" if negatives is None else f"at least {negatives}"
             raise ValueError(f"rows have {sorted(counts)} negatives, expected {expected}")
+        if len({scored for _, scored in kinds}) > 1:
+            raise ValueError("some rows have scores and some have none, expected all or none")
 
     found: Rows
     if path and path.suffix == ".jsonl":
         lines = JsonLines(path, rows, " ".join([schema.name, *schema.columns]), check)
-        for number, line in lines.negatives.items():
+        for kind, line in lines.kinds.items():
             try:
-                count(number)
+                add(kind)
             except ValueError as error:
                 raise ValueError(f"{path}:{line}: {error}") from error
         found, digest = lines, lines.digest
@@ -184,18 +193,19 @@ def open_source(
             found = table = Table(data, rows)
             looked = [0] * (len(table) > 0)
             if schema is PAIRS:
-                counts |= table.negatives()
+                kinds |= table.kinds()
                 looked += table.in_doubt()
             for row in looked:
                 where = f"data set {name}, row {row}"
-                counts.add(check(table[row]))
+                kinds.add(check(table[row]))
             where = f"data set {name}"
-            for number in sorted(counts):
-                count(number)
+            for kind in sorted(kinds):
+                add(kind)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-    taken = min(counts, default=0) if negatives is None else negatives
-    return Source(name, found, schema, folder, negatives=taken, digest=digest, **settings)
+    taken = min((count for count, _ in kinds), default=0) if negatives is None else negatives
+    own = {"negatives": taken, "digest": digest, "scored": any(scored for _, scored in kinds)}
+    return Source(name, found, schema, folder, **own, **settings)
 
 
 def _library() -> Any:
@@ -261,11 +271,18 @@ def _pair(row: Row, root: Path) -> Pair:
         ]
     )
     target, positive_id = (part(row, key, str) or None for key in ("target", "positive_id"))
-    return Pair(query, positive, hard, target=target, positive_id=positive_id)
+    scores = tuple(part(row, "scores", list))
+    if not all(type(score) in (int, float) and abs(score) <= LARGEST for score in scores):
+        raise ValueError(f"scores is {[*scores]!r:.60}, expected finite numbers")
+    if scores and len(scores) != 1 + len(hard):
+        had = f"it has {len(hard)} negatives and {len(scores)} scores"
+        raise ValueError(f"{had}, expected {1 + len(hard)}: the positive's, then each negative's")
+    return Pair(query, positive, hard, target=target, positive_id=positive_id, scores=scores)
 
 
 PAIRS = Schema("pairs", ("query", "positive"), _pair)
 PARTS = ("text", "images", "video", "frame_seconds")
+LARGEST = sys.float_info.max  # of a score, which a NaN is not below either
 
 
 def _side(value: Any, where: str, root: Path) -> Side:
