@@ -12,24 +12,29 @@ from btok_kernels.layout import TILE
 
 
 def random_layout(rng: random.Random) -> CondensedLayout:
-    """Up to six sequences, empty sources and targets among them, K from 0 to 5, maybe a tail."""
+    """Up to six sequences, empty sources and targets among them, K from 0 to 5, maybe a tail, and
+    maybe a budget each."""
     count = rng.randrange(1, 7)
     source = [rng.choice([0, 1, rng.randrange(2, 40)]) for _ in range(count)]
     target = [rng.choice([0, 1, rng.randrange(2, 25)]) for _ in range(count)]
     btoks = rng.randrange(0, 6)
-    layout = CondensedLayout.from_lengths(source, target, btoks, condense=rng.random() < 0.7)
+    condense = rng.random() < 0.7
+    budgets = [rng.randrange(btoks + 1) for _ in source] if rng.random() < 0.4 else None
+    layout = CondensedLayout.from_lengths(source, target, btoks, condense, budgets=budgets)
     tail = rng.choice([0, 0, 3])
     return CondensedLayout(layout.bounds, layout.num_rows + tail)
 
 
 def allowed_by_loops(layout: CondensedLayout) -> torch.Tensor:
-    """The mask's truth, [T, T], from the four integers by plain loops."""
+    """The mask's truth, [T, T], from the four or five integers by plain loops."""
     allowed = torch.zeros(layout.num_rows, layout.num_rows, dtype=torch.bool)
-    for start, first, border, end in layout.bounds.tolist():
+    for start, first, border, end, *last in layout.bounds.tolist():
         for i in range(start, end):
             for j in range(layout.num_rows):
                 lowest = start if i < border else first
                 allowed[i, j] = lowest <= j <= i
+                if last and i >= border and last[0] <= j < border:
+                    allowed[i, j] = False
     return allowed
 
 
@@ -66,26 +71,28 @@ def test_tiles_cover_the_mask_once_and_the_longest_come_first():
     layouts = [random_layout(rng) for _ in range(40)]
     layouts.append(CondensedLayout.from_lengths([300, 5], [140, 0], 4, num_rows=600))
     layouts.append(CondensedLayout.from_lengths([130], [9], 0, max_sequences=7))
+    layouts.append(CondensedLayout.from_lengths([200, 3], [300, 140], 140, budgets=[130, 2]))
     for layout in layouts:
         allowed = allowed_by_loops(layout).long()
         row_tiles, key_tiles = layout.tiles.tolist()
         covered, owned = torch.zeros_like(allowed), torch.zeros(layout.num_rows)
-        for row, last_row, key, last_key in row_tiles:
+        for row, last_row, key, last_key, *besides in row_tiles:
             assert last_row - row <= TILE
             owned[row:last_row] += 1
             covered[row:last_row, key:last_key] += 1
+            covered[row:last_row, slice(*besides or [0, 0])] += 1
         causal = torch.ones_like(allowed).tril()
         assert (owned == 1).all()
         assert torch.equal(covered * causal, allowed), layout.bounds.tolist()
         covered, owned = torch.zeros_like(allowed), torch.zeros(layout.num_rows)
-        for key, last_key, row, last_row in key_tiles:
+        for key, last_key, row, last_row, *_ in key_tiles:
             assert last_key - key <= TILE
             owned[key:last_key] += 1
             covered[row:last_row, key:last_key] += 1
         assert (owned == 1).all()
         assert torch.equal(covered * causal, allowed), layout.bounds.tolist()
         for tiles in (row_tiles, key_tiles):
-            work = [last - first for *_, first, last in tiles]
+            work = [last - first for _, _, first, last, *_ in tiles]
             assert work == sorted(work, reverse=True)
 
 
@@ -95,8 +102,8 @@ def test_layouts_of_one_capacity_have_tiles_of_one_shape():
     for _ in range(40):
         layout = random_layout(rng)
         roomy = CondensedLayout(layout.bounds, 1000, max_sequences=6)
-        shapes.add(roomy.tiles.shape)
-        assert len(shapes) == 1
+        shapes.add((layout.bounds.shape[1], *roomy.tiles.shape))
+    assert sorted((columns, width) for columns, _, _, width in shapes) == [(4, 4), (5, 6)]
     with pytest.raises(ValueError, match="max_sequences is 1, bounds has 2"):
         CondensedLayout.from_lengths([3, 4], [1, 1], 2, max_sequences=1)
 
@@ -119,6 +126,9 @@ def test_row_first_agrees_with_the_loops():
         (([1, 2], [0], 1), r"target_lens has shape \[1\], source_lens \[2\]"),
         (([1], [0], -1), "num_btoks is -1"),
         (([3], [2], 1, True, 5), "num_rows is 5, the sequences take 6"),
+        (([3], [2], 4, True, None, None, [5]), "budgets has 5, expected from 0 to num_btoks, 4"),
+        (([3], [2], 4, True, None, None, [-1]), "budgets has -1"),
+        (([3], [2], 4, True, None, None, [1, 2]), r"budgets has shape \[2\], expected one number"),
     ],
 )
 def test_bad_lengths_are_refused(arguments, message):
@@ -133,6 +143,8 @@ def test_bad_lengths_are_refused(arguments, message):
         ([[0, 0, 2, 3], [2, 2, 3, 4]], 4, r"sequence 1 takes rows \[2, 4\)"),
         ([[0, 0, 2, 3]], 2, r"sequence 0 takes rows \[0, 3\)"),
         ([[-1, 0, 2, 3]], 3, r"sequence 0 takes rows \[-1, 3\)"),
+        ([[0, 1, 2, 3, 0]], 3, "sequence 0 are .*, first <= last <= border"),
+        ([[0, 1, 2, 3, 3]], 3, "sequence 0 are .*, first <= last <= border"),
     ],
 )
 def test_bad_bounds_are_refused(bounds, rows, message):

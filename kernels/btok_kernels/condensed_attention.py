@@ -1,12 +1,13 @@
 """Condensed attention: causal attention in which target rows see the bottleneck tokens only.
 
     out[i] = softmax(scale * q[i] @ k[S(i)].T) @ v[S(i)]
-    S(i) = [start, i] for source and bottleneck rows, [first, i] for target rows
+    S(i) = [start, i] for source and bottleneck rows, [first, i] for target rows, of which a budget
+           of bottleneck rows leaves [first, last) and [border, i]
 
 over T packed rows of N sequences (`CondensedLayout`). The sdpa path materialises no mask, and no
 scores between rows of different sequences or of target rows with source keys:
 
-    1. cut the mask into plain causal segments, [start, border) and [first, end), grouped by length
+    1. cut the mask into plain causal segments, [start, border) and the rest, grouped by length
        (on the host, once per batch)
     2. gather the segments' rows and run torch's fused causal attention on each group
     3. take each row's output from the segment that owns it; the gradients of a bottleneck key from
@@ -36,7 +37,9 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: 
     groups = q.shape[1] // k.shape[1]
     k, v = (t.to(dtype).repeat_interleave(groups, dim=1) for t in (k, v))  # [T, Hq, D]
     rows = torch.arange(len(q), device=q.device)
-    sees = (rows[None, :] <= rows[:, None]) & (rows[None, :] >= layout.row_first[:, None])  # [T, T]
+    begin, stop = layout.row_gap[:, :, None]  # [T, 1] each
+    sees = (rows <= rows[:, None]) & (rows >= layout.row_first[:, None])  # [T, T]
+    sees &= (rows < begin) | (rows >= stop)
     scores = torch.einsum("ihd,jhd->hij", q.to(dtype), k) * scale
     # rows of the unused tail see nothing: softmax of all -inf is nan, and they give 0
     weights = scores.masked_fill(~sees, -torch.inf).softmax(-1).masked_fill(~sees, 0.0)

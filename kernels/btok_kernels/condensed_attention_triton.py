@@ -13,7 +13,8 @@ fills a matrix product. Steps:
 
 No block that the mask empties is visited; those on the diagonal are MASKED, the others are seen
 whole. Blocks are counted from the first key (or row) of their own tile, so the order of every sum
-is the same wherever a sequence lies. No atomics: the same bits on every run.
+is the same wherever a sequence lies. No atomics: the same bits on every run. Where targets have
+budgets of bottleneck rows, those of a row tile, APART, are blocks of their own after the others.
 """
 
 from __future__ import annotations
@@ -61,10 +62,11 @@ def _store(ptrs, x, mask, offs_d, D: tl.constexpr):
 def _row_block(
     TILES, item, KV_HEADS,
     TILE: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """The packed rows of one work item and the keys they see, counted from the tile's firsts."""
     BLOCKS: tl.constexpr = TILE * G // BLOCK_M  # of a tile and key head
-    tile = TILES + 4 * (item // (BLOCKS * KV_HEADS))
+    tile = TILES + (6 if APART else 4) * (item // (BLOCKS * KV_HEADS))
     head = item // BLOCKS % KV_HEADS
     begin = item % BLOCKS * BLOCK_M
     row, last_row, key, last_key = (
@@ -81,6 +83,14 @@ def _row_block(
     # offsets of heads, rows and keys may pass 2^31 elements
     head, row, key = head.to(tl.int64), row.to(tl.int64), key.to(tl.int64)
     return head, row, begin, rows, key, packed, position, whole, keys
+
+
+@triton.jit
+def _keys_apart(TILES, item, KV_HEADS, TILE: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The first of the keys that all rows of a work item see besides, and how many they are."""
+    tile = TILES + 6 * (item // (TILE * G // BLOCK_M * KV_HEADS))
+    first, last = tl.load(tile + 4), tl.load(tile + 5)
+    return first.to(tl.int64), last - first
 
 
 @triton.jit
@@ -133,12 +143,12 @@ def _forward_kernel(
     stride_lh,
     KV_HEADS, scale_log2,
     TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     head, row, begin, rows, key, packed, position, whole, keys = _row_block(
-        TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M, BLOCK_N
+        TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M, BLOCK_N, APART
     )
     if begin >= rows:  # behind the end of a short tile, or of the tiles
         return
@@ -177,6 +187,16 @@ def _forward_kernel(
                 k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
                 n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
             )  # fmt: skip
+    if APART:
+        key, keys = _keys_apart(TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M)
+        position = tl.full([BLOCK_M], 1, tl.int32) * (keys - 1)
+        if keys > 0:
+            for n in tl.range(0, keys, BLOCK_N):
+                acc, row_sum, row_max = _attend(
+                    acc, row_sum, row_max, q,
+                    k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
+                    n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
+                )  # fmt: skip
 
     out_ptrs = _packed_ptrs(out_base, begin, offs_d, stride_ot, stride_oh, G, BLOCK_M)
     _store(out_ptrs, (acc / row_sum[:, None]).to(OUT.dtype.element_ty), mask_m, offs_d, D)
@@ -298,12 +318,13 @@ def _dkdv_kernel(
     TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED_STAGES: tl.constexpr, HAS_DK: tl.constexpr, HAS_DV: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = TILE // BLOCK_N
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     item = tl.program_id(0)
-    tile = TILES + 4 * (CAPACITY + item // (BLOCKS * KV_HEADS))
+    tile = TILES + (6 if APART else 4) * (CAPACITY + item // (BLOCKS * KV_HEADS))
     head = (item // BLOCKS % KV_HEADS).to(tl.int64)
     key = tl.load(tile) + item % BLOCKS * BLOCK_N  # the block's first, and its rows' first
     keys = tl.load(tile + 1) - key
@@ -383,12 +404,12 @@ def _dq_kernel(
     stride_lh,
     KV_HEADS, scale, scale_log2,
     TILE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     head, row, begin, rows, key, packed, position, whole, keys = _row_block(
-        TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M, BLOCK_N
+        TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M, BLOCK_N, APART
     )
     if begin >= rows:  # behind the end of a short tile, or of the tiles
         return
@@ -427,6 +448,16 @@ def _dq_kernel(
                 k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
                 n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
             )  # fmt: skip
+    if APART:
+        key, keys = _keys_apart(TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M)
+        position = tl.full([BLOCK_M], 1, tl.int32) * (keys - 1)
+        if keys > 0:
+            for n in tl.range(0, keys, BLOCK_N):
+                dq = _gather_keys(
+                    dq, q, do, lse, delta,
+                    k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
+                    n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
+                )  # fmt: skip
 
     grad_ptrs = _packed_ptrs(grad_base, begin, offs_d, stride_gt, stride_gh, G, BLOCK_M)
     _store(grad_ptrs, (dq * scale).to(DQ.dtype.element_ty), mask_m, offs_d, D)
@@ -439,7 +470,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 @cache
 def _constants(
-    heads: int, key_heads: int, dim: int, config: launch.Config, **others: int
+    heads: int, key_heads: int, dim: int, columns: int, config: launch.Config, **others: int
 ) -> Constants:
     return Constants(
         TILE=TILE,
@@ -448,6 +479,7 @@ def _constants(
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        APART=columns == 6,  # of the tiles
         num_warps=config.warps,
         num_stages=config.stages,
         **others,
@@ -481,7 +513,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tu
     def forward(config: launch.Config) -> None:
         start(
             _forward_kernel, _row_blocks(q, tiles, config),
-            _constants(heads, key_heads, dim, config),
+            _constants(heads, key_heads, dim, tiles.shape[2], config),
             q, k, v, out, lse, tiles,
             *_strides(q, k, v, out), lse.stride(0),
             key_heads, scale * LOG2E.value,
@@ -512,7 +544,7 @@ def _backward(
                 _dkdv_kernel, (capacity * (TILE // config.block_n) * key_heads,),
                 # its loads of rows wait for those of their statistics: half the stages are theirs
                 _constants(
-                    heads, key_heads, dim, config,
+                    heads, key_heads, dim, tiles.shape[2], config,
                     MASKED_STAGES=2 * config.stages - 1, HAS_DK=has_dk, HAS_DV=has_dv,
                 ),
                 *inputs, dk, dv, tiles,
@@ -523,7 +555,7 @@ def _backward(
     def dq_(config: launch.Config) -> None:
         start(
             _dq_kernel, _row_blocks(q, tiles, config),
-            _constants(heads, key_heads, dim, config),
+            _constants(heads, key_heads, dim, tiles.shape[2], config),
             *inputs, dq, tiles,
             *strides, *_strides(dq), lse.stride(0),
             key_heads, *scales,

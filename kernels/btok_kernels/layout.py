@@ -13,6 +13,15 @@ handful of plain causal segments, and no mask tensor is ever needed. The other w
     a key j in [start, first) is seen by rows [j, border)
     a key j in [first, end)   is seen by rows [j, end)
 
+A fifth integer gives a target a budget of k bottleneck rows, those of [first, last):
+
+    a row i in [border, end)   sees keys [first, last) and [border, i]
+    a key j in [last, border)  is seen by rows [j, border)
+
+Bottleneck rows do not see those behind them, so that such a sequence is to the bit of its mask one
+with k bottleneck tokens, and has the rows of all larger budgets besides. Rows see two ranges then,
+keys are still seen by one.
+
 The Triton kernels walk `tiles`: pieces of the rows, and of the keys, that keep to one of these
 lines each.
 """
@@ -87,7 +96,8 @@ class CondensedLayout:
     Made on the host, once per batch, with `from_lengths` or from bounds of your own.
 
     Args:
-        bounds: int32 [N, 4] on the CPU: (start, first, border, end) per sequence, in row order.
+        bounds: int32 [N, 4] on the CPU: (start, first, border, end) per sequence, in row order; or
+            [N, 5], with `last` behind them, where targets see some of the bottleneck rows alone.
         num_rows: T, the packed rows; those of no sequence see nothing.
         device: where the index tensors live.
         max_sequences: what `tiles` has room for; None for these. Layouts of equal `num_rows` and
@@ -98,12 +108,13 @@ class CondensedLayout:
         tiles: int32 [2, C, 4], what the Triton kernels take their blocks from: row tiles (first
             row, last row, first key, last key), which never straddle a `border`, and key tiles
             (first key, last key, first row, last row), which never straddle a `first`. Each `last`
-            is exclusive; the longest come first, zeros last.
+            is exclusive; the longest come first, zeros last. With budgets [2, C, 6]: all rows of a
+            row tile see the keys from the fifth to before the sixth besides.
 
     Raises:
-        TypeError: bounds that are not an integer tensor [N, 4] on the CPU.
+        TypeError: bounds that are not an integer tensor [N, 4] or [N, 5] on the CPU.
         ValueError: sequences that overlap, leave [0, num_rows) or break
-            start <= first <= border <= end; more of them than `max_sequences`.
+            start <= first <= last <= border <= end; more of them than `max_sequences`.
     """
 
     bounds: Tensor  # on the CPU: to read a length from the device, the host would wait for it
@@ -114,19 +125,21 @@ class CondensedLayout:
 
     def __post_init__(self) -> None:
         bounds = self.bounds
-        if bounds.ndim != 2 or bounds.shape[1] != 4 or bounds.dtype != torch.int32:
+        if bounds.ndim != 2 or bounds.shape[1] not in (4, 5) or bounds.dtype != torch.int32:
             raise TypeError(
                 f"CondensedLayout: bounds is {bounds.dtype} {list(bounds.shape)}, "
-                "expected int32 [N, 4]"
+                "expected int32 [N, 4] or [N, 5]"
             )
         if bounds.device.type != "cpu":
             raise TypeError(f"CondensedLayout: bounds is on {bounds.device}, expected the CPU")
         row = 0
-        for index, (start, first, border, end) in enumerate(bounds.tolist()):
-            if not start <= first <= border <= end:
+        for index, (start, first, last, border, end) in enumerate(self.sequences()):
+            if not start <= first <= last <= border <= end:
+                order = "start <= first <= border <= end"
+                order += ", first <= last <= border" if bounds.shape[1] == 5 else ""
                 raise ValueError(
-                    f"CondensedLayout: bounds of sequence {index} are {[start, first, border, end]}"
-                    ", expected start <= first <= border <= end"
+                    f"CondensedLayout: bounds of sequence {index} are {bounds[index].tolist()}, "
+                    f"expected {order}"
                 )
             if start < row or end > self.num_rows:
                 raise ValueError(
@@ -151,6 +164,7 @@ class CondensedLayout:
         condense: bool = True,
         num_rows: int | None = None,
         max_sequences: int | None = None,
+        budgets: Sequence[int] | Tensor | None = None,
     ) -> CondensedLayout:
         """Lay sequences of `source_lens[n]` + K + `target_lens[n]` rows one behind the other.
 
@@ -162,10 +176,12 @@ class CondensedLayout:
                 the source too (the ablation).
             num_rows: packed rows in all; None for exactly as many as the sequences take.
             max_sequences: room in `tiles`; None for these sequences.
+            budgets: per sequence, how many of its bottleneck rows, the first ones, its target sees;
+                None for all of them.
 
         Raises:
-            ValueError: a negative length, lists of unequal length, more rows than `num_rows` or
-                sequences than `max_sequences`.
+            ValueError: a negative length, lists of unequal length, more rows than `num_rows`,
+                sequences than `max_sequences` or bottleneck rows of a budget than there are.
         """
         source = torch.as_tensor(source_lens, dtype=torch.int64).cpu()
         target = torch.as_tensor(target_lens, dtype=torch.int64).cpu()
@@ -188,7 +204,23 @@ class CondensedLayout:
         rows = int(end[-1]) if len(end) else 0
         if num_rows is not None and rows > num_rows:
             raise ValueError(f"CondensedLayout: num_rows is {num_rows}, the sequences take {rows}")
-        bounds = torch.stack([start, first, border, end], dim=1).to(torch.int32)
+        columns = [start, first, border, end]
+        if budgets is not None:
+            seen = torch.as_tensor(budgets, dtype=torch.int64).cpu()
+            if seen.shape != source.shape:
+                raise ValueError(
+                    f"CondensedLayout: budgets has shape {list(seen.shape)}, expected one number "
+                    f"for each of the {len(source)} sequences"
+                )
+            wrong = seen[(seen < 0) | (seen > num_btoks)].tolist()
+            if wrong:
+                raise ValueError(
+                    f"CondensedLayout: budgets has {wrong[0]}, expected from 0 to num_btoks, "
+                    f"{num_btoks}"
+                )
+            # with K = 0 the last source token is what a target sees
+            columns.append(border - num_btoks + seen)
+        bounds = torch.stack(columns, dim=1).to(torch.int32)
         num_rows = rows if num_rows is None else num_rows
         return cls(bounds, num_rows, max_sequences=max_sequences)
 
@@ -198,9 +230,8 @@ class CondensedLayout:
         if tiles.device == self.device:
             return self
         moved = copy.copy(self)
-        moved.__dict__.pop("row_first", None)
-        moved.__dict__.pop("segments", None)
-        moved.__dict__.pop("halves", None)
+        for name in ("row_first", "row_gap", "segments", "halves"):
+            moved.__dict__.pop(name, None)
         moved.__dict__.update(device=tiles.device, tiles=tiles)
         return moved
 
@@ -208,52 +239,83 @@ class CondensedLayout:
         """N, the number of sequences."""
         return len(self.bounds)
 
+    def sequences(self) -> list[list[int]]:
+        """(start, first, last, border, end) of each; `last` is `border` where bounds have none."""
+        return np.stack(self._columns(), 1).tolist()
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        """start, first, last, border and end, int64 [N] each."""
+        start, first, border, end, *last = self.bounds.numpy().astype(np.int64).T
+        return start, first, last[0] if last else border, border, end
+
     def _build_tiles(self) -> Tensor:
-        start, first, border, end = self.bounds.numpy().astype(np.int64).T
+        start, first, last, border, end = self._columns()
+        apart, none = last < border, np.zeros_like(start)
         # tiles of the rows of no sequence see nothing and are seen by nothing: they give zeros
         gaps = _cut(np.append(0, end), np.append(start, self.num_rows), np.append(0, end))
-        rows = np.concatenate([_cut(start, border, start), _cut(border, end, first)])
-        keys = np.concatenate([_cut(start, first, border), _cut(first, end, end)])
-        rows = np.concatenate([rows[:, [0, 1, 2, 1]], gaps[:, [0, 1, 0, 0]]])
-        keys = np.concatenate([keys[:, [0, 1, 0, 2]], gaps[:, [0, 1, 0, 0]]])
+        gaps = np.pad(gaps[:, [0, 1, 0, 0]], ((0, 0), (0, 2)))
+        besides = np.where(apart, first, 0), np.where(apart, last, 0)
+        rows = [_cut(start, border, start, none, none)]
+        rows.append(_cut(border, end, np.where(apart, border, first), *besides))
+        rows = np.concatenate([np.concatenate(rows)[:, [0, 1, 2, 1, 3, 4]], gaps])
+        # a key that a target sees is seen to the end, one of [last, border) by its own side alone
+        split, stop = np.where(apart, [last, border], end)
+        keys = [_cut(start, first, border), _cut(first, split, end)]
+        keys += [_cut(split, stop, border), _cut(stop, end, end)]
+        keys = np.pad(np.concatenate(keys)[:, [0, 1, 0, 2]], ((0, 0), (0, 2)))
+        keys = np.concatenate([keys, gaps])
+        # without budgets two pieces of each sequence at most, and the gaps about them
+        pieces, columns = (2, 4) if self.bounds.shape[1] == 4 else (4, 6)
         capacity = max(len(rows), len(keys))
-        if self.max_sequences is not None:  # 2 pieces of each sequence and the gaps about them
-            capacity = self.num_rows // TILE + 3 * self.max_sequences + 1
-        tiles = np.zeros((2, capacity, 4), np.int32)
+        if self.max_sequences is not None:
+            capacity = self.num_rows // TILE + (pieces + 1) * self.max_sequences + 1
+        tiles = np.zeros((2, capacity, columns), np.int32)
         for out, tiled in zip(tiles, (rows, keys), strict=True):
-            out[: len(tiled)] = tiled[np.argsort(tiled[:, 2] - tiled[:, 3], kind="stable")]
+            longest = np.argsort(tiled[:, 2] - tiled[:, 3], kind="stable")
+            out[: len(tiled)] = tiled[longest, :columns]
         return torch.from_numpy(tiles)
 
     @cached_property
     def row_first(self) -> Tensor:
         """int64 [T]: the first key each row sees; T for the unused tail, which sees nothing."""
         row_first = torch.full((self.num_rows,), self.num_rows, dtype=torch.int64)
-        for start, first, border, end in self.bounds.tolist():
+        for start, first, last, border, end in self.sequences():
             row_first[start:border] = start
-            row_first[border:end] = first
+            row_first[border:end] = first if first < last else border
         return on_device(row_first, self.device)
 
     @cached_property
+    def row_gap(self) -> Tensor:
+        """int64 [2, T]: from which key to before which one each row sees none of those between its
+        first and itself; two equal ones for a row that sees all."""
+        row_gap = torch.zeros(2, self.num_rows, dtype=torch.int64)
+        for _, _, last, border, end in self.sequences():
+            row_gap[:, border:end] = torch.tensor([[last], [border]])
+        return on_device(row_gap, self.device)
+
+    @cached_property
     def segments(self) -> Segments:
-        """[start, border) of every sequence, and [first, end) of those with targets, whose rows
-        [first, border) are there for their keys alone. Groups make N sequences a few calls."""
-        groups: dict[int, list[tuple[int, int, int]]] = {}
-        for start, first, border, end in self.bounds.tolist():
-            if first == start or border == end:  # plain causal, one piece
-                segments = [(start, start, end)]
+        """[start, border) of every sequence, and [first, last) with [border, end) of those with
+        targets, the former for their keys alone. Groups make N sequences a few calls."""
+        groups: dict[int, list[tuple[int, int, int, int]]] = {}
+        for start, first, last, border, end in self.sequences():
+            if border == end or (first == start and last == border):  # plain causal, one piece
+                segments = [(start, start, start, end)]
             else:
-                segments = [(start, start, border), (first, border, end)]
-            for begin, kept, stop in segments:
+                segments = [(start, start, start, border), (first, last, border, end)]
+            for begin, split, kept, stop in segments:
                 if stop > kept:
-                    groups.setdefault(_padded(stop - begin), []).append((begin, kept, stop))
+                    length = split - begin + stop - kept
+                    groups.setdefault(_padded(length), []).append((begin, split, kept, stop))
         shapes = [(len(segments), length) for length, segments in groups.items()]
         rows = [np.empty(0, np.int64)]
         owner = np.full(self.num_rows, sum(count * length for count, length in shapes))
         at = 0
         for length, segments in groups.items():
-            for begin, kept, stop in segments:
-                rows.append(np.minimum(np.arange(begin, begin + length), stop - 1))
-                owner[kept:stop] = at + np.arange(kept - begin, stop - begin)
+            for begin, split, kept, stop in segments:
+                own = np.arange(kept, kept + length - (split - begin)).clip(max=stop - 1)
+                rows += [np.arange(begin, split), own]
+                owner[kept:stop] = at + split - begin + np.arange(stop - kept)
                 at += length
         index = np.concatenate(rows)
         in_place = len(shapes) == 1 and np.array_equal(index, np.arange(self.num_rows))
@@ -263,15 +325,16 @@ class CondensedLayout:
     @cached_property
     def halves(self) -> Halves:
         """The mask as two attentions over sequences of any length ("varlen", "xformers")."""
-        start, first, border, end = self.bounds.numpy().astype(np.int64).T
+        start, first, last, border, end = self._columns()
         calls, rows = [], [np.empty(0, np.int64)]
-        for row, key, stop in ((start, start, border), (border, first, end)):
+        for begin, split, row, stop in ((start, start, start, border), (first, last, border, end)):
             kept = stop > row
             if kept.any():
-                row, key, stop = row[kept], key[kept], stop[kept]
+                begin, split, row, stop = (x[kept] for x in (begin, split, row, stop))
                 rows.append(np.concatenate(list(map(np.arange, row, stop))))
-                keys = np.concatenate(list(map(np.arange, key, stop)))
-                row_lens, key_lens = stop - row, stop - key
+                ranges = zip(map(np.arange, begin, split), map(np.arange, row, stop), strict=True)
+                keys = np.concatenate([part for pair in ranges for part in pair])
+                row_lens, key_lens = stop - row, split - begin + stop - row
                 ends = (np.append(0, np.cumsum(x)).astype(np.int32) for x in (row_lens, key_lens))
                 each = (
                     on_device(torch.from_numpy(x), self.device) for x in (rows[-1], keys, *ends)
@@ -293,13 +356,14 @@ def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-def _cut(begin: np.ndarray, end: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """[tiles, 3]: first and last of each piece of at most TILE of [begin, end), and its `seen`."""
+def _cut(begin: np.ndarray, end: np.ndarray, *others: np.ndarray) -> np.ndarray:
+    """[tiles, 2 + others]: first and last of each piece of at most TILE of [begin, end), and what
+    it has of the others."""
     count = -(-(end - begin) // TILE)
     nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     first = np.repeat(begin, count) + TILE * nth
     last = np.minimum(first + TILE, np.repeat(end, count))
-    return np.stack([first, last, np.repeat(seen, count)], 1)
+    return np.stack([first, last, *(np.repeat(other, count) for other in others)], 1)
 
 
 def _padded(length: int) -> int:

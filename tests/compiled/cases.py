@@ -31,20 +31,25 @@ LAYOUTS = {
     "K = 0": CondensedLayout.from_lengths([90, 17, 0], [30, 0, 6], 0),
     "not condensed": CondensedLayout.from_lengths([70], [65], 3, condense=False),
     "tail": CondensedLayout.from_lengths([60, 5], [20, 3], 4, num_rows=140, max_sequences=9),
+    "budgets": CondensedLayout.from_lengths([70, 9, 3], [40, 150, 9], 16, budgets=[5, 1, 16]),
+    "large budgets": CondensedLayout.from_lengths([20], [60], 140, budgets=[130]),
 }
 
 
 def random_layout(rng: random.Random) -> CondensedLayout:
-    """Up to three sequences, empty and one-token parts among them, and maybe a tail."""
+    """Up to three sequences, empty and one-token parts among them, maybe a tail and budgets."""
     count = rng.randrange(1, 4)
     source, target = (
         [rng.choice([0, 1, rng.randrange(2, 200), rng.randrange(2, 40)]) for _ in range(count)]
         for _ in range(2)
     )
     btoks = rng.choice([0, 1, 4, 4, 8, 64])
+    budgets = [rng.randrange(btoks + 1) for _ in source] if rng.random() < 0.4 else None
     rows = sum(source) + sum(target) + count * btoks + rng.choice([0, 0, 5, 140])
     condense = rng.random() < 0.75
-    return CondensedLayout.from_lengths(source, target, btoks, condense, num_rows=rows)
+    return CondensedLayout.from_lengths(
+        source, target, btoks, condense, num_rows=rows, budgets=budgets
+    )
 
 
 def _strided(values: Tensor, way: int) -> Tensor:
@@ -67,7 +72,9 @@ def _differentiated(impl: str, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *
 def _lse(q: Tensor, k: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
     scores = torch.einsum("ihd,jhd->ihj", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
     rows = torch.arange(len(q))
+    begin, stop = layout.row_gap[:, :, None]
     hidden = (rows[None] > rows[:, None]) | (rows[None] < layout.row_first[:, None])
+    hidden |= (rows[None] >= begin) & (rows[None] < stop)
     return (scores * scale).masked_fill(hidden[:, None], -torch.inf).logsumexp(-1)
 
 

@@ -41,6 +41,13 @@ CASES = [  # architecture, dtype, head dim, query and key heads, layout
     (80, BF16, 32, (2, 2), "no sources"),
     (80, FP32, 256, (1, 1), "no sources"),
     (80, FP32, 32, (2, 2), "ragged"),
+    (90, BF16, 128, (6, 1), "budgets"),
+    (90, FP16, 64, (2, 2), "large budgets"),
+    (90, BF16, 80, (2, 2), "large budgets"),
+    (90, BF16, 256, (2, 1), "budgets"),
+    (80, BF16, 128, (2, 2), "budgets"),
+    (80, FP16, 64, (3, 1), "large budgets"),
+    (80, FP32, 32, (2, 2), "budgets"),
 ]
 
 

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -70,14 +71,16 @@ def guarded(monkeypatch):
 
 
 def layout_of(rng, longest):
-    """Up to four sequences, empty and one-token parts among them; K from 0 to 64; maybe a tail."""
+    """Up to four sequences, empty and one-token parts among them; K from 0 to 64; maybe a tail, and
+    maybe a budget each."""
     count = rng.randrange(1, 5)
     source = [rng.choice([0, 1, rng.randrange(2, longest)]) for _ in range(count)]
     target = [rng.choice([0, 1, rng.randrange(2, longest)]) for _ in range(count)]
     btoks = rng.choice([0, 1, 4, rng.randrange(2, 9), 64 if count == 1 else 4])
     rows = sum(source) + sum(target) + count * btoks + rng.choice([0, 0, 0, 5, 140])
+    budgets = [rng.randrange(btoks + 1) for _ in source] if rng.random() < 0.4 else None
     layout = CondensedLayout.from_lengths(
-        source, target, btoks, condense=rng.random() < 0.75, num_rows=rows
+        source, target, btoks, condense=rng.random() < 0.75, num_rows=rows, budgets=budgets
     )
     return layout.to(DEVICE)
 
@@ -190,21 +193,24 @@ def inputs(layout, heads=(4, 2), dim=16, dtype=torch.float32, seed=0):
 def rows_blocks(layout, allowed, groups, block_m, block_n):
     """Blocks of packed rows times keys with a pair that the mask allows, by plain loops."""
     visited = 0
-    for start, first, border, end in layout.bounds.tolist():
-        for begin, stop, key in ((start, border, start), (border, end, first)):
+    for start, first, last, border, end in layout.sequences():
+        apart = last < border  # its range of bottleneck keys is blocks of their own
+        for begin, stop, key in ((start, border, start), (border, end, border if apart else first)):
             for tile in range(begin, stop, TILE):
                 packed = [row for row in range(tile, min(tile + TILE, stop)) for _ in range(groups)]
                 for at in range(0, len(packed), block_m):
                     seen = allowed[packed[at : at + block_m]].any(0).nonzero().flatten().tolist()
-                    visited += len({(j - key) // block_n for j in seen})
+                    visited += len({(j - key) // block_n for j in seen if j >= key})
+                    visited += len({(j - first) // block_n for j in seen if j < key})
     return visited
 
 
 def keys_blocks(layout, allowed, groups, block_m, block_n):
     """The same for dK and dV, whose blocks of rows are counted from a block's first key."""
     visited = 0
-    for start, first, _, end in layout.bounds.tolist():
-        for begin, stop in ((start, first), (first, end)):
+    for start, first, last, border, end in layout.sequences():
+        cuts = [start, first, *([last, border] if last < border else []), end]
+        for begin, stop in pairwise(cuts):
             for tile in range(begin, stop, TILE):
                 for key in range(tile, min(tile + TILE, stop), block_n):
                     keys = slice(key, min(key + block_n, tile + TILE, stop))
@@ -231,6 +237,7 @@ def test_visited_blocks_are_those_with_an_allowed_pair(blocks, monkeypatch):
     layouts = [layout_of(rng, 32) for _ in range(8)]
     layouts.append(CondensedLayout.from_lengths([150, 3], [131, 0], 4))
     layouts.append(CondensedLayout.from_lengths([0, 7], [140, 20], 0, condense=False, num_rows=180))
+    layouts.append(CondensedLayout.from_lengths([9, 5], [150, 20], 70, budgets=[66, 3]))
     for layout in layouts:
         groups = rng.choice([1, 2, 3])
         block_m, block_n = rng.choice([(16, 16), (32, 16), (16, 32), (64, 64)])
