@@ -4,14 +4,21 @@
     loss_i = logsumexp_j(s_ij / tau) - s_ii / tau,    j over the candidates that row i keeps
     loss = mean_i loss_i,    or half the sum of that and of the same over columns of query @ key.T
 
-for M rows, N of them on this rank, each with its key and h negatives. The N x M logits are never
-materialised, nor a graph through them: memory is a few tiles of them plus O((N + M) D). Steps:
+for M rows, N of them on this rank, each with its key and h negatives. Where a row is several
+vectors, s is late interaction instead (late_interaction.py). With hardness beta > 0 negatives weigh
+
+    w_ij = exp(beta s_ij) / mean_j exp(beta s_ij),    loss_i = log(1 + sum_j w_ij exp(..)),
+
+without a gradient of w; the mean, over the negatives that i keeps, is what makes it more than
+another temperature. The N x M logits are never materialised, nor a graph through them: memory is a
+few tiles of them plus O((N + M) D). Steps:
 
     1. agree with the other ranks on shapes and options, so that a mistake raises on all of them
     2. gather keys, negatives and ids in one collective, padded to the largest rank on the way; on
        CUDA this rank's are worked on meanwhile, and where they are large each rank's are a
        broadcast of their own, worked on while the next is under way
-    3. bidirectional: sweep the row tiles for each column's log-sum-exp, combine these over ranks
+    3. bidirectional: sweep the row tiles for each column's log-sum-exp (and that of beta s, and how
+       many negatives it keeps), combine these over ranks
     4. sweep the row tiles for the loss and d logits, which go at once into d query (complete),
        d candidates (this rank's part) and d tau
     5. reduce-scatter d candidates: each rank keeps the sum for its own keys and negatives
@@ -32,6 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .late_interaction import Similarity, computed, similarity, tile_rows
+from .late_interaction import _reference as _maxsim
 from .launch import always, choose, no_triton
 from .ranks import Ranks, agree, is_group, join
 
@@ -48,10 +57,10 @@ def _reference(
     temperature: float | Tensor,
     bidirectional: bool = False,
     margin: float | None = None,
+    hardness: float = 0.0,
 ) -> Tensor:
     """The specification: the loss of each row of a whole batch, [M], dense and in at least fp32."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    s = query.to(dtype) @ key.to(dtype).T
+    s = _dense_scores(query, key)
     own = torch.eye(len(s), dtype=torch.bool, device=s.device)
     same = own if query_ids is None or key_ids is None else query_ids[:, None] == key_ids
 
@@ -59,14 +68,39 @@ def _reference(
         positive = s.diagonal()
         drop = same if margin is None else same | (s > positive[:, None] + margin)
         logits = (s / temperature).masked_fill(drop & ~own, -torch.inf)
+        if hardness:
+            hard = (hardness * s.detach()).masked_fill(drop | own, -torch.inf)
+            kept = (hard > -torch.inf).sum(1, keepdim=True, dtype=s.dtype)
+            weights = hard - (hard.logsumexp(1, keepdim=True) - kept.log())  # their logs
+            logits = logits + weights.masked_fill(drop | own, 0)
         return logits.logsumexp(1) - positive / temperature
 
     columns = direction(s.T, own, same.T) if bidirectional else None
     if negatives is not None:
-        s = torch.cat([s, query.to(dtype) @ negatives.to(dtype).flatten(0, 1).T], 1)
+        s = torch.cat([s, _dense_scores(query, negatives.flatten(0, 1))], 1)
         own, same = (F.pad(mask, (0, s.shape[1] - len(s))) for mask in (own, same))
     rows = direction(s, own, same)
     return rows if columns is None else (rows + columns) / 2
+
+
+def _dense_scores(query: Tensor, key: Tensor) -> Tensor:
+    """[N, M] of rows that are vectors, or several each."""
+    if query.ndim == 3:
+        return _maxsim(query, key)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.to(dtype) @ key.to(dtype).T
+
+
+def _add_products(
+    d: Tensor, _: None, query: Tensor, key: Tensor, d_query: Tensor, d_key: Tensor
+) -> None:
+    d_query.copy_(d @ key)  # a product straight there rounds by how the rows are aligned
+    d_key.addmm_(d.T, query)
+
+
+_PRODUCTS = Similarity(
+    lambda query, key: (query @ key.T, None), lambda query, key: (query * key).sum(1), _add_products
+)
 
 
 class Call(NamedTuple):
@@ -83,6 +117,7 @@ class Call(NamedTuple):
     group: dist.ProcessGroup | Literal["local"] | None = None
     deterministic: bool = True
     impl: str = "auto"
+    hardness: float = 0.0
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -111,14 +146,16 @@ class LossAndGrad(NamedTuple):
 class _Batch:
     """This rank's N rows, by tiles of c, against the E = 1 + h candidates of each of all M rows."""
 
-    def __init__(self, call: Call, ranks: Ranks) -> None:
+    def __init__(self, call: Call, ranks: Ranks, impl: str = "chunked") -> None:
         self.call, self.ranks = call, ranks
+        late = call.query.ndim == 3  # rows below are [K, D], candidates' [L, D]
+        self.similarity = similarity(impl) if late else _PRODUCTS
         dtype = torch.promote_types(call.query.dtype, torch.float32)
         key = call.key[:, None]  # [N, 1, D]
         shard = key if call.negatives is None else torch.cat([key, call.negatives], 1)  # [N, E, D]
-        self.query = call.query.to(dtype)  # [N, D]
+        self.query = computed(call.query, impl)  # [N, D]
         shards, *ids = ranks.shards(shard, *(() if call.key_ids is None else (call.key_ids,)))
-        self.candidates = join(shards).to(dtype)  # [M, E, D]
+        self.candidates = computed(join(shards), impl)  # [M, E, D]
         self.key_ids = join(ids[0]) if ids else None  # [M]
         tau = call.temperature
         if not isinstance(tau, Tensor):  # filled in there: a copy would have the host wait
@@ -126,12 +163,16 @@ class _Batch:
         tau = tau.to(call.query.device, dtype)
         self.tau, self.scale = tau.reshape(()), 1 / tau.reshape(())
         logits = _TILE_LOGITS * (16 if call.query.device.type == "cuda" else 1)
-        height = max(1, logits // self.candidates.shape[:2].numel())
+        columns = self.candidates.shape[:2].numel()
+        height = max(1, logits // columns)
+        if late:
+            height = min(height, tile_rows(self.query, columns))
         self.tiles = [slice(at, at + height) for at in range(0, len(self.query), height)]
 
-    def similarity(self, rows: slice, candidates: Tensor) -> Tensor:
-        products = self.query[rows] @ candidates.flatten(0, 1).T  # candidates: [M, E, D]
-        return products.unflatten(1, candidates.shape[:2])  # [c, M, E]
+    def scores(self, rows: slice, candidates: Tensor) -> tuple[Tensor, Any]:
+        """A tile [c, M, E] of candidates [M, E, D], and what its gradient needs."""
+        s, kept = self.similarity.scores(self.query[rows], candidates.flatten(0, 1))
+        return s.unflatten(1, candidates.shape[:2]), kept
 
     def positives(self, tile: Tensor, rows: slice) -> Tensor:
         """The entries of a tile [c, M, E] where rows meet their own keys, a view [c]."""
@@ -148,6 +189,18 @@ class _Batch:
         self.positives(logits, rows).zero_()
         return logits
 
+    def hard(self, shift: Tensor, logits: Tensor, rows: slice) -> Tensor:
+        """beta (s - s of the positive) [c, M, E], -inf at the positives and where dropped."""
+        hard = (shift * self.call.hardness).masked_fill_(logits == -torch.inf, -torch.inf)
+        self.positives(hard, rows).fill_(-torch.inf)
+        return hard
+
+    def weigh(self, logits: Tensor, hard: Tensor, log_mean: Tensor, rows: slice) -> Tensor:
+        """The logits with the negatives' weights, in place."""
+        logits += hard - log_mean
+        self.positives(logits, rows).zero_()
+        return logits
+
 
 def _dense(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
     """`_reference` of the whole batch on every rank alike, so that gradients need no exchange."""
@@ -155,7 +208,8 @@ def _dense(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
     inputs = (ranks.gather(batch.query), batch.candidates, batch.tau)
     query, shards, tau = (t.detach().requires_grad_(with_grad) for t in inputs)
     ids = None if call.query_ids is None else ranks.gather(call.query_ids), batch.key_ids
-    options: Any = {"temperature": tau, "bidirectional": call.bidirectional, "margin": call.margin}
+    names = ("bidirectional", "margin", "hardness")
+    options: Any = {"temperature": tau} | {name: getattr(call, name) for name in names}
     with torch.set_grad_enabled(with_grad):
         losses = ranks.weight * _reference(query, shards[:, 0], shards[:, 1:], *ids, **options)
         loss, total = losses[ranks.own].sum(), losses.sum()
@@ -167,28 +221,55 @@ def _dense(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
     return [loss.detach(), d_query[ranks.own], d_own[:, 0], d_own[:, 1:], d_tau]
 
 
-def _chunked(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
-    """Three products a tile with gradients, one more where bidirectional."""
-    batch = _Batch(call, ranks)
+def _log_mean(log_sum: Tensor, log_count: Tensor) -> Tensor:
+    """Of what is summed; 0 where there is nothing, which weighs nothing."""
+    return (log_sum - log_count).masked_fill_(log_count == -torch.inf, 0.0)
+
+
+def _columns(batch: _Batch, anchor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Over all ranks' rows: log-sum-exps of columns [M, 1], log means of exp(beta s) [M, 1]."""
+    hardness = batch.call.hardness
+    sums = anchor.new_full((len(anchor), 3 if hardness else 1), -torch.inf)
+    for rows in batch.tiles:
+        shift = batch.scores(rows, batch.candidates[:, :1])[0] - anchor  # [c, M, 1]
+        logits = batch.logits(shift, rows)
+        if hardness:  # the mean is not known yet: sums of negatives alone, to be weighed by it
+            hard = batch.hard(shift, logits, rows)
+            counted = torch.zeros_like(hard).masked_fill_(hard == -torch.inf, -torch.inf)
+            logits = torch.cat([logits + hard, hard, counted], 2)  # [c, M, 3]
+        sums = torch.logaddexp(sums, logits.logsumexp(0))
+    sums = batch.ranks.logsumexp(sums)
+    if not hardness:
+        return sums, None
+    negatives, hard, counted = sums.split(1, 1)
+    log_mean = _log_mean(hard, counted)
+    return torch.logaddexp(negatives - log_mean, torch.zeros_like(log_mean)), log_mean
+
+
+def _chunked(call: Call, ranks: Ranks, with_grad: bool, impl: str = "chunked") -> list[Tensor]:
+    """Scores and two gradients a tile, scores once more where bidirectional."""
+    batch = _Batch(call, ranks, impl)
     query, candidates = batch.query, batch.candidates.flatten(0, 1)  # [N, D], [M E, D]
     directions = 2 if call.bidirectional else 1
-    loss, d_scale = query.new_zeros(()), query.new_zeros(())
+    loss, d_scale = batch.tau.new_zeros(()), batch.tau.new_zeros(())
     if call.bidirectional:
-        positives = (query * batch.candidates[ranks.own, 0]).sum(1, keepdim=True)  # [N, 1]
-        anchor = ranks.gather(positives)  # [M, 1]
-        column_lse = torch.full_like(anchor, -torch.inf)  # [M, 1]
-        for rows in batch.tiles:
-            shift = batch.similarity(rows, batch.candidates[:, :1]) - anchor  # [c, M, 1]
-            column_lse = torch.logaddexp(column_lse, batch.logits(shift, rows).logsumexp(0))
-        column_lse = ranks.logsumexp(column_lse)
+        positives = batch.similarity.pairs(query, batch.candidates[ranks.own, 0])  # [N]
+        anchor = ranks.gather(positives[:, None])  # [M, 1]
+        column_lse, column_mean = _columns(batch, anchor)
         loss += column_lse[ranks.own].sum()
     if with_grad:
-        d_query, d_candidates = torch.empty_like(query), torch.zeros_like(candidates)
+        d_query = torch.empty_like(query, dtype=loss.dtype)
+        d_candidates = torch.zeros_like(candidates, dtype=loss.dtype)
 
     for rows in batch.tiles:
-        s = batch.similarity(rows, batch.candidates)  # [c, M, E]
+        s, kept = batch.scores(rows, batch.candidates)  # [c, M, E]
         shift = s - batch.positives(s, rows)[:, None, None]
         logits = batch.logits(shift, rows)
+        if call.hardness:
+            hard = batch.hard(shift, logits, rows)
+            count = (hard > -torch.inf).sum((1, 2), keepdim=True, dtype=hard.dtype)  # [c, 1, 1]
+            mean = _log_mean(hard.logsumexp((1, 2), keepdim=True), count.log())
+            logits = batch.weigh(logits, hard, mean, rows)
         lse = logits.logsumexp((1, 2), keepdim=True)  # [c, 1, 1]
         loss += lse.sum()
         if not with_grad:
@@ -197,13 +278,18 @@ def _chunked(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
         d_scale += (d_logits * shift).sum()  # not s: it would cancel
         if call.bidirectional:
             shift = s[..., :1] - anchor
-            d_columns = batch.logits(shift, rows).sub_(column_lse).exp_()  # [c, M, 1]
+            d_columns = batch.logits(shift, rows)
+            if column_mean is not None:
+                hard = batch.hard(shift, d_columns, rows)
+                d_columns = batch.weigh(d_columns, hard, column_mean, rows)
+            d_columns = d_columns.sub_(column_lse).exp_()  # [c, M, 1]
             d_scale += (d_columns * shift).sum()
             d_logits[..., :1] += d_columns
         batch.positives(d_logits, rows).sub_(directions)
         d_products = d_logits.mul_(batch.scale).flatten(1)  # [c, M E]
-        d_query[rows] = d_products @ candidates
-        d_candidates.addmm_(d_products.T, query[rows])
+        batch.similarity.differentiate(
+            d_products, kept, query[rows], candidates, d_query[rows], d_candidates
+        )
 
     results = [loss]
     if with_grad:
@@ -216,11 +302,15 @@ def _chunked(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
 def _run(call: Call, plan: _Plan) -> tuple[Tensor, list[Tensor | None]]:
     """The loss and the gradients of `call.inputs`, in at least fp32; none where not wanted."""
     ranks, with_grad, impl = plan
-    path = _dense if impl == "reference" else _chunked
-    if impl == "triton":
-        from .contrastive_loss_triton import fused as path  # at the first call only
     with torch.autocast(call.query.device.type, enabled=False):  # it would round the products
-        loss, *gradients = path(call, ranks, with_grad)
+        if impl == "reference":
+            loss, *gradients = _dense(call, ranks, with_grad)
+        elif impl == "triton" and call.query.ndim == 2:
+            from .contrastive_loss_triton import fused  # at the first call only
+
+            loss, *gradients = fused(call, ranks, with_grad)
+        else:
+            loss, *gradients = _chunked(call, ranks, with_grad, impl)
     pairs = zip(call.inputs, gradients, strict=False)
     return loss, [d.reshape(x.shape) if isinstance(x, Tensor) else None for x, d in pairs]
 
@@ -252,6 +342,7 @@ def contrastive_loss(
     group: dist.ProcessGroup | Literal["local"] | None = None,
     deterministic: bool = True,
     impl: str = "auto",
+    hardness: float = 0.0,
 ) -> Tensor:
     """InfoNCE (arXiv 1807.03748) of this rank's queries against all ranks' keys and negatives.
 
@@ -260,12 +351,16 @@ def contrastive_loss(
     whole batch, and the mean of their gradients of a parameter is its gradient, if all scale the
     result alike. A rank's d key is the derivative of the sum of all ranks' results.
 
+    Rows of several vectors are compared by late interaction, `btok.kernels.maxsim`: s_ij is the
+    mean over query i's tokens of each one's best product with a token of key j.
+
     Args:
-        query, key: [N, D], one floating dtype, taken as they are (not normalised here); key i is
-            query i's positive. N may differ between ranks and be 0 on some.
+        query, key: [N, D] both, or [N, K, D] and [N, L, D]; one floating dtype, taken as they are
+            (not normalised here); key i is query i's positive. N may differ between ranks and be 0
+            on some.
         temperature: tau > 0, a float or a differentiable tensor of one element (value not checked).
-        negatives: [N, h, D], h equal on all ranks. Candidates of every query of every rank; not
-            masked by id, absent from the column direction.
+        negatives: [N, h, D] or [N, h, L, D], h equal on all ranks. Candidates of every query of
+            every rank; not masked by id, absent from the column direction.
         query_ids, key_ids: int64 [N], both or neither. Where query_ids[i] == key_ids[j] and j != i,
             key j and query i are dropped from each other's candidates.
         bidirectional: half the sum of query to key and key to query.
@@ -274,9 +369,14 @@ def contrastive_loss(
         group: the ranks that share candidates. None: all ranks where torch.distributed is
             initialised, else this process; "local": this process alone.
         deterministic: the same bits on every run; each `impl` of this version gives them anyway.
-        impl: "triton" (CUDA, fp16, bf16 or fp32; `launch.contrastive_chunk` picks one of its two
-            ways), "chunked", "reference" (dense, the whole batch on every rank) or "auto": triton
-            where it can run on CUDA, else chunked.
+        impl: "triton" (CUDA, fp16, bf16 or fp32; of vectors `launch.contrastive_chunk` picks one of
+            its two ways, of several a row it is chunked with Triton's scores and gradients),
+            "chunked", "reference" (dense, the whole batch on every rank) or "auto": triton where it
+            can run on CUDA, else chunked.
+        hardness: beta >= 0, in units of 1 / s (arXiv 2010.04592). Negative j of row i weighs
+            exp(beta s_ij) over the mean of that over the negatives which row i keeps, as a
+            constant: loss_i = log(1 + sum_j w_ij exp((s_ij - s_ii) / tau)); in the column direction
+            over the column's. "triton" of vectors takes 0 alone.
 
     Returns:
         [] in at least fp32: the sum of this rank's row losses, times W / M for M rows in all.
@@ -286,7 +386,7 @@ def contrastive_loss(
         ValueError: a wrong shape or value, a difference between ranks, no rows on any rank.
         RuntimeError: an `impl` that cannot run here.
     """
-    options = (query_ids, key_ids, bidirectional, margin, group, deterministic, impl)
+    options = (query_ids, key_ids, bidirectional, margin, group, deterministic, impl, hardness)
     call = Call(query, key, temperature, negatives, *options)
     tensors = [x for x in call.inputs if isinstance(x, Tensor)]
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -300,7 +400,7 @@ def contrastive_loss_and_grad(query: Tensor, key: Tensor, **options: Any) -> Los
         query, key, options: those of `contrastive_loss`.
 
     Returns:
-        LossAndGrad: loss [], d_query and d_key [N, D], d_negatives [N, h, D], d_temperature.
+        LossAndGrad: loss [], d_query, d_key and d_negatives in the inputs' shapes, d_temperature.
 
     Raises: as `contrastive_loss`.
     """
@@ -327,13 +427,17 @@ def _meet(call: Call, with_grad: bool) -> _Plan:
 def _check(call: Call) -> dict[str, Any]:
     """Refuse bad arguments; return what must be equal on all ranks."""
     name, query, tau, margin = "contrastive_loss", call.query, call.temperature, call.margin
-    if not isinstance(query, Tensor) or query.ndim != 2 or not query.is_floating_point():
+    if not isinstance(query, Tensor) or query.ndim not in (2, 3) or not query.is_floating_point():
         had = f"{query.dtype} {list(query.shape)}" if isinstance(query, Tensor) else type(query)
-        raise TypeError(f"{name}: query is {had}, expected a floating-point tensor [N, D]")
-    rows, columns = query.shape
+        expected = "a floating-point tensor [N, D] or [N, K, D]"
+        raise TypeError(f"{name}: query is {had}, expected {expected}")
+    rows, columns = len(query), query.shape[-1]
+    tokens: tuple[int | str, ...] = () if query.ndim == 2 else ("L",)
+    if query.ndim == 3 and isinstance(call.key, Tensor) and call.key.ndim == 3:
+        tokens = (call.key.shape[1],)  # of the negatives too
     for label, tensor, dtype, shape in (
-        ("key", call.key, query.dtype, (rows, columns)),
-        ("negatives", call.negatives, query.dtype, (rows, "h", columns)),
+        ("key", call.key, query.dtype, (rows, *tokens, columns)),
+        ("negatives", call.negatives, query.dtype, (rows, "h", *tokens, columns)),
         ("query_ids", call.query_ids, torch.int64, (rows,)),
         ("key_ids", call.key_ids, torch.int64, (rows,)),
     ):
@@ -344,9 +448,13 @@ def _check(call: Call) -> dict[str, Any]:
             raise TypeError(f"{name}: {label} is {had}, expected {dtype}")
         if tensor.device != query.device:
             raise TypeError(f"{name}: {label} is on {tensor.device}, query on {query.device}")
-        if tensor.ndim != len(shape) or tensor.shape[0] != rows or tensor.shape[-1] != shape[-1]:
+        sizes = zip(tensor.shape, shape, strict=False)
+        if tensor.ndim != len(shape) or any(n not in (size, "h") for size, n in sizes):
             expected = f"[{', '.join(map(str, shape))}] for query {list(query.shape)}"
             raise ValueError(f"{name}: {label} is {list(tensor.shape)}, expected {expected}")
+    if query.ndim == 3 and 0 in (*query.shape[1:], *tokens):
+        had = f"{query.shape[1]} and {tokens[0]} tokens of D {columns}"
+        raise ValueError(f"{name}: query and key have {had}, expected at least 1 of each")
     if (call.query_ids is None) != (call.key_ids is None):
         missing = "query_ids" if call.query_ids is None else "key_ids"
         raise ValueError(f"{name}: {missing} is None, expected query_ids and key_ids or neither")
@@ -360,10 +468,14 @@ def _check(call: Call) -> dict[str, Any]:
         raise ValueError(f"{name}: temperature is {tau!r}, expected a finite number above 0")
     if margin is not None and not (isinstance(margin, int | float) and math.isfinite(margin)):
         raise ValueError(f"{name}: margin is {margin!r}, expected a finite number or None")
+    hardness = call.hardness
+    if not (isinstance(hardness, int | float) and 0 <= hardness < math.inf):
+        had = f"{name}: hardness is {hardness!r}"
+        raise ValueError(f"{had}, expected a finite number, 0 or more")
     if call.group not in (None, "local") and not is_group(call.group):
         raise ValueError(f"{name}: group is {call.group!r}, expected a group, 'local' or None")
     reasons = {
-        "triton": lambda: no_triton(query.device, query.dtype),
+        "triton": lambda: no_triton(query.device, query.dtype) or _unweighted(call),
         "chunked": always,
         "reference": always,
     }
@@ -372,10 +484,20 @@ def _check(call: Call) -> dict[str, Any]:
         "device": query.device.type,
         "dtype": query.dtype,
         "D": columns,
+        "K": query.shape[1] if tokens else None,
+        "L": tokens[0] if tokens else None,
         "h": None if call.negatives is None else call.negatives.shape[1],
         "query_ids": None if call.query_ids is None else "given",
         "temperature": "a tensor" if isinstance(tau, Tensor) else tau,
         "bidirectional": call.bidirectional,
         "margin": margin,
+        "hardness": hardness,
         "impl": choose(name, call.impl, reasons, order),
     }
+
+
+def _unweighted(call: Call) -> str | None:
+    """Why the kernels of the loss itself cannot run; None where they can or are not needed."""
+    if call.query.ndim == 3 or not call.hardness:
+        return None
+    return f"hardness is {call.hardness}, and its kernels weigh all negatives of vectors alike"

@@ -260,7 +260,7 @@ def _blocks(warps: int, stages: int, **blocks: int) -> dict[str, int]:
 
 # By kernel and bytes of an element: tiles whose loops copy two steps ahead, let no two warps make
 # the same products, spill nothing and fit the 99 KiB of shared memory that sm_86, 89 and 120 have.
-# The last four share BLOCK_M, the width of a tile of candidates.
+# Sums to d_candidates share BLOCK_M, the width of a tile of candidates.
 _CONTRASTIVE: dict[tuple[str, int], dict[str, int]] = {
     ("rows", 2): _blocks(4, 1, N=2, M=512),
     ("rows", 4): _blocks(4, 1, N=2, M=512),
@@ -274,6 +274,13 @@ _CONTRASTIVE: dict[tuple[str, int], dict[str, int]] = {
     ("d_query", 4): _blocks(8, 3, N=64, M=64, K=32, D=64),
     ("d_candidates", 2): _blocks(8, 3, M=128, K=64, D=128),
     ("d_candidates", 4): _blocks(8, 3, M=64, K=32, D=64),
+    # of late interaction, whose forward holds a maximum and its token beside the scores
+    ("maxima", 2): _blocks(8, 3, N=128, M=64, D=64),
+    ("maxima", 4): _blocks(8, 3, N=64, M=64, D=32),
+    ("d_query_tokens", 2): _blocks(8, 3, N=128, K=64, D=128),
+    ("d_query_tokens", 4): _blocks(8, 3, N=64, K=32, D=64),
+    ("d_key_tokens", 2): _blocks(8, 3, M=128, K=64, D=128),
+    ("d_key_tokens", 4): _blocks(8, 3, M=64, K=32, D=64),
 }
 # sm_100 and 103 read a tile of scores back from tensor memory, which takes more registers
 _CONTRASTIVE_100 = _CONTRASTIVE | {("sums", 2): _blocks(8, 3, N=64, M=128, D=64)}
@@ -284,6 +291,9 @@ _CONTRASTIVE_INTERPRETED = {  # small, so that short tests have many tiles
     "d_logits": _blocks(1, 1, N=16, M=16, D=16),
     "d_query": _blocks(1, 1, N=16, M=16, K=8, D=16),
     "d_candidates": _blocks(1, 1, M=16, K=8, D=16),
+    "maxima": _blocks(1, 1, N=16, M=16, D=16),
+    "d_query_tokens": _blocks(1, 1, N=16, K=8, D=16),
+    "d_key_tokens": _blocks(1, 1, M=16, K=8, D=16),
 }
 
 
