@@ -6,6 +6,7 @@ scored on a public benchmark.
     python -m btok index INDEX [--build IVF_PQ]
     python -m btok export CHECKPOINT OUT
     python -m btok check-server URL CHECKPOINT
+    python -m btok mine CHECKPOINT PAIRS.jsonl --output HARD.jsonl [--count 4] [--ranks 10 100]
     python -m btok eval CHECKPOINT mmeb-v2 --data DIR [--tasks V-RET,DocVQA] [--output SCORES]
 
 Images, text files (.txt, .md, source code, ...; their first 8,192 characters) and, with the extras
@@ -40,6 +41,7 @@ from btok.tools.evaluate import Evaluate, evaluate
 from btok.tools.export import export
 from btok.tools.folder import as_input, list_files, said_of_recall, update
 from btok.tools.gguf import export_gguf
+from btok.tools.mine import Mine, mine
 from btok.tools.rows import item_name
 from btok.tools.sinks import is_index
 from btok_kernels.ranks import rank
@@ -163,6 +165,7 @@ Command = (
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[CheckServer, tyro.conf.subcommand("check-server")]
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
+    | Annotated[Mine, tyro.conf.subcommand("mine")]
 )
 
 
@@ -207,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def run(command: Encode | Describe | Export | CheckServer | Evaluate) -> int:
+def run(command: Encode | Describe | Export | CheckServer | Evaluate | Mine) -> int:
     """Bring the index up to date and, for a search, print what is nearest; or one of the others.
 
     Returns:
@@ -223,6 +226,8 @@ def run(command: Encode | Describe | Export | CheckServer | Evaluate) -> int:
         return 0 if right else 1
     if isinstance(command, Evaluate):
         evaluate(command)
+    elif isinstance(command, Mine):
+        mine(command)
     elif isinstance(command, Export):
         if command.checkpoint.suffix == ".gguf":
             export_gguf(command.checkpoint, command.out)
