@@ -174,7 +174,7 @@ class Contestants:
                 total = total + ntp.detach()
             loss.backward()
         weighted = contrastive.detach() + self.recipe.ntp_weight * total
-        return Losses(weighted, contrastive.detach(), total)
+        return Losses(weighted, contrastive.detach(), total, torch.zeros_like(total))
 
     def see(self, sides: Sequence[Mapping[str, Any]]) -> Tensor:
         """Vision features of the sides' images, [tokens, D]."""

@@ -7,7 +7,7 @@ bottleneck tokens and the `model_type` of the backbone that they belong to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vision_positions": get_args(VisionPositions),
     "ntp_reduction": get_args(NtpReduction),
 }
+TRAINED = ("budgets", "dims", "multi_vector")  # what a checkpoint was trained for besides
 
 
 def check_choice(where: str, name: str, value: str, allowed: Sequence[str]) -> None:
@@ -45,9 +46,15 @@ class BTokConfig:
         vision_positions: "mrope", or "text": every token, of images too, is one position after the
             one before it, as VLM2Vec-V2's public checkpoint was trained.
         ntp_reduction: "sample_mean" (mean over samples of each one's token mean) or "token_mean".
+        budgets: numbers of bottleneck tokens, the first ones, that it was trained to embed with
+            too, rising up to K; empty for K alone.
+        dims: numbers of components, the first ones, that it was trained to embed in, rising; empty
+            for all alone.
+        multi_vector: its bottleneck rows were trained as vectors of their own (late interaction).
 
     Raises:
-        ValueError: a setting that is none of its choices; K = 0 and pooling "btok".
+        ValueError: a setting that is none of its choices; K = 0 and pooling "btok"; budgets and
+            dims as above, or without bottleneck rows to pool.
     """
 
     btok_token_ids: Sequence[int]
@@ -55,6 +62,9 @@ class BTokConfig:
     target_positions: TargetPositions = "reference"
     vision_positions: VisionPositions = "mrope"
     ntp_reduction: NtpReduction = "sample_mean"
+    budgets: Sequence[int] = ()
+    dims: Sequence[int] = ()
+    multi_vector: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "btok_token_ids", tuple(map(int, self.btok_token_ids)))
@@ -62,6 +72,29 @@ class BTokConfig:
             check_choice("BTokModel", name, getattr(self, name), allowed)
         if self.pooling == "btok" and not self.btok_token_ids:
             raise ValueError("BTokModel: with K = 0 use pooling='last' or 'mean', not 'btok'")
+        for name in ("budgets", "dims"):
+            numbers = tuple(map(int, getattr(self, name)))
+            object.__setattr__(self, name, numbers)
+            if numbers != tuple(sorted({n for n in numbers if n > 0})):
+                raise ValueError(f"BTokModel: {name} is {numbers}, expected rising numbers above 0")
+        number = len(self.btok_token_ids)
+        if self.budgets and self.budgets[-1] != number:
+            raise ValueError(
+                f"BTokModel: budgets is {self.budgets}, expected numbers up to num_btoks, {number}"
+            )
+        if self.pooling != "btok" and (self.budgets or self.multi_vector):
+            raise ValueError(
+                f"BTokModel: pooling is {self.pooling!r}, expected 'btok' with budgets or "
+                "multi_vector"
+            )
+
+    def with_btoks(self, number: int) -> BTokConfig:
+        """The same with its first bottleneck tokens alone, of a number it was trained for."""
+        if number not in (*self.budgets, len(self.btok_token_ids)):
+            trained = ", ".join(map(str, self.budgets or (len(self.btok_token_ids),)))
+            raise ValueError(f"BTokModel: num_btoks is {number}, it was trained for {trained}")
+        budgets = [budget for budget in self.budgets if budget <= number]
+        return replace(self, btok_token_ids=self.btok_token_ids[:number], budgets=budgets)
 
     @classmethod
     def load(
@@ -72,8 +105,8 @@ class BTokConfig:
         Args:
             name_or_path: its folder or hub id.
             architecture: the `model_type` of its backbone.
-            num_btoks: K that it must have; None for its own.
-            asked: settings that it must have, None for its own; `ntp_reduction` may be another.
+            num_btoks: K that it must have, or one of its budgets; None for its own.
+            asked: settings that it must have, None for its own; those of training may be others.
 
         Raises:
             TypeError: a setting that there is none of.
@@ -81,9 +114,10 @@ class BTokConfig:
                 another format, or of another backbone.
         """
         for name, value in asked.items():
-            if name not in CHOICES:
-                raise TypeError(f"BTokModel: {name} is no setting, expected {', '.join(CHOICES)}")
-            if value is not None:
+            if name not in (*CHOICES, *TRAINED):
+                expected = ", ".join((*CHOICES, *TRAINED))
+                raise TypeError(f"BTokModel: {name} is no setting, expected {expected}")
+            if value is not None and name in CHOICES:
                 check_choice("BTokModel", name, value, CHOICES[name])
         saved = read_json(name_or_path, CONFIG_NAME)
         if not saved:
@@ -95,14 +129,21 @@ class BTokConfig:
             "format_version": "use the btok that wrote it",
             "architecture": f"its {CONFIG_NAME} is of another checkpoint",
         }
+        if known["budgets"]:
+            hints["num_btoks"] = f"it was trained for {', '.join(map(str, known['budgets']))}"
         for name, value in must.items():
             had = known.get(name, saved.get(name))
-            if value is not None and value != had and name != "ntp_reduction":
+            if name == "num_btoks" and value in known["budgets"]:
+                continue
+            if value is not None and value != had and name not in ("ntp_reduction", *TRAINED):
                 raise ValueError(
                     f"BTokModel: {name} is {value!r}, but {name_or_path} was saved with {had!r}; "
                     + hints.get(name, "ask for that or leave it out")
                 )
-        return cls(**known | {name: value for name, value in asked.items() if value is not None})
+        found = cls(**known)
+        if num_btoks is not None:
+            found = found.with_btoks(num_btoks)
+        return replace(found, **{name: value for name, value in asked.items() if value is not None})
 
     def save(self, folder: str | Path, architecture: str) -> None:
         """Write `btok_config.json` for a backbone of a `model_type`."""

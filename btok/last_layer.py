@@ -57,7 +57,7 @@ def _pooled_rows(
 ) -> Tensor:
     """A decoder layer for the last rows of each sequence: [1, T, D] -> [1, N * R, D]."""
     attention = layer.self_attn
-    ends = layout.bounds[:, 3:].long()
+    ends = layout.bounds[:, 3:4].long()
     rows = (ends + torch.arange(-num_rows, 0)).flatten()
     rows = on_device(rows, hidden.device)  # [N * R]
     cos, sin = (t[0][:, None] for t in position_embeddings)  # [T, 1, head dim]

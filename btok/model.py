@@ -39,10 +39,15 @@ class BTokOutput(NamedTuple):
         embeddings: [N, D], unit norm, at least fp32; empty for a batch packed without bottleneck
             tokens, which a model that pools them cannot embed.
         ntp_loss: scalar, at least fp32, by the model's `ntp_reduction`; None without labels.
+        rows: [N, K, D], at least fp32, the bottleneck rows, whose mean at length 1 is the
+            embedding; None where another row is pooled.
+        reconstruction_loss: as `ntp_loss`, of the texts that are restored.
     """
 
     embeddings: Tensor
     ntp_loss: Tensor | None
+    rows: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
 
 
 class BTokModel(nn.Module):
@@ -222,12 +227,18 @@ class BTokModel(nn.Module):
             batch: from `btok.packing.pack` with this model's settings, on the model's device.
             generate: False leaves that score out; target rows are run all the same.
         """
-        if rows := self._pooled_rows(batch):
-            pooled = self.hidden_states(batch, rows).unflatten(0, (len(batch), rows))
-            return BTokOutput(F.normalize(at_least_fp32(pooled).mean(1), dim=-1), None)
-        hidden = self.hidden_states(batch)
-        ntp_loss = self._ntp_loss(hidden, batch) if generate else None
-        return BTokOutput(self._pool(hidden, batch), ntp_loss)
+        if count := self._pooled_rows(batch):
+            pooled = self.hidden_states(batch, count).unflatten(0, (len(batch), count))
+            ntp_loss = restored = None
+        else:
+            hidden = self.hidden_states(batch)
+            ntp_loss, restored = self._label_losses(hidden, batch) if generate else (None, None)
+            if self.settings.pooling != "btok" or not batch.btok_rows.shape[1]:
+                return BTokOutput(self._pool(hidden, batch), ntp_loss, None, restored)
+            pooled = hidden[batch.btok_rows]
+        rows = at_least_fp32(pooled)
+        of_btoks = rows if self.settings.pooling == "btok" else None
+        return BTokOutput(F.normalize(rows.mean(1), dim=-1), ntp_loss, of_btoks, restored)
 
     def hidden_states(self, batch: PackedBatch, last_rows: int | None = None) -> Tensor:
         """The language model's states after its final norm, [T, D]; or with `last_rows` = R, for
@@ -292,20 +303,26 @@ class BTokModel(nn.Module):
         """[3, 1, T], or [1, T] where there is one axis."""
         if self.settings.vision_positions == "text":
             rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
-            for start, _, _, end in batch.layout.bounds.tolist():
+            for start, _, _, _, end in batch.layout.sequences():
                 rows[start:end] -= start
             return rows[None]
         return batch.position_ids[:, None] if self.family.mrope else batch.position_ids[:1]
 
     def ntp_count(self, batch: PackedBatch) -> int:
         """What `ntp_loss` is a mean over: the weight of a batch's loss beside other batches'."""
-        return (
-            batch.num_targets if self.settings.ntp_reduction == "sample_mean" else len(batch.labels)
-        )
+        if self.settings.ntp_reduction == "sample_mean":
+            return batch.num_targets
+        return len(batch.labels) - batch.num_restored_labels
+
+    def reconstruction_count(self, batch: PackedBatch) -> int:
+        """What `reconstruction_loss` is a mean over, as `ntp_count`."""
+        if self.settings.ntp_reduction == "sample_mean":
+            return batch.num_restored
+        return batch.num_restored_labels
 
     def _pooled_rows(self, batch: PackedBatch) -> int:
         """How many rows per sample the last layer is enough for; 0 for all of them."""
-        _, _, border, end = batch.layout.bounds.unbind(1)
+        border, end = batch.layout.bounds[:, 2], batch.layout.bounds[:, 3]
         config = self.backbone.config
         vision = self.family.vision  # whose levels go onto as many layers' outputs
         levels = vision.num_levels(config.vision_config) if vision else 0
@@ -320,27 +337,36 @@ class BTokModel(nn.Module):
         return {"btok": batch.btok_rows.shape[1], "last": 1, "mean": 0}[self.settings.pooling]
 
     def _pool(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        if self.settings.pooling == "btok" and not batch.btok_rows.shape[1]:
+        """Embeddings of other rows than the bottleneck's."""
+        if self.settings.pooling == "btok":  # packed without them
             return hidden.new_empty(0, hidden.shape[1])
-        if self.settings.pooling == "btok":
-            return F.normalize(at_least_fp32(hidden[batch.btok_rows]).mean(1), dim=-1)
-        bounds = batch.layout.bounds.tolist()
+        bounds = batch.layout.sequences()
         if self.settings.pooling == "last":
-            pooled = at_least_fp32(hidden[[border - 1 for _, _, border, _ in bounds]])
+            pooled = at_least_fp32(hidden[[border - 1 for _, _, _, border, _ in bounds]])
         else:
-            means = [at_least_fp32(hidden[start:border]).mean(0) for start, _, border, _ in bounds]
+            means = [at_least_fp32(hidden[s:border]).mean(0) for s, _, _, border, _ in bounds]
             pooled = torch.stack(means)
         return F.normalize(pooled, dim=-1)
 
-    def _ntp_loss(self, hidden: Tensor, batch: PackedBatch) -> Tensor | None:
-        if not batch.num_targets:
-            return None
+    def _label_losses(
+        self, hidden: Tensor, batch: PackedBatch
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of what is generated and of what is restored."""
+        if not len(batch.labels):
+            return None, None
         losses = label_losses(self.backbone.lm_head, hidden[batch.label_rows], batch.labels)
-        if self.settings.ntp_reduction == "token_mean":
-            return losses.mean()
-        counts = torch.zeros(len(batch), device=losses.device)
-        counts.index_add_(0, batch.label_samples, torch.ones_like(losses, dtype=counts.dtype))
-        return (losses / counts[batch.label_samples]).sum() / batch.num_targets
+        if self.settings.ntp_reduction == "sample_mean":
+            counts = torch.zeros(len(batch), device=losses.device)
+            counts.index_add_(0, batch.label_samples, torch.ones_like(losses, dtype=counts.dtype))
+            losses = losses / counts[batch.label_samples]
+        generated, restored = self.ntp_count(batch), self.reconstruction_count(batch)
+        if not restored:
+            return losses.sum() / generated, None
+        # not picked out by the mask: the host would wait to learn how many they are
+        again = torch.where(batch.restored, losses, 0).sum() / restored
+        if not generated:
+            return None, again
+        return torch.where(batch.restored, 0, losses).sum() / generated, again
 
 
 def shared_weights(module: nn.Module) -> list[list[str]]:

@@ -2,13 +2,14 @@
 
 A sample is a pair (source, target) of mappings as a processor returns them for one sample:
 `input_ids`, and what it shows (`btok/vision.py`). Target is None for a sample that is only
-embedded.
+embedded. A target with `masked`, bool of its tokens, is a text to be restored: these are not shown,
+and they alone count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,10 @@ class PackedBatch:
         btok_rows: int64 [N, K], the rows of each sample's bottleneck tokens.
         label_rows, labels, label_samples: int64 [R], the rows that predict a counted target token,
             those tokens, and the samples they belong to.
-        num_targets: samples that have at least one label.
+        num_targets: samples that have at least one label, not counting those restored.
         vision: what each side shows, in row order; joined where it is moved.
+        restored: bool [R], labels of a text to be restored; empty where there is none.
+        num_restored, num_restored_labels: such samples, and their labels.
     """
 
     input_ids: Tensor
@@ -47,6 +50,9 @@ class PackedBatch:
     label_samples: Tensor
     num_targets: int
     vision: tuple[Vision, ...] = ()
+    restored: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    num_restored: int = 0
+    num_restored_labels: int = 0
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -70,6 +76,8 @@ def pack(
     backbone_config: Any,
     target_positions: str = "reference",
     condense: bool = True,
+    budgets: Sequence[int] | None = None,
+    mask_token_id: int | None = None,
 ) -> PackedBatch:
     """Pack samples into one ragged row `[x ; B ; T][x ; B ; T]...`.
 
@@ -85,10 +93,14 @@ def pack(
         backbone_config: the backbone's configuration (model type, vision token ids, merge size).
         target_positions: "reference" or "continue".
         condense: False lets target rows see the source as well (the ablation).
+        budgets: per sample, how many bottleneck tokens, the first ones, its target sees; it is then
+            where it would be behind so many. None for all K.
+        mask_token_id: stands for the tokens of a target that are to be restored.
 
     Raises:
-        ValueError: no samples, an empty sequence, vision tokens that do not fit the pixels, pixels
-            for a model without vision, an empty prefix, an unknown `target_positions` or model.
+        ValueError: no samples, an empty sequence, budgets that are not one of 0 to K per sample,
+            vision tokens that do not fit the pixels, pixels for a model without vision, an empty
+            prefix, an unknown `target_positions` or model.
     """
     if not samples:
         raise ValueError("pack: samples is empty, expected at least one")
@@ -101,7 +113,12 @@ def pack(
     pieces: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     source_lens, target_lens = [], []
-    label_rows, label_samples = [], []
+    label_rows, label_samples, labels, restored = [], [], list[np.ndarray](), list[bool]()
+    if budgets is not None and len(budgets) != len(samples):
+        raise ValueError(
+            f"pack: budgets has {len(budgets)} numbers, expected one for each of the "
+            f"{len(samples)} samples"
+        )
     row = 0
     for index, (source, target) in enumerate(samples):
         ids = np.concatenate([_ids(source), np.asarray(btok_token_ids, np.int64)])
@@ -115,9 +132,16 @@ def pack(
         if target is None:
             target_lens.append(0)
             continue
+        seen = len(ids) - (0 if budgets is None else num_btoks - budgets[index])
         reference = target_positions == "reference"
-        shift = len(ids) if reference else int(positions[-1].max()) + 1
+        shift = seen if reference else int(positions[-1][:, :seen].max(initial=-1)) + 1
         ids, counted = _target(target, prefix_ids, suffix_ids, backbone_config)
+        labels.append(ids[counted])
+        restored.append("masked" in target)
+        if restored[-1]:
+            if mask_token_id is None:
+                raise ValueError(f"pack: mask_token_id is None, and sample {index} is to restore")
+            ids = np.where(counted, mask_token_id, ids)
         pieces.append(ids)
         positions.append(family.positions(ids, target, backbone_config) + shift)
         vision += family.shown(target, backbone_config)
@@ -126,21 +150,27 @@ def pack(
         label_samples.append(np.full(len(label_rows[-1]), index))
         row += len(ids)
 
-    layout = CondensedLayout.from_lengths(source_lens, target_lens, num_btoks, condense)
+    layout = CondensedLayout.from_lengths(
+        source_lens, target_lens, num_btoks, condense, budgets=budgets
+    )
     border = layout.bounds[:, 2].long()
     input_ids = torch.from_numpy(np.concatenate(pieces))
     none = np.empty(0, np.int64)
-    rows = torch.from_numpy(np.concatenate([none, *label_rows]))
+    counts = [len(rows) for rows in label_rows]
+    again = [count for count, is_restored in zip(counts, restored, strict=True) if is_restored]
     return PackedBatch(
         input_ids=input_ids,
         position_ids=torch.from_numpy(np.concatenate(positions, axis=1)),
         layout=layout,
         btok_rows=border[:, None] + torch.arange(-num_btoks, 0),
-        label_rows=rows,
-        labels=input_ids[rows + 1],
+        label_rows=torch.from_numpy(np.concatenate([none, *label_rows])),
+        labels=torch.from_numpy(np.concatenate([none, *labels])),
         label_samples=torch.from_numpy(np.concatenate([none, *label_samples])),
-        num_targets=sum(len(rows) > 0 for rows in label_rows),
+        num_targets=sum(count > 0 for count in counts) - sum(count > 0 for count in again),
         vision=tuple(vision),
+        restored=torch.from_numpy(np.repeat(restored, counts) if again else np.empty(0, bool)),
+        num_restored=sum(count > 0 for count in again),
+        num_restored_labels=sum(again),
     )
 
 
@@ -152,6 +182,9 @@ def _target(
     vision = [getattr(config, f"{kind}_token_id", -1) for kind in ("image", "video")]
     counted = ~np.isin(ids, vision)
     counted[: len(prefix_ids)] = False
+    if "masked" in target:
+        masked = np.pad(target["masked"], (len(prefix_ids), len(suffix_ids)))
+        counted &= masked
     return ids, counted
 
 

@@ -111,6 +111,16 @@ class Processor:
         saved = vision.image_processor.read(image, video, config) if vision else {}
         return cls(tokenizer, model_type=kind, num_btoks=num_btoks, **saved | settings)
 
+    @property
+    def mask_token_id(self) -> int:
+        """What stands for a hidden token: the tokenizer's mask token, or that of its padding or
+        the end of a text, which stand within none."""
+        known = ("mask_token_id", "pad_token_id", "eos_token_id")
+        found = (getattr(self.tokenizer, name, None) for name in known)
+        if (number := next((i for i in found if i is not None), None)) is None:
+            raise ValueError("Processor: the tokenizer has none of mask, pad and eos token")
+        return int(number)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer and the files that the stock image and video processors read.
 

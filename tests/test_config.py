@@ -27,6 +27,9 @@ def test_what_is_saved_is_loaded(tmp_path):
         "target_positions": "continue",
         "vision_positions": "text",
         "ntp_reduction": "token_mean",
+        "budgets": [],
+        "dims": [],
+        "multi_vector": False,
     }
 
 

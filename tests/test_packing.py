@@ -97,7 +97,7 @@ def test_moving_a_batch_moves_every_tensor_but_the_grids():
     named = [item for part in parts for item in vars(part).items()]
     tensors = {name: v for name, v in named if isinstance(v, torch.Tensor)}
     assert tensors.pop("grid").device.type == "cpu"  # what the host asks
-    assert len(tensors) == 7 and {t.device.type for t in tensors.values()} == {"meta"}
+    assert len(tensors) == 8 and {t.device.type for t in tensors.values()} == {"meta"}
     assert batch.layout.device.type == "meta"
 
 

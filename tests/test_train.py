@@ -276,7 +276,7 @@ def test_what_to_do_is_what_the_error_asks_for(number, remedy):
     assert said.endswith("a tensor on meta); mend that and give the same command again")
 
 
-RESULT = StepResult(Losses(*map(torch.tensor, (4.5, 1.5, 2.25))), tokens=100, flops=0.0)
+RESULT = StepResult(Losses(*map(torch.tensor, (4.5, 1.5, 2.25, 0.0))), tokens=100, flops=0.0)
 
 
 def test_the_log_drops_rows_to_be_done_again_and_shows_rates(tmp_path, capsys):

@@ -30,6 +30,9 @@ def peak_flops(recipe: Recipe) -> float:
     return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
 
 
+LOSSES = ("contrastive", "ntp", "reconstruction")
+
+
 class TrainLog:
     """`log.jsonl` and a progress bar, on rank 0; rows of steps to be done again are dropped.
 
@@ -46,6 +49,7 @@ class TrainLog:
         self.path = recipe.output / "log.jsonl"
         self.skipped, self.most = skipped, recipe.max_skipped
         self.began, self.pairs, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
+        self.restores = recipe.reconstruction_weight > 0
         self.peak = peak_flops(recipe) * world()
         self.pairs_of_step = recipe.groups_per_batch * recipe.group_size
         steps = {"total": recipe.total_steps, "initial": first}
@@ -87,6 +91,8 @@ class TrainLog:
         row = {"step": step, "phase": "caption", "loss": float(result.losses.total)}
         if not captioning:
             row |= {"phase": "train", "contrastive": float(result.losses.contrastive)}
+        if self.restores and not captioning:
+            row |= {"reconstruction": float(result.losses.reconstruction)}
         row |= {"ntp": float(result.losses.ntp), "learning_rate": rate, "gradient_norm": norm}
         row |= {"skipped": self.skipped} if self.skipped else {}
         if rank() != 0:
@@ -101,7 +107,7 @@ class TrainLog:
         self.tokens += result.tokens
         self.flops += result.flops
         rates = {"pairs/s": self.pairs / seconds, "tokens/s": self.tokens / seconds}
-        losses = {key: row[key] for key in row if key in ("contrastive", "ntp")}
+        losses = {key: row[key] for key in row if key in LOSSES}
         shown = {key: f"{loss:.3f}" for key, loss in losses.items()}
         shown |= {key: str(round(rate)) for key, rate in rates.items() if rate}
         if self.peak:

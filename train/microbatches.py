@@ -74,6 +74,7 @@ class Packing:
             "suffix_ids": processor.suffix_ids,
             "backbone_config": model.backbone.config,
             "target_positions": model.settings.target_positions,
+            "mask_token_id": processor.mask_token_id if recipe.reconstruction_weight else None,
             "condense": recipe.condense and not captioning,
         }
         filler, everywhere = list[Sample](), False
@@ -87,34 +88,44 @@ class Packing:
 
     def __call__(self, step: Step) -> PackedStep:
         """The step, its samples grouped and packed."""
-        microbatches = self.microbatches(step.samples, step.places)
+        microbatches = self.microbatches(step.samples, step.places, step.budgets)
         return PackedStep(step.pairs, step.rows, microbatches, step.skipped)
 
     def microbatches(
-        self, samples: Sequence[Sample], places: Sequence[int] | None = None
+        self,
+        samples: Sequence[Sample],
+        places: Sequence[int] | None = None,
+        budgets: Sequence[int] = (),
     ) -> list[Microbatch]:
-        """Samples grouped and packed; their places in the step, None for one after the other."""
-        placed = list(zip(range(len(samples)) if places is None else places, samples, strict=True))
+        """Samples grouped and packed; their places in the step, None for one after the other; how
+        many bottleneck tokens their targets see, none said: all."""
+        places = range(len(samples)) if places is None else places
+        budgets = budgets or [len(self.options["btok_token_ids"])] * len(samples)
+        placed = list(zip(places, samples, budgets, strict=True))
         if self.captioning:
-            placed = [(place, sample) for place, sample in placed if sample[1] is not None]
+            placed = [each for each in placed if each[1][1] is not None]
         turns = [list(range(len(placed)))] if placed else []
         if self.tokens is not None:
             placed.sort(key=lambda each: -self._length(each[1]))
-            turns = group_by_tokens([self._length(sample) for _, sample in placed], self.tokens)
+            turns = group_by_tokens([self._length(sample) for _, sample, _ in placed], self.tokens)
         some = [[placed[at] for at in turn] for turn in turns]
         return [self._pack(*map(list, zip(*turn, strict=True))) for turn in some]
 
     def empty(self) -> Microbatch:
         """What a rank runs that has fewer microbatches than another; no loss depends on it."""
-        return self._pack([], [])
+        return self._pack([], [], [])
 
-    def _pack(self, places: list[int], samples: list[Sample]) -> Microbatch:
+    def _pack(self, places: list[int], samples: list[Sample], budgets: Sequence[int]) -> Microbatch:
         samples = samples or list(self.filler)
-        batch, sources = pack(samples, **self.options), None
+        number = len(self.options["btok_token_ids"])
+        budgets = [*budgets, *[number] * (len(samples) - len(budgets))]
+        # a layout without budgets is a simpler one, for the kernels as well
+        nested = None if set(budgets) <= {number} else budgets
+        batch, sources = pack(samples, **self.options, budgets=nested), None
         if self.twice:
             sources = pack([(source, None) for source, _ in samples], **self.options)
         if self.everywhere and not (batch if sources is None else sources).vision:
-            return self._pack(places, [*samples, *self.filler])
+            return self._pack(places, [*samples, *self.filler], budgets)
         return Microbatch(places, batch, sources)
 
     def _length(self, sample: Sample) -> int:

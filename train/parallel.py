@@ -292,7 +292,8 @@ def _take_part(
     if not torch.is_grad_enabled():
         return output
     nothing = 0 * sum(model.get_parameter(name)[:1].sum() for name in names)
-    return output._replace(embeddings=output.embeddings + nothing)
+    rows = None if output.rows is None else output.rows + nothing
+    return output._replace(embeddings=output.embeddings + nothing, rows=rows)
 
 
 def _tie(model: nn.Module, tied: list[list[str]]) -> None:

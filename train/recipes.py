@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,19 @@ class Recipe:
     """Weight of the generative loss; 0 trains without it."""
     ntp_steps: int | None = None
     """Training steps after which that weight is 0; None for never."""
+    reconstruction_weight: float = 0.0
+    """Weight of restoring hidden tokens of a side's own text, where it generates no other."""
+    mask_rate: float = 0.5
+    """Share of the tokens that are hidden then."""
+    contrastive_from: int = 0
+    """Training steps before the contrastive loss sets in: a compression warm-up."""
+    budgets: tuple[int, ...] = ()
+    """Numbers of bottleneck tokens, the first ones, to embed with, besides K; each step trains all,
+    and each target sees a budget drawn at random."""
+    dims: tuple[int, ...] = ()
+    """Numbers of components, the first ones, to embed in, besides all."""
+    multi_vector: float = 0.0
+    """Share of the late-interaction loss, of the K rows as vectors, in the contrastive loss."""
     data: Path | None = None
     """What to train on: a mixture (.toml), one data set (.jsonl, .parquet), or a folder with the
     paper's public data sets; None for the pocket benchmark."""
@@ -63,6 +77,16 @@ class Recipe:
     """Of InfoNCE."""
     negatives: Literal["batch", "group"] = "group"
     """A query's negatives: the whole global batch, or its own group."""
+    margin: float | None = None
+    """Candidates nearer than the positive by more than this cosine are no negatives."""
+    hardness: float = 0.0
+    """How much more near negatives weigh (beta of arXiv 2010.04592); 0 for all alike."""
+    distillation_weight: float = 0.0
+    """Weight of a reranker's scores in the rows of the data; 0 passes over them."""
+    distillation: Literal["kl", "margin_mse"] = "kl"
+    """What is compared with them: softmaxes, or differences from the positive."""
+    teacher_temperature: float = 1.0
+    """What divides the scores, to be on the scale of a softmax."""
     group_size: int = 16
     """Pairs of one task that are drawn together."""
     groups_per_batch: int = 4
@@ -119,11 +143,13 @@ class Recipe:
         lows |= {"replicas": 1, "max_pixels": 1}
         from_zero = ["num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps"]
         from_zero += ["warmup_steps", "weight_decay", "muon_rate", "vision_memory", "lora_rank"]
+        from_zero += ["reconstruction_weight", "contrastive_from", "multi_vector", "hardness"]
+        from_zero += ["distillation_weight"]
         lows |= dict.fromkeys([*from_zero, "workers", "max_skipped"], 0)
         for name, low in lows.items():
             if (had := getattr(self, name)) is not None and not had >= low:
                 raise ValueError(f"{name} is {had}, expected at least {low}")
-        for name in ("temperature", "learning_rate", "clip_norm"):
+        for name in ("temperature", "learning_rate", "clip_norm", "teacher_temperature"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and finite")
         if self.pooling_rows not in (("btok", "last") if self.num_btoks else ("last", "mean")):
@@ -142,6 +168,7 @@ class Recipe:
         ):
             if self.shard and wrong:
                 raise ValueError(f"shard is true and {reason.format(wrong)}")
+        self._check_nested()
         if self.replicas > 1 and not self.shard:
             raise ValueError(f"replicas is {self.replicas}, which needs shard")
         if 0 < self.eval_queries < 40:
@@ -157,6 +184,36 @@ class Recipe:
                 "expected 'all'"
             )
 
+    def _check_nested(self) -> None:
+        """Budgets with K behind them, and what needs bottleneck rows, or a part."""
+        for name in ("budgets", "dims"):
+            numbers = getattr(self, name)
+            if numbers != tuple(sorted({n for n in numbers if n > 0})):
+                raise ValueError(f"{name} is {numbers}, expected rising numbers above 0")
+        if self.budgets and self.budgets[-1] > self.num_btoks:
+            raise ValueError(
+                f"budgets is {self.budgets}, expected numbers up to num_btoks, {self.num_btoks}"
+            )
+        if (self.budgets or self.multi_vector) and self.pooling_rows != "btok":
+            name = "budgets" if self.budgets else "multi_vector"
+            raise ValueError(
+                f"{name} is {getattr(self, name)} and pooling '{self.pooling_rows}', expected "
+                "pooling 'btok'"
+            )
+        if self.multi_vector > 1 or not 0 < self.mask_rate <= 1:
+            had = f"multi_vector and mask_rate are {self.multi_vector} and {self.mask_rate}"
+            raise ValueError(f"{had}, expected at most 1, and mask_rate above 0")
+        generates = self.ntp_weight or self.reconstruction_weight
+        if self.contrastive_from and not generates:
+            raise ValueError(
+                f"contrastive_from is {self.contrastive_from}, with nothing to train before; "
+                "expected ntp_weight or reconstruction_weight above 0"
+            )
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ValueError(f"margin is {self.margin}, expected a finite number")
+        if self.budgets and self.budgets[-1] < self.num_btoks:
+            object.__setattr__(self, "budgets", (*self.budgets, self.num_btoks))
+
     @property
     def pooling_rows(self) -> Pooling:
         """The pooling, also where `pooling` is None and K decides."""
@@ -171,13 +228,16 @@ class Recipe:
     @property
     def objective(self) -> Objective:
         """The loss that these settings describe."""
-        return Objective(self.temperature, self.ntp_weight, self.ntp_steps, self.negatives)
+        own = {f.name: getattr(self, f.name) for f in fields(Objective)}
+        return Objective(**own)
 
     @property
     def captions(self) -> Recipe:
         """The captioning phase as a recipe of its own, that generates each pair's own side."""
         phase = replace(self, steps=self.caption_steps, caption_steps=0)
-        return replace(phase, ntp_side=None, ntp_weight=1.0, ntp_steps=None)
+        plain: dict[str, Any] = {"budgets": (), "dims": (), "reconstruction_weight": 0.0}
+        plain |= {"multi_vector": 0.0, "contrastive_from": 0, "distillation_weight": 0.0}
+        return replace(phase, ntp_side=None, ntp_weight=1.0, ntp_steps=None, **plain)
 
     @property
     def total_steps(self) -> int:
@@ -186,7 +246,12 @@ class Recipe:
 
     def described(self) -> dict[str, Any]:
         """All settings, as JSON has them."""
-        return {name: str(x) if isinstance(x, Path) else x for name, x in vars(self).items()}
+        kinds = {Path: str, tuple: list}
+
+        def said(x: Any) -> Any:
+            return next((to(x) for kind, to in kinds.items() if isinstance(x, kind)), x)
+
+        return {name: said(x) for name, x in vars(self).items()}
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of a training step, from 0: linear warm-up, then linear decay."""
@@ -259,6 +324,8 @@ def load(
     """
     settings: dict[str, Any] = {"pooling": recipe.pooling_rows}
     settings["target_positions"] = recipe.target_positions
+    settings |= {"budgets": recipe.budgets, "dims": recipe.dims}
+    settings["multi_vector"] = recipe.multi_vector > 0
     if recipe.model == "pocket" and resume is None:
         model, processor = pocket.build(recipe.num_btoks, recipe.seed, **settings)
     else:

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from btok.data.records import Pair, Side
-from btok.data.samples import pair_samples
+from btok.data.samples import pair_samples, to_restore
 from btok.data.sources import Source
 from btok.files import one_line
 from btok.inputs import with_frames
@@ -89,14 +89,16 @@ class Skipped(NamedTuple):
 
 class Step(NamedTuple):
     """A rank's part of a step, or a piece of that: its pairs (without pictures, videos and
-    negatives), their rows in their data sets, their samples, what was skipped, and the samples'
-    places among those that `pair_samples` gives for all of the rank's pairs."""
+    negatives), their rows in their data sets, their samples, what was skipped, the samples'
+    places among those that `pair_samples` gives for all of the rank's pairs, and how many
+    bottleneck tokens their targets see (none said: all)."""
 
     pairs: list[Pair]
     rows: list[int]
     samples: list[Sample]
     skipped: list[Skipped]
     places: list[int]
+    budgets: list[int]
 
 
 class TrainSet(Dataset[Step]):
@@ -153,6 +155,12 @@ class TrainSet(Dataset[Step]):
                 f"the numbers of negatives of data sets differ ({had}), expected one number; the "
                 "setting negatives of a data set takes fewer"
             )
+        if recipe.distillation_weight and not all(s.scored and s.negatives for s in sources):
+            lacking = [s.name for s in sources if not (s.scored and s.negatives)]
+            raise ValueError(
+                f"distillation_weight is {recipe.distillation_weight}, and data set {lacking[0]} "
+                "has no scores of negatives, expected scores in each of its rows"
+            )
 
     def __len__(self) -> int:
         return self.recipe.steps
@@ -164,7 +172,8 @@ class TrainSet(Dataset[Step]):
             first = piece * self.piece
             last = min(last, first + self.piece)
         recipe, groups, skipped = self.recipe, self.groups(step), list[Skipped]()
-        generate = recipe.objective.weight(step) > 0
+        objective = recipe.objective
+        generate = objective.weight(step) > 0
 
         def process(side: Side) -> Any:
             return self.processor(with_frames(side))
@@ -176,6 +185,9 @@ class TrainSet(Dataset[Step]):
                     found = pair_samples(
                         [pair], process, ntp_side=recipe.ntp_side, generate=generate
                     )
+                    if objective.reconstruction_weight:
+                        among = number * recipe.group_size + place
+                        found[:2] = self._restored(pair, found[:2], step, among)
                 except (ImportError, MemoryError):
                     raise
                 except Exception as error:  # plug-ins of PIL raise nearly anything
@@ -197,7 +209,33 @@ class TrainSet(Dataset[Step]):
             for kind in range(len(parts[0]))
             for place in range(first, last)
         ]
-        return Step(list(pairs), list(rows), ordered, skipped, places)
+        budgets = self._budgets(step, self.mine[first:last], len(parts[0]))
+        return Step(list(pairs), list(rows), ordered, skipped, places, budgets)
+
+    def _restored(
+        self, pair: Pair, samples: Sequence[Sample], step: int, among: int
+    ) -> list[Sample]:
+        """The pair's two samples, of which one that generates nothing restores its own text."""
+        found = []
+        for kind, (side, (source, target)) in enumerate(
+            zip((pair.query, pair.positive), samples, strict=True)
+        ):
+            if target is None and side.text.strip():
+                text = self.processor(Side(side.text))
+                words = self.recipe.seed, 1, step + 1, 2 * among + kind + 1
+                draws = _bits(len(text["input_ids"]), *words)
+                target = to_restore(text, self.recipe.mask_rate, draws)
+            found.append((source, target))
+        return found
+
+    def _budgets(self, step: int, mine: Sequence[tuple[int, int]], kinds: int) -> list[int]:
+        """How many bottleneck tokens each sample's target sees, drawn anew in each step."""
+        if not (budgets := self.recipe.budgets):
+            return []
+        count, size = self.recipe.groups_per_batch, self.recipe.group_size
+        drawn = _bits(kinds * count * size, self.recipe.seed, 2, step + 1)
+        drawn = (drawn % np.uint64(len(budgets))).reshape(kinds, count, size)
+        return [budgets[drawn[kind, at[0], at[1]]] for kind in range(kinds) for at in mine]
 
     def _tries(self, groups: Sequence[Group], number: int, place: int) -> Iterator[tuple[int, int]]:
         """A row of a group, by data set and index, and those to be tried in its place."""

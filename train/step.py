@@ -2,7 +2,7 @@
 
 Losses and gradients are means over ranks, exactly those of the whole batch in one process. A step's
 samples are split into microbatches, a packed pass each. Three ways lead through them: `at_once`,
-`by_gradcache` with the same gradients in less memory, and `caption`, without bottleneck tokens.
+`by_gradcache` with the same gradients in less memory, and `generate`, without a contrastive loss.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from btok import adapters
 from btok.data.records import Pair
 from btok.data.samples import positive_ids
-from btok.model import BTokModel, BTokOutput
+from btok.model import BTokModel
 from btok.objective import Losses
 from btok.packing import PackedBatch, group_by_tokens
 from btok.vision import Vision
@@ -40,9 +40,19 @@ class StepResult(NamedTuple):
     flops: float
 
 
-Forward = Callable[..., BTokOutput]  # with a share of the step's generative loss
-Contrast = Callable[[Tensor], Tensor]  # the contrastive loss of a step's embeddings
-Weigh = Callable[[Tensor, Tensor | None], Losses]  # contrastive and generative loss as one
+class Passed(NamedTuple):
+    """A microbatch's embeddings or bottleneck rows, as the objective takes them, and its shares of
+    the step's generative losses.
+    """
+
+    vectors: Tensor
+    ntp: Tensor | None
+    restored: Tensor | None
+
+
+Forward = Callable[..., Passed]
+Contrast = Callable[[Tensor], Tensor]  # the contrastive loss of a step's vectors
+Weigh = Callable[..., Losses]  # contrastive loss, NTP and reconstruction as one
 
 
 def train_step(
@@ -73,21 +83,29 @@ def train_step(
         more = parallel.most_of_ranks(len(microbatches)) - len(microbatches)
         microbatches = [*microbatches, *[filler] * more]
     targets = sum(model.ntp_count(m.batch) for m in microbatches)
+    restored = sum(model.reconstruction_count(m.batch) for m in microbatches)
     # a filler shows one picture
     shows = any(len(m.batch.vision) > len(m.batch) - len(m.places) for m in microbatches)
     # all ranks' mean, so that a target weighs the same on a rank that has few of them
-    agreed = parallel.mean_over_ranks(torch.tensor([targets, shows], dtype=torch.float64))
-    targets, shows = agreed.tolist()
-    count = max(targets, 1e-9)
-    ids = on_device(positive_ids(pairs, rank()), model.backbone.device)
-    groups = recipe.groups_per_batch // world()
-    forward = partial(_forward, model, recipe, count)
-    contrast = partial(recipe.objective.contrastive, ids=ids, num_groups=groups)
-    weigh = partial(recipe.objective.weighted, step=step)
+    agreed = parallel.mean_over_ranks(torch.tensor([targets, shows, restored], dtype=torch.float64))
+    targets, shows, restored = agreed.tolist()
+    counts = max(targets, 1e-9), max(restored, 1e-9)
+    device = model.backbone.device
+    ids = on_device(positive_ids(pairs, rank()), device)
+    objective, groups = recipe.objective, recipe.groups_per_batch // world()
+    scores = None
+    if objective.distillation_weight:
+        scores = on_device(torch.tensor([pair.scores for pair in pairs]), device)
+    forward = partial(_forward, model, recipe, counts)
+    weight = world() / (recipe.groups_per_batch * recipe.group_size)
+    contrast = partial(
+        objective.contrastive, ids=ids, num_groups=groups, scores=scores, row_weight=weight
+    )
+    weigh = partial(objective.weighted, step=step)
     backward = parallel.Backward(model)
     with adapters.norms_once(model.backbone):
-        if captioning:
-            losses = caption(forward, microbatches, backward)
+        if captioning or not objective.contrasts(step):
+            losses = generate(forward, microbatches, weigh, backward)
         elif recipe.gradcache:
             losses = by_gradcache(model, forward, microbatches, contrast, weigh, backward)
         else:
@@ -96,7 +114,7 @@ def train_step(
     # what no rank had a use for has no gradient, as in one process: zeros would let it decay
     unused = [] if shows else list(model.family.vision_parts(model.backbone))
     head, embedding = model.backbone.lm_head, model.backbone.get_input_embeddings()
-    unused += [] if targets or head.weight is embedding.weight else [head]
+    unused += [] if targets or restored or head.weight is embedding.weight else [head]
     for p in (p for part in unused for p in part.parameters()):
         p.grad = None
     worked = torch.tensor([tokens, model_flops(model, tokens, patches)], dtype=torch.float64)
@@ -108,19 +126,26 @@ def train_step(
 def _forward(
     model: BTokModel,
     recipe: Recipe,
-    count: float,
+    counts: tuple[float, float],
     batch: PackedBatch,
     places: Sequence[int],
     generate: bool = True,
-) -> BTokOutput:
-    """The model on a microbatch; its share of a generative loss that is a mean over `count`."""
+) -> Passed:
+    """The model on a microbatch; its shares of NTP and reconstruction, means over `counts`."""
     device = model.backbone.device
     # adapters and weights that train are fp32, their products need not be
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-        embeddings, ntp = model(batch.to(device), generate)
-    share = None if ntp is None else ntp * (model.ntp_count(batch) / count)
+        output = model(batch.to(device), generate)
+    own = model.ntp_count(batch), model.reconstruction_count(batch)
+    losses = output.ntp_loss, output.reconstruction_loss
+    shares = [
+        None if loss is None else loss * (count / total)
+        for loss, count, total in zip(losses, own, counts, strict=True)
+    ]
+    rows = recipe.objective.takes_rows and output.rows is not None
+    vectors = output.rows if rows else output.embeddings
     # behind those with a place is what only keeps the ranks in step
-    return BTokOutput(embeddings[: len(places)], share)
+    return Passed(vectors[: len(places)], *shares)
 
 
 def at_once(
@@ -132,8 +157,10 @@ def at_once(
 ) -> Losses:
     """One backward through all microbatches, whose activations are kept until then."""
     outputs = [forward(m.batch, m.places) for m in microbatches]
-    embeddings = _as_they_came([output.embeddings for output in outputs], microbatches)
-    losses = weigh(contrast(embeddings), _sum([output.ntp_loss for output in outputs]))
+    vectors = _as_they_came([output.vectors for output in outputs], microbatches)
+    parts = (_sum(parts) for parts in zip(*(output[1:] for output in outputs), strict=True))
+    ntp, restored = parts
+    losses = weigh(contrast(vectors), ntp, restored=restored)
     backward(losses.total, is_last=True)
     return losses
 
@@ -160,38 +187,43 @@ def by_gradcache(
         for m in microbatches:
             states.append(random_state())
             batch = m.batch if dropping or m.sources is None else m.sources
-            parts.append(forward(batch, m.places, generate=False).embeddings)
+            parts.append(forward(batch, m.places, generate=False).vectors)
     model.train(was_training)
-    embeddings = _as_they_came(parts, microbatches).requires_grad_()
-    contrastive = contrast(embeddings)
+    vectors = _as_they_came(parts, microbatches).requires_grad_()
+    contrastive = contrast(vectors)
     contrastive.backward()
-    assert embeddings.grad is not None
-    gradients = embeddings.grad[on_device(_order(microbatches), embeddings.device)]
+    assert vectors.grad is not None
+    gradients = vectors.grad[on_device(_order(microbatches), vectors.device)]
     shares = gradients.split([len(m.places) for m in microbatches])
-    ntps = []
+    ntps, restored = [], []
     for number, (m, state, share) in enumerate(zip(microbatches, states, shares, strict=True), 1):
         if dropping:
             set_random_state(state)
-        part, ntp = forward(m.batch, m.places)
+        passed = forward(m.batch, m.places)
         # in the contrastive loss's place, what has its gradients of this part
-        loss = weigh((part * share).sum(), ntp).total
+        instead = (passed.vectors * share).sum()
+        loss = weigh(instead, passed.ntp, restored=passed.restored).total
         backward(loss, is_last=number == len(microbatches))
-        ntps.append(None if ntp is None else ntp.detach())
-    return weigh(contrastive.detach(), _sum(ntps))
+        ntps.append(None if passed.ntp is None else passed.ntp.detach())
+        restored.append(None if passed.restored is None else passed.restored.detach())
+    return weigh(contrastive.detach(), _sum(ntps), restored=_sum(restored))
 
 
-def caption(
-    forward: Forward, microbatches: Sequence[Microbatch], backward: parallel.Backward
+def generate(
+    forward: Forward,
+    microbatches: Sequence[Microbatch],
+    weigh: Weigh,
+    backward: parallel.Backward,
 ) -> Losses:
-    """The generative loss alone, each microbatch's backward at once."""
-    ntps = []
+    """The generative losses alone, each microbatch's backward at once."""
+    done = []
     for number, m in enumerate(microbatches, 1):
-        ntp = forward(m.batch, m.places).ntp_loss
-        assert ntp is not None
-        backward(ntp, is_last=number == len(microbatches))
-        ntps.append(ntp.detach())
-    total = sum(ntps[1:], ntps[0])
-    return Losses(total, torch.zeros_like(total), total)
+        passed = forward(m.batch, m.places)
+        # of a microbatch without targets a loss of 0, so that all ranks' gradients meet
+        losses = weigh(0 * passed.vectors.sum(), passed.ntp, restored=passed.restored)
+        backward(losses.total, is_last=number == len(microbatches))
+        done.append(Losses(*(loss.detach() for loss in losses)))
+    return Losses(*(sum(losses[1:], losses[0]) for losses in zip(*done, strict=True)))
 
 
 def _as_they_came(parts: Sequence[Tensor], microbatches: Sequence[Microbatch]) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,6 +46,20 @@ def pair_samples(
         positives.append((positive, (written or query) if side in ("query", "both") else None))
     hard = zip(*(pair.negatives for pair in pairs), strict=True)
     return queries + positives + [(process(side), None) for sides in hard for side in sides]
+
+
+def to_restore(target: Mapping[str, Any], rate: float, draws: np.ndarray) -> dict[str, Any]:
+    """A text of which some tokens are hidden, to be restored from the bottleneck tokens.
+
+    Args:
+        target: a text as the processor gives it.
+        rate: the share of its tokens that is hidden; at least one is.
+        draws: uint64, a random number for each token.
+    """
+    ids = np.asarray(target["input_ids"]).reshape(-1)
+    masked = draws < rate * 2.0**64
+    masked[draws.argmin()] = True
+    return {"input_ids": ids, "masked": masked}
 
 
 def positive_ids(pairs: Sequence[Pair], rank: int = 0) -> Tensor:

@@ -255,20 +255,20 @@ class CondensedLayout:
         gaps = _cut(np.append(0, end), np.append(start, self.num_rows), np.append(0, end))
         gaps = np.pad(gaps[:, [0, 1, 0, 0]], ((0, 0), (0, 2)))
         besides = np.where(apart, first, 0), np.where(apart, last, 0)
-        rows = [_cut(start, border, start, none, none)]
-        rows.append(_cut(border, end, np.where(apart, border, first), *besides))
-        rows = np.concatenate([np.concatenate(rows)[:, [0, 1, 2, 1, 3, 4]], gaps])
+        pieces = [_cut(start, border, start, none, none)]
+        pieces.append(_cut(border, end, np.where(apart, border, first), *besides))
+        rows = np.concatenate([np.concatenate(pieces)[:, [0, 1, 2, 1, 3, 4]], gaps])
         # a key that a target sees is seen to the end, one of [last, border) by its own side alone
         split, stop = np.where(apart, [last, border], end)
-        keys = [_cut(start, first, border), _cut(first, split, end)]
-        keys += [_cut(split, stop, border), _cut(stop, end, end)]
-        keys = np.pad(np.concatenate(keys)[:, [0, 1, 0, 2]], ((0, 0), (0, 2)))
+        pieces = [_cut(start, first, border), _cut(first, split, end)]
+        pieces += [_cut(split, stop, border), _cut(stop, end, end)]
+        keys = np.pad(np.concatenate(pieces)[:, [0, 1, 0, 2]], ((0, 0), (0, 2)))
         keys = np.concatenate([keys, gaps])
         # without budgets two pieces of each sequence at most, and the gaps about them
-        pieces, columns = (2, 4) if self.bounds.shape[1] == 4 else (4, 6)
+        most, columns = (2, 4) if self.bounds.shape[1] == 4 else (4, 6)
         capacity = max(len(rows), len(keys))
         if self.max_sequences is not None:
-            capacity = self.num_rows // TILE + (pieces + 1) * self.max_sequences + 1
+            capacity = self.num_rows // TILE + (most + 1) * self.max_sequences + 1
         tiles = np.zeros((2, capacity, columns), np.int32)
         for out, tiled in zip(tiles, (rows, keys), strict=True):
             longest = np.argsort(tiled[:, 2] - tiled[:, 3], kind="stable")
