@@ -4,13 +4,16 @@ Rows are query tokens, K for each query; columns are keys, each of L tokens.
 
     maxima    a tile [rows, columns]: per key token b the products, over D in steps; their running
               maximum and which b it was
-    d query   a tile [rows, D]: per step of columns d s and the argmax once, then for each b the
-              product of those that are its own with the keys' tokens b
-    d key     a tile [columns, D] of one b: per step of rows, d s and the argmax read transposed, as
-              no product may take the transpose of a computed matrix
+    d query   a tile [D, rows]: per step of columns d s and the argmax once, then for each b the
+              keys' tokens b times what of d s is their own
+    d key     a tile [D, columns] of one b: per step of rows the queries times what of d s is b's
+
+Gradients come out transposed, so that what a kernel computes, d s where the argmax is b, is the
+second factor of its product. As the first it would be in registers, which Triton 3.6 lets the next
+step write while a product of Hopper's still reads them (`make aot` finds that).
 
 Sums are fp32 and each element is added to by one program of one launch: no atomics, the same bits
-on every run. d s is multiplied in the inputs' dtype, halves after a scaling to a power of two that
+on every run. d s is multiplied in the inputs' dtype, fp16 after a scaling by a power of two that
 the largest of a tile sets, so that small ones do not underflow.
 """
 
@@ -77,23 +80,24 @@ def _d_query_tokens_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n, mask_d = offs_n < R, offs_d < D
-    d_ptrs = D_SCORES + (offs_n // K)[:, None] * stride_s
-    at_ptrs = WHERE + offs_n[:, None] * stride_s
-    acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    d_ptrs = D_SCORES + (offs_n // K)[None, :] * stride_s
+    at_ptrs = WHERE + offs_n[None, :] * stride_s
+    acc = tl.zeros([BLOCK_D, BLOCK_N], tl.float32)
     tl.assume(L > 0)
     for start in range(0, M, BLOCK_K):
         offs_m = start + offs_k
-        mask = mask_n[:, None] & (offs_m < stride_s)[None, :]
-        d = tl.load(d_ptrs + offs_m[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_K]
-        at = tl.load(at_ptrs + offs_m[None, :], mask=mask, other=0).to(tl.int32)
-        k_ptrs = KEYS + offs_m.to(tl.int64)[:, None] * stride_k + offs_d[None, :]
-        mask_k = (offs_m < M)[:, None] & mask_d[None, :]
+        # read transposed: [BLOCK_K, BLOCK_N]
+        mask = (offs_m < stride_s)[:, None] & mask_n[None, :]
+        d = tl.load(d_ptrs + offs_m[:, None], mask=mask, other=0.0)
+        at = tl.load(at_ptrs + offs_m[:, None], mask=mask, other=0).to(tl.int32)
+        k_ptrs = KEYS + offs_m.to(tl.int64)[None, :] * stride_k + offs_d[:, None]
+        mask_k = (offs_m < M)[None, :] & mask_d[:, None]
         for b in range(L):
-            k = tl.load(k_ptrs + b * stride_l, mask=mask_k, other=0.0)  # [BLOCK_K, BLOCK_D]
+            k = tl.load(k_ptrs + b * stride_l, mask=mask_k, other=0.0)  # [BLOCK_D, BLOCK_K]
             own = tl.where(at == b, d, 0.0).to(d.dtype)
-            acc = tl.dot(own, k, acc, input_precision="ieee")
-    out_ptrs = D_QUERY + offs_n[:, None] * D + offs_d[None, :]
-    tl.store(out_ptrs, acc * tl.load(FACTOR), mask=mask_n[:, None] & mask_d[None, :])
+            acc = tl.dot(k, own, acc, input_precision="ieee")
+    out_ptrs = D_QUERY + offs_n[None, :] * D + offs_d[:, None]
+    tl.store(out_ptrs, acc * tl.load(FACTOR), mask=mask_n[None, :] & mask_d[:, None])
 
 
 @_kernel
@@ -108,24 +112,23 @@ def _d_key_tokens_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_d = offs_m < M, offs_d < D
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_D, BLOCK_M], tl.float32)
     tl.assume(R > 0)
     for start in range(0, R, BLOCK_K):
         offs_n = (start + offs_k).to(tl.int64)
         mask_n = offs_n < R
-        # read transposed: [BLOCK_M, BLOCK_K]
-        mask = (offs_m < stride_s)[:, None] & mask_n[None, :]
-        d_ptrs = D_SCORES + (offs_n // K)[None, :] * stride_s + offs_m[:, None]
-        d = tl.load(d_ptrs, mask=mask, other=0.0)
-        at_ptrs = WHERE + offs_n[None, :] * stride_s + offs_m[:, None]
+        mask = mask_n[:, None] & (offs_m < stride_s)[None, :]
+        d_ptrs = D_SCORES + (offs_n // K)[:, None] * stride_s + offs_m[None, :]
+        d = tl.load(d_ptrs, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_M]
+        at_ptrs = WHERE + offs_n[:, None] * stride_s + offs_m[None, :]
         at = tl.load(at_ptrs, mask=mask, other=0).to(tl.int32)
-        q_ptrs = Q + offs_n[:, None] * stride_q + offs_d[None, :]
-        q = tl.load(q_ptrs, mask=mask_n[:, None] & mask_d[None, :], other=0.0)
+        q_ptrs = Q + offs_n[None, :] * stride_q + offs_d[:, None]
+        q = tl.load(q_ptrs, mask=mask_n[None, :] & mask_d[:, None], other=0.0)
         own = tl.where(at == b, d, 0.0).to(d.dtype)
-        acc = tl.dot(own, q, acc, input_precision="ieee")  # q: [BLOCK_K, BLOCK_D]
-    out_ptrs = D_KEY + offs_m[:, None] * stride_dk + b * stride_dl + offs_d[None, :]
-    mask = mask_m[:, None] & mask_d[None, :]
-    out = tl.load(out_ptrs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+        acc = tl.dot(q, own, acc, input_precision="ieee")  # q: [BLOCK_D, BLOCK_K]
+    out_ptrs = D_KEY + offs_m[None, :] * stride_dk + b * stride_dl + offs_d[:, None]
+    mask = mask_m[None, :] & mask_d[:, None]
+    out = tl.load(out_ptrs, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_M]
     tl.store(out_ptrs, out + acc * tl.load(FACTOR), mask=mask)
 
 

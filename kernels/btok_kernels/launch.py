@@ -277,9 +277,9 @@ _CONTRASTIVE: dict[tuple[str, int], dict[str, int]] = {
     # of late interaction, whose forward holds a maximum and its token beside the scores
     ("maxima", 2): _blocks(8, 3, N=128, M=64, D=64),
     ("maxima", 4): _blocks(8, 3, N=64, M=64, D=32),
-    ("d_query_tokens", 2): _blocks(8, 3, N=128, K=64, D=128),
+    ("d_query_tokens", 2): _blocks(8, 3, N=128, K=32, D=128),
     ("d_query_tokens", 4): _blocks(8, 3, N=64, K=32, D=64),
-    ("d_key_tokens", 2): _blocks(8, 3, M=128, K=64, D=128),
+    ("d_key_tokens", 2): _blocks(8, 3, M=64, K=64, D=128),
     ("d_key_tokens", 4): _blocks(8, 3, M=64, K=32, D=64),
 }
 # sm_100 and 103 read a tile of scores back from tensor memory, which takes more registers
