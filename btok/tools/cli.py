@@ -1,10 +1,11 @@
-"""A folder of your own becomes an index and is searched; a checkpoint becomes a plain one, or is
-scored on a public benchmark.
+"""A folder of your own becomes an index and is searched; a checkpoint becomes a plain one, one with
+others, finds hard negatives, or is scored on a public benchmark.
 
     python -m btok encode CHECKPOINT FOLDER [--output INDEX] [--storage float16]
     python -m btok search CHECKPOINT FOLDER "a red seven" [--top 5] [--picture hits.png]
     python -m btok index INDEX [--build IVF_PQ]
     python -m btok export CHECKPOINT OUT
+    python -m btok merge CHECKPOINT CHECKPOINT --weights 0.5 0.5 --output OUT
     python -m btok check-server URL CHECKPOINT
     python -m btok mine CHECKPOINT PAIRS.jsonl --output HARD.jsonl [--count 4] [--ranks 10 100]
     python -m btok eval CHECKPOINT mmeb-v2 --data DIR [--tasks V-RET,DocVQA] [--output SCORES]
@@ -41,6 +42,7 @@ from btok.tools.evaluate import Evaluate, evaluate
 from btok.tools.export import export
 from btok.tools.folder import as_input, list_files, said_of_recall, update
 from btok.tools.gguf import export_gguf
+from btok.tools.merge import Merge, merge
 from btok.tools.mine import Mine, mine
 from btok.tools.rows import item_name
 from btok.tools.sinks import is_index
@@ -166,6 +168,7 @@ Command = (
     | Annotated[CheckServer, tyro.conf.subcommand("check-server")]
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[Mine, tyro.conf.subcommand("mine")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
 )
 
 
@@ -210,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def run(command: Encode | Describe | Export | CheckServer | Evaluate | Mine) -> int:
+def run(command: Encode | Describe | Export | CheckServer | Evaluate | Mine | Merge) -> int:
     """Bring the index up to date and, for a search, print what is nearest; or one of the others.
 
     Returns:
@@ -228,6 +231,9 @@ def run(command: Encode | Describe | Export | CheckServer | Evaluate | Mine) -> 
         evaluate(command)
     elif isinstance(command, Mine):
         mine(command)
+    elif isinstance(command, Merge):
+        merge(command.checkpoints, command.weights, command.output)
+        print(f"{command.output}: the weighted mean of {len(command.weights)} checkpoints")
     elif isinstance(command, Export):
         if command.checkpoint.suffix == ".gguf":
             export_gguf(command.checkpoint, command.out)
