@@ -59,6 +59,9 @@ WORK = {
     "d_logits": (1, "N", "M", "D"),
     "d_query": (1, "N", "K", "D"),
     "d_candidates": (1, "M", "K", "D"),
+    "maxima": (1, "N", "M", "D"),
+    "d_query_tokens": (1, "N", "K", "D"),
+    "d_key_tokens": (1, "M", "K", "D"),
 }
 ATTENTION = ("forward", "dkdv", "dk", "dv", "dq")
 
@@ -243,7 +246,18 @@ def contrastive(job: Job) -> None:
             fused(call, op.Ranks(None, [256], slice(0, 256), 1 / 256), with_grad=True)
 
 
-OPS = {"attention": attention, "contrastive": contrastive}
+def late(job: Job) -> None:
+    """Scores of late interaction and both gradients; the variant is the tokens of a row."""
+    from btok_kernels.late_interaction_triton import TRITON
+
+    dtype, tokens = getattr(torch, job.dtype), int(job.variant[1:])
+    query, key = (torch.randn(n, tokens, job.dim).to(dtype) for n in (40, 100))
+    scores, where = TRITON.scores(query, key)
+    d_query, d_key = (torch.zeros(x.shape) for x in (query, key))
+    TRITON.differentiate(scores, where, query, key, d_query, d_key)
+
+
+OPS = {"attention": attention, "contrastive": contrastive, "late": late}
 
 
 def compile_job(job: Job) -> list[Row]:
@@ -511,7 +525,8 @@ def table(runs: list[Run]) -> str:
         "# Triton kernels, compiled ahead of time",
         "",
         "By `make aot`, without a GPU; nothing here is measured. Variant: query heads per key head "
-        "of the attention; options given to the loss, none or all. Shared, spills: bytes. From "
+        "of the attention; options given to the loss, none or all; tokens of a row of late "
+        "interaction. Shared, spills: bytes. From "
         "`instructions` on: one iteration of a main loop (one that multiplies), per warp; first "
         "loop / second loop. `copies 2`: waits until two groups of copies are in flight.",
         "",
@@ -612,7 +627,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         same = dtype == "float32" or (dtype != "bfloat16" and not read)
         if same and arch != args.archs[0]:
             continue
-        if args.only != "contrastive":
+        if args.only in (None, "attention"):
             few = [d for d in args.head_dims if d in ends] or args.head_dims
             every = read if dtype == "bfloat16" else dtype == "float32" and not args.rows
             dims = args.head_dims if every else few
@@ -621,9 +636,11 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
             calls += itertools.product([1], few if also_one else [])
             for heads, dim in calls:
                 yield Job("attention", arch, dim, dtype, f"G{heads}")
-        if args.only != "attention":
+        if args.only in (None, "contrastive"):
             for variant in ("none", "all"):
                 yield Job("contrastive", arch, 1536, dtype, variant)
+        if args.only in (None, "late"):
+            yield Job("late", arch, 128, dtype, "K16")
 
 
 def main() -> None:
