@@ -102,6 +102,12 @@ def test_contrastive_launches_for_hopper_are_sound(tmp_path):
         assert f"| {kernel} | 90 | 1536 | bfloat16 |" in table
 
 
+def test_late_interactions_launches_for_hopper_are_sound(tmp_path):
+    table = check(tmp_path, "--only", "late", "--archs", "90", "--dtypes", "bfloat16")
+    for kernel in ("maxima", "d_query_tokens", "d_key_tokens"):
+        assert f"| {kernel} | 90 | 128 | bfloat16 | K16 |" in table
+
+
 @pytest.mark.full
 def test_all_launches_are_sound(tmp_path):
     assert "; 0 problems." in check(tmp_path)

@@ -22,7 +22,7 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
 from bench.aot import Target
-from btok_kernels import condensed_attention, contrastive_loss, launch
+from btok_kernels import condensed_attention, contrastive_loss, late_interaction, launch
 from tests.compiled.machine import Machine
 from tests.compiled.memory import Global
 from tests.compiled.ptx import parse
@@ -92,6 +92,7 @@ def device(
             mock.patch.object(launch, "architecture", lambda device: arch),
             mock.patch.object(condensed_attention, "no_triton", lambda device, dtype: None),
             mock.patch.object(contrastive_loss, "no_triton", lambda device, dtype: None),
+            mock.patch.object(late_interaction, "no_triton", lambda device, dtype: None),
         ):
             yield here
     finally:
