@@ -1,6 +1,7 @@
-"""Length mixes of packed rows, and everything that computes our attention over them.
+"""Length mixes of packed rows, and everything that computes our attention over them; late
+interaction by plain torch.
 
-A peer takes the layout, prepares what a training step would prepare once per batch (schedules,
+A peer of the attention takes the layout, prepares what a training step would prepare once per batch (schedules,
 masks, indices), and returns a function of q [T, Hq, D] and k, v [T, Hkv, D] to [T, Hq, D].
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from btok_kernels.condensed_attention import condensed_attention
 from btok_kernels.layout import CondensedLayout
@@ -141,6 +143,33 @@ def flex(layout: CondensedLayout, **kernel_options: Any) -> Attention:
         return compiled(q, k, v, block_mask=mask, enable_gqa=True, **options)[0].transpose(0, 1)
 
     return attend
+
+
+def chunked_late_interaction(
+    query: Tensor, key: Tensor, tau: float, bidirectional: bool, rows: int = 0
+) -> Tensor:
+    """InfoNCE with late interaction of query [N, K, D] and key [N, L, D] as plain torch does it.
+
+    Some rows at a time, `rows` or as many as keep their products [c, K, N, L] at 2^26 numbers,
+    which are made again in the backward. The other direction's columns come from the same scores.
+    """
+    count, tokens = len(query), query.shape[1] * key.shape[1]
+    rows = rows or max(1, (1 << 26) // (count * tokens))
+
+    def part(some: Tensor, key: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        products = torch.einsum("iad,jbd->iajb", some, key)
+        logits = products.amax(3).float().mean(1) / tau  # [c, N]
+        return logits.logsumexp(1).sum(), logits.logsumexp(0), logits.diagonal(first).sum()
+
+    found = [
+        checkpoint(part, some, key, i * rows, use_reentrant=False)
+        for i, some in enumerate(query.split(rows))
+    ]
+    of_rows, of_columns, positives = (torch.stack(x) for x in zip(*found, strict=True))
+    loss = (of_rows.sum() - positives.sum()) / count
+    if not bidirectional:
+        return loss
+    return (loss + (of_columns.logsumexp(0).sum() - positives.sum()) / count) / 2
 
 
 # those whose compilation is least sure to come back last

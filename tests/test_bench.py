@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import bench_condensed_attention as attention
 from bench import bench_contrastive_loss as contrastive
 from bench import bench_encoding as encoding
+from bench import bench_late_interaction as late
 from bench import bench_training_step as training
 from bench import harness, peers
 from bench.bench_inference import Shape, multiply_adds
@@ -247,6 +248,43 @@ def test_a_wrong_contrastive_loss_is_not_timed(monkeypatch, whose, direction):
         monkeypatch.setitem(contrastive.PEERS, name, lambda query, *x: eager(factor * query, *x))
     with pytest.raises(AssertionError, match=f"wrong result of {name}, .*: not timed"):
         contrastive.bench_contrastive_loss(never, "eager", 70, direction)
+
+
+@pytest.mark.parametrize("direction", late.DIRECTIONS)
+def test_late_interaction_is_given_to_the_contest(direction):
+    contest = Recorder()
+    late.bench_late_interaction(contest, 20, direction)
+    assert contest.names == (
+        "late interaction",
+        f"20 rows of {late.TOKENS}, {direction}",
+        late.PEER,
+    )
+    assert contest.facts["flops"] == 6 * (20 * late.TOKENS) ** 2 * late.DIM
+    assert contest.facts["scores_bytes"] == 4 * (20 * late.TOKENS) ** 2
+    for ours, theirs in zip(*contest.results, strict=True):
+        assert torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("direction", late.DIRECTIONS)
+@pytest.mark.parametrize("whose", ["ours", "peer"])
+def test_a_wrong_late_interaction_is_not_timed(monkeypatch, whose, direction):
+    right = getattr(late, whose)
+    late.truth(20, direction == "both directions")  # made by the peer, and kept
+    wrong = lambda query, *x: right((1 + 2 * late.TOLERANCE) * query, *x)  # noqa: E731
+    monkeypatch.setattr(late, whose, wrong)
+    name = late.OURS if whose == "ours" else late.PEER
+    with pytest.raises(AssertionError, match=f"wrong result of {name}, .*: not timed"):
+        late.bench_late_interaction(never, 20, direction)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_the_peer_of_late_interaction_is_the_reference(rows):
+    query, key = late.inputs(20)
+    for bidirectional in (False, True):
+        options = {"temperature": late.TAU, "bidirectional": bidirectional, "impl": "reference"}
+        want = late.contrastive_loss(query, key, **options)
+        got = peers.chunked_late_interaction(query, key, late.TAU, bidirectional, rows)
+        assert abs(got - want) < late.TOLERANCE
 
 
 def test_a_third_partys_kernel_that_hangs_or_crashes_is_skipped(monkeypatch):

@@ -1,0 +1,104 @@
+"""The contrastive loss of rows of several vectors, with its gradients, beside plain torch.
+
+On a CPU the chunked way in fp32 on 512 rows of 8 tokens of 128; ROWS=8192 TOKENS=16 takes so many.
+On a GPU the Triton way in bf16 on 2k to 8k rows of 16. Both results are first checked against plain
+torch in fp32.
+
+The peer makes the products [c, K, M, L] of some rows at a time, and again in its backward.
+Operations are those of three matrix products over all pairs of tokens, query @ key.T and its two
+gradients', though of the latter L - 1 of L terms are 0. Bytes are the inputs and the gradients,
+once each. `scores_bytes` is what the products of all pairs of tokens would take in fp32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache, partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness import DEVICE, Contest
+from bench.peers import chunked_late_interaction
+from btok.kernels import contrastive_loss
+
+if DEVICE == "cuda":
+    OURS, DTYPE, TOLERANCE, TOKENS = "triton", torch.bfloat16, 2e-2, 16
+    SIZES = [1 << n for n in range(11, 14)]
+else:
+    OURS, DTYPE, TOLERANCE = "chunked", torch.float32, 1e-4
+    TOKENS = int(os.environ.get("TOKENS", 8))
+    SIZES = [int(os.environ.get("ROWS", 512))]
+DIM = 128
+TAU = 0.02
+PEER = "chunked torch"
+DIRECTIONS = ("one direction", "both directions")
+Loss = Callable[[Tensor, Tensor, bool], Tensor]  # query, key, whether both directions
+
+
+def ours(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
+    return contrastive_loss(query, key, temperature=TAU, bidirectional=bidirectional, impl=OURS)
+
+
+def peer(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
+    return chunked_late_interaction(query, key, TAU, bidirectional)
+
+
+@cache
+def inputs(rows: int) -> tuple[Tensor, Tensor]:
+    """Unit tokens, query and key, with a loss of 1 to 8."""
+    g = torch.Generator().manual_seed(0)
+    shape = (rows, TOKENS, DIM)
+    key = F.normalize(torch.randn(shape, generator=g), dim=-1)
+    query = F.normalize(key + 4 * F.normalize(torch.randn(shape, generator=g), dim=-1), dim=-1)
+    query, key = (x.to(DEVICE, DTYPE).requires_grad_() for x in (query, key))
+    return query, key
+
+
+def step(loss_of: Loss, query: Tensor, key: Tensor, bidirectional: bool) -> list[Tensor]:
+    """The loss and the gradients of query and key."""
+    loss = loss_of(query, key, bidirectional)
+    return [loss.detach(), *torch.autograd.grad(loss, (query, key))]
+
+
+@cache
+def truth(rows: int, bidirectional: bool) -> list[Tensor]:
+    """By plain torch in fp32."""
+    query, key = (x.detach().float().requires_grad_() for x in inputs(rows))
+    return [x.cpu() for x in step(peer, query, key, bidirectional)]
+
+
+def check(name: str, results: list[Tensor], expected: list[Tensor]) -> None:
+    for got, want in zip(results, expected, strict=True):
+        error = float((got.float().cpu() - want).norm() / want.norm())
+        assert error <= TOLERANCE, f"wrong result of {name}, off by {error:.1e}: not timed"
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("rows", SIZES)
+def bench_late_interaction(contest: Contest, rows: int, direction: str) -> None:
+    bidirectional = direction == "both directions"
+    query, key = inputs(rows)
+    expected = truth(rows, bidirectional)
+    we, they = (partial(step, loss, query, key, bidirectional) for loss in (ours, peer))
+    check(OURS, we(), expected)
+    check(PEER, they(), expected)
+    contest(
+        "late interaction",
+        f"{rows} rows of {TOKENS}, {direction}",
+        PEER,
+        we,
+        they,
+        dtype=DTYPE,
+        flops=3 * 2 * (rows * TOKENS) ** 2 * DIM,
+        bytes=2 * (query.nbytes + key.nbytes),
+        scores_bytes=4 * (rows * TOKENS) ** 2,
+        rows=rows,
+        tokens=TOKENS,
+        dim=DIM,
+        direction=direction,
+        impl=OURS,
+    )
