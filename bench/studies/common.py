@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -107,7 +107,8 @@ class Options:
 
 
 class Variant(NamedTuple):
-    """A row of a study: what it is, its options of train/main.py, what the paper has for it."""
+    """A row of a study: what it is, its options of train/main.py ("{output}" is the folder of the
+    runs, "{seed}" the run's), what the paper has for it."""
 
     says: str
     options: tuple[str, ...] = ()
@@ -119,6 +120,7 @@ class Study(NamedTuple):
 
     Args:
         images_only: train on image tasks alone.
+        prepare: called with the command's options, a variant and a seed before that is trained.
     """
 
     name: str
@@ -126,6 +128,7 @@ class Study(NamedTuple):
     variants: dict[str, Variant]
     against: str
     images_only: bool = False
+    prepare: Callable[[Options, str, int], None] | None = None
 
 
 def main(study: Study, argv: Sequence[str] | None = None) -> int:
@@ -237,10 +240,12 @@ def arguments(options: Options, study: Study, name: str, seed: int) -> list[str]
     """Of train/main.py, for a run or, under the name "warm", for what a seed's runs start from."""
     folder = options.output / f"{name}-seed{seed}"
     common = ["--output", str(folder)]
+    words = () if name == "warm" else study.variants[name].options
+    own = [word.format(output=options.output, seed=seed) for word in words]
     if options.model != "pocket":
         data = options.output / "images.toml" if study.images_only else options.data
         common += ["--seed", str(seed), "--model", options.model, "--data", str(data)]
-        return ["btok-qwen2vl-2b", *common, *study.variants[name].options]
+        return ["btok-qwen2vl-2b", *common, *own]
     # in bfloat16, as torch has it, Muon takes most of a step on a CPU
     common += ["--muon-rate", "0", "--eval-queries", "0", "--checkpoint-every", "100"]
     if name == "warm":  # with a seed of its own, so that its scenes do not come again
@@ -251,7 +256,7 @@ def arguments(options: Options, study: Study, name: str, seed: int) -> list[str]
     common += ["--caption-steps", "0", "--reading-steps", "0", "--steps", str(options.steps)]
     common += ["--groups-per-batch", str(options.groups_per_batch)]
     common += ["--tasks", "image"] if study.images_only else []
-    return ["pocket", *common, *study.variants[name].options]
+    return ["pocket", *common, *own]
 
 
 def commands(options: Options, study: Study, name: str, seed: int) -> list[list[str]]:
@@ -281,6 +286,8 @@ def run(options: Options, study: Study, name: str, seed: int) -> None:
     if metrics_file(options, recipe.output.name).exists():
         return
     print(f"{name}, seed {seed}", flush=True)
+    if study.prepare:
+        study.prepare(options, name, seed)
     if options.model != "pocket":
         if study.images_only:
             write_text(options.output / "images.toml", images_of(options.data))
