@@ -5,10 +5,12 @@ inputs -> windows, each sorted by length -> packed batches (made in a thread, ah
 
 from __future__ import annotations
 
-from collections import deque
+import copy
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -19,18 +21,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from btok.calibration import COMMAND, Calibration, Measuring, cell_of, quantised
 from btok.config import CONFIG_NAME
 from btok.files import find
 from btok.inputs import as_side, estimate_tokens, with_frames
-from btok.model import BTokModel, model_digest
-from btok.packing import PackedBatch
+from btok.model import BTokModel, BTokOutput, model_digest
+from btok.packing import PackedBatch, pack
 from btok.processing import Processor
+from btok.vectors import VectorOptions
 
 if TYPE_CHECKING:
     from btok.tools.encode import Encoded
 
-# ids of inputs, their tokens, those inputs packed, why others met on the way cannot be read
-_Batch = tuple[list[Any], list[int], PackedBatch | None, dict[Any, str]]
 AHEAD = 3  # batches prepared before the model asks for them
 
 
@@ -49,8 +51,26 @@ class Vectors(NamedTuple):
     tokens: list[int]
 
 
+class _Batch(NamedTuple):
+    """Inputs that are packed together, with one number of bottleneck tokens; or none that could be.
+
+    Args:
+        names: what they are called; tokens: how many each has; cells: as `cell_of` names them.
+        errors: by name why others, met on the way, cannot be read.
+    """
+
+    names: list[Any]
+    tokens: list[int]
+    cells: list[str]
+    packed: PackedBatch | None
+    errors: dict[Any, str]
+
+
 class BTokEncoder:
     """A model and the processor of the same checkpoint.
+
+    Its `options`, a `btok.vectors.VectorOptions`, say what vectors it gives: by default one per
+    input, of all bottleneck tokens and all components. `using` gives an encoder of others.
 
     What else is encoded, and in which order, moves no component of an fp32 model's vector by more
     than 1e-6; of a bf16 one's by more than 2e-2, the rounding that its vectors have anyway.
@@ -64,6 +84,7 @@ class BTokEncoder:
         self, model: BTokModel, processor: Processor, checkpoint: str | Path | None = None
     ) -> None:
         self.model, self.processor, self.checkpoint = model, processor, checkpoint
+        self.options = VectorOptions()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **settings: Any) -> BTokEncoder:
@@ -85,12 +106,38 @@ class BTokEncoder:
         processor = Processor.from_pretrained(name_or_path, len(model.btok_token_ids))
         return cls(model, processor, found.parent if found else None)
 
+    def using(self, **options: Any) -> BTokEncoder:
+        """An encoder of the same model and processor that gives other vectors.
+
+        Args:
+            options: `num_btoks`, `dims`, `multi_vector`, `dtype` and `bound` of
+                `btok.vectors.VectorOptions`; what is left out stays as it is.
+
+        Raises:
+            ValueError: what the checkpoint was not trained for; what needs a calibration, of a
+                checkpoint that has none or one of other weights.
+        """
+        config, width = self.model.settings, self._width
+        asked = replace(self.options, **options).checked(config, width)
+        if asked.calibrated:
+            if self.calibration is None:
+                raise ValueError(
+                    f"BTokEncoder: {asked.calibrated} needs a calibration, and the checkpoint has "
+                    f"none; calibrate it first: {COMMAND}"
+                )
+            model = "" if self.checkpoint is None else self.digest
+            self.calibration.check(model, config, width)
+        other = copy.copy(self)
+        other.options = asked
+        return other
+
     def encode(
         self,
         inputs: Sequence[Any],
         instruction: str | None = None,
         batch_tokens: int = 16384,
         show_progress: bool = True,
+        **options: Any,
     ) -> np.ndarray:
         """Embed inputs: row i of the result is input i.
 
@@ -99,21 +146,28 @@ class BTokEncoder:
             instruction: put before the text of every input.
             batch_tokens: tokens per packed row; a longer input takes a row of its own.
             show_progress: a bar on stderr where that is a terminal; a log file gets none.
+            options: `num_btoks`, `dims`, `multi_vector`, `dtype` and `bound`, as `using` takes
+                them.
 
         Returns:
-            float32 [N, D], unit norm.
+            float32 [N, D], unit norm; d components of them, or int8, or [N, k, d], where the
+            options say so.
 
         Raises:
-            ValueError, TypeError: no inputs, or one that cannot be read (the message tells which).
+            ValueError, TypeError: no inputs, or one that cannot be read (the message tells which);
+                options that `using` refuses; `num_btoks` "auto" with `multi_vector`, which gives
+                each input another number of vectors.
         """
+        if options:
+            return self.using(**options).encode(inputs, instruction, batch_tokens, show_progress)
+        shape = self.shape
         inputs = list(inputs) if isinstance(inputs, Iterator) else _several(inputs)
         if not len(inputs):
             raise ValueError("BTokEncoder.encode: inputs is empty, expected at least one")
-        rows = np.empty((0, 0), np.float32)
+        rows = np.empty((len(inputs), *shape), self.options.dtype)
         for made in self.encode_iter(inputs, instruction, batch_tokens, show_progress):
-            if not len(rows):
-                rows = np.empty((len(inputs), made.vectors.shape[1]), np.float32)
-            rows[made.ids] = made.vectors
+            if made.ids:
+                rows[made.ids] = made.vectors
         return rows
 
     def encode_iter(
@@ -126,6 +180,7 @@ class BTokEncoder:
         ids: Iterable[Any] | None = None,
         window: int = 1024,
         strict: bool = True,
+        **options: Any,
     ) -> Iterator[Vectors]:
         """Embed inputs, maybe endless, a batch at a time: `(ids, vectors, errors, tokens)`.
 
@@ -135,20 +190,83 @@ class BTokEncoder:
             window: how many inputs are held and sorted together; no batch spans two windows.
             strict: an input that cannot be read is a ValueError; else it is named in `errors`, and
                 the rest goes on (a batch in which nothing can be read has no vectors).
+            options: as `encode` takes them. With `num_btoks` "auto" the inputs of a batch have one
+                number of bottleneck tokens, so that there may be `multi_vector` [n, k, d], too.
         """
+        if options:
+            other = self.using(**options)
+            more: dict[str, Any] = {"ids": ids, "window": window, "strict": strict}
+            yield from other.encode_iter(inputs, instruction, batch_tokens, show_progress, **more)
+            return
+        batches = self._read(inputs, instruction, batch_tokens, ids, window, strict)
+        total = len(inputs) if isinstance(inputs, Sequence) else None
+        bar = tqdm(total=total, unit="input", disable=None if show_progress else True)
+        with bar, closing(_ahead(batches)) as ahead:
+            for names, tokens, _, packed, broken in ahead:
+                vectors = self._vectors(names, packed)
+                bar.update(len(names) + len(broken))
+                yield Vectors(names, vectors, broken, tokens)
+
+    def calibrate(
+        self,
+        inputs: Iterable[Any],
+        instruction: str | None = None,
+        batch_tokens: int = 16384,
+        show_progress: bool = True,
+        *,
+        quantile: float = 0.9,
+        strict: bool = True,
+    ) -> Calibration:
+        """Measure what `num_btoks` "auto" and `dtype` "int8" go by, in one pass over some inputs.
+
+        Of each kind and size of input the quantile of 1 - cos(z_k, z_K) for every k that the model
+        was trained for, and the scales of int8. They are this encoder's from now on;
+        `Calibration.save` puts them into a checkpoint's folder, where encoders find them.
+
+        Args:
+            inputs: such as will be encoded, some thousands; the first four arguments are those of
+                `encode`, and so many inputs need no more memory than a few.
+            quantile: share of the inputs whose loss is at most what is said of them.
+            strict: an input that cannot be read is a ValueError; else it is passed over.
+
+        Raises:
+            ValueError: no inputs that can be read; a quantile that is not above 0 and at most 1.
+        """
+        if not 0 < quantile <= 1:
+            had = f"BTokEncoder.calibrate: quantile is {quantile}"
+            raise ValueError(f"{had}, expected above 0 and at most 1")
+        plain = copy.copy(self)
+        plain.options = VectorOptions()
+        measuring = Measuring(self.model.settings, self._width, quantile)
+        batches = plain._read(inputs, instruction, batch_tokens, None, 1024, strict)
+        bar = tqdm(unit="input", disable=None if show_progress else True)
+        with bar, closing(_ahead(batches)) as ahead:
+            for batch in ahead:
+                if batch.packed is not None:
+                    measuring.add(batch.cells, plain._run(batch.names, batch.packed))
+                bar.update(len(batch.names) + len(batch.errors))
+        if not measuring.inputs:
+            raise ValueError("BTokEncoder.calibrate: inputs has none that can be read")
+        made = measuring.calibration("" if self.checkpoint is None else self.digest)
+        self.calibration = made
+        return made
+
+    def _read(
+        self,
+        inputs: Iterable[Any],
+        instruction: str | None,
+        batch_tokens: int,
+        ids: Iterable[Any] | None,
+        window: int,
+        strict: bool,
+    ) -> Iterator[_Batch]:
+        """Batches of the inputs, as `encode_iter` takes its arguments."""
         _several(inputs)
         if batch_tokens < 1 or window < 1:
             had = f"batch_tokens is {batch_tokens} and window {window}"
             raise ValueError(f"BTokEncoder.encode_iter: {had}, expected at least 1")
         numbered = zip(count() if ids is None else ids, inputs, strict=ids is not None)
-        batches = self._batches(numbered, instruction, batch_tokens, window, strict)
-        total = len(inputs) if isinstance(inputs, Sequence) else None
-        bar = tqdm(total=total, unit="input", disable=None if show_progress else True)
-        with bar, closing(_ahead(batches)) as ahead:
-            for names, tokens, packed, broken in ahead:
-                vectors = self._vectors(names, packed)
-                bar.update(len(names) + len(broken))
-                yield Vectors(names, vectors, broken, tokens)
+        return self._batches(numbered, instruction, batch_tokens, window, strict)
 
     def encode_samples(
         self, samples: Sequence[Mapping[str, Any]], batch_tokens: int = 16384
@@ -160,34 +278,60 @@ class BTokEncoder:
             batch_tokens: as `encode` takes it.
 
         Returns:
-            float32 [N, D], unit norm; and how many tokens each was made of.
+            What `encode` gives of them; and how many tokens each was made of.
         """
-        rows = np.empty((len(samples), self.dims), np.float32)
+        rows = np.empty((len(samples), *self.shape), self.options.dtype)
         tokens = [0] * len(samples)
         order = sorted(range(len(samples)), key=lambda i: -len(samples[i]["input_ids"]))
-        for names, lengths, packed in self._packed(((i, samples[i]) for i in order), batch_tokens):
-            if names:
-                rows[names] = self._vectors(names, packed)
-                for i, length in zip(names, lengths, strict=True):
+        for batch in self._packed(((i, samples[i]) for i in order), batch_tokens):
+            if batch.names:
+                rows[batch.names] = self._vectors(batch.names, batch.packed)
+                for i, length in zip(batch.names, batch.tokens, strict=True):
                     tokens[i] = length
         return rows, tokens
 
     def _vectors(self, names: Sequence[Any], packed: PackedBatch | None) -> np.ndarray:
-        """float32 [n, D] of a packed batch; a ValueError where one is not finite."""
+        """Of a packed batch, as the options say; a ValueError where one is not finite."""
         if packed is None:
-            return np.empty((0, 0), np.float32)
+            return np.empty((0, 0), self.options.dtype)
+        vectors = self.options.of(self._run(names, packed)).cpu().numpy()
+        return vectors if self.scale is None else quantised(vectors, self.scale)
+
+    def _run(self, names: Sequence[Any], packed: PackedBatch) -> BTokOutput:
+        """What the model gives for a packed batch; a ValueError where a vector is not finite."""
         with torch.inference_mode(), _evaluating(self.model):
             output = self.model(packed.to(self.model.backbone.device))
-        vectors = output.embeddings.float().cpu().numpy()
-        if not (finite := np.isfinite(vectors).all(1)).all():
+        if not (finite := output.embeddings.isfinite().all(1).cpu().numpy()).all():
             where = names[finite.argmin()]
             raise ValueError(f"BTokEncoder: the vector of input {where} is not finite")
-        return vectors
+        return output
+
+    @property
+    def _width(self) -> int:
+        return self.model.backbone.config.get_text_config().hidden_size
 
     @property
     def dims(self) -> int:
-        """D, how many components a vector has."""
-        return self.model.backbone.config.get_text_config().hidden_size
+        """How many components a vector has: D, or what the options say."""
+        return self.options.dims or self._width
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input's vector: (d,); (k, d) of multi-vectors; (1 + k, d) of both."""
+        return self.options.shape(self.model.settings, self._width)
+
+    @property
+    def scale(self) -> float | None:
+        """What int8 vectors are to be multiplied with; None for those in float32."""
+        if self.options.dtype != "int8":
+            return None
+        assert self.calibration is not None  # or `using` would have refused
+        return self.calibration.scale(self.dims, bool(self.options.multi_vector))
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """The checkpoint's, or the last that `calibrate` made; None where there is none."""
+        return None if self.checkpoint is None else Calibration.load(self.checkpoint)
 
     @cached_property
     def digest(self) -> str:
@@ -206,6 +350,7 @@ class BTokEncoder:
             "dtype": str(model.backbone.dtype),
             "vision_positions": model.settings.vision_positions,
             **({name: getattr(images, name) for name in images.BOUNDS} if images else {}),
+            **self.options.described(self.calibration if self.options.calibrated else None),
         }
 
     def encode_to(
@@ -261,32 +406,63 @@ class BTokEncoder:
                 (i, read(i, sides.pop(i), lambda side: self.processor(with_frames(side))))
                 for i in sorted(lengths, key=lambda i: -lengths[i])
             )
-            for names, tokens, packed in self._packed(prepared, budget):
-                yield names, tokens, packed, broken
+            for batch in self._packed(prepared, budget):
+                yield batch._replace(errors=broken)
                 broken = {}
 
     def _packed(
         self, prepared: Iterable[tuple[Any, Mapping[str, Any] | None]], budget: int
-    ) -> Iterator[tuple[list[Any], list[int], PackedBatch | None]]:
-        """Samples in this order, packed to the budget: their names, tokens, and they themselves;
-        the last may be none.
+    ) -> Iterator[_Batch]:
+        """Samples in this order, packed to the budget; the last batch may be of none. Those of
+        another number of bottleneck tokens are packed apart.
         """
-        names: list[Any] = []
-        tokens: list[int] = []
-        samples: list[Mapping[str, Any]] = []
-        total = 0
+        waiting: dict[int, _Batch] = {}
+        samples: dict[int, list[Mapping[str, Any]]] = {}
+        totals: Counter[int] = Counter()
+
+        def closed(number: int) -> _Batch:
+            totals.pop(number)
+            batch, theirs = waiting.pop(number), samples.pop(number)
+            return batch._replace(packed=self._pack(theirs, number))
+
         for name, sample in prepared:
             if sample is None:
                 continue
-            length = len(sample["input_ids"]) + len(self.model.btok_token_ids)
-            if samples and total + length > budget:
-                yield names, tokens, self.model.pack(samples)
-                names, tokens, samples, total = [], [], [], 0
-            total += length
-            names.append(name)
-            tokens.append(length)
-            samples.append(sample)
-        yield names, tokens, self.model.pack(samples) if samples else None
+            cell = cell_of(sample)
+            number = self._num_btoks(cell)
+            length = len(sample["input_ids"]) + number
+            if number in waiting and totals[number] + length > budget:
+                yield closed(number)
+            batch = waiting.setdefault(number, _Batch([], [], [], None, {}))
+            batch.names.append(name)
+            batch.tokens.append(length)
+            batch.cells.append(cell)
+            samples.setdefault(number, []).append(sample)
+            totals[number] += length
+        if not waiting:
+            yield _Batch([], [], [], None, {})
+        for number in sorted(waiting):
+            yield closed(number)
+
+    def _num_btoks(self, cell: str) -> int:
+        """How many bottleneck tokens an input of this kind and size is embedded with."""
+        options = self.options
+        if options.num_btoks == "auto":
+            assert self.calibration is not None  # or `using` would have refused
+            return self.calibration.budget(cell, options.bound, self.dims)
+        return len(self.model.btok_token_ids) if options.num_btoks is None else options.num_btoks
+
+    def _pack(self, samples: Sequence[Mapping[str, Any]], number: int) -> PackedBatch:
+        """Samples with the first bottleneck tokens, so many."""
+        if number == len(self.model.btok_token_ids):
+            return self.model.pack(samples)
+        return pack(
+            [(sample, None) for sample in samples],
+            btok_token_ids=self.model.btok_token_ids[:number],
+            prefix_ids=(),
+            suffix_ids=(),
+            backbone_config=self.model.backbone.config,
+        )
 
 
 def _several(inputs: Any) -> Any:

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -400,3 +401,21 @@ def environment(**more):
     path = os.pathsep.join(map(str, (root, root / "kernels", root / "tests")))
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), path)))
     return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def nested_module() -> tuple[BTokModel, Processor]:
+    """`tiny_module`, as if it was trained for 1, 2 and 4 bottleneck tokens, 16 and 32 components,
+    and its rows as vectors.
+    """
+    model, processor = tiny_module()
+    nested = {"budgets": (1, 2, 4), "dims": (16, 32), "multi_vector": True}
+    model.settings = replace(model.settings, **nested)
+    return model, processor
+
+
+def nested_checkpoint(folder: Path) -> Path:
+    """`nested_module`, saved."""
+    model, processor = nested_module()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -1,0 +1,134 @@
+"""What vectors an encoder gives: of how many bottleneck tokens, in how many components, as what.
+
+A model that was trained for it (`budgets`, `dims`, `multi_vector` of `btok.config.BTokConfig`)
+embeds with its first k bottleneck tokens alone, and exactly so, as no row sees a later one; in the
+first d components of its embedding; and in its bottleneck rows as vectors of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from btok.calibration import Calibration
+from btok.config import BTokConfig, check_choice
+from btok.model import BTokOutput
+
+DType = Literal["float32", "int8"]
+NAME = "BTokEncoder"
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """How an encoder makes vectors of what its model gives.
+
+    Args:
+        num_btoks: k, one of the numbers of bottleneck tokens that the model was trained for, the
+            first ones; "auto" for the fewest that a calibration allows each input; None for all K.
+        dims: d, one of the numbers of components it was trained for: `normalize(x[:, :d])`; None
+            for all D.
+        multi_vector: True for the k bottleneck rows as vectors [k, d] at length 1, which
+            `btok.kernels.maxsim` compares; "both" for the embedding and they below it, [1 + k, d].
+        dtype: "float32", or "int8": `clip(round(x / scale), -127, 127)` with the calibrated scale,
+            so that a cosine is an integer product (of int32s) times scale ** 2.
+        bound: with "auto", what a calibration's quantile of 1 - cos(z_k, z_K) may be at most.
+    """
+
+    num_btoks: int | Literal["auto"] | None = None
+    dims: int | None = None
+    multi_vector: bool | Literal["both"] = False
+    dtype: DType = "float32"
+    bound: float = 0.02
+
+    def checked(self, config: BTokConfig, width: int) -> VectorOptions:
+        """The same, None where it says the model's own.
+
+        Args:
+            config: the model's settings.
+            width: D.
+
+        Raises:
+            ValueError: what the model was not trained for; another choice.
+        """
+        number = len(config.btok_token_ids)
+        budgets, dims = config.budgets or (number,), (*config.dims, width)
+        for name, value, allowed in (
+            ("num_btoks", self.num_btoks, budgets),
+            ("dims", self.dims, sorted({*dims})),
+        ):
+            auto = name == "num_btoks" and value == "auto"
+            known = type(value) is int and value in allowed
+            if value is not None and not known and not (auto and len(allowed) > 1):
+                trained = ", ".join(map(str, allowed))
+                had = f"{NAME}: {name} is {value!r:.60}"
+                raise ValueError(f"{had}, expected what it was trained for: {trained}")
+        if self.multi_vector not in (False, True, "both"):
+            had = f"{NAME}: multi_vector is {self.multi_vector!r:.60}"
+            raise ValueError(f"{had}, expected True, False or 'both'")
+        if self.multi_vector and not config.multi_vector:
+            raise ValueError(
+                f"{NAME}: multi_vector is {self.multi_vector!r}, expected False: it was trained "
+                "for one vector per input"
+            )
+        check_choice(NAME, "dtype", self.dtype, get_args(DType))
+        if self.dtype == "int8" and self.multi_vector == "both":
+            had = f"{NAME}: dtype is 'int8' with multi_vector 'both'"
+            raise ValueError(f"{had}, whose scales are two; expected float32")
+        if not 0 < self.bound <= 2:
+            raise ValueError(f"{NAME}: bound is {self.bound}, expected above 0 and at most 2")
+        own = {"num_btoks": number, "dims": width}
+        same: dict[str, Any] = {k: None for k, value in own.items() if getattr(self, k) == value}
+        return replace(self, **same)
+
+    @property
+    def calibrated(self) -> str | None:
+        """Which of the options needs a calibration; None where none does."""
+        if self.num_btoks == "auto":
+            return "num_btoks='auto'"
+        return "dtype='int8'" if self.dtype == "int8" else None
+
+    def described(self, calibration: Calibration | None) -> dict[str, Any]:
+        """What decides about vectors and is not as by default."""
+        found: dict[str, Any] = {}
+        if self.num_btoks is not None:
+            found["num_btoks"] = self.num_btoks
+        if self.dims is not None:
+            found["dims"] = self.dims
+        if self.multi_vector:
+            found["multi_vector"] = True
+        if self.dtype != "float32":
+            found["vectors"] = self.dtype
+        if self.num_btoks == "auto":
+            found["bound"] = self.bound
+        if calibration is not None:
+            found["calibration"] = calibration.digest
+        return found
+
+    def of(self, output: BTokOutput) -> Tensor:
+        """float32 [N, d], or [N, k, d] of the bottleneck rows, or [N, 1 + k, d] of both."""
+        vectors = output.embeddings.float()
+        if self.dims is not None:
+            vectors = F.normalize(vectors[:, : self.dims], dim=-1)
+        if not self.multi_vector:
+            return vectors
+        assert output.rows is not None  # of a model that was trained for it
+        rows = F.normalize(output.rows.float()[..., : self.dims], dim=-1)
+        return torch.cat([vectors[:, None], rows], 1) if self.multi_vector == "both" else rows
+
+    def shape(self, config: BTokConfig, width: int) -> tuple[int, ...]:
+        """Of one input's vector or vectors; a ValueError where each has its own number of them."""
+        dims = self.dims or width
+        if not self.multi_vector:
+            return (dims,)
+        if self.num_btoks == "auto":
+            raise ValueError(
+                f"{NAME}: num_btoks is 'auto' with multi_vector, which gives each input another "
+                "number of vectors; expected a number, or BTokEncoder.encode_iter, whose batches "
+                "have one each"
+            )
+        number = self.num_btoks or len(config.btok_token_ids)
+        return (number + (self.multi_vector == "both"), dims)
