@@ -428,6 +428,7 @@ def refused(capsys, checkpoint, *arguments):
         (["--ranks", 9, 5], "mine: ranks is 9 5, expected the first"),
         (["--ranks", 9, 11], "mine: ranks is 9 11, expected at least as many as count, 4"),
         (["--ranks", 9], "--ranks"),
+        (["--ranks", 9, 10001], "mine: ranks is 9 10001, expected at most 10000"),
         (["--margin", -1], "mine: margin is -1.0, expected from 0 to 2"),
         (["--margin", "nan"], "mine: margin is nan, expected from 0 to 2"),
         (["--relative", 1.5], "mine: relative is 1.5, expected above 0 and at most 1"),

@@ -44,6 +44,7 @@ from btok_kernels.ranks import from_first, gather, rank, world
 
 VERSION = 1  # of how negatives are chosen
 PART = 1024  # sides that are encoded together
+DEEPEST = 10_000  # rank: what is kept of a block of rows takes 80 MB then
 NAMED = 10  # rows that cannot be read which are named
 Draw = Literal["nearest", "random"]
 Short = Literal["refuse", "drop", "fill"]
@@ -122,6 +123,7 @@ def check(command: Mine) -> None:
             high - low + 1 >= command.count,
             f"at least as many as count, {command.count}",
         ),
+        ("ranks", f"{low} {high}", high <= DEEPEST, f"at most {DEEPEST}, which memory is for"),
         ("margin", command.margin, 0 <= (command.margin or 0) <= 2, "from 0 to 2"),
         (
             "relative",
