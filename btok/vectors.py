@@ -20,6 +20,7 @@ from btok.model import BTokOutput
 
 DType = Literal["float32", "int8"]
 NAME = "BTokEncoder"
+OPTIONS = ("dims", "multi_vector", "vectors", "bound", "calibration")  # described if not as usual
 
 
 @dataclass(frozen=True)

@@ -572,7 +572,7 @@ def test_task_errors(change, message):
     [
         (lambda sides: np.zeros((len(sides) - 1, 3)), r"\(11, 3\) .* 12 sides"),
         (lambda sides: np.zeros(len(sides)), r"\(12,\)"),
-        (lambda sides: np.zeros((len(sides), 1, 3)), r"\(12, 1, 3\)"),
+        (lambda sides: np.zeros((len(sides), 1, 3, 1)), r"\(12, 1, 3, 1\)"),
         (lambda sides: np.zeros((len(sides), len(sides))), r"\(12, 12\) against \(9, 9\)"),
         (lambda sides: np.full((len(sides), 3), np.nan), "not finite"),
         (lambda sides: np.full((len(sides), 3), np.inf), "not finite"),
@@ -599,3 +599,89 @@ def test_imports_are_light():
         "assert not {'PIL', 'matplotlib', 'transformers', 'triton'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- rows that are several vectors
+
+
+def late(query, candidate):
+    return np.mean([max(float(a @ b) for b in candidate) for a in query])
+
+
+def multi_task(seed, pools, width=3):
+    """Whole-number rows of three vectors each: sums are exact, and ties frequent."""
+    task, encode = random_task(seed, "ndcg@5", pools=pools, queries=20, candidates=12)
+    rng = np.random.default_rng(seed)
+    rows = {text: rng.integers(-1, 2, (3, width)).astype(np.float32) for text in encode.rows}
+    return task, Table(rows)
+
+
+@pytest.mark.parametrize("pools", [True, False])
+def test_rows_of_several_vectors_meet_by_late_interaction(monkeypatch, pools):
+    for seed in range(5):
+        task, encode = multi_task(seed, pools)
+        found, score = {}, []
+        row = evaluate(encode, [task], retrieved=found)["tasks"]["task"]
+        for i, qrels in enumerate(task.qrels):
+            pool = range(len(task.candidates)) if task.pools is None else task.pools[i]
+            query = encode.rows[task.queries[i].text]
+            truth = {c: late(query, encode.rows[task.candidates[c].text]) for c in pool}
+            order = sorted(pool, key=lambda c: -round(truth[c], 5))
+            score.append(by_definition("ndcg@5", [qrels.get(c, 0.0) for c in order]))
+            assert found["task"][i].top == order[:5]
+        assert row["score"] == pytest.approx(100 * np.mean(score))
+        monkeypatch.setattr(runner, "_BLOCK", 70)  # a query at a time
+        assert evaluate(encode, [task])["tasks"]["task"] == row
+        monkeypatch.undo()
+
+
+def test_one_vector_each_is_the_dot_product():
+    task, encode = random_task(4, hard=False, pools=False)
+    several = Table({text: row[None] for text, row in encode.rows.items()})
+    assert evaluate(several, [task]) == evaluate(encode, [task])
+
+
+def test_what_shows_the_same_is_equal_to_the_bit_with_several_vectors():
+    rng = np.random.default_rng(0)
+    rows = {f"q{i}": rng.normal(size=(4, 8)) for i in range(5)}
+    rows |= {f"c{i}/{j}": rng.normal(size=(4, 8)) for i in range(200) for j in range(2)}
+    task = RetrievalTask(
+        name="t",
+        meta_task="I-RET",
+        modality="image",
+        metric="hit@1",
+        queries=[Side(f"q{i}") for i in range(5)],
+        candidates=[Side(name) for name in rows if name[0] == "c"],
+        qrels=[{0: 1.0}] * 5,
+    )
+    for pools in (None, [rng.permutation(400).tolist() for _ in range(5)]):
+        asked = dataclasses.replace(task, pools=pools)
+        _, found, _ = runner.score_task(runner.Embedder(Table(rows), same_key), asked)
+        for i, each in enumerate(found):
+            pool = list(range(400)) if pools is None else pools[i]
+            assert each.top[1] == each.top[0] ^ 1 and each.top[3] == each.top[2] ^ 1
+            assert pool.index(each.top[0]) < pool.index(each.top[1])
+
+
+def test_a_large_pool_of_several_vectors_lies_in_a_file(monkeypatch, tmp_path):
+    task, encode = multi_task(1, False)
+    expected = runner.score_task(runner.Embedder(encode), task)
+    monkeypatch.setattr(runner, "_IN_MEMORY", 100)
+    embed = runner.Embedder(encode, scratch=tmp_path)
+    assert runner.score_task(embed, task) == expected
+    assert isinstance(embed.last[1], np.memmap) and embed.last[1].shape == (12, 3, 3)
+
+
+def test_rows_that_do_not_fit_together():
+    task, encode = multi_task(0, True)
+    for shape, message in (
+        ((2, 3), r"task task: rows \(20, 3, 3\) against \(12, 2, 3\)"),
+        ((3,), r"task task: rows \(20, 3, 3\) against \(12, 3\)"),
+        ((3, 1, 3), r"encode made \(12, 3, 1, 3\) rows of 12 sides"),
+    ):
+        other = {text: np.zeros(shape) for text in encode.rows if text[0] == "c"}
+        with pytest.raises(ValueError, match=message):
+            evaluate(Table(encode.rows | other), [task])
+    broken = {text: np.full((3, 3), np.nan) for text in encode.rows}
+    with pytest.raises(ValueError, match="rows that are not finite"):
+        evaluate(Table(broken), [task])

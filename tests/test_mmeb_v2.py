@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import tiny_checkpoint
+from helpers import nested_checkpoint, tiny_checkpoint
 from mmeb_miniature import Miniature
 from PIL import Image
 
 from btok import BTokEncoder
 from btok.adapters import Lora
-from btok.evaluation import mmeb_v2
+from btok.evaluation import mmeb_v2, runner
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tools import cli, evaluate
@@ -486,6 +486,47 @@ def test_what_is_missing_is_told_in_a_line_and_nothing_is_lost(checkpoint, data,
     assert f"error: {records} cannot be read (" in capfd.readouterr().err
 
 
+OPTIONS = (
+    ({}, []),
+    ({"num_btoks": 2, "dims": 16}, ["--num-btoks", 2, "--dims", 16]),
+    ({"num_btoks": 2, "multi_vector": True}, ["--num-btoks", 2, "--multi-vector"]),
+    ({"num_btoks": "auto", "dtype": "int8"}, ["--num-btoks", "auto", "--int8"]),
+)
+
+
+def test_scores_of_other_vectors_are_others(data, tmp_path, capfd):
+    checkpoint = nested_checkpoint(tmp_path / "nested")
+    line = [checkpoint, "mmeb-v2", "--data", data, "--tasks", "MSVD,OK-VQA", "--output"]
+    assert run(*line, tmp_path / "none", "--int8") == 2
+    assert "dtype='int8' needs a calibration" in capfd.readouterr().err
+    encoder = BTokEncoder.from_pretrained(checkpoint)
+    encoder.calibrate(["a seven", "a red seven on the left"] * 40).save(checkpoint)
+    made = BTokEncoder.from_pretrained(checkpoint)
+    for number, (options, arguments) in enumerate(OPTIONS):
+        assert run(*line, tmp_path / f"{number}", *arguments) == 0
+        metrics = json.loads((tmp_path / f"{number}/metrics.json").read_text())
+        settings = made.using(**options).settings
+        for name in ("MSVD", "OK-VQA"):
+            row = metrics["tasks"][name]
+            assert row["settings"] == settings | {"files": evaluate.files_digest(made)}
+            rows, _, _ = mmeb_v2.load(name, data)
+            task = mmeb_v2.build(name, data_dir=data, **rows)
+            vectors = made.using(**options)
+            found = runner.score_task(
+                runner.Embedder(lambda sides, by=vectors: by.encode(sides, show_progress=False)),
+                task,
+            )
+            assert found.row["score"] == row["score"]
+    capfd.readouterr()
+    for number in range(len(OPTIONS)):
+        for other in range(len(OPTIONS)):
+            status = run(*line, tmp_path / f"{number}", *OPTIONS[other][1])
+            assert status == (0 if number == other else 2)
+            assert ("holds scores of " in capfd.readouterr().err) == (number != other)
+    assert run(*line, tmp_path / "0", "--num-btoks", 3) == 2
+    assert "num_btoks is 3, but" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
@@ -499,6 +540,7 @@ def test_what_is_missing_is_told_in_a_line_and_nothing_is_lost(checkpoint, data,
         (["--picture", "x.txt"], "picture is x.txt, expected a name ending in .png, .pdf"),
         (["--data", "gone"], "78 of 78 data sets are not in gone: ImageNet-1K (no records, expec"),
         (["--prompts", "other"], "prompts"),
+        (["--num-btoks", "auto", "--multi-vector"], "num_btoks is 'auto' with multi_vector, which"),
     ],
 )
 def test_a_mistake_in_the_command_is_a_line(checkpoint, arguments, why, capfd):

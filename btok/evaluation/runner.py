@@ -1,11 +1,14 @@
-"""One runner for every evaluation set: encode once, rank by dot product, score, sum up.
+"""One runner for every evaluation set: encode once, rank by similarity, score, sum up.
 
 tasks -> `Embedder`: each different side once, in chunks that the ranks share -> `score_task`: every
 query's ranking of its pool -> means over tasks
+
+Rows [n, D] are compared by dot product, and rows [n, K, D], of K vectors each, by late interaction.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from btok.data.records import RetrievalTask, Side
@@ -25,6 +29,7 @@ from btok.evaluation.metrics import (
     rank,
     score,
 )
+from btok_kernels.late_interaction import maxsim
 from btok_kernels.ranks import from_first, gather, world
 from btok_kernels.ranks import rank as this_rank
 
@@ -56,14 +61,14 @@ class Embedder:
     """Sides become rows, of which this process, rank 0 alone, keeps those of the last pool.
 
     Args:
-        encode: at most `CHUNK` sides -> rows [n, D]; each rank is asked for its own.
+        encode: at most `CHUNK` sides -> rows [n, D], or [n, K, D]; each rank is asked for its own.
         key: of a side, equal for equal content, which is then encoded once, and in an order that
             does not depend on the pool's; None where every side is another.
         scratch: a folder for the rows of a large pool; None for the system's.
         advance: called with a number of sides that are done.
 
     Raises:
-        ValueError: rows that are not [n, D], or not finite.
+        ValueError: rows that are not [n, D] or [n, K, D], or not finite.
     """
 
     def __init__(
@@ -79,8 +84,8 @@ class Embedder:
     def __call__(
         self, sides: Sequence[Side], what: str, pool: bool = False
     ) -> tuple[Rows, NDArray[np.intp]]:
-        """Rows [U, D] of the different sides among N, and which row each has, [N]; empty on other
-        ranks than 0. Those of a pool are kept for the next task of it.
+        """Rows [U, D], or [U, K, D], of the different sides among N, and which row each has, [N];
+        empty on other ranks than 0. Those of a pool are kept for the next task of it.
         """
         keys: list[Hashable] = list(range(len(sides)))
         if self.key is not None:  # which may read files: once is enough
@@ -104,8 +109,8 @@ class Embedder:
                 part = self._checked(chunks[start + this_rank()], what)
             for i, found in enumerate(gather(part)[: len(chunks) - start]):
                 if rows is None:
-                    rows = self._room(len(sides) if this_rank() == 0 else 0, found.shape[1])
-                if found.shape[1] != rows.shape[1]:
+                    rows = self._room(len(sides) if this_rank() == 0 else 0, found.shape[1:])
+                if found.shape[1:] != rows.shape[1:]:
                     raise ValueError(f"task {what}: rows {found.shape} against {rows.shape}")
                 if this_rank() == 0:
                     rows[(start + i) * CHUNK :][: len(found)] = found
@@ -118,17 +123,18 @@ class Embedder:
             rows = np.asarray(self.encode(sides), dtype=np.float32)
         except (ValueError, TypeError) as error:
             raise type(error)(f"task {what}: {error}") from error
-        if rows.ndim != 2 or len(rows) != len(sides):
+        if rows.ndim not in (2, 3) or len(rows) != len(sides):
             raise ValueError(f"task {what}: encode made {rows.shape} rows of {len(sides)} sides")
         if not np.isfinite(rows).all():
             raise ValueError(f"task {what}: encode made rows that are not finite")
         return rows
 
-    def _room(self, count: int, width: int) -> Rows:
-        if count * width * 4 <= _IN_MEMORY:
-            return np.empty((count, width), np.float32)
+    def _room(self, count: int, of_each: tuple[int, ...]) -> Rows:
+        shape = (count, *of_each)
+        if 4 * math.prod(shape) <= _IN_MEMORY:
+            return np.empty(shape, np.float32)
         with tempfile.TemporaryFile(dir=self.scratch) as file:  # gone with the last who looks at it
-            return np.memmap(file, np.float32, "w+", shape=(count, width))
+            return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 def evaluate(
@@ -145,7 +151,8 @@ def evaluate(
     In a process group every rank calls it, encodes its share and has the result.
 
     Args:
-        encode: at most `CHUNK` sides -> rows [N, D].
+        encode: at most `CHUNK` sides -> rows [N, D]; or [N, K, D], whose similarity in place of
+            the dot product is `btok.kernels.maxsim`.
         tasks: all are checked before anything is encoded.
         settings, data_digest: copied into the result.
         progress: print a line per task to stderr.
@@ -159,7 +166,7 @@ def evaluate(
 
     Raises:
         ValueError: no tasks or a name twice; a task that does not fit together, such as a query
-            without a positive; rows that are not [N, D] or not finite.
+            without a positive; rows of another shape or not finite.
     """
     tasks = list(tasks)
     names = [task.name for task in tasks]
@@ -238,11 +245,11 @@ def _score(
     candidates: Rows,
     shown: NDArray[np.intp],
 ) -> Scored:
-    if queries.shape[1] != candidates.shape[1]:
+    if queries.shape[1:] != candidates.shape[1:]:
         had = f"rows {queries.shape} against {candidates.shape}"
         raise ValueError(f"task {task.name}: {had}")
     found, values, published = [], [], []
-    for i, ranking in enumerate(_rankings(queries[asked], candidates, shown, task.pools)):
+    for i, ranking in enumerate(_rankings(queries, asked, candidates, shown, task.pools)):
         qrels = task.qrels[i]
         relevance = np.zeros(len(shown))
         relevance[list(qrels)] = list(qrels.values())
@@ -273,6 +280,7 @@ def _score(
 
 def _rankings(
     queries: Rows,
+    asked: NDArray[np.intp],
     candidates: Rows,
     shown: NDArray[np.intp],
     pools: Sequence[Sequence[int]] | None,
@@ -282,14 +290,26 @@ def _rankings(
     Candidates that show the same have one row, and so one product: they are equal to the last bit.
     """
     if pools is None:
-        step = max(1, _BLOCK // len(candidates))
-        for i in range(0, len(queries), step):
-            for scores in queries[i : i + step] @ candidates.T:
+        vectors = math.prod(queries.shape[1:-1])  # of a query
+        step = max(1, _BLOCK // (len(candidates) * vectors))
+        for i in range(0, len(asked), step):
+            for scores in _similarities(queries[asked[i : i + step]], candidates):
                 yield rank(scores[shown])
         return
-    for query, pool in zip(queries, map(np.asarray, pools), strict=True):
+    for row, pool in zip(asked, map(np.asarray, pools), strict=True):
         rows, inverse = np.unique(shown[pool], return_inverse=True)
-        yield pool[rank((candidates[rows] @ query)[inverse])]
+        if queries.ndim == 2:
+            scores = candidates[rows] @ queries[row]
+        else:
+            (scores,) = _similarities(queries[row : row + 1], candidates[rows])
+        yield pool[rank(scores[inverse])]
+
+
+def _similarities(queries: Rows, candidates: Rows) -> Rows:
+    """[n, m] of rows [n, D] and [m, D], or of [n, K, D] and [m, K, D]."""
+    if queries.ndim == 2:
+        return queries @ candidates.T
+    return maxsim(torch.from_numpy(queries), torch.from_numpy(candidates)).numpy()
 
 
 def check(task: RetrievalTask) -> None:

@@ -16,20 +16,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from btok.adapters import base_of
-from btok.config import Pooling
+from btok.config import CONFIG_NAME, Pooling
 from btok.data.records import RetrievalTask, Side
 from btok.encoder import BTokEncoder
 from btok.evaluation import mmeb_v2, records, runner
-from btok.files import find, sha256, write_json
+from btok.files import find, read_json, sha256, write_json
 from btok.tools import comparison, pictures
 from btok.tools.command_line import load
+from btok.vectors import OPTIONS, VectorOptions
 from btok_kernels.ranks import from_first, rank
 
 VERSION = 1  # of how a score is made
@@ -58,7 +59,12 @@ class Evaluate:
         prompts: canonical, as bottleneck tokens are trained; origin, the benchmark's own strings.
         output: the folder of the scores; the same command goes on where a stopped one was.
         batch_tokens: tokens per packed row.
-        num_btoks: in place of the checkpoint's own; 0 for a model that embeds without them.
+        num_btoks: in place of the checkpoint's own, one that it was trained for; "auto" for the
+            fewest that its calibration allows each input; 0 for a model that embeds without them.
+        dims: how many components of a vector, the first ones, of numbers it was trained for.
+        multi_vector: compare bottleneck rows, by late interaction, of a model trained for it.
+        int8: compare vectors in int8, with the scale of the checkpoint's calibration.
+        bound: with num_btoks auto, the loss of similarity that is allowed.
         pooling: the same; last or mean where num_btoks is 0.
         list: say what each data set needs on disk, and stop.
         fetch: get from the hub what is missing, one data set at a time.
@@ -76,7 +82,11 @@ class Evaluate:
     prompts: mmeb_v2.Prompts = "canonical"
     output: Path = Path("runs/mmeb-v2")
     batch_tokens: int = 16384
-    num_btoks: int | None = None
+    num_btoks: int | Literal["auto"] | None = None
+    dims: int | None = None
+    multi_vector: bool = False
+    int8: bool = False
+    bound: float = VectorOptions.bound
     pooling: Pooling | None = None
     list: bool = False
     fetch: bool = False
@@ -96,6 +106,11 @@ def evaluate(command: Evaluate) -> None:
     """
     if command.benchmark != "mmeb-v2":
         raise ValueError(f"benchmark is {command.benchmark!r}, expected mmeb-v2")
+    if command.multi_vector and command.num_btoks == "auto":
+        raise ValueError(
+            "num_btoks is 'auto' with multi_vector, which gives each input another number of "
+            "vectors; expected a number"
+        )
     names = chosen(command.tasks)
     if command.list:
         if rank() == 0:
@@ -113,7 +128,12 @@ def evaluate(command: Evaluate) -> None:
     if not command.fetch:
         refuse_missing(names, command.data)
     own = {"num_btoks": command.num_btoks, "pooling": command.pooling}
+    options = {"dims": command.dims, "multi_vector": command.multi_vector, "bound": command.bound}
+    trained = read_json(command.checkpoint, CONFIG_NAME).get("budgets", ())
+    if command.num_btoks == "auto" or command.num_btoks in trained:
+        options["num_btoks"] = own.pop("num_btoks")
     encoder = load(command.checkpoint, **{k: v for k, v in own.items() if v is not None})
+    encoder = encoder.using(**options, dtype="int8" if command.int8 else "float32")
     images = encoder.processor.image_processor
     if command.prompts == "origin" and images is not None and images.brackets is None:
         raise ValueError(
@@ -362,11 +382,12 @@ class Scores:
         for name in mmeb_v2.data_sets():
             if (had := self._read(name)) is None:
                 continue
-            for key, value in self._flat(self.made_of).items():
-                if (was := self._flat(had["made_of"]).get(key)) != value:
+            new, old = self._flat(self.made_of), self._flat(had["made_of"])
+            for key in (*new, *(name for name in old if name in OPTIONS)):
+                if old.get(key) != new.get(key):
                     raise ValueError(
-                        f"{folder} holds scores of {key} {was}, this is {value}; give another "
-                        "--output"
+                        f"{folder} holds scores of {key} {old.get(key)}, this is {new.get(key)}; "
+                        "give another --output"
                     )
             self.rows[name] = had["row"] | self.made_of | {"data": had["data"]}
 
