@@ -103,11 +103,11 @@ def page(results: Results) -> str:
         table(*variants),
         "## Budgets of bottleneck tokens",
         "One model trained for all (`nested`), asked for the first k of its 16 tokens, beside a "
-        "model trained for each k, and beside the first k tokens of the model trained for 16 alone.",
+        "model trained for each k, and the first k tokens of the model trained for 16 alone.",
         nested_table(results),
         "## Components, and integers",
-        "The first d components of the embedding of K = 4: trained for (`dims`) and not (`K4`); and "
-        "as int8, of which one scale is calibrated.",
+        "The first d components of the embedding of K = 4, trained for (`dims`) and not (`K4`); as "
+        "int8 with one calibrated scale.",
         dims_table(results),
     ]
     if results.has("multi"):
@@ -150,8 +150,10 @@ def nested_table(results: Results) -> str:
         gaps = cells(results.gaps(ours, (name, view)), "+") if results.has(name) else "-"
         cut = ("K16", view)
         rows.append(
-            [name[1:], alone, cells(results.scores(*ours)), gaps]
-            + [cells(results.scores(*cut)), cells(results.gaps(ours, cut), "+")]
+            [
+                *(name[1:], alone, cells(results.scores(*ours)), gaps),
+                *(cells(results.scores(*cut)), cells(results.gaps(ours, cut), "+")),
+            ]
         )
     return table(*rows)
 
@@ -234,10 +236,9 @@ def picture(results: Results) -> Figure:
     for label, (variant, wanted, colour) in series.items():
         if not results.has(variant):
             continue
-        views = sorted(
-            filter(wanted, results.views(variant)), key=lambda v: results.bytes(variant, v)
-        )
-        x = [results.bytes(variant, view) for view in views]
+        sizes = {v: results.bytes(variant, v) for v in results.views(variant) if wanted(v)}
+        views = sorted(sizes, key=lambda view: sizes[view])
+        x = [sizes[view] for view in views]
         draw(left, x, [results.scores(variant, view) for view in views], label, colour)
         shown += x
     log_axis(left, "x", TICKS, shown or [1, 2])
@@ -245,13 +246,13 @@ def picture(results: Results) -> Figure:
     timed = (results.content["times"] or {}).get("times", {})
     names = [name for name in (k[1:] for k in FIXED) if name in timed]
     auto = [name for name in timed if name.startswith("auto")]
-    for label, some, variant, colour in (
-        ("a model for each k", names, None, GREY),
+    for label, some, owner, colour in (
+        ("a model for each k", names, "", GREY),
         ("nested, first k", names, "nested", BLUE),
         ("nested, auto", auto, "nested", PURPLE),
     ):
         views = [name if name in auto else f"{name} of {width}" for name in some]
-        owners = [variant or f"K{name}" for name in some]
+        owners = [owner or f"K{name}" for name in some]
         pairs = list(zip(owners, views, some, strict=True))
         pairs = [pair for pair in pairs if results.has(pair[0]) and results.scores(*pair[:2])]
         pairs.sort(key=lambda pair: timed[pair[2]]["ratio"])
