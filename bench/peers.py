@@ -1,8 +1,9 @@
 """Length mixes of packed rows, and everything that computes our attention over them; late
 interaction by plain torch.
 
-A peer of the attention takes the layout, prepares what a training step would prepare once per batch (schedules,
-masks, indices), and returns a function of q [T, Hq, D] and k, v [T, Hkv, D] to [T, Hq, D].
+A peer of the attention takes the layout, prepares what a training step would prepare once per batch
+(schedules, masks, indices), and returns a function of q [T, Hq, D] and k, v [T, Hkv, D] to
+[T, Hq, D].
 """
 
 from __future__ import annotations
