@@ -240,7 +240,7 @@ def test_no_tensor_is_as_large_as_the_products(monkeypatch):
         (torch.ones(2, 4), torch.ones(2, 3, 4), TypeError, r"query is torch.float32 \[2, 4\]"),
         (torch.ones(2, 3, 4).long(), torch.ones(2, 3, 4), TypeError, "query is torch.int64"),
         (torch.ones(2, 3, 4), torch.ones(2, 4), TypeError, r"key is torch.float32 \[2, 4\], exp"),
-        (torch.ones(2, 3, 4), None, TypeError, "key is <class 'NoneType'>, expected one"),
+        (torch.ones(2, 3, 4), None, TypeError, "key is <class 'NoneType'>, expected a"),
         (torch.ones(2, 0, 4), torch.ones(2, 3, 4), ValueError, r"query is \[2, 0, 4\], expected a"),
         (torch.ones(2, 3, 4), torch.ones(2, 0, 4), ValueError, r"key is \[2, 0, 4\], expected a"),
         (torch.ones(2, 3, 4), torch.ones(2, 3, 5), ValueError, r"key is \[2, 3, 5\], .* D 4 as"),

@@ -429,8 +429,8 @@ def _check(call: Call) -> dict[str, Any]:
     name, query, tau, margin = "contrastive_loss", call.query, call.temperature, call.margin
     if not isinstance(query, Tensor) or query.ndim not in (2, 3) or not query.is_floating_point():
         had = f"{query.dtype} {list(query.shape)}" if isinstance(query, Tensor) else type(query)
-        expected = "a floating-point tensor [N, D] or [N, K, D]"
-        raise TypeError(f"{name}: query is {had}, expected {expected}")
+        shapes = "[N, D] or [N, K, D]"
+        raise TypeError(f"{name}: query is {had}, expected a floating-point tensor {shapes}")
     rows, columns = len(query), query.shape[-1]
     tokens: tuple[int | str, ...] = () if query.ndim == 2 else ("L",)
     if query.ndim == 3 and isinstance(call.key, Tensor) and call.key.ndim == 3:
@@ -470,8 +470,7 @@ def _check(call: Call) -> dict[str, Any]:
         raise ValueError(f"{name}: margin is {margin!r}, expected a finite number or None")
     hardness = call.hardness
     if not (isinstance(hardness, int | float) and 0 <= hardness < math.inf):
-        had = f"{name}: hardness is {hardness!r}"
-        raise ValueError(f"{had}, expected a finite number, 0 or more")
+        raise ValueError(f"{name}: hardness is {hardness!r}, expected a finite number, 0 or more")
     if call.group not in (None, "local") and not is_group(call.group):
         raise ValueError(f"{name}: group is {call.group!r}, expected a group, 'local' or None")
     reasons = {

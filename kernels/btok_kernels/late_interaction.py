@@ -180,19 +180,24 @@ def maxsim(query: Tensor, key: Tensor, *, impl: str = "auto") -> Tensor:
     Source: arXiv 2004.12832 (ColBERT), section 3.3, which sums; arXiv 2509.18095 (MetaEmbed).
     """
     name = "maxsim"
-    for label, tensor in (("query", query), ("key", key)):
-        expected = "a floating-point tensor [N, K, D]" if label == "query" else "one [M, L, D]"
+    for label, tensor, rows in (("query", query, "N, K"), ("key", key, "M, L")):
         if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
-            had = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else None
-            raise TypeError(f"{name}: {label} is {had or type(tensor)}, expected {expected}")
+            had = (
+                f"{tensor.dtype} {list(tensor.shape)}"
+                if isinstance(tensor, Tensor)
+                else f"{type(tensor)}"
+            )
+            kind = f"a floating-point tensor [{rows}, D]"
+            raise TypeError(f"{name}: {label} is {had}, expected {kind}")
         if 0 in tensor.shape[1:]:
-            raise ValueError(f"{name}: {label} is {list(tensor.shape)}, expected a token and D > 0")
+            shape = f"{list(tensor.shape)}"
+            raise ValueError(f"{name}: {label} is {shape}, expected at least one token and D > 0")
     if key.dtype != query.dtype or key.device != query.device:
-        had, expected = f"{key.dtype} on {key.device}", f"{query.dtype} on {query.device}"
-        raise TypeError(f"{name}: key is {had}, expected {expected} as query")
+        theirs, ours = (f"{x.dtype} on {x.device}" for x in (key, query))
+        raise TypeError(f"{name}: key is {theirs}, expected {ours} as query")
     if key.shape[2] != query.shape[2]:
-        expected = f"D {query.shape[2]} as query"
-        raise ValueError(f"{name}: key is {list(key.shape)}, expected {expected}")
+        width = query.shape[2]
+        raise ValueError(f"{name}: key is {list(key.shape)}, expected D {width} as query's")
     reasons = {
         "triton": lambda: no_triton(query.device, query.dtype),
         "chunked": always,
