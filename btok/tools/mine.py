@@ -395,7 +395,7 @@ def search(
     chosen: Blocks,
 ) -> None:
     """Choose the negatives of all rows, a block at a time; blocks are shared by the ranks."""
-    fill = command.short == "fill"
+    fill, limited = command.short == "fill", (command.margin, command.relative) != (None, None)
     missing = on_first(chosen.missing)
     own = missing[rank() :: world()]
     options = {"desc": "searching", "unit": "row", "unit_scale": chosen.size}
@@ -418,7 +418,7 @@ def search(
             torch.from_numpy(vectors[0][readable]).to(device),
             candidates,
             command.ranks[1] + (command.count if fill else 0),
-            torch.from_numpy(limits).to(device),
+            torch.from_numpy(limits).to(device) if limited else None,
             Hidden(related, asking),
         )
         keys = related.keys[0][asking, None], related.keys[1][near]

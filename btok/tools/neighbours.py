@@ -101,7 +101,7 @@ def nearest(
     queries: Tensor,
     candidates: Blocks,
     k: int,
-    limits: Tensor,
+    limits: Tensor | None,
     hide: Callable[[Tensor, int], None],
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
     """Of each query the nearest candidates whose score is not above its limit.
@@ -110,7 +110,7 @@ def nearest(
         queries: float32 [N, D], on the device that works.
         candidates: a file of float32 [D]; a NaN tells that there is no vector.
         k: how many.
-        limits: float32 [N]; inf for none.
+        limits: float32 [N]; None for no limits.
         hide: (scores [N, M], number of the first of M candidates) puts -inf where one does not
             count for a query.
 
@@ -128,9 +128,10 @@ def nearest(
         scores = queries @ block.masked_fill(bad[:, None], 0).T
         scores.masked_fill_(bad, -torch.inf)
         hide(scores, start)
-        far = scores > limits[:, None]
-        above += far.sum(1)
-        scores.masked_fill_(far, -torch.inf)
+        if limits is not None:
+            far = scores > limits[:, None]
+            above += far.sum(1)
+            scores.masked_fill_(far, -torch.inf)
         best = _merged(best, scores, start)
     ordered, numbers = best >> 32, 0xFFFFFFFF - (best & 0xFFFFFFFF)
     bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).int()
