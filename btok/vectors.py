@@ -7,7 +7,8 @@ first d components of its embedding; and in its bottleneck rows as vectors of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -133,3 +134,14 @@ class VectorOptions:
             )
         number = self.num_btoks or len(config.btok_token_ids)
         return (number + (self.multi_vector == "both"), dims)
+
+
+def options_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of which an encoder's settings tell, as `BTokEncoder.using` takes them: in
+    float32, and of multi-vectors both.
+    """
+    names = ("num_btoks", "dims", "bound")
+    options = {name: settings[name] for name in names if settings.get(name) is not None}
+    if settings.get("multi_vector"):
+        options["multi_vector"] = "both"
+    return asdict(VectorOptions(**options))

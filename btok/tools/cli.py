@@ -67,6 +67,11 @@ class Encode:
         instruction: put before the text of every file; an index is of one instruction.
         batch_tokens: tokens per packed row.
         storage: what a new index stores: float32, float16 (half the size) or int8 (a quarter).
+        num_btoks: how many bottleneck tokens vectors of a new index are made with, of numbers that
+            the checkpoint was trained for; "auto" for the fewest that its calibration allows each
+            file. What an index has stays.
+        dims: how many components a vector of a new index has, the first ones.
+        multi_vector: keep in a new index the bottleneck rows, too; searches then compare these.
         clip: seconds; a video is cut into equal parts of at most so many, each an item of its own.
         engine: "ray" shares the work among the machines of a Ray cluster (extra `ray`).
         workers: with Ray, how many encode; one per GPU, or per two CPUs, by default.
@@ -80,6 +85,9 @@ class Encode:
     instruction: str = ""
     batch_tokens: int = 16384
     storage: str | None = None
+    num_btoks: int | Literal["auto"] | None = None
+    dims: int | None = None
+    multi_vector: bool = False
     clip: float | None = None
     engine: Literal["local", "ray"] = "local"
     workers: int | None = None
@@ -98,6 +106,7 @@ class Search(Encode):
         top: how many files to show.
         where: among which, as SQL: "uri LIKE '%.pdf' AND page < 3".
         exact: compare with all vectors, where there is an approximate index too.
+        rescore: compare the bottleneck rows of the nearest, where the index has them.
         picture: draw them into this file (needs the extra `demo`).
     """
 
@@ -107,6 +116,7 @@ class Search(Encode):
     top: int = 5
     where: str | None = None
     exact: bool = False
+    rescore: bool = True
     picture: Path | None = None
 
 
@@ -255,7 +265,10 @@ def describe(command: Describe) -> None:
     index = Index.open(command.index)
     if command.build is not None:
         print(f"{printable(command.index)}: {said_of_recall(index.build(command.build))}")
-    said = f"{len(index)} vectors of {index.storage} [{index.dims}], {index.distinct('uri')} files"
+    said = f"{len(index)} vectors of {index.storage} [{index.dims}]"
+    if index.several:
+        said += f" and {index.several} times as many for late interaction"
+    said += f", {index.distinct('uri')} files, {index.bytes_of_item} bytes of vectors an item"
     said += f", by {index.meta.get('checkpoint')} ({index.meta['model']})"
     if index.indexed:
         said += f"; {index.meta.get('kind')}, recall@10 {index.meta.get('recall')}"
@@ -285,21 +298,24 @@ def encode(command: Encode) -> None:
         raise ValueError(f"clip is {command.clip}, expected at least 0.1 seconds")
     where = command.where if isinstance(command, Search) else None
     settings = command.instruction, command.batch_tokens, command.storage, where, command.clip
+    asked_for = ("num_btoks", command.num_btoks), ("dims", command.dims)
+    options: dict[str, Any] = {name: value for name, value in asked_for if value is not None}
+    options |= {"multi_vector": True} if command.multi_vector else {}
     index: Index | None
     if command.engine == "ray":
         from btok.tools import ray_engine
 
         ray = command.workers, command.address, command.staging
-        index = ray_engine.update(command.checkpoint, root, listed, output, *settings, *ray)
-        encoder = index.encoder
+        index = ray_engine.update(
+            command.checkpoint, root, listed, output, *settings, *ray, options
+        )
     else:
         if given := [name for name in WITH_RAY if getattr(command, name) is not None]:
             raise ValueError(f"{given[0]} is given, which only --engine ray has")
-        encoder = load(command.checkpoint)
-        index = update(encoder, root, listed, output, *settings)
+        index = update(load(command.checkpoint), root, listed, output, *settings, options)
     if isinstance(command, Search) and index is not None and rank() == 0:
-        vectors = encoder.encode([query], command.query_instruction, show_progress=False)
-        (hits,) = index.search(vectors, command.top, where, command.exact or None)
+        way = command.exact or None, command.query_instruction, None if command.rescore else False
+        (hits,) = index.search([query], command.top, where, *way)
         for place, (score, item) in enumerate(hits, 1):
             print(f"{place:>3}  {score:6.3f}  {printable(item_name(item))}")
         if command.picture is not None:

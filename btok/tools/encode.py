@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice, tee
@@ -11,11 +12,12 @@ from typing import Any
 from btok.encoder import BTokEncoder
 from btok.tools.lookup import Came
 from btok.tools.rows import Encoded, Row, as_item, refuse_ungrouped
-from btok.tools.sinks import open_sink
+from btok.tools.sinks import fitted, open_sink
 from btok_kernels.ranks import from_first, gather, rank, world
 
 PART = 256  # inputs that are encoded together, by one process
 SECONDS = 10.0  # between two writes, so that many small parts make one commit
+MOST = 1 << 28  # bytes of vectors that wait to be written
 WINDOW = 1 << 12  # items that are looked up together
 
 
@@ -29,6 +31,7 @@ def encode_to(
     show_progress: bool = True,
     storage: str | None = None,
     check: Callable[[Mapping[str, Any]], str | None] = lambda item: None,
+    **options: Any,
 ) -> Encoded:
     """Make an index, or another sink, hold exactly these inputs; encode what it lacks.
 
@@ -47,12 +50,17 @@ def encode_to(
         storage: what an index stores: "float32", "float16" or "int8"; by default what it does
             already, or float32.
         check: of an item whose vector was made, why it is not to be kept; None to keep it.
+        options: `num_btoks`, `dims`, `multi_vector` and `bound`, as `BTokEncoder.using` takes them;
+            by default the encoder's own, or those of the index that is there. With `multi_vector`
+            an index keeps the bottleneck rows, too, for late interaction.
 
     Raises:
-        ValueError: what `btok.tools.index.open_index` refuses; an id twice; no input that can be
-            read.
+        ValueError: options that the model was not trained for, or an output does not keep; what
+            `btok.tools.index.open_index` refuses; an id twice; no input that can be read.
     """
     refuse_ungrouped()
+    encoder = fitted(encoder, output, options)
+    most = MOST // (4 * math.prod(encoder.shape))
     sink = open_sink(encoder, output, instruction, storage)
     waiting: dict[str, Mapping[str, Any]] = {}
 
@@ -103,7 +111,8 @@ def encode_to(
                 kept = (row, count) if why is None else (None, None, why)
                 part[name] = Row(waiting[name], *kept)
             part |= {name: Row(waiting[name], None, None, why) for name, why in errors.items()}
-            if len(part) % PART == 0 and time.monotonic() - since >= SECONDS:
+            late = time.monotonic() - since >= SECONDS
+            if len(part) % PART == 0 and (late or len(part) >= most):
                 write(part)
                 part, since = {}, time.monotonic()
     finally:  # what was made is kept, whatever happened

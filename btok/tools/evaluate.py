@@ -128,7 +128,11 @@ def evaluate(command: Evaluate) -> None:
     if not command.fetch:
         refuse_missing(names, command.data)
     own = {"num_btoks": command.num_btoks, "pooling": command.pooling}
-    options = {"dims": command.dims, "multi_vector": command.multi_vector, "bound": command.bound}
+    options: dict[str, Any] = {
+        "dims": command.dims,
+        "multi_vector": command.multi_vector,
+        "bound": command.bound,
+    }
     trained = read_json(command.checkpoint, CONFIG_NAME).get("budgets", ())
     if command.num_btoks == "auto" or command.num_btoks in trained:
         options["num_btoks"] = own.pop("num_btoks")

@@ -18,7 +18,7 @@ from btok.inputs import DOCUMENTS, KINDS, Clip, Page, cut, duration, is_video, p
 from btok.tools.encode import WINDOW, encode_to
 from btok.tools.lookup import Came
 from btok.tools.rows import Encoded, without_none
-from btok.tools.sinks import is_index
+from btok.tools.sinks import fitted, is_index
 from btok_kernels.ranks import rank
 
 if TYPE_CHECKING:
@@ -102,16 +102,17 @@ def update(
     storage: str | None = None,
     where: str | None = None,
     clip: float | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Index | None:
     """Make an index, or another sink, hold just these files of a folder, and say what was done.
 
     What lies in a folder that cannot be read now stays as it was. A file that changes while it is
-    encoded gets no vector, and is tried again by the next call.
+    encoded gets no vector, and is tried again by the next call. `options` are those of `fitted`.
 
     Returns:
         The index, if it is one.
     """
-    old = None
+    encoder, old = fitted(encoder, output, options), None
     if is_index(output):
         old = index_of_files(encoder, output, instruction, storage, where)
     items, again = tee(describe(root, listed, old, clip))

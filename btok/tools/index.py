@@ -16,7 +16,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import datetime, timedelta
 from functools import cached_property
 from itertools import chain, pairwise
@@ -28,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btok.files import one_line
-from btok.tools import old_index, tables
+from btok.tools import old_index, search, tables
+from btok.tools.lance_errors import WORDY, is_damage, named
 from btok.tools.lookup import Places
 from btok.tools.rows import (
     Row,
@@ -39,6 +39,7 @@ from btok.tools.rows import (
     refuse_ungrouped,
     without_none,
 )
+from btok.tools.search import Found, asked, late, nearest, rescored
 from btok_kernels.ranks import gather, rank
 
 if TYPE_CHECKING:
@@ -67,9 +68,8 @@ KINDS = ("IVF_PQ", "IVF_HNSW_SQ")
 RECALL = 0.95  # what `build` looks for
 PROBES = (8, 16, 32, 64, 128, 256, 512)  # partitions of an index that a query looks at
 TUNED = 10  # the k for which `build` finds how many of them
-NEAR = 1e-6  # in score, that two rows are as near
 TOGETHER = 64  # queries of an approximate search
-REFINED = 10  # times k: candidates whose vectors are compared exactly
+REFINED = 10  # times k: candidates whose vectors are compared exactly, or by late interaction
 SAMPLE = 200  # stored vectors that ask, to tell a recall
 SAMPLED = 64  # vectors a partition to train on: a quarter of Lance's, of its time and memory
 LEAST = 256  # vectors, which is how many codes a product quantiser has
@@ -78,20 +78,12 @@ KEPT = timedelta(hours=1)  # that a state which is no longer the newest stays, f
 MANY = 10_000  # ids of a commit that removes
 RETRIES = 20  # of a commit beside others'
 CONFLICTS = ("conflict", "preempted")  # as Lance tells of them
-# where in Lance it was, and through which of its layers it came
-WORDY = re.compile(
-    r"(, )?/\S+\.rs:\d+:\d+"
-    r"|(External error|Generic \S+ error|LanceError\(\w+\)|Invalid user input): "
-)
-XML = re.compile(r"<\?xml.*<Message>(.*?)</Message>.*", re.DOTALL)  # of object stores
-DAMAGED = (
-    "; a file of it is damaged or gone: open it again, and if that does not help delete it, and "
-    "encode makes it again"
-)
 
 
 class Hit(NamedTuple):
-    """What a search found: the cosine of the two vectors, and what the item says."""
+    """What a search found: the cosine of the two vectors, or by late interaction the mean of the
+    query's vectors' best ones, and what the item says.
+    """
 
     score: float
     item: dict[str, Any]
@@ -104,7 +96,8 @@ class Index:
         uri: a folder or an address that Lance knows (`s3://`, `gs://`, `az://`; credentials come
             from the environment, as for those services' own tools).
         dataset: the table, in the state it had when it was opened.
-        meta: "model" (digest), "checkpoint", "settings", "storage", "dims", "format_version".
+        meta: "model" (digest), "checkpoint", "settings", "storage", "dims", "format_version"; of an
+            index of several vectors an item, "vectors", how many.
         encoder: what makes vectors of queries; loaded when it is needed.
     """
 
@@ -121,6 +114,7 @@ class Index:
             if (version := self.meta["format_version"]) != FORMAT_VERSION:
                 raise ValueError(f"format_version is {version!r}, expected {FORMAT_VERSION}")
             self.dims, self.storage = int(self.meta["dims"]), str(self.meta["storage"])
+            self.several = int(self.meta.get("vectors", 0))
             if tables.STORAGE.get(self.storage) != dataset.schema.field("vector").type.value_type:
                 raise ValueError(f"its vectors are not of {self.storage}")
 
@@ -160,6 +154,7 @@ class Index:
         storage: str = "float32",
         rows: Iterable[Sequence[Row]] = (),
         items: Iterable[Mapping[str, Any]] | None = None,
+        several: int = 0,
     ) -> Index:
         """A new index, of some rows or none, in one commit.
 
@@ -169,8 +164,11 @@ class Index:
             storage: what components are stored as: "float32", "float16" or "int8" (times a number
                 per vector; no approximate index can be made of those).
             items: what rows may say; by default what the first part of them does.
+            several: how many vectors for late interaction an item has below its one, in float16 or
+                int8: rows are then [1 + several, D].
         """
         meta = {"format_version": FORMAT_VERSION, **meta, "storage": storage, "dims": dims}
+        meta |= {"vectors": several} if several else {}
         schema, rows = tables.schema_of(meta, dims, storage), iter(rows)
         first = list(next(rows, ()))
         said = [row.item for row in first] if items is None else items
@@ -204,8 +202,15 @@ class Index:
     @property
     def columns(self) -> list[str]:
         """What items say."""
-        own = {"vector", "scale", *tables.OWN}
+        own = {*tables.of_vectors(self.dataset.schema), *tables.OWN}
         return [name for name in self.dataset.schema.names if name not in own]
+
+    @property
+    def bytes_of_item(self) -> int:
+        """How many bytes an item's vectors take, before Lance packs them."""
+        size = {"float32": 4, "float16": 2, "int8": 1}[self.storage]
+        factor = 4 if self.storage == "int8" else 0  # of each vector
+        return size * self.dims + factor + self.several * (min(size, 2) * self.dims + factor)
 
     @cached_property
     def encoder(self) -> BTokEncoder:
@@ -243,12 +248,18 @@ class Index:
             scanner = self.dataset.scanner(
                 columns=list(columns),
                 filter=where,
-                batch_size=READ if "vector" in columns else NARROW,
+                batch_size=self._rows_read(columns),
                 io_buffer_size=BUFFER,
                 scan_in_order=True,
                 **more,
             )
             yield from scanner.to_batches()
+
+    def _rows_read(self, columns: Sequence[str]) -> int:
+        """How many rows of these columns make a batch."""
+        if self.several and "vectors" in columns:
+            return max(1, READ // self.several)
+        return READ if "vector" in columns else NARROW
 
     def look_up(
         self, column: str, values: Collection[str], seen: NDArray[np.bool_] | None = None
@@ -306,19 +317,24 @@ class Index:
         rows = (row for batch in found for row in batch.to_pylist())
         return {item_name(row): row["error"] for row in rows}
 
-    def vectors(self, where: str | None = None) -> Iterator[tuple[NDArray[np.float32], pa.Array]]:
-        """float32 [n, D] a batch at a time, and the rows' numbers.
+    def vectors(
+        self, where: str | None = None, several: bool = False
+    ) -> Iterator[tuple[NDArray[np.float32], pa.Array]]:
+        """float32 [n, D] a batch at a time, or the several vectors of each item [n, K, D]; and the
+        rows' numbers.
 
         ValueError for a vector that is not of length 1: a file is damaged.
         """
-        wanted = ["vector", *(["scale"] if self.storage == "int8" else [])]
+        wanted = self._stored(several)
         among = f"({where}) AND {WHOLE}" if where else WHOLE
         with named(self.uri):
             for batch in self._scan(wanted, among, batch_readahead=2, with_row_id=True):
                 rows = self._floats(batch)
-                good = np.abs(np.einsum("nd,nd->n", rows, rows) - 1) < LENGTHS  # False for a NaN
+                lengths = np.einsum("...d,...d->...", rows, rows)
+                good = np.abs(lengths - 1) < LENGTHS  # False for a NaN
                 if not good.all():
-                    number = batch["_rowid"][int(good.argmin())].as_py()
+                    number = batch["_rowid"][int(good.reshape(len(rows), -1).all(1).argmin())]
+                    number = number.as_py()
                     (item,) = self._items([number])
                     raise ValueError(
                         f"the vector of {item_name(item)} is damaged, its length is not 1; delete "
@@ -327,11 +343,28 @@ class Index:
                 yield rows, batch["_rowid"]
 
     def _floats(self, batch: pa.RecordBatch) -> NDArray[np.float32]:
-        rows = batch["vector"].flatten().to_numpy(zero_copy_only=False)
-        rows = rows.reshape(len(batch), self.dims).astype(np.float32, copy=False)
-        if self.storage == "int8":
-            rows *= batch["scale"].to_numpy(zero_copy_only=False)[:, None]
+        """float32 [n, D] of the column "vector", or [n, K, D] of "vectors"."""
+        shape: tuple[int, ...] = (len(batch), self.dims)
+        column, factor = "vector", "scale"
+        if "vectors" in batch.schema.names:
+            shape, column, factor = (len(batch), self.several, self.dims), "vectors", "scales"
+        rows = batch[column].flatten().to_numpy(zero_copy_only=False)
+        rows = rows.reshape(shape).astype(np.float32, copy=False)
+        if factor in batch.schema.names:
+            scale = batch[factor] if factor == "scale" else batch[factor].flatten()
+            rows *= scale.to_numpy(zero_copy_only=False).reshape(*shape[:-1], 1)
         return rows
+
+    def _stored(self, several: bool) -> list[str]:
+        """The columns of the one vector, or of the several."""
+        names = ("vectors", "scales") if several else ("vector", "scale")
+        return [*names[: 2 if self.storage == "int8" else 1]]
+
+    def several_of(self, numbers: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
+        """The numbers of these rows, as they lie, and their several vectors, float32 [n, K, D]."""
+        table = self._numbered(self._stored(True), numbers)
+        (batch,) = table.combine_chunks().to_batches() if len(table) else table.to_batches()
+        return batch["_rowid"].to_pylist(), self._floats(batch)
 
     def _items(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """What the rows of these numbers say."""
@@ -350,42 +383,37 @@ class Index:
         where: str | None = None,
         exact: bool | None = None,
         instruction: str | None = None,
+        rescore: bool | None = None,
     ) -> list[list[Hit]]:
         """Of each query the k nearest items, the best first.
 
         Args:
-            queries: vectors, float32 [Q, D], unit norm, or what `BTokEncoder.encode` takes.
+            queries: vectors, float32 [Q, D], unit norm, or what `BTokEncoder.encode` takes; of an
+                index of several vectors an item also [Q, 1 + K, D], as `multi_vector` "both" gives.
             where: among which rows, as SQL: "uri LIKE '%.pdf'".
             exact: compare with all rows; by default only where no approximate index was built, or a
                 condition leaves 100,000 rows or fewer. Scores are exact either way.
             instruction: put before the text of queries that are no vectors.
+            rescore: compare the 10 k nearest, or with `exact` all rows, by late interaction; by
+                default where the index has several vectors an item, and the queries, too.
 
         Returns:
             Hits per query; equal scores in the order in which the rows were written.
 
         Raises:
             ValueError: k below 1, vectors of another length, a condition that is no SQL or names
-                what no item says, a damaged vector.
+                what no item says, a damaged vector; rescore where one vector is all there is.
         """
         if not isinstance(k, Integral) or isinstance(k, bool):
             raise TypeError(f"k is {k!r:.60}, expected a whole number")
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1")
-        if isinstance(queries, np.ndarray) and queries.dtype != np.uint8:
-            if queries.ndim != 2 or queries.shape[1] != self.dims:
-                raise ValueError(
-                    f"queries is {queries.dtype} {list(queries.shape)}, expected float32 "
-                    f"[Q, {self.dims}]"
-                )
-            queries = queries.astype(np.float32, copy=False)
-            if not np.isfinite(queries).all():
-                raise ValueError("queries has NaNs or infinities, expected unit vectors")
-        else:
-            queries = self.encoder.encode(queries, instruction, show_progress=False)
+        queries, several = asked(self, queries, instruction, rescore)
         if not len(queries):
             return []
         count = self.count(where)
         k, probes = min(int(k), count), 0
+        wanted, k = k, k if several is None else min(REFINED * k, count)
         if not exact and self.indexed and (where is None or count > LARGE):
             # of a part of the rows, or for more of them, as good results lie further away
             total = count if where is None else len(self)
@@ -393,9 +421,14 @@ class Index:
             probes = round(self.meta.get("probes", PROBES[-1]) * share)
         if not count:
             return [[] for _ in queries]
-        found = self._probed(queries, k, where, probes) if probes else []
-        if not probes or min(map(len, found)) < k:
-            found = self._exact(queries, k, where)
+        if several is not None and (exact or k == count):
+            found = self._exact(several, wanted, where)
+        else:
+            found = self._probed(queries, k, where, probes) if probes else []
+            if not probes or min(map(len, found)) < k:
+                found = self._exact(queries, k, where)
+            if several is not None:
+                found = rescored(self, several, found, wanted)
         items = self._items([number for of_query in found for _, number in of_query])
         left = iter(items)
         return [[Hit(score, next(left)) for score, _ in of_query] for of_query in found]
@@ -414,35 +447,24 @@ class Index:
                 raise ValueError("its brackets do not match")
             return self.dataset.count_rows(f"({where}) AND {WHOLE}")
         except (ValueError, OSError, RuntimeError, pa.ArrowException) as error:
-            if _is_damage(self.uri, error):
+            if is_damage(self.uri, error):
                 with named(self.uri):
                     raise
             said = WORDY.sub("", one_line(error))
             raise ValueError(f"where is {where!r}, which is no condition: {said}") from error
 
-    def _exact(
-        self, queries: NDArray[np.float32], k: int, where: str | None
-    ) -> list[list[tuple[float, int]]]:
-        """Scores and rows' numbers, by all rows of the table, which are read once."""
-        best = np.full((len(queries), k), -np.inf, np.float32)
-        numbers = np.zeros((len(queries), k), np.uint64)
-        for rows, of_rows in self.vectors(where):
-            scores, theirs = queries @ rows.T, of_rows.to_numpy()
-            better = scores > best[:, -1:]  # of equal ones the earlier stays
-            for query in np.flatnonzero(better.any(1)):
-                new = np.flatnonzero(better[query])
-                joint = np.concatenate((best[query], scores[query, new]))
-                order = np.argsort(-joint, kind="stable")[:k]
-                best[query] = joint[order]
-                numbers[query] = np.concatenate((numbers[query], theirs[new]))[order]
-        return [
-            [(float(score), int(n)) for score, n in zip(*pair, strict=True) if score > -np.inf]
-            for pair in zip(best, numbers, strict=True)
-        ]
+    def _exact(self, queries: NDArray[np.float32], k: int, where: str | None) -> Found:
+        """Scores and rows' numbers, by all rows of the table, which are read once; by late
+        interaction for queries [Q, K, D].
+        """
+        parts = self.vectors(where, several=queries.ndim == 3)
+        score = late if queries.ndim == 3 else lambda queries, rows: queries @ rows.T
+        scored = ((score(queries, rows), numbers.to_numpy()) for rows, numbers in parts)
+        return nearest(scored, len(queries), k)
 
     def _probed(
         self, queries: NDArray[np.float32], k: int, where: str | None, probes: int
-    ) -> list[list[tuple[float, int]]]:
+    ) -> Found:
         """Scores and rows' numbers, by the approximate index and what is not in it yet."""
         if len(queries) > TOGETHER:  # the candidates of each are held until all are compared
             parts = range(0, len(queries), TOGETHER)
@@ -466,7 +488,7 @@ class Index:
             ).to_table()
         table = table.filter(pc.is_valid(table["vector"]))
         rows: Any = self._floats(table.combine_chunks().to_batches()[0]) if len(table) else []
-        found: list[list[tuple[float, int]]] = [[] for _ in queries]
+        found: Found = [[] for _ in queries]
         asking = table["query_index"].to_pylist() if len(queries) > 1 else [0] * len(table)
         for row, query, number in zip(rows, asking, table["_rowid"].to_pylist(), strict=True):
             found[query].append((float(queries[query] @ row), number))
@@ -512,7 +534,7 @@ class Index:
         recall = 0.0
         for probes in PROBES:
             found = self._probed(queries, k + 1, None, probes)
-            recall = _recall(expected, found, k)
+            recall = search.recall(expected, found, k)
             if recall >= RECALL or probes >= settings["num_partitions"]:
                 break
         self._describe(probes=probes, recall=round(recall, 4), kind=kind)
@@ -656,57 +678,6 @@ class Index:
         return recall
 
 
-def _recall(
-    expected: Sequence[Sequence[tuple[float, int]]],
-    found: Sequence[Sequence[tuple[float, int]]],
-    k: int,
-) -> float:
-    """Of the k nearest but the first, which is the query itself, how many were found, or others
-    that are as near.
-    """
-    hits = [
-        min(k, max(0, sum(score >= right[-1][0] - NEAR for score, _ in got) - 1))
-        for right, got in zip(expected, found, strict=True)
-    ]
-    return sum(hits) / sum(len(right) - 1 for right in expected)
-
-
-@contextmanager
-def named(uri: str) -> Iterator[None]:
-    """One line that says which table it was, and what could be wrong with it, for Lance's errors.
-
-    ValueError in place of those that it raises.
-    """
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, pa.ArrowException) as error:
-        said = XML.sub(r"\1", WORDY.sub("", one_line(error)))
-        if said.startswith(f"{uri}: "):
-            raise
-        raise ValueError(f"{uri}: {said}{DAMAGED if _is_damage(uri, error) else ''}") from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust
-            raise
-        raise ValueError(f"{uri}: {one_line(error)}{DAMAGED}") from error
-
-
-def _is_damage(uri: str, error: BaseException) -> bool:
-    """Whether it may be that a local table lost a file, or part of one."""
-    said = str(error).lower()
-    signs: tuple[str, ...] = (
-        "protobuf",
-        "decod",
-        "corrupt",
-        "magic",
-        "invalid range",
-        "too small",
-        "truncated",
-    )
-    signs += ("sufficient data",)
-    gone = "not found" in said and ("/data/" in said or "/_deletions/" in said)
-    return "://" not in uri and (gone or any(sign in said for sign in signs))
-
-
 def open_index(
     encoder: BTokEncoder,
     uri: str | Path,
@@ -717,7 +688,8 @@ def open_index(
     rewritten. All processes of a group call it.
 
     Args:
-        encoder: from `BTokEncoder.from_pretrained`, which names its checkpoint.
+        encoder: from `BTokEncoder.from_pretrained`, which names its checkpoint; with `multi_vector`
+            "both" for an index of several vectors an item.
         instruction: put before the text of every input; an index is of one instruction.
         storage: as `Index.create` takes it; None for what there is, or float32.
 
@@ -730,14 +702,16 @@ def open_index(
     if rank() == 0:
         folder = None if "://" in place else Path(place)
         if folder is not None and (folder / old_index.MANIFEST).exists():
-            _renew(folder, asked, storage, encoder.dims)
-        elif not _is_there(place):
+            _renew(folder, asked, storage, encoder.dims)  # which is of one vector an item
+        elif not is_there(place):
             if folder is not None and folder.exists() and not _is_empty(folder):
                 raise ValueError(f"{place} is no index and not empty; give another folder")
             try:
-                Index.create(place, asked, encoder.dims, storage or "float32")
+                several = encoder.shape[0] - 1 if encoder.options.multi_vector else 0
+                stored = storage or "float32"
+                Index.create(place, asked, encoder.dims, stored, several=several)
             except ValueError:
-                if not _is_there(place):  # else another run made it just now
+                if not is_there(place):  # else another run made it just now
                     raise
     gather(None)  # all processes are here: there is a table now
     index = Index.open(place)
@@ -748,7 +722,7 @@ def open_index(
     return index
 
 
-def _is_there(uri: str) -> bool:
+def is_there(uri: str) -> bool:
     """Whether there is a table, of whatever kind."""
     try:
         lance.dataset(uri)
@@ -773,7 +747,7 @@ def _is_empty(folder: Path) -> bool:
 
 def _renew(folder: Path, asked: Mapping[str, Any], storage: str | None, dims: int) -> None:
     """Make a table, in one commit, of an index of an older format, whose files then go."""
-    if not _is_there(str(folder)):  # else a kill came between the commit and their going
+    if not is_there(str(folder)):  # else a kill came between the commit and their going
         old = old_index.OldIndex(folder)
         refuse_other(folder, old.meta, asked)
         Index.create(folder, asked, dims, storage or "float32", old.rows(), old.items)

@@ -48,8 +48,9 @@ from btok.tools.folder import (
 from btok.tools.index import READ, Index
 from btok.tools.lookup import Places
 from btok.tools.rows import Row, described, refuse_other
-from btok.tools.sinks import IndexSink, is_index
+from btok.tools.sinks import IndexSink, fitted, is_index
 from btok.tools.tables import as_table, schema_of
+from btok.vectors import options_of
 
 try:
     import pyarrow as pa
@@ -78,6 +79,7 @@ def update(
     workers: int | None = None,
     address: str | None = None,
     staging: Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Index:
     """Make an index hold just these files of a folder, and say what was done; `folder.update` on
     many machines.
@@ -87,6 +89,7 @@ def update(
         workers: encoders; by default one per GPU of the cluster, or per two CPUs.
         address: of a Ray cluster; by default RAY_ADDRESS's, or a new one on this machine.
         staging: the staging folder; by default OUTPUT.parts, beside a local index.
+        options: of vectors, as `btok.tools.sinks.fitted` takes them.
     """
     if not is_index(output):
         raise ValueError(f"output is {output}, expected an index's folder or address with Ray")
@@ -95,7 +98,9 @@ def update(
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")
     staging = Path(f"{output}.parts") if staging is None else staging  # `list_files` passes it over
-    encoder = load(checkpoint)
+    encoder = fitted(load(checkpoint), output, options)
+    if encoder.options.multi_vector:
+        raise ValueError("multi_vector is True, expected False with Ray, which keeps one vector")
     old = index_of_files(encoder, output, instruction, storage, where)
     sink = IndexSink(encoder, output, instruction, storage)
     meta = described(encoder, instruction)
@@ -282,7 +287,7 @@ class Encode:
     """An actor: vectors of what was prepared."""
 
     def __init__(self, checkpoint: str, batch_tokens: int, meta: Mapping[str, Any]) -> None:
-        self.encoder = load(checkpoint)
+        self.encoder = load(checkpoint).using(**options_of(meta["settings"]))
         self.batch_tokens = batch_tokens
         self.schema = schema_of(meta, self.encoder.dims, "float32")
 

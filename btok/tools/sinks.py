@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 
 from btok.encoder import BTokEncoder
 from btok.files import one_line, whole
+from btok.tools import old_index
 from btok.tools.rows import Encoded, Row, described, item_name, refuse_other, without_none
+from btok.vectors import VectorOptions, options_of
 from btok_kernels.ranks import from_first, gather, rank
 
 NPZ, PARQUET = ".npz", ".parquet"
@@ -31,6 +33,31 @@ NPZ, PARQUET = ".npz", ".parquet"
 def is_index(output: str | Path) -> bool:
     """Whether an output of this name is an index, and no file for other programs."""
     return Path(output).suffix.lower() not in (NPZ, PARQUET)
+
+
+def fitted(
+    encoder: BTokEncoder, output: str | Path, options: Mapping[str, Any] | None = None
+) -> BTokEncoder:
+    """The encoder of an output's vectors.
+
+    Args:
+        encoder: its own options are kept unless others are given.
+        output: an index that is there has the vectors of its own options, where none are given.
+        options: as `BTokEncoder.using` takes them; `multi_vector` True means both.
+    """
+    if options:
+        encoder = encoder.using(**options)
+    elif encoder.options == VectorOptions() and is_index(output):
+        from btok.tools.index import Index, is_there
+
+        older = "://" not in str(output) and Path(output, old_index.MANIFEST).exists()
+        if not older and is_there(str(output)):
+            meta = Index.open(output).meta
+            if meta["model"] == encoder.digest:
+                encoder = encoder.using(**options_of(meta["settings"]))
+    if encoder.options.multi_vector is True:
+        encoder = encoder.using(multi_vector="both")
+    return encoder
 
 
 class Sink(Protocol):
@@ -59,8 +86,13 @@ def open_sink(
         ValueError: vectors of another model or other settings there, or something else.
         ImportError: the extra `lance` is missing.
     """
+    if encoder.options.dtype != "float32":
+        had = f"dtype is {encoder.options.dtype!r}, expected 'float32' for {output}"
+        raise ValueError(f"{had}; an index stores int8 with storage='int8'")
     if is_index(output):
         return IndexSink(encoder, output, instruction, storage)
+    if encoder.options.multi_vector:
+        raise ValueError(f"multi_vector is True, expected False for {output}; an index keeps them")
     if storage not in (None, "float32"):
         raise ValueError(f"storage is {storage!r}, expected 'float32' for {output}")
     kind = NpzSink if Path(output).suffix.lower() == NPZ else ParquetSink

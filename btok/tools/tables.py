@@ -3,6 +3,7 @@
 id        what a row is of, different in all rows; the same where the content is the same
 uri, page, pages, start, end, duration, size, mtime_ns, ctime_ns, and what else the items say
 vector    float32, float16 or int8 (then beside its "scale") [D]; null where there is an error
+vectors   of an index for late interaction, float16 or int8 (then beside their "scales" [K]) [K * D]
 tokens    that it was made of
 part      a digest of the ids that were written with it
 error     why there is no vector
@@ -50,9 +51,21 @@ def schema_of(meta: Mapping[str, Any], dims: int, storage: str) -> pa.Schema:
     """The columns of every table, and its metadata."""
     if storage not in STORAGE:
         raise ValueError(f"storage is {storage!r}, expected one of {', '.join(STORAGE)}")
+    small = storage == "int8"
     fields = {**SAID, "vector": pa.list_(STORAGE[storage], dims)}
-    fields |= {"scale": pa.float32()} if storage == "int8" else {}
+    fields |= {"scale": pa.float32()} if small else {}
+    if several := meta.get("vectors"):
+        fields["vectors"] = pa.list_(pa.int8() if small else pa.float16(), several * dims)
+        fields |= {"scales": pa.list_(pa.float32(), several)} if small else {}
     return pa.schema({**fields, **OWN}, {METADATA: json.dumps(dict(meta))})
+
+
+def of_vectors(schema: pa.Schema) -> list[str]:
+    """Names of the columns for vectors and, of int8, the factors beside them."""
+    of_one = ["vector", "scale"]
+    if json.loads((schema.metadata or {}).get(METADATA, b"{}")).get("vectors"):
+        of_one += ["vectors", "scales"]
+    return of_one
 
 
 def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
@@ -67,24 +80,35 @@ def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     part = hashlib.sha256(json.dumps([item["id"] for item in items]).encode()).hexdigest()[:16]
     kind = schema.field("vector").type
     missing = np.array([row.vector is None for row in rows])
-    vectors = np.zeros((len(rows), kind.list_size), np.float32)
+    shape: tuple[int, ...] = (kind.list_size,)
+    if several := "vectors" in of_vectors(schema):
+        shape = (1 + schema.field("vectors").type.list_size // kind.list_size, *shape)
+    vectors = np.zeros((len(rows), *shape), np.float32)
     for number, row in enumerate(rows):
         if row.vector is not None:
-            if np.shape(row.vector) != (kind.list_size,):
+            if np.shape(row.vector) != shape:
                 had = f"the vector of {row.item['id']!r} is {list(np.shape(row.vector))}"
-                raise ValueError(f"{had}, expected [{kind.list_size}]")
+                raise ValueError(f"{had}, expected {list(shape)}")
             vectors[number] = row.vector
     (storage,) = (name for name, stored in STORAGE.items() if stored == kind.value_type)
-    stored, scale = compressed(vectors, storage)
+
+    def listed(values: NDArray[Any], of: Any) -> pa.Array:
+        flat = pa.array(values.ravel(), of.value_type)
+        return pa.FixedSizeListArray.from_arrays(flat, of.list_size, mask=pa.array(missing))
+
+    stored, scale = compressed(vectors[:, 0] if several else vectors, storage)
     made = {
-        "vector": pa.FixedSizeListArray.from_arrays(
-            pa.array(stored.ravel(), kind.value_type), kind.list_size, mask=pa.array(missing)
-        ),
+        "vector": listed(stored, kind),
         "scale": pa.array(scale, pa.float32()),
         "tokens": pa.array([row.tokens for row in rows], pa.int32()),
         "part": pa.array([part] * len(rows)),
         "error": pa.array([row.error for row in rows], pa.string()),
     }
+    if several:
+        more = "int8" if storage == "int8" else "float16"
+        stored, scale = compressed(vectors[:, 1:].reshape(-1, kind.list_size), more)
+        made["vectors"] = listed(stored, schema.field("vectors").type)
+        made["scales"] = listed(scale, pa.list_(pa.float32(), shape[0] - 1))
     columns = [
         made[field.name] if field.name in made else column(items, field.name, field.type)
         for field in schema
@@ -111,7 +135,7 @@ def new_columns(items: Sequence[Mapping[str, Any]], schema: pa.Schema) -> list[p
     """
     found = []
     for name in dict.fromkeys(name for item in items for name in item):
-        if name in OWN or name in ("vector", "scale") or name.startswith("_"):
+        if name in OWN or name in of_vectors(schema) or name.startswith("_"):
             raise ValueError(f"an item has {name!r}, which is the index's own; give another name")
         if name not in schema.names:
             kind = column(items, name).type
