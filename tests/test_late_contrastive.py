@@ -189,6 +189,29 @@ def test_loss_and_grad_is_loss_and_backward(impl):
         assert torch.equal(g, want) and g.shape == arguments[name].shape
 
 
+def test_views_as_inputs():
+    arguments = make(9, **OPTIONS["everything"])
+    want, want_grads = truth(arguments)
+    for order in ((1, 0, 2), (2, 1, 0), (0, 2, 1)):
+        back = tuple(order.index(i) for i in range(3))
+        views = {
+            name: arguments[name].permute(order).contiguous().permute(back)
+            for name in ("query", "key")
+        }
+        views["negatives"] = arguments["negatives"].transpose(0, 1).contiguous().transpose(0, 1)
+        for changed in (views, views | {"negatives": None}):
+            call = arguments | changed
+            loss, *grads = contrastive_loss_and_grad(**call)  # not of clones
+            if changed["negatives"] is not None:
+                assert abs(loss - want) < 1e-12
+                assert gap(grads, want_grads) < 1e-12
+            else:
+                same = {**arguments, "negatives": None}
+                plain = contrastive_loss_and_grad(**same, impl="reference")
+                assert abs(loss - plain.loss) < 1e-12
+                assert gap(grads[:2], plain[1:3]) < 1e-12
+
+
 def test_no_gradient_passes_through_the_weights():
     """Nor d tau: the weights' exponent has no temperature."""
     arguments = make(6, None, hardness=4.0)

@@ -258,7 +258,7 @@ def _chunked(call: Call, ranks: Ranks, with_grad: bool, impl: str = "chunked") -
         column_lse, column_mean = _columns(batch, anchor)
         loss += column_lse[ranks.own].sum()
     if with_grad:
-        d_query = torch.empty_like(query, dtype=loss.dtype)
+        d_query = loss.new_empty(query.shape)  # contiguous, whatever the query is
         d_candidates = torch.zeros_like(candidates, dtype=loss.dtype)
 
     for rows in batch.tiles:

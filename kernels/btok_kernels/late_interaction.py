@@ -42,8 +42,8 @@ class Similarity(NamedTuple):
     Args:
         scores: of (query [c, ...], key [m, ...]), s [c, m] and what `differentiate` is to be given.
         pairs: of (query [n, ...], key [n, ...]), each row's s with its own key, [n].
-        differentiate: of (d s [c, m], that, query, key, d query, d key) writes d query, adds to
-            d key.
+        differentiate: of (d s [c, m], that, query, key, d query, d key) writes d query, which is
+            contiguous, and adds to d key.
     """
 
     scores: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
@@ -182,11 +182,8 @@ def maxsim(query: Tensor, key: Tensor, *, impl: str = "auto") -> Tensor:
     name = "maxsim"
     for label, tensor, rows in (("query", query, "N, K"), ("key", key, "M, L")):
         if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
-            had = (
-                f"{tensor.dtype} {list(tensor.shape)}"
-                if isinstance(tensor, Tensor)
-                else f"{type(tensor)}"
-            )
+            is_tensor = isinstance(tensor, Tensor)
+            had = f"{tensor.dtype} {list(tensor.shape)}" if is_tensor else f"{type(tensor)}"
             kind = f"a floating-point tensor [{rows}, D]"
             raise TypeError(f"{name}: {label} is {had}, expected {kind}")
         if 0 in tensor.shape[1:]:

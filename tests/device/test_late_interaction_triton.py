@@ -217,6 +217,20 @@ def test_one_row(dtype):
         assert gap(grads, want_grads) <= 2 * GRADIENT_BOUNDS[dtype]
 
 
+def test_views_as_inputs_of_the_loss():
+    arguments = make_loss(9, (3, 2), dtype=torch.float32, bidirectional=True)
+    want, want_grads = truth(arguments)
+    for order in ((1, 0, 2), (2, 1, 0)):  # both are their own inverses
+        views = {
+            name: arguments[name].permute(order).contiguous().permute(order).to(DEVICE)
+            for name in ("query", "key")
+        }
+        call = arguments | views | {"temperature": arguments["temperature"].to(DEVICE)}
+        loss, *grads = contrastive_loss_and_grad(**call, impl="triton")  # not of clones
+        assert abs(loss.cpu() - want) <= LOSS_BOUND * max(1, want)
+        assert gap([grads[i].cpu() for i in (0, 1, 3)], want_grads) < 5e-6
+
+
 def test_auto_takes_the_kernels_on_cuda_alone():
     arguments = make_loss(4, (2, 3), dtype=torch.float32)
     call = loss_module.Call(**{k: x.to(DEVICE) for k, x in arguments.items()})
