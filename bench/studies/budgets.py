@@ -26,7 +26,7 @@ from bench.harness import duel, settle_allocator
 from bench.studies import common
 from bench.studies.budgets_page import write_page
 from bench.studies.common import Study, Variant
-from bench.studies.views import budgets_of, embed, score, views_of
+from bench.studies.views import embed, score, views_of
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import write_json
@@ -177,19 +177,20 @@ def times(folder: Path) -> dict[str, Any]:
     calibration = encoder.calibrate(training_sides(), show_progress=False)
     tasks = data.tasks(40)
     sides = [s for task in tasks for s in (*task.queries[:TIMED], *task.candidates[:TIMED])]
-    cells = embed(encoder, sides).cells
+    embedded = embed(encoder, sides)
+    views = dict(views_of(BUDGETS, (), width, calibration, BOUNDS))
     asked = {str(k): encoder.using(num_btoks=k) for k in BUDGETS}
     asked |= {f"auto {b:g}": encoder.using(num_btoks="auto", bound=b) for b in BOUNDS}
     found: dict[str, Any] = {}
     whole = partial(encoder.encode, sides, show_progress=False)
     for name, other in asked.items():
         fought = duel(whole, partial(other.encode, sides, show_progress=False), most=20)
-        tokens = budgets_of(calibration, other.options.bound, width, cells).mean()
+        chosen = views[name].budgets if name in views else None
         found[name] = {
             "ratio": fought["ratio"],
             "interval": fought["interval"],
             "ms": [each / len(sides) for each in fought["ms"]],
-            "tokens": float(tokens) if name.startswith("auto") else int(name),
+            "tokens": float(chosen(embedded).mean()) if chosen else int(name),
         }
     return {"times": found, "sides": len(sides)}
 

@@ -40,6 +40,7 @@ class View(NamedTuple):
 
     bytes: float
     vectors: Callable[[Embedded], Rows]
+    budgets: Callable[[Embedded], NDArray[np.intp]] | None = None  # of "auto", each side's
 
 
 def embed(encoder: BTokEncoder, sides: Sequence[Side]) -> Embedded:
@@ -103,7 +104,8 @@ def views_of(
                 if scales[1]:
                     yield f"int8 rows {k} of {d}", View(k * d, partial(_rows, k, d, scales[1]))
     for bound in bounds:
-        yield f"auto {bound:g}", View(4 * width, partial(_chosen, calibration, bound, width))
+        by = calibration, bound, width
+        yield f"auto {bound:g}", View(4 * width, partial(_chosen, *by), partial(_numbers, *by))
 
 
 def _embedding(k: int, d: int, scale: float | None, embedded: Embedded) -> Rows:
@@ -115,18 +117,17 @@ def _rows(k: int, d: int, scale: float | None, embedded: Embedded) -> Rows:
 
 
 def _chosen(calibration: Calibration, bound: float, width: int, embedded: Embedded) -> Rows:
-    numbers = budgets_of(calibration, bound, width, embedded.cells)
+    numbers = _numbers(calibration, bound, width, embedded)
     out = np.empty((len(numbers), width), np.float32)
     for k in np.unique(numbers):
         out[numbers == k] = dense(embedded.rows[numbers == k], int(k), width)
     return out
 
 
-def budgets_of(
-    calibration: Calibration, bound: float, width: int, cells: Sequence[str]
+def _numbers(
+    calibration: Calibration, bound: float, width: int, embedded: Embedded
 ) -> NDArray[np.intp]:
-    """How many rows "auto" takes for inputs of these kinds and sizes."""
-    return np.array([calibration.budget(cell, bound, width) for cell in cells])
+    return np.array([calibration.budget(cell, bound, width) for cell in embedded.cells])
 
 
 def _looked_up(vectors: Rows, place: Mapping[int, int], sides: Sequence[Side]) -> Rows:
@@ -146,8 +147,6 @@ def score(
         result = runner.evaluate(partial(_looked_up, view.vectors(embedded), place), tasks)
         scores = {task: row["score"] for task, row in result["tasks"].items()}
         found[name] = {"bytes": view.bytes, "mean": result["overall"], "tasks": scores}
-        if name.startswith("auto"):
-            calibration, bound, width = view.vectors.args  # type: ignore[attr-defined]
-            numbers = budgets_of(calibration, bound, width, embedded.cells)
-            found[name]["tokens"] = float(numbers.mean())
+        if view.budgets:
+            found[name]["tokens"] = float(view.budgets(embedded).mean())
     return found

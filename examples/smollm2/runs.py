@@ -19,17 +19,22 @@ import torch
 from numpy.typing import NDArray
 
 from bench.studies.common import surroundings
+from bench.studies.views import dense, embed, views_of
+from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import sha256, write_json
 from examples.smollm2 import pairs
 from examples.smollm2.fetch import backbone
 from train import main as training
 
-CODE = ("examples/smollm2/runs.py",)  # what the others make is known by its digest
+# what the others make is known by its digest
+CODE = ("examples/smollm2/runs.py", "bench/studies/views.py")
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "gguf", "numpy", "scikit-learn")
 UNTRAINED = "untrained"  # in place of a set's name
 FLOORS = "floors.json"  # beside the runs: what words in common alone find, by set
 ELSEWHERE = 500  # test pairs of a set that was not trained on
+CALIBRATED = 128  # validation pairs for int8 and "auto"
+BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2)  # of what budgets "auto" takes
 SWEEP_PAIRS = 500  # of the validation split
 Rows = NDArray[np.float32]
 
@@ -52,9 +57,14 @@ VARIANTS = {
     ),
     **{f"K{k}": Variant(f"K = {k}, as full", ("--num-btoks", str(k))) for k in (1, 2, 8, 16)},
 }
-# not of the grid, which asks what the paper claims: what engines without our pooling can serve
+# not of the grid, which asks what the paper claims: what engines without our pooling can serve,
+# and one model for many budgets
 ALONE = {
     "last-of-4": Variant("K = 4, as full, the last of their rows", ("--pooling", "last")),
+    "nested": Variant(
+        "K = 16, as full, and its first tokens and components",
+        ("--num-btoks", "16", "--budgets", "1", "2", "4", "8", "--dims", "36", "72", "144", "288"),
+    ),
 }
 MAIN = ("last", "tokens", "full", "no-mask", "mean")  # in the order in which a seed runs them
 BASELINES = ("last", "mean", "tokens")  # without a generative loss
@@ -162,7 +172,14 @@ def perform(settings: Settings, run: Run) -> dict[str, Any]:
     if torch.cuda.is_available():
         encoder.model.to("cuda")
     start = time.perf_counter()
-    scored = {name: score(encoder, found) for name, found in asked(run, sets).items()}
+    views: dict[str, dict[str, float]] = {}
+    if encoder.model.settings.budgets:
+        own = sets[run.trained_on]
+        texts = [side for pair in own.pairs("validation")[:CALIBRATED] for side in pair]
+        found, views = scored_views(encoder, own.pairs("test"), texts)
+        scored = {run.trained_on: found}
+    else:
+        scored = {name: score(encoder, found) for name, found in asked(run, sets).items()}
     result = {
         "run": run.name,
         **{key: value for key, value in vars(run).items() if key != "sweep"},
@@ -173,6 +190,7 @@ def perform(settings: Settings, run: Run) -> dict[str, Any]:
             "scoring": round(time.perf_counter() - start, 1),
         },
         "settings": common,
+        **({"views": views} if views else {}),
         "scores": {name: {how: measures(r) for how, r in s.items()} for name, s in scored.items()},
         "ranks": {
             name: {how: " ".join(map(str, r)) for how, r in s.items()} for name, s in scored.items()
@@ -206,6 +224,28 @@ def score(encoder: BTokEncoder, found: Sequence[tuple[str, str]]) -> dict[str, N
         encoder.encode([pair[side] for pair in found], show_progress=False) for side in (0, 1)
     )
     return {"raw": ranks(queries, answers), "centred": ranks(centred(queries), centred(answers))}
+
+
+def scored_views(
+    encoder: BTokEncoder, found: Sequence[tuple[str, str]], texts: Sequence[str]
+) -> tuple[dict[str, NDArray[np.intp]], dict[str, dict[str, float]]]:
+    """What `score` gives; and by what of the bottleneck rows is compared, as `bench.studies.views`
+    names it, the bytes of an item and raw measures. All are made of one pass over the pairs; int8
+    and the budgets of "auto" are calibrated with `texts`."""
+    kept = encoder.model.settings
+    calibration = encoder.calibrate(texts, show_progress=False)
+    options = {"rows": kept.multi_vector, "cross": True}
+    asked = views_of(kept.budgets, kept.dims, encoder.dims, calibration, BOUNDS, **options)
+    queries, answers = (embed(encoder, [Side(pair[side]) for pair in found]) for side in (0, 1))
+    scored = {}
+    for name, view in asked:
+        scored[name] = {"bytes": view.bytes}
+        scored[name] |= measures(ranks(view.vectors(queries), view.vectors(answers)))
+        if view.budgets:
+            sides = [view.budgets(some) for some in (queries, answers)]
+            scored[name]["tokens"] = float(np.concatenate(sides).mean())
+    rows = [dense(some.rows, kept.budgets[-1], encoder.dims) for some in (queries, answers)]
+    return {"raw": ranks(*rows), "centred": ranks(*map(centred, rows))}, scored
 
 
 def centred(rows: Rows) -> Rows:
