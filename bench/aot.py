@@ -217,14 +217,15 @@ def kept_reports() -> Iterator[None]:
 
 
 def attention(job: Job) -> None:
-    """Forward and backward; the variant is G, the query heads per key head."""
+    """Forward and backward; the variant is G, the query heads per key head, and maybe budgets."""
     from btok_kernels import condensed_attention_triton as op
     from btok_kernels.layout import CondensedLayout
 
-    layout = CondensedLayout.from_lengths([300], [40], 4)
+    groups, *budgets = job.variant.split()
+    layout = CondensedLayout.from_lengths([300], [40], 4, budgets=[2] if budgets else None)
     q, k, v = (
         torch.randn(layout.num_rows, heads, job.dim).to(getattr(torch, job.dtype))
-        for heads in (2 * int(job.variant[1:]), 2, 2)
+        for heads in (2 * int(groups[1:]), 2, 2)
     )
     scale = job.dim**-0.5
     out, lse = op._forward(q, k, v, layout.tiles, scale)
@@ -636,6 +637,8 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
             calls += itertools.product([1], few if also_one else [])
             for heads, dim in calls:
                 yield Job("attention", arch, dim, dtype, f"G{heads}")
+            for dim in few if also_one else []:
+                yield Job("attention", arch, dim, dtype, "G6 budgets")
         if args.only in (None, "contrastive"):
             for variant in ("none", "all"):
                 yield Job("contrastive", arch, 1536, dtype, variant)
