@@ -7,6 +7,7 @@ others, finds hard negatives, or is scored on a public benchmark.
     python -m btok export CHECKPOINT OUT
     python -m btok merge CHECKPOINT CHECKPOINT --weights 0.5 0.5 --output OUT
     python -m btok check-server URL CHECKPOINT
+    python -m btok calibrate CHECKPOINT INPUTS.jsonl [--quantile 0.9]
     python -m btok mine CHECKPOINT PAIRS.jsonl --output HARD.jsonl [--count 4] [--ranks 10 100]
     python -m btok eval CHECKPOINT mmeb-v2 --data DIR [--tasks V-RET,DocVQA] [--output SCORES]
 
@@ -36,6 +37,7 @@ from btok.files import one_line, printable
 from btok.inputs import KINDS, Page, as_side, rgb_array, with_frames
 from btok.inputs.documents import at_page
 from btok.tools import pictures
+from btok.tools.calibrate import Calibrate, calibrate
 from btok.tools.check_server import BOUND, compare, report
 from btok.tools.command_line import load, parse
 from btok.tools.evaluate import Evaluate, evaluate
@@ -176,6 +178,7 @@ Command = (
     | Annotated[Describe, tyro.conf.subcommand("index")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[CheckServer, tyro.conf.subcommand("check-server")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[Mine, tyro.conf.subcommand("mine")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
@@ -223,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def run(command: Encode | Describe | Export | CheckServer | Evaluate | Mine | Merge) -> int:
+def run(
+    command: Encode | Describe | Export | CheckServer | Calibrate | Evaluate | Mine | Merge,
+) -> int:
     """Bring the index up to date and, for a search, print what is nearest; or one of the others.
 
     Returns:
@@ -239,6 +244,8 @@ def run(command: Encode | Describe | Export | CheckServer | Evaluate | Mine | Me
         return 0 if right else 1
     if isinstance(command, Evaluate):
         evaluate(command)
+    elif isinstance(command, Calibrate):
+        calibrate(command)
     elif isinstance(command, Mine):
         mine(command)
     elif isinstance(command, Merge):
