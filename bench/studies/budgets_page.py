@@ -166,8 +166,11 @@ def dims_table(results: Results) -> str:
         for d in found:
             view = f"{low}4 of {d}"
             whole = ("dims", f"4 of {width}")
+            owners = [name for name in ("dims", "K4") if results.scores(name, view)]
+            if not owners:
+                continue
             rows.append(
-                [f"{low or 'fp32 '}{d}".strip(), f"{results.bytes('K4', view):.0f}"]
+                [f"{low or 'fp32 '}{d}".strip(), f"{results.bytes(owners[0], view):.0f}"]
                 + [cells(results.scores(name, view)) for name in ("dims", "K4")]
                 + [cells(results.gaps(("dims", view), ("K4", view)), "+")]
                 + [cells(results.gaps(("dims", view), whole), "+")]
@@ -186,6 +189,8 @@ def rows_table(results: Results) -> str:
             k = fixed[1:]
             dense, late = f"{k} of {width}", f"rows {k} of {width}"
             low = f"int8 {late}"
+            if late not in results.views(name):
+                continue
             rows.append(
                 [name, k, f"{results.bytes(name, late):.0f}"]
                 + [cells(results.scores(name, view)) for view in (dense, late)]
@@ -207,12 +212,12 @@ def auto_table(results: Results) -> str:
         took = timed.get(name)
         tokens = results.by_seed("nested", view, "tokens") if auto else {}
         mean = f"{np.mean(list(tokens.values())):.1f}" if auto else name
-        share = f"{took['ratio']:.2f} [{took['interval'][0]:.2f}, {took['interval'][1]:.2f}]"
-        rows.append(
-            [name, mean, cells(results.scores("nested", view))]
-            + [cells(results.gaps(("nested", view), ("nested", f"16 of {width}")), "+")]
-            + ([share, f"{took['ms'][1]:.2f}"] if took else ["-", "-"])
-        )
+        share = ["-", "-"]
+        if took:
+            low, high = took["interval"]
+            share = [f"{took['ratio']:.2f} [{low:.2f}, {high:.2f}]", f"{took['ms'][1]:.2f}"]
+        gaps = cells(results.gaps(("nested", view), ("nested", f"16 of {width}")), "+")
+        rows.append([name, mean, cells(results.scores("nested", view)), gaps, *share])
     return table(*rows)
 
 

@@ -96,7 +96,9 @@ def views_of(
     for k in budgets:
         for d in (*dims, width) if cross or k == most else (width,):
             yield f"{k} of {d}", View(4 * d, partial(_embedding, k, d, None))
-            scales = [calibration.scales[of].get(str(d)) for of in ("vector", "multi_vector")]
+            scales = [
+                calibration.scales.get(of, {}).get(str(d)) for of in ("vector", "multi_vector")
+            ]
             if k == most and scales[0]:
                 yield f"int8 {k} of {d}", View(d, partial(_embedding, k, d, scales[0]))
             if rows:
