@@ -59,6 +59,8 @@ class Options:
     """Sizes of the data set."""
     out: Path = Path("bench/results")
     """Folder of mining.json and the page."""
+    note: str = ""
+    """What else is to be known of this run, for the page."""
 
 
 def pairs(path: Path, rows: int) -> None:
@@ -185,6 +187,7 @@ def page(results: Mapping[str, Any]) -> str:
         "command went on and gave the same bytes at every size; the last two columns are of its "
         f"last run. Scores of the smallest size are within {off:.0e} of those of all pairs made at "
         f"once. From the smallest to the largest size the peak grew by {most - least:,} MiB.\n"
+        + (f"\n{results['note']}\n" if results["note"] else "")
     )
 
 
@@ -195,7 +198,11 @@ def main() -> None:
     for rows in sorted(options.rows):
         sizes[str(rows)] = measure(rows, rows == min(options.rows))
         print(rows, sizes[str(rows)], flush=True)
-    results = {"sizes": sizes, **surroundings("bench/mining.py", packages=PACKAGES)}
+    results = {
+        "sizes": sizes,
+        "note": options.note,
+        **surroundings("bench/mining.py", packages=PACKAGES),
+    }
     write_json(options.out / "mining.json", results)
     (options.out / "mining.md").write_text(page(results))
 
