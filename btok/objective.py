@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +157,6 @@ class Objective:
             parts.append(torch.stack(negatives, dim=1))  # [n, h, D]
         whole = self.negatives == "batch"
         chunks = zip(*(t.chunk(1 if whole else num_groups) for t in parts), strict=True)
-        more: dict[str, Any] = {"hardness": self.hardness} if self.hardness else {}
         losses = [
             contrastive_loss(
                 q,
@@ -168,7 +167,7 @@ class Objective:
                 key_ids=i,
                 margin=self.margin,
                 group=None if whole else "local",
-                **more,
+                hardness=self.hardness,
             )
             for q, p, i, *hard in chunks
         ]
