@@ -13,7 +13,8 @@ from btok.config import CONFIG_NAME
 from btok.model import BTokModel
 from btok.processing import Processor
 
-RUN = ("model", "manifest", "trainer")  # of a run's checkpoint, what is its alone
+# of a checkpoint, what is its alone; a calibration is of weights with its own digest
+RUN = ("model", "manifest", "trainer", "btok_calibration")
 
 
 def refuse_used(out: Path) -> None:
