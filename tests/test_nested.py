@@ -3,6 +3,7 @@ teacher's scores: against plain loops, against passes with fewer tokens, in ever
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -27,8 +28,9 @@ from helpers import (
     worst_gradient,
 )
 from pretend_cuda import Cuda, PretendCuda
-from test_model import samples_of
+from test_model import samples_of, stock_forward, two_pass
 from test_step import PAIRS, model_with
+from transformers import DynamicCache
 
 from btok.config import BTokConfig
 from btok.data.records import Side
@@ -77,8 +79,12 @@ def packed(samples, model, number, **options):
 @pytest.mark.parametrize("rule", ["reference", "continue"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_budget_is_a_pass_with_so_many_tokens(family, rule):
-    """Rows and generative loss of one pass with all K, beside passes with the first k alone."""
-    model = BTokModel.from_backbone(tiny_backbone(family=family), btok_token_ids=BTOKS[:4]).eval()
+    """Rows and generative loss of one pass with all K, beside passes with the first k alone: ours,
+    and the stock model's two with a cache."""
+    backbone = tiny_backbone(family=family)
+    stock = copy.deepcopy(backbone)
+    stock.set_attn_implementation("sdpa")
+    model = BTokModel.from_backbone(backbone, btok_token_ids=BTOKS[:4]).eval()
     samples = samples_of(family)
     rng = random.Random(0)
     budgets = [rng.choice([1, 2, 3, 4]) for _ in samples]
@@ -94,6 +100,10 @@ def test_a_budget_is_a_pass_with_so_many_tokens(family, rule):
                 assert (output.rows[i, :k] - alone.rows[0]).abs().max() < 1e-5
                 pooled = F.normalize(output.rows[i, :k].mean(0), dim=0)
                 assert (pooled - alone.embeddings[0]).abs().max() < 1e-5
+                if sample[1] is not None:
+                    embedding, loss, _ = two_pass(stock, [sample], k, rule, condense)
+                    assert (pooled - embedding[0]).abs().max() < 1e-5
+                    assert abs(loss - alone.ntp_loss) < 1e-5
                 losses += [] if alone.ntp_loss is None else [alone.ntp_loss]
         assert output.ntp_loss.item() == pytest.approx(sum(losses).item() / len(losses), abs=1e-5)
     assert family not in MROPE or (whole.position_ids[0] != whole.position_ids[1]).any()
@@ -236,6 +246,31 @@ def test_what_is_restored():
         assert model.ntp_count(batch) == (1 if reduction == "sample_mean" else 4)
     with pytest.raises(ValueError, match="mask_token_id is None, and sample 0 is to restore"):
         packed(samples, model, 4)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llama"])
+def test_restoring_is_the_stock_models_two_passes(family):
+    """[x ; B] with a cache, then the copy with its hidden tokens on the keys of B alone."""
+    backbone = tiny_backbone(family=family)
+    stock = copy.deepcopy(backbone)
+    stock.set_attn_implementation("sdpa")
+    model = BTokModel.from_backbone(backbone, btok_token_ids=BTOKS[:4]).eval()
+    source, copied = text(9, 1), text(9, 1)["input_ids"]
+    draws = np.random.default_rng(0).integers(0, 2**64, 9, np.uint64)
+    target = to_restore({"input_ids": copied}, 0.5, draws)
+    with torch.no_grad():
+        loss = model(packed([(source, target)], model, 4, mask_token_id=99)).reconstruction_loss
+        first, _ = stock_forward(stock, family, [*source["input_ids"], *BTOKS[:4]], source)
+        cache = DynamicCache()
+        for index, layer in enumerate(first.past_key_values.layers):
+            cache.update(layer.keys[:, :, -4:], layer.values[:, :, -4:], index)
+        shown = np.where(target["masked"], 99, copied).tolist()
+        ids = [*PREFIX, *shown, *SUFFIX]
+        second, _ = stock_forward(stock, family, ids, {}, 13, cache)
+        logits = stock.lm_head(second.last_hidden_state[0])
+    places = len(PREFIX) + np.flatnonzero(target["masked"]) - 1
+    wanted = torch.tensor(copied)[torch.from_numpy(target["masked"])]
+    assert abs(F.cross_entropy(logits[places], wanted) - loss) < 1e-5
 
 
 def step(pairs=SCORED, *, train_all=False, device="cpu", first=0, dropout=0.0, **settings):

@@ -31,6 +31,10 @@ STUDY = Study(
         "K1": Variant("K = 1", ("--num-btoks", "1")),
         "K8": Variant("K = 8", ("--num-btoks", "8")),
         "K2": Variant("K = 2", ("--num-btoks", "2")),
+        "reconstruction": Variant(
+            "a side's own text restored, none generated",
+            ("--ntp-weight", "0", "--reconstruction-weight", "0.5"),
+        ),
     },
     against="full",
 )
