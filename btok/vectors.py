@@ -66,11 +66,13 @@ class VectorOptions:
             known = type(value) is int and value in allowed
             if value is not None and not known and not (auto and len(allowed) > 1):
                 trained = ", ".join(map(str, allowed))
-                had = f"{NAME}: {name} is {value!r:.60}"
-                raise ValueError(f"{had}, expected what it was trained for: {trained}")
+                raise ValueError(
+                    f"{NAME}: {name} is {value!r:.60}, expected what it was trained for: {trained}"
+                )
         if self.multi_vector not in (False, True, "both"):
-            had = f"{NAME}: multi_vector is {self.multi_vector!r:.60}"
-            raise ValueError(f"{had}, expected True, False or 'both'")
+            raise ValueError(
+                f"{NAME}: multi_vector is {self.multi_vector!r:.60}, expected True, False or 'both'"
+            )
         if self.multi_vector and not config.multi_vector:
             raise ValueError(
                 f"{NAME}: multi_vector is {self.multi_vector!r}, expected False: it was trained "
@@ -78,8 +80,10 @@ class VectorOptions:
             )
         check_choice(NAME, "dtype", self.dtype, get_args(DType))
         if self.dtype == "int8" and self.multi_vector == "both":
-            had = f"{NAME}: dtype is 'int8' with multi_vector 'both'"
-            raise ValueError(f"{had}, whose scales are two; expected float32")
+            raise ValueError(
+                f"{NAME}: dtype is 'int8' with multi_vector 'both', whose scales are two; expected "
+                "'float32'"
+            )
         if not 0 < self.bound <= 2:
             raise ValueError(f"{NAME}: bound is {self.bound}, expected above 0 and at most 2")
         own = {"num_btoks": number, "dims": width}
