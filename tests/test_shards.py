@@ -43,6 +43,9 @@ CASES = {  # of four ranks the third has no images
     "idefics3": {**CHUNKS, "family": "idefics3"},
     "text": {**CHUNKS, "family": "qwen2"},
     "a head of its own": {**CHUNKS, "untied": True},
+    "rows": {"budgets": (1, 2), "dims": (16,), "multi_vector": 0.5},
+    "rows, GradCache": {**CHUNKS, "budgets": (1, 2), "multi_vector": 1.0},
+    "warm-up": {"chunk_tokens": 60, "contrastive_from": 1},
     "frozen tower, a connector that trains": {
         **CHUNKS,
         "family": "idefics3",
