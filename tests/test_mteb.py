@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_checkpoint, tiny_module
+from helpers import nested_checkpoint, tiny_checkpoint, tiny_module
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -269,6 +269,15 @@ def test_the_model_is_known_by_its_digest(model, encoder):
     assert MTEBEncoder(encoder, "someone/model").mteb_model_meta.name == "someone/model"
     with pytest.raises(ValueError, match="checkpoint is None"):
         MTEBEncoder(BTokEncoder(*tiny_module()))
+
+
+def test_other_vectors_of_a_checkpoint_have_a_revision_of_their_own(tmp_path):
+    encoder = BTokEncoder.from_pretrained(nested_checkpoint(tmp_path / "nested"))
+    small = MTEBEncoder(encoder.using(num_btoks=2, dims=16)).mteb_model_meta
+    assert small.revision == f"{encoder.digest} dims=16 num_btoks=2" and small.embed_dim == 16
+    assert MTEBEncoder(encoder).mteb_model_meta.revision == encoder.digest
+    with pytest.raises(ValueError, match="encoder has multi_vector True, expected one vector"):
+        MTEBEncoder(encoder.using(multi_vector=True))
 
 
 def test_what_cannot_be_done_is_named(model):

@@ -33,23 +33,29 @@ class MTEBEncoder(AbsEncoder):
     is sound. Of a video 8 frames are taken, as of a video file.
 
     Args:
-        encoder: from `BTokEncoder.from_pretrained`; its digest is the model's revision, by which
-            mteb's cache knows results.
+        encoder: from `BTokEncoder.from_pretrained`; its digest, with the options that `using` gave
+            it, is the model's revision, by which mteb's cache knows results.
         name: "organization/model" in the results; None for "btok/" and the checkpoint's folder.
 
     Raises:
         ImportError: mteb is missing (the extra `eval`).
-        ValueError: an encoder that does not know its checkpoint.
+        ValueError: an encoder that does not know its checkpoint, or gives several vectors an input.
     """
 
     def __init__(self, encoder: BTokEncoder, name: str | None = None) -> None:
         self.encoder = encoder
+        if encoder.options.multi_vector:
+            had = f"MTEBEncoder: encoder has multi_vector {encoder.options.multi_vector}"
+            raise ValueError(f"{had}, expected one vector per input")
+        calibration = encoder.calibration if encoder.options.calibrated else None
+        options = encoder.options.described(calibration)
+        words = [f"{name}={value}" for name, value in sorted(options.items())]
         values = {
-            "revision": encoder.digest,
+            "revision": " ".join([encoder.digest, *words]),
             "name": name or f"btok/{getattr(encoder.checkpoint, 'name', 'model')}",
             "modalities": list(COLUMNS) if encoder.processor.has_vision else ["text"],
             "n_parameters": sum(p.numel() for p in encoder.model.parameters()),
-            "embed_dim": encoder.model.backbone.config.get_text_config().hidden_size,
+            "embed_dim": encoder.dims,
             "similarity_fn_name": ScoringFunction.COSINE,
             "use_instructions": True,
             "framework": ["PyTorch", "Transformers"],
