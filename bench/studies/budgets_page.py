@@ -203,7 +203,8 @@ def rows_table(results: Results) -> str:
 def auto_table(results: Results) -> str:
     content, width = results.content, results.content["width"]
     timed = (content["times"] or {}).get("times", {})
-    rows = [["budget", "tokens, mean", "score", "less all 16", "time", "ms an input"]]
+    head = ["budget", "tokens, mean", "score", "less all 16", "time", "ms an input"]
+    rows = [[*head, "cheapest fixed budget of no lower mean score"]]
     views = [f"{name[1:]} of {width}" for name in FIXED]
     views += [view for view in results.views("nested") if view.startswith("auto")]
     for view in views:
@@ -218,7 +219,23 @@ def auto_table(results: Results) -> str:
             share = [f"{took['ratio']:.2f} [{low:.2f}, {high:.2f}]", f"{took['ms'][1]:.2f}"]
         gaps = cells(results.gaps(("nested", view), ("nested", f"16 of {width}")), "+")
         rows.append([name, mean, cells(results.scores("nested", view)), gaps, *share])
+        rows[-1].append(cheapest(results, view, timed) if auto else "")
     return table(*rows)
+
+
+def cheapest(results: Results, view: str, timed: Mapping[str, Any]) -> str:
+    """The fixed budget of the nested model that takes least time for as high a mean score."""
+    score = np.mean(results.scores("nested", view))
+    fixed = [k[1:] for k in FIXED if k[1:] in timed]
+    as_good = [
+        k
+        for k in fixed
+        if np.mean(results.scores("nested", f"{k} of {results.content['width']}")) >= score
+    ]
+    if not as_good:
+        return "none"
+    best = min(as_good, key=lambda k: timed[k]["ratio"])
+    return f"{best}, time {timed[best]['ratio']:.2f}"
 
 
 def picture(results: Results) -> Figure:
@@ -283,4 +300,5 @@ def draw(axes: Any, x: Sequence[float], found: Sequence[Sequence[float]], label:
         return
     means, halves = zip(*map(interval, found), strict=True)
     bars = [half if np.isfinite(half) else 0.0 for half in halves]
-    axes.errorbar(x, means, bars, fmt="o-", ms=4, lw=1.2, capsize=2, color=colour, label=label)
+    options = {"ms": 4, "lw": 1.2, "elinewidth": 0.6, "capsize": 2, "color": colour}
+    axes.errorbar(x, means, bars, fmt="o-", label=label, **options)
