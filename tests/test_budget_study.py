@@ -17,6 +17,7 @@ from bench.studies import budgets, budgets_page, negatives, views
 from btok.data.records import RetrievalTask, Side
 from btok.data.sources import open_source
 from btok.encoder import BTokEncoder
+from examples.smollm2 import budgets as smollm2_budgets
 from train.pocket.data import train_group
 
 
@@ -164,3 +165,27 @@ def test_pairs_are_written_as_the_trainer_reads_them(tmp_path, monkeypatch):
             assert pair.positive_id == had.positive_id
             assert len(pair.positive.images) == len(had.positive.images)
             assert len(pair.positive.video) == len(had.positive.video)
+
+
+def test_the_page_of_real_pairs_says_what_its_files_say(tmp_path):
+    folder = tmp_path / "smollm2-budgets"
+    for path in (folder, tmp_path / "smollm2"):
+        path.mkdir()
+    names = [f"{k} of 576" for k in (1, 2, 4, 8, 16)] + ["16 of 36", "int8 16 of 36", "auto 0.1"]
+    settings = {"commit": "abc", "device": "CPU", "versions": {"torch": "2"}}
+    for seed in (0, 1):
+        views = {name: {"bytes": 36, "mrr": 20.0 + i + seed} for i, name in enumerate(names)}
+        views["auto 0.1"]["tokens"] = 2.0 + seed
+        run = {"seed": seed, "views": views, "settings": settings}
+        (folder / f"wordnet-nested-seed{seed}.json").write_text(json.dumps(run))
+        for k, variant in smollm2_budgets.FIXED.items():
+            alone = {"seed": seed, "scores": {"wordnet": {"raw": {"mrr": 21.0 + seed + k}}}}
+            file = tmp_path / "smollm2" / f"wordnet-{variant}-seed{seed}.json"
+            file.write_text(json.dumps(alone))
+    text = smollm2_budgets.page(folder)
+    assert "| 1 | 22.5 ± 6.4 | 20.5 ± 6.4 | **-2.0 ± 0.0** | **-4.0 ± 0.0** |" in text
+    assert "| fp32 36 | 36 | 25.5 ± 6.4 | **+1.0 ± 0.0** |" in text
+    assert "| auto 0.1 | 2.5 | 27.5 ± 6.4 | **+3.0 ± 0.0** |" in text
+    smollm2_budgets.picture(folder).savefig(tmp_path / "page.png")
+    with pytest.raises(ValueError, match="has no nested runs"):
+        smollm2_budgets.page(tmp_path)
