@@ -88,6 +88,13 @@ class BTokConfig:
                 "multi_vector"
             )
 
+    def check_width(self, width: int) -> None:
+        """A ValueError for components that embeddings of so many do not have."""
+        if self.dims and self.dims[-1] >= width:
+            raise ValueError(
+                f"BTokModel: dims is {self.dims}, expected numbers below the model's {width}"
+            )
+
     def with_btoks(self, number: int) -> BTokConfig:
         """The same with its first bottleneck tokens alone, of a number it was trained for."""
         if number not in (*self.budgets, len(self.btok_token_ids)):
@@ -106,7 +113,7 @@ class BTokConfig:
             name_or_path: its folder or hub id.
             architecture: the `model_type` of its backbone.
             num_btoks: K that it must have, or one of its budgets; None for its own.
-            asked: settings that it must have, None for its own; those of training may be others.
+            asked: settings that it must have, None for its own; `ntp_reduction` may be another.
 
         Raises:
             TypeError: a setting that there is none of.
@@ -135,7 +142,8 @@ class BTokConfig:
             had = known.get(name, saved.get(name))
             if name == "num_btoks" and value in known["budgets"]:
                 continue
-            if value is not None and value != had and name not in ("ntp_reduction", *TRAINED):
+            had = tuple(had) if isinstance(had, list) else had  # as JSON has it
+            if value is not None and value != had and name != "ntp_reduction":
                 raise ValueError(
                     f"BTokModel: {name} is {value!r}, but {name_or_path} was saved with {had!r}; "
                     + hints.get(name, "ask for that or leave it out")

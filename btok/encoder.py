@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
@@ -118,6 +118,10 @@ class BTokEncoder:
                 checkpoint that has none or one of other weights.
         """
         config, width = self.model.settings, self._width
+        known = [field.name for field in fields(VectorOptions)]
+        if unknown := [name for name in options if name not in known]:
+            expected = ", ".join(known)
+            raise TypeError(f"BTokEncoder: {unknown[0]} is no option, expected {expected}")
         asked = replace(self.options, **options).checked(config, width)
         if asked.calibrated:
             if self.calibration is None:

@@ -71,6 +71,7 @@ class BTokModel(nn.Module):
         super().__init__()
         self.family = named_family(backbone.config.model_type, "BTokModel: backbone")
         self.settings = BTokConfig(**settings)
+        self.settings.check_width(backbone.config.get_text_config().hidden_size)
         check_choice("BTokModel", "last_layer", last_layer, ("pooled", "full"))
         use_condensed_attention(backbone)
         use_gated_mlps(backbone)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -62,14 +63,16 @@ class VectorOptions:
             ("num_btoks", self.num_btoks, budgets),
             ("dims", self.dims, sorted({*dims})),
         ):
-            auto = name == "num_btoks" and value == "auto"
-            known = type(value) is int and value in allowed
+            auto = name == "num_btoks" and isinstance(value, str) and value == "auto"
+            whole = isinstance(value, Integral) and not isinstance(value, bool)
+            known = whole and value in allowed
             if value is not None and not known and not (auto and len(allowed) > 1):
                 trained = ", ".join(map(str, allowed))
                 raise ValueError(
                     f"{NAME}: {name} is {value!r:.60}, expected what it was trained for: {trained}"
                 )
-        if self.multi_vector not in (False, True, "both"):
+        kinds = isinstance(self.multi_vector, bool | str)
+        if not kinds or self.multi_vector not in (False, True, "both"):
             raise ValueError(
                 f"{NAME}: multi_vector is {self.multi_vector!r:.60}, expected True, False or 'both'"
             )
@@ -84,11 +87,17 @@ class VectorOptions:
                 f"{NAME}: dtype is 'int8' with multi_vector 'both', whose scales are two; expected "
                 "'float32'"
             )
-        if not 0 < self.bound <= 2:
-            raise ValueError(f"{NAME}: bound is {self.bound}, expected above 0 and at most 2")
+        number_like = isinstance(self.bound, Real) and not isinstance(self.bound, bool)
+        if not number_like or not 0 < self.bound <= 2:
+            had = f"{NAME}: bound is {self.bound!r:.60}"
+            raise ValueError(f"{had}, expected a number above 0 and at most 2")
         own = {"num_btoks": number, "dims": width}
-        same: dict[str, Any] = {k: None for k, value in own.items() if getattr(self, k) == value}
-        return replace(self, **same)
+        found: dict[str, Any] = {}
+        for name, value in own.items():
+            asked = getattr(self, name)
+            asked = int(asked) if isinstance(asked, Integral) else asked  # numpy's, too
+            found[name] = None if asked == value else asked
+        return replace(self, **found)
 
     @property
     def calibrated(self) -> str | None:

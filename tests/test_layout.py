@@ -44,6 +44,8 @@ def test_bounds_of_known_sequences():
     assert layout.num_rows == 20 and len(layout) == 3
     full = CondensedLayout.from_lengths([3], [2], 4, condense=False)
     assert full.bounds.tolist() == [[0, 0, 7, 9]]
+    some = CondensedLayout.from_lengths([3, 0], [2, 1], 4, budgets=[1, 4])
+    assert some.bounds.tolist() == [[0, 3, 7, 9, 4], [9, 9, 13, 14, 13]]
     none = CondensedLayout.from_lengths([3, 0], [2, 2], 0)
     assert none.bounds.tolist() == [[0, 2, 3, 5], [5, 5, 5, 7]]
 

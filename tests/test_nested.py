@@ -42,6 +42,7 @@ from train.main import main
 from train.microbatches import Packing
 from train.pocket.source import train_set
 from train.recipes import Recipe
+from train.sampler import TrainSet
 from train.step import train_step
 
 SCORED = [dataclasses.replace(pair, scores=(2.0 + i, 0.5 * i)) for i, pair in enumerate(PAIRS)]
@@ -332,12 +333,15 @@ RANKS = {
 }
 
 
+CUTS = {2: (0, 7, 12), 4: (0, 3, 5, 9, 12)}  # ranks hold unequal parts of the batch
+
+
 def on_a_rank(rank, world, folder):
     torch.set_num_threads(1)
-    size = len(SCORED) // world
-    mine = SCORED[rank * size : (rank + 1) * size]
+    first, last = CUTS[world][rank : rank + 2]
+    mine = SCORED[first:last]
     with gloo(folder, rank, world):
-        results = {name: step(mine, first=rank * size, **opt) for name, opt in RANKS.items()}
+        results = {name: step(mine, first=first, **options) for name, options in RANKS.items()}
     torch.save(results, f"{folder}/{rank}.pt")
 
 
@@ -391,8 +395,41 @@ def test_draws_do_not_depend_on_the_ranks():
             group, own = divmod(among, size)
             assert found == alone[kind * 2 * half + (2 * group + rank) * size + own]
     assert {budget for budget, _ in alone.values()} == {1, 2, 4}
-    assert drawn(6) != alone
     assert sum(hidden is not None for _, hidden in alone.values()) > len(alone) // 2
+
+
+def test_draws_are_others_in_each_step():
+    """Of the same pairs, in the same places."""
+    _, processor = tiny_module()
+    recipe = Recipe(
+        caption_steps=0, num_btoks=4, budgets=(1, 2), reconstruction_weight=1.0, ntp_side="none"
+    )
+    steps = train_set(recipe, processor)
+    same = TrainSet(recipe, processor, steps.sources, groups=lambda step: steps.groups(7))
+    first, second = same[5], same[6]
+    assert [s["input_ids"] for s, _ in first.samples] == [s["input_ids"] for s, _ in second.samples]
+    hidden = [[t["masked"].tolist() for _, t in made.samples if t] for made in (first, second)]
+    assert first.budgets != second.budgets and hidden[0] != hidden[1]
+    assert len(hidden[0]) > 10 and same[5].budgets == first.budgets
+
+
+def test_targets_see_the_budgets_that_were_drawn():
+    model, processor = tiny_module()
+    recipe = Recipe(caption_steps=0, num_btoks=4, budgets=(1, 2), chunk_tokens=300)
+    made = train_set(recipe, processor)[3]
+    drawn = dict(zip(made.places, made.budgets, strict=True))
+    seen = {}
+    for m in Packing.of(model, processor, recipe)(made).microbatches:
+        for place, (_, first, last, border, _) in zip(
+            m.places, m.batch.layout.sequences(), strict=True
+        ):
+            assert first == border - 4
+            seen[place] = last - first
+    assert seen == drawn and set(seen.values()) == {1, 2, 4}
+    plain = dataclasses.replace(recipe, budgets=())
+    made = train_set(plain, processor)[3]
+    for m in Packing.of(model, processor, plain)(made).microbatches:
+        assert m.batch.layout.bounds.shape[1] == 4
 
 
 def test_a_run_keeps_what_it_was_trained_for(tmp_path):
@@ -423,10 +460,19 @@ def test_a_run_keeps_what_it_was_trained_for(tmp_path):
         ({"dims": (0, 4)}, r"dims is \(0, 4\), expected rising numbers above 0"),
         ({"budgets": (1,), "pooling": "last"}, "and pooling 'last', expected pooling 'btok'"),
         ({"multi_vector": 0.5, "num_btoks": 0}, "and pooling 'last', expected pooling 'btok'"),
-        ({"multi_vector": 1.5}, "multi_vector and mask_rate are 1.5 and 0.5"),
-        ({"mask_rate": 0.0}, "multi_vector and mask_rate are 0.0 and 0.0"),
+        ({"multi_vector": 1.5}, "multi_vector is 1.5, expected from 0 to 1"),
+        ({"mask_rate": 0.0}, "mask_rate is 0.0, expected above 0"),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight is -1.0, expected at least 0"),
-        ({"contrastive_from": 3, "ntp_weight": 0.0}, "contrastive_from is 3, with nothing"),
+        (
+            {"contrastive_from": 3, "ntp_weight": 0.0},
+            "contrastive_from is 3, and step 2 has nothing",
+        ),
+        ({"contrastive_from": 3, "ntp_steps": 2}, "contrastive_from is 3, and step 2 has nothing"),
+        ({"hardness": float("inf")}, "hardness is inf, expected a finite number"),
+        (
+            {"reconstruction_weight": float("inf")},
+            "reconstruction_weight is inf, expected a finite",
+        ),
         ({"margin": float("nan")}, "margin is nan, expected a finite number"),
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0, expected above 0"),
     ],
@@ -437,7 +483,21 @@ def test_recipes_that_do_not_go_together(settings, message):
         Recipe(**settings)
 
 
-def test_a_config_says_what_it_was_trained_for():
+def test_dims_are_below_the_models():
+    with pytest.raises(
+        ValueError, match=r"dims is \(16, 64\), expected numbers below the model's 64"
+    ):
+        BTokModel.from_backbone(tiny_backbone(), btok_token_ids=BTOKS[:4], dims=(16, 64))
+
+
+def test_a_run_whose_model_has_fewer_components_is_refused(tmp_path, capsys):
+    words = "--caption-steps 1 --steps 1 --eval-queries 0 --dims 16 128 --output"
+    assert main(["pocket", *words.split(), str(tmp_path / "run")]) == 2
+    assert "dims is (16, 128), expected numbers below the model's 128" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_says_what_it_was_trained_for(tmp_path):
     config = BTokConfig(BTOKS[:4], budgets=[1, 2, 4], dims=[8], multi_vector=True)
     assert config.with_btoks(2) == BTokConfig(
         BTOKS[:2], budgets=(1, 2), dims=(8,), multi_vector=True
@@ -451,6 +511,11 @@ def test_a_config_says_what_it_was_trained_for():
             BTokConfig(BTOKS[:4], **wrong)
     with pytest.raises(ValueError, match="num_btoks is 8, it was trained for 1, 2, 4"):
         config.with_btoks(8)
+    config.save(tmp_path, "qwen2")
+    assert BTokConfig.load(tmp_path, "qwen2", None, dims=(8,), multi_vector=True) == config
+    for name, value in (("budgets", (3, 4)), ("dims", (7,)), ("multi_vector", False)):
+        with pytest.raises(ValueError, match=f"{name} is .*, but .* was saved with"):
+            BTokConfig.load(tmp_path, "qwen2", None, **{name: value})
 
 
 def run_of(tmp_path, **more):

@@ -168,6 +168,9 @@ class Recipe:
         ):
             if self.shard and wrong:
                 raise ValueError(f"shard is true and {reason.format(wrong)}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}, expected a finite number")
         self._check_nested()
         if self.replicas > 1 and not self.shard:
             raise ValueError(f"replicas is {self.replicas}, which needs shard")
@@ -200,17 +203,16 @@ class Recipe:
                 f"{name} is {getattr(self, name)} and pooling '{self.pooling_rows}', expected "
                 "pooling 'btok'"
             )
-        if self.multi_vector > 1 or not 0 < self.mask_rate <= 1:
-            had = f"multi_vector and mask_rate are {self.multi_vector} and {self.mask_rate}"
-            raise ValueError(f"{had}, expected at most 1, and mask_rate above 0")
-        generates = self.ntp_weight or self.reconstruction_weight
-        if self.contrastive_from and not generates:
+        if self.multi_vector > 1:
+            raise ValueError(f"multi_vector is {self.multi_vector}, expected from 0 to 1")
+        if not 0 < self.mask_rate <= 1:
+            raise ValueError(f"mask_rate is {self.mask_rate}, expected above 0 and at most 1")
+        last = self.contrastive_from - 1
+        if last >= 0 and not (self.objective.weight(last) or self.reconstruction_weight):
             raise ValueError(
-                f"contrastive_from is {self.contrastive_from}, with nothing to train before; "
-                "expected ntp_weight or reconstruction_weight above 0"
+                f"contrastive_from is {self.contrastive_from}, and step {last} has nothing else to "
+                "train; expected a reconstruction_weight above 0, or an ntp_weight that lasts"
             )
-        if self.margin is not None and not math.isfinite(self.margin):
-            raise ValueError(f"margin is {self.margin}, expected a finite number")
         if self.budgets and self.budgets[-1] < self.num_btoks:
             object.__setattr__(self, "budgets", (*self.budgets, self.num_btoks))
 
@@ -324,8 +326,6 @@ def load(
     """
     settings: dict[str, Any] = {"pooling": recipe.pooling_rows}
     settings["target_positions"] = recipe.target_positions
-    settings |= {"budgets": recipe.budgets, "dims": recipe.dims}
-    settings["multi_vector"] = recipe.multi_vector > 0
     if recipe.model == "pocket" and resume is None:
         model, processor = pocket.build(recipe.num_btoks, recipe.seed, **settings)
     else:
@@ -341,6 +341,10 @@ def load(
             **({} if resume else settings),
         )
         processor = Processor.from_pretrained(resume or recipe.model, recipe.num_btoks)
+    if resume is None:  # what a checkpoint was trained for before, it need not be afterwards
+        kept = {"budgets": recipe.budgets, "dims": recipe.dims}
+        model.settings = replace(model.settings, **kept, multi_vector=recipe.multi_vector > 0)
+        model.settings.check_width(model.backbone.config.get_text_config().hidden_size)
     if (most := recipe.max_pixels) is not None:
         bounded: Any = processor.image_processor
         low = getattr(bounded, "min_pixels", None)

@@ -220,7 +220,8 @@ def generate(
     for number, m in enumerate(microbatches, 1):
         passed = forward(m.batch, m.places)
         # of a microbatch without targets a loss of 0, so that all ranks' gradients meet
-        losses = weigh(0 * passed.vectors.sum(), passed.ntp, restored=passed.restored)
+        nothing = 0 * passed.vectors.sum() + 0.0  # not -0
+        losses = weigh(nothing, passed.ntp, restored=passed.restored)
         backward(losses.total, is_last=number == len(microbatches))
         done.append(Losses(*(loss.detach() for loss in losses)))
     return Losses(*(sum(losses[1:], losses[0]) for losses in zip(*done, strict=True)))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -282,7 +281,7 @@ def _pair(row: Row, root: Path) -> Pair:
 
 PAIRS = Schema("pairs", ("query", "positive"), _pair)
 PARTS = ("text", "images", "video", "frame_seconds")
-LARGEST = sys.float_info.max  # of a score, which a NaN is not below either
+LARGEST = float(np.finfo(np.float32).max)  # of a score, which a NaN is not below either
 
 
 def _side(value: Any, where: str, root: Path) -> Side:
