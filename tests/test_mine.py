@@ -490,6 +490,69 @@ def test_an_output_of_something_else(checkpoint, tmp_path, capsys):
     assert "was changed since it was made" in refused(capsys, checkpoint, *command)
 
 
+def test_a_file_of_someone_else_is_never_replaced(checkpoint, tmp_path, capsys):
+    pairs = write(tmp_path / "a.jsonl", some_rows(30))
+    path, report = tmp_path / "h.jsonl", tmp_path / "h.jsonl.json"
+    command = [pairs, "--output", path, "--ranks", 1, 9]
+    assert "--short drop" in refused(capsys, checkpoint, *command, "--margin", 0.9)
+    path.write_text("mine\n")  # beside the parts of that call
+    line = refused(capsys, checkpoint, *command)
+    assert f"output is {path}, which is there and was not made by mine; name another" in line
+    for other in ('{"x": 1}', "[1]", "no JSON", '{"digest": "a", "made_of": {"vectors": 1}}'):
+        report.write_text(other)
+        assert refused(capsys, checkpoint, *command) == line
+        assert path.read_text() == "mine\n" and report.read_text() == other
+    path.unlink()
+    line = refused(capsys, checkpoint, *command)
+    assert f"output is {report}, which is there and was not made by mine" in line
+    report.unlink()
+    kept = Path(f"{path}.parts/manifest.json")
+    before = kept.read_text()
+    kept.write_text("[1]")
+    assert f"output is {kept}, which is there" in refused(capsys, checkpoint, *command)
+    kept.write_text(before)
+    with pytest.MonkeyPatch.context() as patch:  # it comes while vectors are made
+        search = mine_module.search
+        patch.setattr(mine_module, "search", lambda *a: path.write_text("late") and search(*a))
+        line = refused(capsys, checkpoint, *command)
+    assert f"output is {path}, which is there" in line and path.read_text() == "late"
+    path.unlink()
+    assert main(["mine", checkpoint, *map(str, command)]) == 0
+    path.unlink()  # as a refusal says; its report is still there
+    assert main(["mine", checkpoint, *map(str, command), "--count", "3"]) == 0
+    assert told(path)["made_of"]["choice"]["count"] == 3
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+@pytest.mark.parametrize("old", [False, True])
+def test_killed_between_the_output_and_its_report(checkpoint, tmp_path, capsys, renames, old):
+    pairs = write(tmp_path / "a.jsonl", some_rows(30))
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "h.jsonl"
+    of(checkpoint, pairs, whole)
+    if old:  # a report of an output that was deleted
+        of(checkpoint, pairs, path, count=3)
+        path.unlink()
+    left = [renames]
+
+    def rename(one, other):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        os.replace(one, other)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mine_module, "rename", rename)
+        of(checkpoint, pairs, path)
+    assert path.exists() == (renames == 1)
+    if renames:  # it is known for what it is
+        with pytest.raises(ValueError, match="is of count 2, this is 3"):
+            of(checkpoint, pairs, path, count=3)
+    of(checkpoint, pairs, path)
+    for ending in ("", ".json"):
+        assert Path(f"{path}{ending}").read_bytes() == Path(f"{whole}{ending}").read_bytes()
+    assert not Path(f"{path}.parts").exists()
+
+
 def test_parts_of_other_settings(checkpoint, tmp_path, capsys):
     """Vectors of other inputs are refused; another choice is made of the same vectors."""
     pairs = write(tmp_path / "a.jsonl", some_rows(40))

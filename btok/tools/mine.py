@@ -39,12 +39,13 @@ from btok.tools.command_line import load
 from btok.tools.evaluate import files_digest
 from btok.tools.neighbours import ROWS, Blocks, mixed, nearest
 from btok.tools.related import ABSENT, Hidden, Related, at_line, lines_of, looked, relate
-from btok.tools.rows import refuse_ungrouped
+from btok.tools.rows import refuse_ungrouped, said
 from btok_kernels.ranks import from_first, gather, rank, world
 
 VERSION = 1  # of how negatives are chosen
 PART = 1024  # sides that are encoded together
 DEEPEST = 10_000  # rank: what is kept of a block of rows takes 80 MB then
+REPORT = "report.json"  # in the parts, until the output is in its place
 NAMED = 10  # rows that cannot be read which are named
 Draw = Literal["nearest", "random"]
 Short = Literal["refuse", "drop", "fill"]
@@ -283,30 +284,59 @@ def begin(output: Path, parts: Path, made_of: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: there is one of other settings, or something else.
     """
-    report, kept = Path(f"{output}.json"), parts / "manifest.json"
+    report, kept, ready = Path(f"{output}.json"), parts / "manifest.json", parts / REPORT
+    # killed after the output was in its place and before its report was
+    if output.is_file() and ready.exists() and _made(ready)["digest"] == sha256(output):
+        rename(ready, report)
     if output.exists():
-        had = _json(report)
-        if had is not None:
-            refuse_others(output, had["made_of"], made_of, "give another --output, or delete it")
-            if had["digest"] != sha256(output):
-                raise ValueError(f"{output} was changed since it was made; name another --output")
-            shutil.rmtree(parts, ignore_errors=True)
-            return True
-        if not kept.exists():
-            shutil.rmtree(parts, ignore_errors=True)
-            raise ValueError(f"{output} is there and was not made by mine; name another --output")
+        if not report.exists():
+            raise _foreign(output)
+        had = _made(report, output)
+        refuse_others(output, had["made_of"], made_of, "give another --output, or delete it")
+        if had["digest"] != sha256(output):
+            raise ValueError(f"{output} was changed since it was made; name another --output")
+        shutil.rmtree(parts, ignore_errors=True)
+        return True
+    if report.exists():  # of an output that was deleted
+        _made(report)
     vectors = {"vectors": made_of["vectors"]}
-    if (had := _json(kept)) is not None:
+    if kept.exists():
+        had = _json(kept)
+        if not _is_manifest(had):
+            raise _foreign(kept)
         refuse_others(parts, had, vectors, f"delete {parts}, or give another --output")
     parts.mkdir(parents=True, exist_ok=True)
     write_json(kept, vectors)
     return False
 
 
+def _foreign(path: Path) -> ValueError:
+    return ValueError(
+        f"output is {path}, which is there and was not made by mine; name another --output"
+    )
+
+
+def _made(path: Path, output: Path | None = None) -> dict[str, Any]:
+    """A report of ours; a ValueError, which names the output if one is given, for another file."""
+    had = _json(path)
+    own = isinstance(had, dict) and isinstance(had.get("digest"), str)
+    if not own or not _is_manifest(had.get("made_of")):
+        raise _foreign(output or path)
+    return had
+
+
+def _is_manifest(had: Any) -> bool:
+    return (
+        isinstance(had, dict)
+        and isinstance(had.get("vectors"), dict)
+        and isinstance(had.get("choice", {}), dict)
+    )
+
+
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the latter for thousands of brackets
         return None
 
 
@@ -318,7 +348,8 @@ def refuse_others(
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise ValueError(
-                f"{place} is of {name} {old.get(name)!r}, this is {new.get(name)!r}; {remedy}"
+                f"{place} is of {name} {said(name, old.get(name))}, this is "
+                f"{said(name, new.get(name))}; {remedy}"
             )
 
 
@@ -512,7 +543,6 @@ def write(
             sums += scores[0], scores[1:].mean()
         file.flush()
         os.fsync(file.fileno())
-    rename(draft, output)
     positive, negatives = (round(float(total) / kept, 6) for total in sums)
     report = {
         "rows": len(source),
@@ -523,16 +553,20 @@ def write(
         "filled": filled,
         "unreadable": unreadable,
         "mean_score": {"positive": positive, "negatives": negatives},
-        "digest": sha256(output),
+        "digest": sha256(draft),
         "made_of": made_of,
     }
-    write_json(Path(f"{output}.json"), report)
+    write_json(parts / REPORT, report)
+    if output.exists():  # there was none when this began
+        raise _foreign(output)
+    rename(draft, output)
+    rename(parts / REPORT, Path(f"{output}.json"))
     shutil.rmtree(parts, ignore_errors=True)
-    said = (
+    done = (
         f"{output}: {kept} rows of {len(source)} with {command.count} negatives; {short} had too "
     )
-    said += f"few, {filled} have some of farther ranks, {unreadable} cannot be read; mean score "
-    return said + f"{positive:.3f} of positives, {negatives:.3f} of negatives"
+    done += f"few, {filled} have some of farther ranks, {unreadable} cannot be read; mean score "
+    return done + f"{positive:.3f} of positives, {negatives:.3f} of negatives"
 
 
 def lines(

@@ -108,6 +108,13 @@ def described(encoder: BTokEncoder, instruction: str | None) -> dict[str, Any]:
     }
 
 
+def said(name: str, value: Any) -> str:
+    """A setting's value in a message; None is what is not said because it is as usual."""
+    if value is None:
+        return "all" if name == "dims" else "not set"
+    return repr(value)
+
+
 def refuse_other(place: str | Path, had: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """A ValueError where vectors there are of another model or other settings."""
     old = {"model": had.get("model"), **had.get("settings", {})}
@@ -117,6 +124,6 @@ def refuse_other(place: str | Path, had: Mapping[str, Any], asked: Mapping[str, 
     for name in sorted(new.keys() | kept):
         if old.get(name) != new.get(name):
             raise ValueError(
-                f"{place} holds vectors of {name} {old.get(name)!r}, this is {new.get(name)!r}; "
-                "delete it or give another output"
+                f"{place} holds vectors of {name} {said(name, old.get(name))}, this is "
+                f"{said(name, new.get(name))}; delete it or give another output"
             )
