@@ -202,7 +202,9 @@ def refused(capsys, tmp_path, folders, weights=(0.5, 0.5)):
     [
         ((0.5, 0.6), "merge: weights is 0.5 + 0.6 = 1.1, expected 1 in sum"),
         ((0.5, 0.50001), "expected 1 in sum"),
-        (("nan", 0.5), "expected 1 in sum"),
+        (("nan", 0.5), "merge: weights has nan, expected finite numbers"),
+        (("inf", "-inf"), "merge: weights has inf, expected finite numbers"),
+        ((1e308, 1e308), "= inf, expected 1 in sum"),
         ((1.0,), "merge: weights has 1 for 2 checkpoints, expected as many"),
         ((0.3, 0.3, 0.4), "merge: weights has 3 for 2 checkpoints"),
     ],
@@ -250,6 +252,26 @@ def test_checkpoints_that_differ(two, tmp_path, capsys):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ValueError, match="out is not empty; name a new folder"):
         merge(two, (0.5, 0.5), tmp_path / "out")
+
+
+def test_weights_below_0_and_outputs_that_are_no_place(two, tmp_path, capsys, monkeypatch):
+    a, b = two
+    command = ["merge", str(a), str(b), "--weights", "2", "-1", "--output"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    states = [load_file(folder / "model.safetensors") for folder in (a, b, tmp_path / "out")]
+    for name, tensor in states[2].items():
+        assert torch.equal(tensor, 2 * states[0][name] - states[1][name])
+    capsys.readouterr()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for output, message in (
+        (".", "merge: output is ., the folder this runs in; name a new folder"),
+        (b / "sub" / "deep", f"sub/deep, which is in the checkpoint {b}; name a new folder"),
+    ):
+        assert main([*command, str(output)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert not (b / "sub").exists() and not [*tmp_path.glob("here/*")]
 
 
 def test_adapters_that_do_not_add_up(two, tmp_path, capsys):

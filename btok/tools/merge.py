@@ -42,7 +42,7 @@ class Merge:
 
     Args:
         checkpoints: folders, at least two, of the same architecture, settings and tokenizer.
-        weights: one per checkpoint, 1 in sum.
+        weights: one per checkpoint, 1 in sum; below 0 to take away what one has (2 -1).
         output: a new folder.
     """
 
@@ -61,12 +61,14 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], output: s
 
     Args:
         checkpoints: folders that `BTokModel.save_pretrained` and `Processor.save_pretrained` wrote.
-        weights: one per checkpoint; a checkpoint of weight 0 is checked, and adds nothing.
+        weights: one per checkpoint, finite and 1 in sum; some may be negative (task arithmetic,
+            https://arxiv.org/abs/2212.04089). One of weight 0 is checked, and adds nothing.
         output: a new folder, there whole or not at all; `merged.json` in it says what it is of.
 
     Raises:
-        ValueError: fewer than two checkpoints, weights that are not 1 in sum, checkpoints that
-            differ in more than weights, adapters with DoRA, an output that is not empty.
+        ValueError: fewer than two checkpoints, weights that are not finite or not 1 in sum,
+            checkpoints that differ in more than weights, adapters with DoRA, an output that is not
+            empty, in a checkpoint's folder or the one this runs in.
     """
     folders, out = [*map(Path, checkpoints)], Path(output)
     if len(folders) < 2:
@@ -75,11 +77,21 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], output: s
         raise ValueError(
             f"merge: weights has {len(weights)} for {len(folders)} checkpoints, expected as many"
         )
-    if not abs(math.fsum(weights) - 1) <= NEAR:
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise ValueError(f"merge: weights has {weight}, expected finite numbers")
+    if not abs(sum(weights) - 1) <= NEAR:  # fsum would raise where a sum is too large
         said = " + ".join(map(str, weights))
-        raise ValueError(f"merge: weights is {said} = {math.fsum(weights)}, expected 1 in sum")
+        raise ValueError(f"merge: weights is {said} = {sum(weights)}, expected 1 in sum")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"merge: output {out} is not empty; name a new folder")
+    if out.resolve() == Path.cwd():  # it is replaced, and a shell in it would see nothing
+        raise ValueError(f"merge: output is {out}, the folder this runs in; name a new folder")
+    for folder in folders:
+        if folder.resolve() in out.resolve().parents:
+            raise ValueError(
+                f"merge: output is {out}, which is in the checkpoint {folder}; name a new folder"
+            )
     adapted = check(folders)
     digests = [model_digest(folder) for folder in folders]
     draft = out.with_name(f"{out.name}.draft")
