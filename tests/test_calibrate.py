@@ -78,6 +78,17 @@ def test_pairs_sides_and_folders(checkpoint, tmp_path, capsys):
     assert again.encode(["a"], num_btoks="auto", dtype="int8").dtype == np.int8
 
 
+@pytest.mark.parametrize("start", ["", "\n", " \r\n\n", "\ufeff", "\ufeff\n"])
+def test_pairs_are_told_from_sides_by_the_first_row(checkpoint, tmp_path, capsys, start):
+    pairs = [{"id": i, "query": f"query {i}", "positive": text} for i, text in enumerate(TEXTS)]
+    sides = [{"text": text, "of": {"query": 1, "positive": 2}, "query": 3} for text in TEXTS]
+    for name, rows, count in (("pairs", pairs, 100), ("sides", sides, 50)):
+        path = lines(tmp_path / f"{name}.jsonl", rows)
+        path.write_text(start + path.read_text(), encoding="utf-8")
+        assert run(checkpoint, path) == 0
+        assert f"btok_calibration.json: {count} inputs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [

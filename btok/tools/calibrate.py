@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,14 +90,24 @@ def of_rows(command: Calibrate) -> Iterator[Any]:
     """Both sides of pairs, or the sides of a file of these."""
     if command.inputs.suffix != ".jsonl":
         raise ValueError(f"inputs is {command.inputs}, expected a folder or a .jsonl file")
-    with open(command.inputs, "rb") as file:
-        pairs = b'"query"' in file.readline()
+    pairs = are_pairs(command.inputs)
     settings: dict[str, Any] = {"negatives": 0}
     for name in ("query_instruction", "positive_instruction"):
         settings[name] = getattr(command, name) or command.instruction
     source = open_source(command.inputs, schema=PAIRS if pairs else SIDES, **settings)
     rows = (source[i] for i in evenly(len(source), command.count))
     return (side for row in rows for side in ((row.query, row.positive) if pairs else (row.query,)))
+
+
+def are_pairs(path: Path) -> bool:
+    """Whether a JSONL file's first row is a pair; what is no row its reader refuses."""
+    with open(path, "rb") as file:
+        line = next((line for line in file if line.removeprefix(BOM_UTF8).strip()), b"")
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and row.keys() >= {*PAIRS.columns}
 
 
 def _side(row: Row, root: Path) -> Pair:
