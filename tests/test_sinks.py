@@ -12,7 +12,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from helpers import counted, environment, tiny_checkpoint
+from helpers import counted, environment, nested_checkpoint, tiny_checkpoint
 
 from btok import BTokEncoder
 
@@ -104,6 +104,12 @@ def test_what_is_refused(encoder, tmp_path, ending):
     with pytest.raises(ValueError, match="none of 1 inputs can be read, the first: it is empty"):
         encoder.encode_to(tmp_path / f"other{ending}", [""], ["a"])
     assert read(path).keys() == before.keys()
+    narrow = BTokEncoder.from_pretrained(nested_checkpoint(tmp_path / "nested"))
+    for had, asked, why in ((16, None, "16, this is all"), (None, 16, "all, this is 16")):
+        other = tmp_path / f"{had}{ending}"
+        narrow.encode_to(other, TEXTS[:3], IDS[:3], dims=had)
+        with pytest.raises(ValueError, match=f"holds vectors of dims {why}; delete it or give"):
+            narrow.encode_to(other, TEXTS[:3], IDS[:3], dims=asked)
     damaged = path if path.is_file() else next(path.glob("*.parquet"))
     good = damaged.read_bytes()
     for content in (b"", good[: len(good) // 2], b"nothing of the kind" * 9):

@@ -268,14 +268,18 @@ class NpzSink:
                     items, meta, errors = (
                         json.loads(part[name].tobytes()) for name in ("items", "meta", "errors")
                     )
-                if vectors.dtype != np.float32 or vectors.shape != (len(items), self.dims):
+                dict(meta.get("settings", {}))
+                if vectors.dtype != np.float32 or vectors.shape[:-1] != (len(items),):
                     had = f"{vectors.dtype} {list(vectors.shape)} for {len(items)} items"
                     raise ValueError(f"it holds {had}")
                 if not all(isinstance(item["id"], str) for item in items):
                     raise ValueError("it holds items without ids")
             except Exception as error:  # of numpy, of its zip files and of JSON
                 _refuse_damaged(path, error)
-            refuse_other(path, meta, self.meta)
+            refuse_other(path, meta, self.meta)  # of other dims, too
+            if vectors.shape[-1] != self.dims:
+                had = f"{list(vectors.shape)}, expected [{len(items)}, {self.dims}]"
+                _refuse_damaged(path, ValueError(f"it holds vectors {had}"))
             yield vectors, items, errors
 
 
