@@ -296,3 +296,9 @@ def test_the_command(checkpoint, tmp_path, capsys):
     assert score == pytest.approx(dense.max(), abs=2e-3)
     assert cli.main(["encode", str(checkpoint), str(folder), "--dims", "16"]) == 2
     assert "holds vectors of dims 32, this is 16" in capsys.readouterr().err
+    bare = [*line[:4], "--output", str(tmp_path / "bare")]
+    assert cli.main(bare) == 0
+    capsys.readouterr()
+    assert cli.main([*bare, "--no-rescore"]) == 2
+    why = f"rescore is False, but {tmp_path / 'bare'} has one vector an item and rescores nothing"
+    assert why in capsys.readouterr().err

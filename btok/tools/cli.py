@@ -321,6 +321,11 @@ def encode(command: Encode) -> None:
             raise ValueError(f"{given[0]} is given, which only --engine ray has")
         index = update(load(command.checkpoint), root, listed, output, *settings, options)
     if isinstance(command, Search) and index is not None and rank() == 0:
+        if not command.rescore and not index.several:
+            raise ValueError(
+                f"rescore is False, but {index.uri} has one vector an item and rescores nothing; "
+                "leave --no-rescore out"
+            )
         way = command.exact or None, command.query_instruction, None if command.rescore else False
         (hits,) = index.search([query], command.top, where, *way)
         for place, (score, item) in enumerate(hits, 1):
