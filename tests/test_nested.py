@@ -407,7 +407,8 @@ def test_draws_are_others_in_each_step():
     steps = train_set(recipe, processor)
     same = TrainSet(recipe, processor, steps.sources, groups=lambda step: steps.groups(7))
     first, second = same[5], same[6]
-    assert [s["input_ids"] for s, _ in first.samples] == [s["input_ids"] for s, _ in second.samples]
+    for (one, _), (other, _) in zip(first.samples, second.samples, strict=True):
+        assert list(one["input_ids"]) == list(other["input_ids"])
     hidden = [[t["masked"].tolist() for _, t in made.samples if t] for made in (first, second)]
     assert first.budgets != second.budgets and hidden[0] != hidden[1]
     assert len(hidden[0]) > 10 and same[5].budgets == first.budgets
@@ -465,13 +466,13 @@ def test_a_run_keeps_what_it_was_trained_for(tmp_path):
         ({"reconstruction_weight": -1.0}, "reconstruction_weight is -1.0, expected at least 0"),
         (
             {"contrastive_from": 3, "ntp_weight": 0.0},
-            "contrastive_from is 3, and step 2 has nothing",
+            "is 3, and step 2 has nothing else",
         ),
-        ({"contrastive_from": 3, "ntp_steps": 2}, "contrastive_from is 3, and step 2 has nothing"),
+        ({"contrastive_from": 3, "ntp_steps": 2}, "is 3, and step 2 has nothing else"),
         ({"hardness": float("inf")}, "hardness is inf, expected a finite number"),
         (
             {"reconstruction_weight": float("inf")},
-            "reconstruction_weight is inf, expected a finite",
+            "n_weight is inf, expected a finite",
         ),
         ({"margin": float("nan")}, "margin is nan, expected a finite number"),
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0, expected above 0"),
@@ -484,9 +485,7 @@ def test_recipes_that_do_not_go_together(settings, message):
 
 
 def test_dims_are_below_the_models():
-    with pytest.raises(
-        ValueError, match=r"dims is \(16, 64\), expected numbers below the model's 64"
-    ):
+    with pytest.raises(ValueError, match=r"dims is \(16, 64\), expected .* below the model's 64"):
         BTokModel.from_backbone(tiny_backbone(), btok_token_ids=BTOKS[:4], dims=(16, 64))
 
 

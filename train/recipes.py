@@ -342,7 +342,7 @@ def load(
         )
         processor = Processor.from_pretrained(resume or recipe.model, recipe.num_btoks)
     if resume is None:  # what a checkpoint was trained for before, it need not be afterwards
-        kept = {"budgets": recipe.budgets, "dims": recipe.dims}
+        kept: dict[str, Any] = {"budgets": recipe.budgets, "dims": recipe.dims}
         model.settings = replace(model.settings, **kept, multi_vector=recipe.multi_vector > 0)
         model.settings.check_width(model.backbone.config.get_text_config().hidden_size)
     if (most := recipe.max_pixels) is not None:
