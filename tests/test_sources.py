@@ -219,6 +219,7 @@ ORDER = "expected seconds from a video's start on, in order"
             for had, message in (
                 ("2", "scores is 2, expected a list"),
                 ("[1, true]", r"scores is \[1, True\], expected finite numbers"),
+                ("[1, 1e39]", r"scores is \[1, 1e\+39\], expected finite numbers"),
                 ("[1, NaN]", r"scores is \[1, nan\], expected finite numbers"),
                 (f"[1, -{10**400}]", r"scores is \[1, -1000000.*, expected finite numbers"),
                 ('[1, "2"]', r"scores is \[1, '2'\], expected finite numbers"),

@@ -148,8 +148,10 @@ REFUSED = [
     ({"dtype": "int4"}, r"dtype is 'int4', expected one of \('float32', 'int8'\)"),
     ({"dtype": "int8"}, "dtype='int8' needs a calibration.* calibrate it first"),
     ({"num_btoks": "auto"}, "num_btoks='auto' needs a calibration.* calibrate it first"),
-    ({"bound": 0.0}, "bound is 0.0, expected above 0 and at most 2"),
-    ({"bound": float("nan")}, "bound is nan, expected above 0 and at most 2"),
+    ({"bound": 0.0}, "bound is 0.0, expected a number above 0 and at most 2"),
+    ({"bound": float("nan")}, "bound is nan, expected a number above 0 and at most 2"),
+    ({"bound": "x"}, "bound is 'x', expected a number above 0 and at most 2"),
+    ({"multi_vector": np.array([1, 2])}, r"multi_vector is array\(\[1, 2\]\), expected True"),
     ({"dtype": "int8", "multi_vector": "both"}, "dtype is 'int8' with multi_vector 'both'"),
 ]
 
@@ -421,3 +423,13 @@ def test_what_is_held_of_a_cell_is_bounded(encoder, monkeypatch):
     held = np.array(measuring.losses["text/1"])
     assert len(held) == 10 and measuring.counts == {"text/1": 1000}
     assert held.max() > 500 and len({*held.tolist()}) == 10
+
+
+def test_an_option_that_there_is_none_of_is_named():
+    encoder = BTokEncoder(*nested_module())
+    with pytest.raises(
+        TypeError, match="nope is no option, expected num_btoks, dims, "
+    ):
+        encoder.encode(["a"], nope=1)
+    same = encoder.encode(["a"], num_btoks=np.int64(2))
+    assert np.array_equal(same, encoder.encode(["a"], num_btoks=2))
