@@ -18,8 +18,9 @@ import torch
 
 pytest.importorskip("sklearn.datasets", reason="needs the demo extra")
 
-from bench.studies import ablations, common, efficiency, pooling, transfer
+from bench.studies import ablations, budgets_page, common, efficiency, negatives, pooling, transfer
 from btok.model import BTokModel
+from examples.smollm2 import budgets as smollm2_budgets
 from train.pocket import data, evaluation, source
 from train.pocket.model import build
 from train.recipes import RECIPES
@@ -246,6 +247,8 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
         "ablations": partial(common.write_page, ablations.STUDY),
         "transfer": partial(common.write_page, transfer.STUDY),
         "efficiency": efficiency.write_page,
+        "negatives": partial(common.write_page, negatives.STUDY),
+        "budgets": lambda results, folder: budgets_page.write_page(folder, results),
     }.items():
         committed = ROOT / f"bench/results/studies-{name}.md"
         write(json.loads(committed.with_suffix(".json").read_text()), tmp_path)
@@ -254,6 +257,8 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
     of_pooling = pooling.RUNS.with_suffix(".md").read_text()
     assert pooling.page(pooling.RUNS) == of_pooling
     pages += of_pooling
+    real = smollm2_budgets.RUNS
+    assert smollm2_budgets.page(real) == real.with_suffix(".md").read_text()
     pages += (ROOT / "bench/results/smollm2.md").read_text()  # tests/test_smollm2.py makes it anew
     shown = re.findall(r"[+-]\d+\.\d ± \d+\.\d", (ROOT / "README.md").read_text())
     assert len(shown) > 6 and all(figure in pages for figure in shown)

@@ -140,6 +140,8 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     prog = f"bench/studies/{study.name}.py"
     try:
         options = parse(Options, argv, prog)
+        if study.prepare and options.model != "pocket":
+            raise ValueError(f"model is {options.model!r}, expected 'pocket' of this study")
         for name in options.only:
             if name not in study.variants:
                 raise ValueError(f"only is {name!r}, expected among {', '.join(study.variants)}")
@@ -468,7 +470,7 @@ def page(study: Study, results: dict[str, Any], gaps: Gaps, stem: str) -> str:
     ]
     later = f"Not yet run on MMEB-V2: `{script} --model Qwen/Qwen2-VL-2B-Instruct --data DIR"
     later += " --mmeb DIR` trains and scores there; `--dry-run` prints the commands."
-    return "\n\n".join([*parts, *([later] if pocket else [])]) + "\n"
+    return "\n\n".join([*parts, *([later] if pocket and not study.prepare else [])]) + "\n"
 
 
 def picture(gaps: Gaps, against: str) -> Figure:
