@@ -64,7 +64,7 @@ def run(name):
 def again(name):
     from btok.tools import index
     before = set()
-    if index._is_there(f"{place}/{name}"):
+    if index.is_there(f"{place}/{name}"):
         ids = [b["id"].to_pylist() for b in index.Index.open(f"{place}/{name}").rows(["id"])]
         before = {each for of_batch in ids for each in of_batch}
     made = counted(encoder)

@@ -39,8 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .late_interaction import Similarity, computed, similarity, tile_rows
-from .late_interaction import _reference as _maxsim
+from .late_interaction import Similarity, computed, maxsim, similarity, tile_rows
 from .launch import always, choose, no_triton
 from .ranks import Ranks, agree, is_group, join
 
@@ -86,7 +85,7 @@ def _reference(
 def _dense_scores(query: Tensor, key: Tensor) -> Tensor:
     """[N, M] of rows that are vectors, or several each."""
     if query.ndim == 3:
-        return _maxsim(query, key)
+        return maxsim(query, key, impl="reference")
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.to(dtype) @ key.to(dtype).T
 
