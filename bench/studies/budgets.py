@@ -204,11 +204,12 @@ def collected(output: Path) -> dict[str, Any]:
             row = {"variant": variant, "seed": seed, "says": STUDY.variants[variant].says}
             row["options"] = " ".join(STUDY.variants[variant].options)
             found.append(row | {"views": json.loads(views.read_text())})
-    times_file = output / "times.json"
+    times_file = output / "times.json"  # made by the command that scores
+    times = json.loads(times_file.read_text()) if times_file.exists() else None
     return {
         "settings": json.loads((output / "settings.json").read_text()),
-        "scored": common.surroundings(),
-        "times": json.loads(times_file.read_text()) if times_file.exists() else None,
+        "scored": times or common.surroundings(),
+        "times": times,
         "runs": found,
     }
 
