@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -313,7 +314,10 @@ OPTIONS = ["--count", "3", "--ranks", "2", "20", "--draw", "random", "--scores"]
 def begun(checkpoint, pairs, output, pause):
     command = ["mine", checkpoint, str(pairs), "--output", str(output), *OPTIONS]
     start = [sys.executable, "-c", RUN, str(pause), *command]
-    return subprocess.Popen(start, env=environment(), stderr=subprocess.PIPE, text=True)
+    # a shell has what it starts in the background ignore SIGINT, and children inherit that
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": hear}
+    return subprocess.Popen(start, env=environment(), **options)
 
 
 def until(ready, child):
