@@ -427,9 +427,7 @@ def test_what_is_held_of_a_cell_is_bounded(encoder, monkeypatch):
 
 def test_an_option_that_there_is_none_of_is_named():
     encoder = BTokEncoder(*nested_module())
-    with pytest.raises(
-        TypeError, match="nope is no option, expected num_btoks, dims, "
-    ):
+    with pytest.raises(TypeError, match="nope is no option, expected num_btoks, dims, "):
         encoder.encode(["a"], nope=1)
     same = encoder.encode(["a"], num_btoks=np.int64(2))
     assert np.array_equal(same, encoder.encode(["a"], num_btoks=2))
