@@ -208,13 +208,10 @@ class Measuring:
 
     def calibration(self, model: str) -> Calibration:
         """What was measured, of the checkpoint of this digest."""
-        losses = {
-            cell: {
-                str(d): np.quantile(held, self.quantile, axis=0, method="higher")[i].tolist()
-                for i, d in enumerate(self.dims)
-            }
-            for cell, held in sorted(self.losses.items())
-        }
+        losses = {}
+        for cell, held in sorted(self.losses.items()):
+            found = np.quantile(held, self.quantile, axis=0, method="higher")  # [dims, budgets]
+            losses[cell] = {str(d): x.tolist() for d, x in zip(self.dims, found, strict=True)}
         scales = {
             kind: {str(d): best_scale(counts) for d, counts in by_dims.items()}
             for kind, by_dims in self.sizes.items()

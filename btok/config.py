@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,13 +26,17 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "vision_positions": get_args(VisionPositions),
     "ntp_reduction": get_args(NtpReduction),
 }
-TRAINED = ("budgets", "dims", "multi_vector")  # what a checkpoint was trained for besides
 
 
 def check_choice(where: str, name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise a ValueError that names `name` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{where}: {name} is {value!r}, expected one of {tuple(allowed)}")
+
+
+def rising(numbers: Sequence[int]) -> bool:
+    """Whether each is above the one before it, and the first above 0."""
+    return all(a < b for a, b in pairwise((0, *numbers)))
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class BTokConfig:
         for name in ("budgets", "dims"):
             numbers = tuple(map(int, getattr(self, name)))
             object.__setattr__(self, name, numbers)
-            if numbers != tuple(sorted({n for n in numbers if n > 0})):
+            if not rising(numbers):
                 raise ValueError(f"BTokModel: {name} is {numbers}, expected rising numbers above 0")
         number = len(self.btok_token_ids)
         if self.budgets and self.budgets[-1] != number:
@@ -120,9 +125,10 @@ class BTokConfig:
             ValueError: a value that is none of its choices; a checkpoint with other settings, of
                 another format, or of another backbone.
         """
+        names = [f.name for f in fields(cls) if f.name != "btok_token_ids"]
         for name, value in asked.items():
-            if name not in (*CHOICES, *TRAINED):
-                expected = ", ".join((*CHOICES, *TRAINED))
+            if name not in names:
+                expected = ", ".join(names)
                 raise TypeError(f"BTokModel: {name} is no setting, expected {expected}")
             if value is not None and name in CHOICES:
                 check_choice("BTokModel", name, value, CHOICES[name])

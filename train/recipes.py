@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from btok.adapters import Lora
-from btok.config import Pooling, TargetPositions
+from btok.config import Pooling, TargetPositions, rising
 from btok.model import BTokModel
 from btok.objective import Objective
 from btok.processing import Processor
@@ -190,8 +190,7 @@ class Recipe:
     def _check_nested(self) -> None:
         """Budgets with K behind them, and what needs bottleneck rows, or a part."""
         for name in ("budgets", "dims"):
-            numbers = getattr(self, name)
-            if numbers != tuple(sorted({n for n in numbers if n > 0})):
+            if not rising(numbers := getattr(self, name)):
                 raise ValueError(f"{name} is {numbers}, expected rising numbers above 0")
         if self.budgets and self.budgets[-1] > self.num_btoks:
             raise ValueError(
@@ -248,10 +247,9 @@ class Recipe:
 
     def described(self) -> dict[str, Any]:
         """All settings, as JSON has them."""
-        kinds = {Path: str, tuple: list}
 
         def said(x: Any) -> Any:
-            return next((to(x) for kind, to in kinds.items() if isinstance(x, kind)), x)
+            return str(x) if isinstance(x, Path) else list(x) if isinstance(x, tuple) else x
 
         return {name: said(x) for name, x in vars(self).items()}
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, canvas, log_axis
 from bench.report import table
-from bench.studies.common import ABOUT, ON_POCKET, interval, said
+from bench.studies.common import ABOUT, ON_POCKET, draw, said
 from btok.files import write_json, write_text
 
 STEM = "studies-budgets"
@@ -292,13 +292,3 @@ def picture(results: Results) -> Figure:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, loc="lower right")
     return figure
-
-
-def draw(axes: Any, x: Sequence[float], found: Sequence[Sequence[float]], label: str, colour: Any):
-    """Means with their intervals over seeds, a line through them."""
-    if not x:
-        return
-    means, halves = zip(*map(interval, found), strict=True)
-    bars = [half if np.isfinite(half) else 0.0 for half in halves]
-    options = {"ms": 4, "lw": 1.2, "elinewidth": 0.6, "capsize": 2, "color": colour}
-    axes.errorbar(x, means, bars, fmt="o-", label=label, **options)

@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -374,6 +374,18 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return values[0], math.inf
     half = student.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     return float(np.mean(values)), float(half)
+
+
+def draw(
+    axes: Any, x: Iterable[float], found: Iterable[Sequence[float]], label: str, colour: Any
+) -> None:
+    """Means over seeds with thin intervals, a line through them; nothing where there are none."""
+    points = [(at, *interval(scores)) for at, scores in zip(x, found, strict=True) if scores]
+    if points:
+        at, means, halves = zip(*points, strict=True)
+        bars = [half if math.isfinite(half) else 0.0 for half in halves]
+        options = {"ms": 4, "lw": 1.2, "elinewidth": 0.6, "capsize": 2, "color": colour}
+        axes.errorbar(at, means, bars, fmt="o-", label=label, **options)
 
 
 def differences(runs: Sequence[Any], name: str, against: str) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from btok.calibration import Calibration, cell_of
+from btok.calibration import Calibration, cell_of, quantised
 from btok.data.records import RetrievalTask, Side
 from btok.encoder import BTokEncoder
 from btok.evaluation import runner
@@ -25,7 +25,6 @@ from btok.inputs import with_frames
 
 Rows = NDArray[np.float32]
 TOGETHER = 64  # sides of a packed pass
-LEVELS = 127  # of int8, each way
 
 
 class Embedded(NamedTuple):
@@ -69,9 +68,7 @@ def dense(rows: Rows, k: int, d: int) -> Rows:
 
 def rounded(x: Rows, scale: float | None) -> Rows:
     """What int8 vectors of a scale stand for; None leaves them."""
-    if scale is None:
-        return x
-    return np.clip(np.rint(x / scale), -LEVELS, LEVELS).astype(np.float32) * np.float32(scale)
+    return x if scale is None else quantised(x, scale) * np.float32(scale)
 
 
 def views_of(

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from btok import adapters, calibration
+from btok import adapters
 from btok.config import CONFIG_NAME
 from btok.files import read_json, rename, sha256, write_json
 from btok.model import model_digest
@@ -176,8 +176,7 @@ def copy_files(folder: Path, draft: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir() and path.name[:2] in ("1_", "2_"):  # of sentence-transformers
             shutil.copytree(path, draft / path.name)
-        # what a calibration measured is of the weights
-        own = path.name.startswith((*RUN, MERGED, adapters.CONFIG_NAME, calibration.FILE))
+        own = path.name.startswith((*RUN, MERGED, adapters.CONFIG_NAME))
         if path.suffix in (".json", ".txt", ".jinja", ".model") and not own:
             shutil.copy(path, draft)
 

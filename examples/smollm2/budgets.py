@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, canvas, log_axis
 from bench.report import table
-from bench.studies.common import interval, said
+from bench.studies.common import draw, said
 from btok.files import write_text
 from examples.smollm2.runs import read
 
@@ -116,16 +116,18 @@ def picture(folder: Path) -> Figure:
         views = next(iter(runs.values()))["views"]
         for label, start, colour in (("fp32", "16 of", BLUE), ("int8", "int8 16", GREEN)):
             some = [view for view in views if view.startswith(start)]
-            line(
-                left, [views[v]["bytes"] for v in some], [of(runs, v) for v in some], label, colour
-            )
+            sizes = [views[view]["bytes"] for view in some]
+            draw(left, sizes, [[*of(runs, view).values()] for view in some], label, colour)
         log_axis(left, "x", TICKS, TICKS)
         left.set(xlabel="bytes an item", ylabel="mean reciprocal rank (%)", title=says)
-        line(right, FIXED, [alone(folder, name, k) for k in FIXED], "a model for each K", GREY)
-        line(right, FIXED, [of(runs, f"{k} of 576") for k in FIXED], "nested, first k", BLUE)
+        each = [[*alone(folder, name, k).values()] for k in FIXED]
+        draw(right, FIXED, each, "a model for each K", GREY)
+        first = [[*of(runs, f"{k} of 576").values()] for k in FIXED]
+        draw(right, FIXED, first, "nested, first k", BLUE)
         auto = [view for view in views if view.startswith("auto")]
         tokens = [float(np.mean([*of(runs, v, "tokens").values()])) for v in auto]
-        line(right, tokens, [of(runs, v) for v in auto], "nested, auto", ORANGE)
+        scores = [[*of(runs, v).values()] for v in auto]
+        draw(right, tokens, scores, "nested, auto", ORANGE)
         log_axis(right, "x", FIXED, FIXED)
         right.set(xlabel="tokens an input, mean")
         for axes in (left, right):
@@ -133,17 +135,6 @@ def picture(folder: Path) -> Figure:
             axes.set_axisbelow(True)
             axes.legend(fontsize=8)
     return figure
-
-
-def line(axes: Any, x: Any, found: list[Scores], label: str, colour: Any) -> None:
-    """Means over seeds, and thin intervals."""
-    pairs = [(at, [*scores.values()]) for at, scores in zip(x, found, strict=True) if scores]
-    if not pairs:
-        return
-    means, halves = zip(*(interval(scores) for _, scores in pairs), strict=True)
-    bars = [half if np.isfinite(half) else 0.0 for half in halves]
-    options = {"ms": 4, "lw": 1.2, "elinewidth": 0.6, "capsize": 2, "color": colour}
-    axes.errorbar([at for at, _ in pairs], means, bars, fmt="o-", label=label, **options)
 
 
 if __name__ == "__main__":

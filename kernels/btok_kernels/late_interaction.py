@@ -86,10 +86,13 @@ def _scores(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return s, where.unflatten(0, (c, k))
 
 
-def _pairs(query: Tensor, key: Tensor) -> Tensor:
-    """[n], some rows at a time: the products of all are as large as L / D times the queries."""
+def pairs(query: Tensor, key: Tensor) -> Tensor:
+    """Each row's s with its own key, [n] in at least fp32, of query [n, K, D] and key [n, L, D]."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    # some rows at a time: the products of all are as large as L / D times the queries
     parts = zip(query.split(1024), key.split(1024), strict=True)
-    return torch.cat([(q @ k.transpose(1, 2)).amax(2).mean(1) for q, k in parts])
+    products = (q.to(wide) @ k.to(wide).transpose(1, 2) for q, k in parts)
+    return torch.cat([x.amax(2).mean(1) for x in products])
 
 
 def _differentiate(
@@ -106,7 +109,7 @@ def _differentiate(
             d_key[columns, b].addmm_(own.T, tokens)
 
 
-CHUNKED = Similarity(_scores, _pairs, _differentiate)
+CHUNKED = Similarity(_scores, pairs, _differentiate)
 
 
 def similarity(impl: str) -> Similarity:

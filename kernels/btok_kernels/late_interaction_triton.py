@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .late_interaction import Similarity, index_dtype
+from .late_interaction import Similarity, index_dtype, pairs
 
 # Sizes that differ from batch to batch do not compile a kernel again.
 _kernel = triton.jit(do_not_specialize=("R", "M", "K", "L"))
@@ -164,13 +164,6 @@ def _scores(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return best.view(c, k, -1)[..., :m].mean(1), where.view(c, k, -1)
 
 
-def _pairs(query: Tensor, key: Tensor) -> Tensor:
-    """[n], fp32, some rows at a time: they are copied to fp32."""
-    parts = zip(query.split(1024), key.split(1024), strict=True)
-    products = (q.float() @ k.float().transpose(1, 2) for q, k in parts)
-    return torch.cat([x.amax(2).mean(1) for x in products])
-
-
 def _differentiate(
     d: Tensor, where: Tensor, query: Tensor, key: Tensor, d_query: Tensor, d_key: Tensor
 ) -> None:
@@ -211,4 +204,4 @@ def _differentiate(
         run_key(_config("d_key_tokens", tokens, lambda meta: run_key(meta, nothing)), factor)
 
 
-TRITON = Similarity(_scores, _pairs, _differentiate)
+TRITON = Similarity(_scores, pairs, _differentiate)
