@@ -13,7 +13,6 @@ once each. `scores_bytes` is what the products of all pairs of tokens would take
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache, partial
 
 import pytest
@@ -21,22 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.bench_contrastive_loss import DIRECTIONS, check, step
 from bench.harness import DEVICE, Contest
 from bench.peers import chunked_late_interaction
 from btok.kernels import contrastive_loss
 
 if DEVICE == "cuda":
-    OURS, DTYPE, TOLERANCE, TOKENS = "triton", torch.bfloat16, 2e-2, 16
+    OURS, DTYPE, TOKENS = "triton", torch.bfloat16, 16
     SIZES = [1 << n for n in range(11, 14)]
 else:
-    OURS, DTYPE, TOLERANCE = "chunked", torch.float32, 1e-4
+    OURS, DTYPE = "chunked", torch.float32
     TOKENS = int(os.environ.get("TOKENS", 8))
     SIZES = [int(os.environ.get("ROWS", 512))]
 DIM = 128
 TAU = 0.02
 PEER = "chunked torch"
-DIRECTIONS = ("one direction", "both directions")
-Loss = Callable[[Tensor, Tensor, bool], Tensor]  # query, key, whether both directions
 
 
 def ours(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
@@ -58,23 +56,11 @@ def inputs(rows: int) -> tuple[Tensor, Tensor]:
     return query, key
 
 
-def step(loss_of: Loss, query: Tensor, key: Tensor, bidirectional: bool) -> list[Tensor]:
-    """The loss and the gradients of query and key."""
-    loss = loss_of(query, key, bidirectional)
-    return [loss.detach(), *torch.autograd.grad(loss, (query, key))]
-
-
 @cache
 def truth(rows: int, bidirectional: bool) -> list[Tensor]:
     """By plain torch in fp32."""
     query, key = (x.detach().float().requires_grad_() for x in inputs(rows))
     return [x.cpu() for x in step(peer, query, key, bidirectional)]
-
-
-def check(name: str, results: list[Tensor], expected: list[Tensor]) -> None:
-    for got, want in zip(results, expected, strict=True):
-        error = float((got.float().cpu() - want).norm() / want.norm())
-        assert error <= TOLERANCE, f"wrong result of {name}, off by {error:.1e}: not timed"
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

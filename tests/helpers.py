@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.models import byte_tokenizer as tiny_tokenizer
 from btok import families
@@ -327,6 +328,18 @@ def one_step(model: Any, processor: Any, recipe: Recipe, pairs: Any, samples: An
     number, captioning, *_ = *at, *(0, False)[len(at) :]
     microbatches = Packing.of(model, processor, recipe, captioning).microbatches(samples)
     return train_step(model, recipe, pairs, microbatches, number, captioning)
+
+
+class Largest(TorchDispatchMode):
+    """Within, `numel` is how many elements the largest tensor has that an operation gives."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
 
 
 def stock_image_processor(folder: Path) -> Any:

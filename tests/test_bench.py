@@ -270,7 +270,7 @@ def test_late_interaction_is_given_to_the_contest(direction):
 def test_a_wrong_late_interaction_is_not_timed(monkeypatch, whose, direction):
     right = getattr(late, whose)
     late.truth(20, direction == "both directions")  # made by the peer, and kept
-    wrong = lambda query, *x: right((1 + 2 * late.TOLERANCE) * query, *x)  # noqa: E731
+    wrong = lambda query, *x: right((1 + 2 * contrastive.TOLERANCE) * query, *x)  # noqa: E731
     monkeypatch.setattr(late, whose, wrong)
     name = late.OURS if whose == "ours" else late.PEER
     with pytest.raises(AssertionError, match=f"wrong result of {name}, .*: not timed"):
@@ -284,7 +284,7 @@ def test_the_peer_of_late_interaction_is_the_reference(rows):
         options = {"temperature": late.TAU, "bidirectional": bidirectional, "impl": "reference"}
         want = late.contrastive_loss(query, key, **options)
         got = peers.chunked_late_interaction(query, key, late.TAU, bidirectional, rows)
-        assert abs(got - want) < late.TOLERANCE
+        assert abs(got - want) < contrastive.TOLERANCE
 
 
 def test_a_third_partys_kernel_that_hangs_or_crashes_is_skipped(monkeypatch):

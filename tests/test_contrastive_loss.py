@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import gloo
+from helpers import Largest, gloo
 from test_ranks import Collectives
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from btok_kernels import contrastive_loss as module
 from btok_kernels.contrastive_loss import _reference, contrastive_loss, contrastive_loss_and_grad
@@ -322,15 +321,6 @@ def test_the_same_bits_on_every_run():
 
 def test_no_tensor_is_as_large_as_the_logits():
     n = 600
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.numel = max(self.numel, out.numel())
-            return out
 
     arguments = make(n, ids=True, margin=0.1, bidirectional=True)
     module._TILE_LOGITS = n * 20

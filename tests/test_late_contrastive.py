@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import gloo
+from helpers import Largest, gloo
 from test_contrastive_loss import (
     NAMES,
     differentiate,
@@ -24,7 +24,6 @@ from test_contrastive_loss import (
     truth,
 )
 from test_contrastive_loss import make as vectors
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from btok_kernels import contrastive_loss as module
 from btok_kernels import late_interaction
@@ -287,15 +286,6 @@ def test_ties_go_to_the_first_token():
 
 def test_memory_is_a_few_tiles(monkeypatch):
     n, tokens, dim = 128, (8, 16), 4
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.numel = max(self.numel, out.numel())
-            return out
 
     monkeypatch.setattr(late_interaction, "_TILE_MAXIMA", n * tokens[0] * 4)
     arguments = make(n, tokens, dim=dim, ids=True, margin=0.1, bidirectional=True, hardness=1.0)

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from helpers import Largest
 from test_contrastive_loss import gap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from btok.kernels import maxsim
 from btok_kernels import late_interaction as module
@@ -216,15 +216,6 @@ def test_the_same_bits_on_every_run():
 
 
 def test_no_tensor_is_as_large_as_the_products(monkeypatch):
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.numel = max(self.numel, out.numel())
-            return out
-
     n, k, m, length, dim = 64, 8, 64, 16, 4
     inputs = make(n, k, m, length, dim)
     monkeypatch.setattr(module, "_TILE_MAXIMA", 4 * k * m)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import nested_checkpoint, nested_module, tiny_module
+from test_encoder import PICTURES, SIDES
 
 from btok import BTokEncoder, Side
 from btok import calibration as calibration_module
@@ -15,16 +16,6 @@ from btok.calibration import Calibration, best_scale, cell_of, quantised
 from btok.encoder import _evaluating
 from btok.packing import pack
 
-RNG = np.random.default_rng(0)
-PICTURES = [RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8) for _ in range(6)]
-SIDES = [
-    Side("a red seven"),
-    Side(images=[PICTURES[0]]),
-    Side("which digit?", images=PICTURES[1:3]),
-    Side("what motion?", video=PICTURES[3:6]),
-    Side("x" * 60),
-    Side("y"),
-]
 WORDS = ["one", "red", "seven", "blue", "left", "of", "green", "up"]
 
 
