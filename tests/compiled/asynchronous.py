@@ -187,7 +187,7 @@ class Products(Groups):
         if not self.fenced[product.blocks].all():
             raise Fault("a warpgroup's product with no wgmma.fence before it")
         for granules in product.granules:
-            machine.shared.begin_product(granules)
+            machine.reads(product.blocks, granules)
         if key not in self.values:
             if any(set(key) & set(other) for other in self.values):
                 raise Fault("the accumulators of two products in flight overlap")
@@ -222,7 +222,7 @@ class Products(Groups):
             value[blocks] = part + np.where(what.keeps[nth][..., None], value[blocks], 0)
         for granules in what.granules:
             for group in range(self.shape[1]):
-                shared.end_product(granules[nth, group], 0xF << 4 * group)
+                machine.has_read(blocks, granules[nth, group], group)
         landed = blocks[~self._in_flight(what.accumulator)[blocks]]
         for value, name in zip(values, what.accumulator, strict=True):
             register = machine.register(name).reshape(self.shape)

@@ -26,6 +26,7 @@ from btok_kernels import condensed_attention, contrastive_loss, late_interaction
 from tests.compiled.machine import Machine
 from tests.compiled.memory import Global
 from tests.compiled.ptx import parse
+from tests.compiled.warpgroups import Warpgroups, tensor_map
 
 LANES_BYTES = 192 << 20  # of the registers of the thread blocks that are executed side by side
 
@@ -35,9 +36,9 @@ program_of = cache(parse)
 class Device:
     """What was executed, and what else a launch may touch."""
 
-    def __init__(self, rewrite: Mapping[str, Callable[[str], str]]) -> None:
+    def __init__(self, rewrite: Mapping[str, Callable[[str], str]], seed: int) -> None:
         self.also: list[Tensor] = []  # tensors that kernels reach without being given them
-        self.rewrite = rewrite
+        self.rewrite, self.seed = rewrite, seed
         self.launched: Counter[str] = Counter()
         self.executed: Counter[tuple[str, str]] = Counter()  # (kernel, opcode): blocks
 
@@ -49,16 +50,30 @@ class Device:
         if kernel.name in self.rewrite:
             text = self.rewrite[kernel.name](text)
         program = program_of(text)
-        tensors = [x for x in given if isinstance(x, Tensor)]
-        memory = Global([*tensors, *self.also])
-        values = [x.data_ptr() if isinstance(x, Tensor) else x for x in given]
+        maps = iter(getattr(kernel.metadata, "tensordesc_meta", None) or ())
+        values: list[Any] = []
+        tensors, extents = list(self.also), []
+        for x in given:
+            if isinstance(x, Tensor):
+                tensors.append(x)
+                values.append(x.data_ptr())
+            elif hasattr(x, "block_shape"):  # a tensor map, and what Triton hands over besides
+                last = sum((n - 1) * step for n, step in zip(*x.base[2:], strict=True))
+                size = (last + 1) * x.base.dtype.itemsize
+                extents.append((x.base.address, x.base.address + size))
+                values += [tensor_map(x, next(maps)), *x.shape, *x.strides]
+            else:
+                values.append(x)
+        memory = Global(tensors, extents)
         values += [0] * (len(program.params) - len(values))  # Triton's scratch memory: none
         blocks = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid[::-1])[::-1], 1)
         size = sum(bits // 8 * count for bits, count in program.registers.values())
-        many = max(1, LANES_BYTES // (size * program.threads + 6 * kernel.metadata.shared))
+        several = program.threads > 256  # warpgroups that go their own ways
+        many = max(1, LANES_BYTES // (size * program.threads + 12 * kernel.metadata.shared))
         for at in range(0, len(blocks), many):
             part = blocks[at : at + many]
-            machine = Machine(program, values, part, kernel.metadata.shared, memory)
+            options = program, values, part, kernel.metadata.shared, memory
+            machine = Warpgroups(*options, self.seed + at) if several else Machine(*options)
             machine.run()
             for opcode, count in machine.executed.items():
                 self.executed[kernel.name, opcode] += count
@@ -67,15 +82,16 @@ class Device:
 
 @contextmanager
 def device(
-    arch: int, rewrite: Mapping[str, Callable[[str], str]] | None = None
+    arch: int, rewrite: Mapping[str, Callable[[str], str]] | None = None, seed: int = 0
 ) -> Iterator[Device]:
     """Triton's launches within are compiled for compute capability `arch` and executed here.
 
     Args:
         arch: as in sm_90.
         rewrite: changes of a kernel's PTX by its name: planted faults.
+        seed: in which order the warpgroups of a block go on, and copies arrive.
     """
-    here = Device(rewrite or {})
+    here = Device(rewrite or {}, seed)
 
     def starter(kernel: CompiledKernel) -> Callable[..., None]:
         def start(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):

@@ -20,6 +20,7 @@ from tests.compiled.ptx import Instruction, dtype_of, register_list
 
 if TYPE_CHECKING:
     from tests.compiled.machine import Machine
+    from tests.compiled.warpgroups import Warpgroups
 
 
 def shuffle(machine: Machine, ins: Instruction) -> Run:
@@ -98,6 +99,8 @@ def access(machine: Machine, ins: Instruction) -> Run:
                 found = memory[index]
             else:
                 at = machine.shared.locate(machine.block_of[lanes], addresses, width)
+                if machine.team:
+                    machine.team.load(machine.group, machine.block_of[lanes], at)
                 found = machine.shared.load(at, width, machine.warp_bits[lanes])
             found = np.ascontiguousarray(found).view(dtype_of(kind))  # [lanes, names]
             for i, register in enumerate(to):
@@ -118,6 +121,8 @@ def access(machine: Machine, ins: Instruction) -> Run:
 
 def copy_async(machine: Machine, ins: Instruction) -> Run:
     """cp.async, 9.7.9.25.3: 4, 8 or 16 bytes, or as many zeros where the source's size is 0."""
+    if "bulk" in ins.words:
+        return copy_box(machine, ins)
     groups = machine.copies
     if ins.words[1:] == ("async", "commit_group"):
         return lambda active: groups.commit(machine.whole_blocks(active, "cp.async.commit_group"))
@@ -162,9 +167,22 @@ def copy_async(machine: Machine, ins: Instruction) -> Run:
 
 
 def barrier(machine: Machine, ins: Instruction) -> Run:
-    """bar.sync, 9.7.13.1: all threads of a block; bar.warp.sync, 9.7.13.2: of a warp."""
+    """bar.sync, 9.7.13.1: all threads of a block, or as many as a warpgroup has; bar.warp.sync,
+    9.7.13.2: of a warp."""
     if ins.words == ("bar", "warp", "sync") and int(ins.operands[0], 0) & 0xFFFFFFFF == 0xFFFFFFFF:
         return lambda active: machine.whole_warps(active, "bar.warp.sync")
+    if machine.team and ins.words == ("bar", "sync") and ins.operands[1:] == ("128",):
+        team, group, name = machine.team, machine.group, machine.source(ins.operands[0], "u32")
+
+        def sync(active: Active) -> None:
+            blocks = machine.whole_blocks(active, "a barrier")
+            lanes = np.broadcast_to(name, machine.block_of.shape).reshape(machine.blocks, -1)
+            names = np.unique(lanes[blocks])
+            if len(names) != 1:
+                raise Fault(f"threads of a warpgroup are at the barriers {names.tolist()}")
+            team.sync(int(names[0]), group, blocks)
+
+        return sync
     if ins.words not in (("bar", "sync"), ("barrier", "sync")) or ins.operands != ("0",):
         raise Fault("a barrier that is not of a whole block or warp")
     return lambda active: machine.shared.barrier(machine.whole_blocks(active, "a barrier"))
@@ -174,7 +192,141 @@ def fence(machine: Machine, ins: Instruction) -> Run:
     """fence.proxy.async, 9.7.13.4: what was stored to shared memory becomes visible to wgmma."""
     if ins.words not in (("fence", "proxy", "async"), ("fence", "proxy", "async", "shared__cta")):
         raise Fault("a fence that is not known")
-    return lambda active: machine.shared.fence(machine.whole_blocks(active, "a fence"))
+    return lambda active: machine.shared.fence(
+        machine.whole_blocks(active, "a fence"), machine.group
+    )
+
+
+def registers_of_a_warpgroup(machine: Machine, ins: Instruction) -> Run:
+    """setmaxnreg, 9.7.19.5, and cvta, 9.7.9.20, of what lies in one memory anyway."""
+    if ins.words[0] == "cvta":
+        check(ins, {"param"}, {"u64"})
+        value = machine.source(ins.operands[1], "u64")
+        return lambda active: machine.write(ins.operands[0], value, active)
+    check(ins, {"inc", "dec", "sync", "aligned"}, {"u32"})
+    if not 24 <= int(ins.operands[0]) <= 256 or int(ins.operands[0]) % 8:
+        raise Fault(f"{ins.operands[0]} registers a thread")
+    return lambda active: machine.whole_blocks(active, "setmaxnreg")
+
+
+def elect(machine: Machine, ins: Instruction) -> Run:
+    """elect.sync, 9.7.13.11: one lane of each warp, whichever."""
+    if ins.words != ("elect", "sync") or int(ins.operands[1], 0) & 0xFFFFFFFF != 0xFFFFFFFF:
+        raise Fault("an election among a part of a warp's lanes")
+    lane, elected = ins.operands[0].split("|")
+    leader = machine.team.elected if machine.team else 0
+
+    def run(active: Active) -> None:
+        machine.whole_warps(active, "an election")
+        machine.write(elected, machine.special["%laneid"] == leader, active)
+        machine.write(lane, np.full(machine.block_of.shape, leader, np.uint32), active)
+
+    return run
+
+
+def _of_a_team(machine: Machine) -> Warpgroups:
+    if machine.team is None:
+        raise Fault("an instruction of blocks that are made of several warpgroups")
+    return machine.team
+
+
+def mbarrier(machine: Machine, ins: Instruction) -> Run:
+    """mbarrier.init and .arrive, 9.7.13.15.9 and 13."""
+    team, words, memory = _of_a_team(machine), ins.words[1:-2], ins.words[-2:]
+    if memory != ("shared__cta", "b64") or words not in (
+        ("init",), ("arrive",), ("arrive", "expect_tx"),
+    ):  # fmt: skip
+        raise Fault("an operation on a barrier that is not known")
+    where = next(operand for operand in ins.operands if operand.startswith("["))
+    number = machine.source(ins.operands[-1], "u32") if ins.operands[-1] != where else np.uint32(1)
+    expects = "expect_tx" in words
+
+    def run(active: Active) -> None:
+        lanes = np.arange(len(machine.alive))[machine.lanes(active)]
+        blocks, offsets = machine.block_of[lanes], machine.address(where, "u32")[lanes]
+        at, bits = machine.shared.locate(blocks, offsets, 8), machine.warp_bits[lanes]
+        if words == ("init",):
+            machine.shared.store(at, 8, bits, np.zeros((len(lanes), 1), np.uint64))
+        else:
+            machine.shared.see(at, 8, bits)
+        numbers = np.broadcast_to(number, machine.block_of.shape)[lanes]
+        for block, offset, n in zip(
+            blocks.tolist(), offsets.tolist(), numbers.tolist(), strict=True
+        ):
+            if words == ("init",):
+                team.initialise(block, offset, n)
+            else:
+                arrivals, expected = (1, n) if expects else (n, 0)
+                team.arrive(machine.group, block, offset, arrivals, expected)
+
+    return run
+
+
+def copy_box(machine: Machine, ins: Instruction) -> Run:
+    """cp.async.bulk.tensor, 9.7.9.27.1.2: a box of a tensor to shared memory."""
+    team = _of_a_team(machine)
+    *words, dimensions, to, source, how = ins.words[1:]
+    place = register_list(ins.operands[1].partition("{")[2].rstrip("}] "))
+    if (
+        words != ["async", "bulk", "tensor"]
+        or (to, source, how) != ("shared__cta", "global", "mbarrier__complete_tx__bytes")
+        or dimensions != f"{len(place)}d"
+        or len(ins.operands) != 3
+    ):
+        raise Fault("a copy of another kind")
+    address = machine.source(ins.operands[1].strip("[ ").partition(",")[0], "u64")
+    coordinates = [machine.source(name, "s32") for name in place]
+
+    def run(active: Active) -> None:
+        shape = machine.block_of.shape
+        to, barriers = (machine.address(ins.operands[i], "u32") for i in (0, 2))
+        for lane in np.arange(len(machine.alive))[machine.lanes(active)].tolist():
+            block = int(machine.block_of[lane])
+            at = machine.shared.locate(np.array([block]), barriers[lane : lane + 1], 8)
+            machine.shared.see(at, 8, machine.warp_bits[lane : lane + 1])
+            where = [int(np.broadcast_to(x, shape)[lane]) for x in coordinates]
+            map_ = int(np.broadcast_to(address, shape)[lane])
+            team.issue(machine.group, block, int(to[lane]), map_, where, int(barriers[lane]))
+
+    return run
+
+
+def gate_of(machine: Machine, ins: Instruction) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Of an instruction that may have to wait for another warpgroup: tells of the lanes at it those
+    that need not. mbarrier.try_wait, 9.7.13.15.16, in its loop; a barrier of all threads."""
+    team = _of_a_team(machine)
+    if ins.words[0] in ("bar", "barrier") and ins.words[1:] == ("sync",) and not ins.operands[1:]:
+
+        def gathered(lanes: np.ndarray) -> np.ndarray:
+            blocks = machine.whole_blocks(lanes, "a barrier")
+            past = np.zeros(machine.blocks, bool)
+            past[blocks] = team.gather(machine.group, blocks)
+            return np.repeat(past, machine.threads)
+
+        return gathered
+    if ins.words[:2] != ("mbarrier", "try_wait"):
+        return None
+    if ins.words[2:] != ("parity", "shared__cta", "b64") or ins.guard or len(ins.operands) != 3:
+        raise Fault("a wait for a barrier that is not known")
+    where, parity = ins.operands[1], machine.source(ins.operands[2], "u32")
+
+    def over(lanes: np.ndarray) -> np.ndarray:
+        blocks = machine.whole_blocks(lanes, "a wait for a barrier")
+        here = np.flatnonzero(lanes)
+        offsets = machine.address(where, "u32")
+        at = machine.shared.locate(machine.block_of[here], offsets[here], 8)
+        machine.shared.see(at, 8, machine.warp_bits[here])
+        parities = np.broadcast_to(parity, machine.block_of.shape).reshape(machine.blocks, -1)
+        offsets = offsets.reshape(machine.blocks, -1)
+        past = np.zeros(machine.blocks, bool)
+        for block in blocks.tolist():
+            if np.ptp(offsets[block]) or np.ptp(parities[block]):
+                raise Fault("threads of a warpgroup wait for different phases")
+            waited = int(offsets[block, 0]), int(parities[block, 0]) & 1
+            past[block] = team.over(machine.group, block, *waited)
+        return np.repeat(past, machine.threads)
+
+    return over
 
 
 # Matrices of a warp (9.7.14) and of a warpgroup (9.7.15)
@@ -330,6 +482,10 @@ OPCODES: dict[str, Callable[[Machine, Instruction], Run]] = {
     "bar": barrier,
     "barrier": barrier,
     "fence": fence,
+    "setmaxnreg": registers_of_a_warpgroup,
+    "cvta": registers_of_a_warpgroup,
+    "elect": elect,
+    "mbarrier": mbarrier,
     "ldmatrix": matrices,
     "stmatrix": matrices,
     "mma": multiply,

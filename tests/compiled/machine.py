@@ -15,15 +15,18 @@ for and others do not (an error); time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tests.compiled.asynchronous import Copies, Products
-from tests.compiled.instructions import OPCODES, REGISTERS_ONLY, Run
+from tests.compiled.instructions import OPCODES, REGISTERS_ONLY, Run, gate_of
 from tests.compiled.memory import GARBAGE, ONES, UNSIGNED, Fault, Global, Shared
 from tests.compiled.ptx import Instruction, Program, dtype_of
+
+if TYPE_CHECKING:
+    from tests.compiled.warpgroups import Warpgroups
 
 Operand = Any  # an array [lanes] or a constant; numpy gives both the same methods
 JUMPS = ("bra", "ret", "exit")
@@ -38,6 +41,7 @@ class Machine:
         blocks: int [B, 3], each block's %ctaid.
         shared: bytes of shared memory a block has.
         memory: what global memory the launch may touch.
+        team: whose warpgroup of theirs this is alone; None for whole blocks.
     """
 
     def __init__(
@@ -47,16 +51,20 @@ class Machine:
         blocks: np.ndarray,
         shared: int,
         memory: Global,
+        team: tuple[Warpgroups, int] | None = None,
     ) -> None:
         if len(arguments) != len(program.params):
             raise Fault(f"{len(arguments)} arguments for {len(program.params)} parameters")
         self.program, self.memory = program, memory
-        self.blocks, self.threads = len(blocks), program.threads
-        self.warps = program.threads // 32
+        self.team, self.group = team or (None, None)
+        self.blocks = len(blocks)
+        self.threads = program.threads if self.team is None else 128
+        self.warps = self.threads // 32
         lanes = self.blocks * self.threads
-        thread = np.arange(lanes, dtype=np.uint32) % self.threads
+        thread = np.arange(lanes, dtype=np.uint32) % self.threads + 128 * (self.group or 0)
         self.block_of = np.arange(lanes) // self.threads  # [lanes]
-        self.warp_bits = (1 << (thread // 32)).astype(np.uint8)  # [lanes], for memory.Shared
+        self.shared = self.team.shared if self.team else Shared(self.blocks, shared, self.warps)
+        self.warp_bits = (1 << (thread // 32)).astype(self.shared.wrote.dtype)  # [lanes]
         self.special = {"%laneid": thread % 32, "%tid.x": thread}
         for axis, of_block in zip("xyz", blocks.T.astype(np.uint32), strict=True):
             self.special[f"%ctaid.{axis}"] = np.repeat(of_block, self.threads)
@@ -69,13 +77,18 @@ class Machine:
             for prefix, (bits, count) in program.registers.items()
         }
         self.parameters = {
-            name: np.array(value).astype(dtype_of(kind))
+            name: np.array(value).astype(dtype_of("u64" if kind == "map" else kind))
             for (kind, name), value in zip(program.params, arguments, strict=True)
         }
-        self.shared = Shared(self.blocks, shared, self.warps)
+        self.maps = {name for kind, name in program.params if kind == "map"}
         self.copies, self.products = Copies(self), Products(self)
         self.alive = np.ones(lanes, bool)
         self.executed: dict[str, int] = {}  # by opcode: blocks that executed it
+        self.waiting: dict[int, np.ndarray] = {}  # instruction -> lanes that are to go on there
+        self.blocked: dict[int, np.ndarray] = {}  # the same, of those that cannot
+        # of instructions that may have to wait for another warpgroup: of the lanes at it, those
+        # that need not
+        self.gates: dict[int, Callable[[np.ndarray], np.ndarray]] = {}
 
     # operands
 
@@ -89,6 +102,8 @@ class Machine:
     def source(self, operand: str, kind: str) -> Operand:
         """A register's lanes or a constant, as numpy's type of a PTX type."""
         dtype = dtype_of(kind)
+        if operand in self.maps:
+            return self.parameters[operand].astype(dtype)
         if operand in self.special:
             return self.special[operand].astype(f"u{dtype.itemsize}").view(dtype)
         if operand.startswith("%"):
@@ -187,26 +202,63 @@ class Machine:
         Raises:
             Fault: anything undefined; the message names the instruction and the blocks.
         """
+        self.start()
+        self.advance()
+        self.finish()
+
+    def start(self) -> None:
+        """Look at all instructions once."""
         program = self.program
-        code: list[Run | None] = []
-        for instruction in program.instructions:
+        self.code: list[Run | None] = []
+        for at, instruction in enumerate(program.instructions):
             try:
-                jumps = instruction.words[0] in JUMPS
-                code.append(None if jumps else self.bind(instruction))
+                if gate := None if self.team is None else gate_of(self, instruction):
+                    self.gates[at] = gate
+                here = gate or instruction.words[0] in JUMPS
+                self.code.append(None if here else self.bind(instruction))
             except (Fault, ValueError, KeyError, IndexError) as fault:  # or unlike any known form
                 raise Fault(f"{program.name}, {instruction}: {fault}") from None
-        waiting: dict[int, np.ndarray] = {0: np.ones_like(self.alive)}  # instruction -> lanes
+        self.waiting = {0: np.ones_like(self.alive)}
+
+    def advance(self) -> None:
+        """As far as its threads get."""
+        program = self.program
         with np.errstate(all="ignore"):
-            while waiting:
-                at = min(waiting)
-                lanes = waiting.pop(at)
+            while self.waiting:
+                at = min(self.waiting)
+                lanes = self.waiting.pop(at)
                 try:
-                    self._go_on(code, at, lanes, waiting)
+                    self._go_on(self.code, at, lanes, self.waiting)
                 except Fault as fault:
                     here = self.at
                     raise Fault(f"{program.name}, {program.instructions[here]}: {fault}") from None
+
+    def wake(self) -> None:
+        """Those that could not go on are to try again."""
+        for at, lanes in self.blocked.items():
+            self._join(self.waiting, at, lanes)
+        self.blocked = {}
+
+    def finish(self) -> None:
+        """See that nothing is left behind."""
         self.copies.finished()
         self.products.finished()
+
+    # of blocks that are made of several warpgroups, or not
+
+    def reads(self, blocks: np.ndarray, granules: np.ndarray) -> None:
+        """A product reads 16-byte pieces of shared memory, [blocks, ...]."""
+        if self.team is None:
+            self.shared.begin_product(granules)
+        else:
+            self.team.begin_product(self.group, blocks, granules)
+
+    def has_read(self, blocks: np.ndarray, granules: np.ndarray, group: int) -> None:
+        """A warpgroup's product is over."""
+        if self.team is None:
+            self.shared.end_product(granules, 0xF << 4 * group)
+        else:
+            self.team.end_product(self.group, blocks, granules)
 
     def _go_on(
         self,
@@ -230,6 +282,15 @@ class Machine:
             )
             if run is not None:
                 run(for_registers if instruction.words[0] in REGISTERS_ONLY else active)
+                at += 1
+                continue
+            if at in self.gates:
+                through = lanes & self.gates[at](lanes)
+                if (through != lanes).any():
+                    self._join(self.blocked, at, lanes & ~through)
+                    if through.any():
+                        self._join(waiting, at + 1, through)
+                    return
                 at += 1
                 continue
             taken = self.taken(instruction, lanes)

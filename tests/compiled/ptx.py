@@ -36,7 +36,8 @@ class Instruction(NamedTuple):
 
 @dataclass
 class Program:
-    """A kernel: `params` are (type, name) in order, `registers` the bits and number by prefix."""
+    """A kernel: `params` are (type, name) in order, "map" for a tensor map; `registers` the bits
+    and number by prefix."""
 
     name: str
     params: list[tuple[str, str]]
@@ -48,6 +49,12 @@ class Program:
 
 def split_operands(text: str) -> tuple[str, ...]:
     """At the commas outside braces and brackets."""
+    if "{" in text and "[" in text:  # one in the other, maybe
+        depth, marked = 0, []
+        for character in text:
+            depth += (character in "{[") - (character in "}]")
+            marked.append("\n" if character == "," and not depth else character)
+        return tuple(part.strip() for part in "".join(marked).split("\n") if part.strip())
     return tuple(part.strip() for part in re.split(r",(?![^{\[]*[}\]])", text) if part.strip())
 
 
@@ -80,13 +87,22 @@ def parse(text: str) -> Program:
     threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)", head[3])
     if threads is None:
         raise ValueError(f"ptx: {head[1]} does not say its number of threads")
-    params = re.findall(r"\.param\s+\.(\w+)[^,]*?([\w$]+)\s*(?:,|$)", head[2].strip())
+    params = [
+        ("map" if size else kind, name)
+        for kind, name, size in re.findall(
+            r"\.param\s+(?:\.align \d+ )?\.(\w+)[^,]*?([\w$]+)(\[128\])?\s*(?:,|$)", head[2].strip()
+        )
+    ]
     program = Program(head[1], params, int(threads[1]))
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"[^"]*?([^"/]+)"', text, re.MULTILINE))
     source = "?"
     first = text.count("\n", 0, head.end()) + 1
+    skip = 0
     for number, line in enumerate(text[head.end() :].split("\n"), first):
         statements = line.split("//")[0].strip()
+        if skip:
+            skip -= 1
+            continue
         if found := re.match(r"\.loc\s+(\d+)\s+(\d+)", statements):
             source = f"{files.get(found[1], '?')}:{found[2]}"
         elif found := re.match(r"\.reg\s+\.(\w+)\s+(%\w+?)<(\d+)>", statements):
@@ -94,6 +110,11 @@ def parse(text: str) -> Program:
             program.registers[found[2]] = (bits, int(found[3]))
         elif found := re.match(r"([$\w]+):$", statements):
             program.labels[found[1]] = len(program.instructions)
+        elif statements == "{":
+            scope = text.split("\n")[number - 1 : number + 20]
+            skip = next((i for i, x in enumerate(scope) if x.split("//")[0].strip() == "}"), 0)
+            wait = _spin(scope[: skip + 1], number)
+            program.instructions.append(_instruction(wait, number, source))
         elif statements == "}":
             break  # behind the kernel stands debug information
         elif statements.startswith(".") and not statements.startswith(".pragma"):
@@ -103,6 +124,20 @@ def parse(text: str) -> Program:
                 if statement.strip():
                     program.instructions.append(_instruction(statement.strip(), number, source))
     return program
+
+
+def _spin(lines: list[str], line: int) -> str:
+    """The wait for a barrier in a loop of its own, which Triton writes in a scope."""
+    expected = (
+        r"\{ \.reg \.pred complete; waitLoop: (mbarrier\.try_wait[\w.:]* complete, [^;]*); "
+        r"@!complete bra\.uni waitLoop; \}"
+    )
+    code = (x.split("//")[0].strip() for x in lines)
+    text = " ".join(" ".join(x for x in code if not x.startswith(".loc")).split())
+    found = re.fullmatch(expected, text)
+    if found is None:
+        raise ValueError(f"ptx: line {line} has {text!r}, expected a loop around a wait")
+    return found[1]
 
 
 def _instruction(statement: str, line: int, source: str) -> Instruction:

@@ -139,8 +139,8 @@ def test_shared_memory_has_bounds():
     faulty("not aligned to 16 bytes", matrix.replace("%s", "8"), shared=256)
 
 
-def test_a_block_has_at_most_eight_warps():
-    faulty("9 warps in a block", "ret;", threads=288)
+def test_a_block_has_at_most_twelve_warps():
+    faulty("13 warps in a block", "ret;", threads=416)
 
 
 def test_what_nothing_wrote_is_nan():
