@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import questions
+from bench import hopper, questions
 from bench.harness import DEVICE, roof
 from bench.peers import PEERS, mixes
 from btok_kernels.layout import CondensedLayout
@@ -220,6 +220,7 @@ STAGES = {
     "tests": Stage(300, partial(tests, mark="not full")),
     "roofs": Stage(60, roofs),
     **QUESTIONS,
+    "hopper": Stage(400, hopper.stage),
     "attention": Stage(500, attention),
     "inference": Stage(400, inference),
     "encoding": Stage(180, encoding),

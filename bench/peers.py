@@ -176,6 +176,7 @@ def chunked_late_interaction(
 # those whose compilation is least sure to come back last
 PEERS: dict[str, Callable[[CondensedLayout], Attention]] = {
     "triton": lambda layout: ours(layout, "triton"),
+    "hopper": lambda layout: ours(layout, "hopper"),
     "sdpa": lambda layout: ours(layout, "sdpa"),
     "xformers": lambda layout: ours(layout, "xformers"),
     "dense mask": dense,

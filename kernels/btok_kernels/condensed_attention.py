@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import INSTALLED, always, choose, no_triton
+from .launch import INSTALLED, always, choose, hopper_wins, no_hopper, no_triton
 from .layout import TILE, CondensedLayout, Half
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # of the Triton kernels
@@ -157,18 +157,20 @@ def condensed_attention(
     _check(q, k, v, layout, scale)
     reasons = {
         "triton": lambda: _no_triton(q, k, v),
+        "hopper": lambda: _no_triton(q, k, v) or no_hopper(q, k, v),
         "sdpa": always,
         "varlen": lambda: _no_varlen(q),
         "xformers": lambda: _no_xformers(q),
         "reference": always,
     }
     order = ("triton", "sdpa") if q.is_cuda else ("sdpa",)
+    order = ("hopper", *order) if hopper_wins(q, len(layout)) else order
     chosen = choose("condensed_attention", impl, reasons, order)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    if chosen == "triton":
+    if chosen in ("triton", "hopper"):
         from .condensed_attention_triton import attention  # imports triton
 
-        return attention(q, k, v, layout.tiles, scale)
+        return attention(q, k, v, layout.tiles, scale, chosen == "hopper")
     paths = {"sdpa": _sdpa, "varlen": _varlen, "xformers": _xformers, "reference": _reference}
     return paths[chosen](q, k, v, layout, scale)
 

@@ -501,11 +501,18 @@ def _row_blocks(q: Tensor, tiles: Tensor, config: launch.Config) -> tuple[int]:
     return (tiles.shape[1] * (TILE * q.shape[1] // config.block_m),)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float, hopper: bool = False
+) -> tuple[Tensor, Tensor]:
     """O [T, Hq, D] in q's dtype, and the base-2 log-sum-exp of each row's scores, fp32 [Hkv, T, G].
 
-    In that order the packed rows of a key head lie one behind the other.
+    In that order the packed rows of a key head lie one behind the other. `hopper`: by the kernels
+    of `condensed_attention_hopper`.
     """
+    if hopper:
+        from . import condensed_attention_hopper  # needs triton 3.9
+
+        return condensed_attention_hopper.forward(q, k, v, tiles, scale)
     out = empty_like(q, memory_format=DENSE)
     lse = empty(_statistics(q, k), dtype=torch.float32, device=q.device)
     (_, heads, dim), key_heads = q.shape, k.shape[1]
@@ -525,9 +532,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tu
 
 def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    scale: float,
+    scale: float, hopper: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ [T, Hq, D], dK and dV [T, Hkv, D] in q's dtype."""
+    if hopper:
+        from . import condensed_attention_hopper_backward
+
+        return condensed_attention_hopper_backward.backward(d_out, q, k, v, out, lse, tiles, scale)
     dq, dk, dv, delta = (empty_like(t, memory_format=DENSE) for t in (q, k, v, lse))
     if d_out.stride(-1) != 1 or not fits_32_bits(d_out, q.shape[1] // k.shape[1]):
         d_out = d_out.contiguous()
@@ -581,39 +592,44 @@ _NAMESPACE = (__package__ or "").replace(".", "_") if _COPY else "btok"
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::condensed_attention", mutates_args=())
-def _op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _forward(q, k, v, tiles, scale)
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float, hopper: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, tiles, scale, hopper)
 
 
 @_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float, hopper: bool = False
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(_statistics(q, k), dtype=torch.float32)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::condensed_attention_backward", mutates_args=())
 def _backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    scale: float,
+    scale: float, hopper: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(d_out, q, k, v, out, lse, tiles, scale)
+    return _backward(d_out, q, k, v, out, lse, tiles, scale, hopper)
 
 
 @_backward_op.register_fake
 def _(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor,
-    scale: float,
+    scale: float, hopper: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, ctx.hopper = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _differentiate(ctx: Any, d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, tiles, out, lse = ctx.saved_tensors
-    return *_backward_op(d_out, q, k, v, out, lse, tiles, ctx.scale), None, None
+    grads = _backward_op(d_out, q, k, v, out, lse, tiles, ctx.scale, ctx.hopper)
+    return *grads, None, None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -624,11 +640,11 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float
-    ) -> Tensor:  # fmt: skip
-        out, lse = _forward(q, k, v, tiles, scale)
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float, hopper: bool
+    ) -> Tensor:
+        out, lse = _forward(q, k, v, tiles, scale, hopper)
         ctx.save_for_backward(q, k, v, tiles, out, lse)
-        ctx.scale = scale
+        ctx.scale, ctx.hopper = scale, hopper
         return out
 
     @staticmethod
@@ -637,7 +653,8 @@ class _Eager(torch.autograd.Function):
         # there is no second derivative: the op says so
         eager = _is_eager(d_out, q, k, v) and not torch.is_grad_enabled()
         backward = _backward if eager else _backward_op
-        return *backward(d_out, q, k, v, out, lse, tiles, ctx.scale), None, None
+        grads = backward(d_out, q, k, v, out, lse, tiles, ctx.scale, ctx.hopper)
+        return *grads, None, None, None
 
 
 def _is_eager(*tensors: Tensor) -> bool:
@@ -651,10 +668,12 @@ def _is_eager(*tensors: Tensor) -> bool:
     )
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float, hopper: bool = False
+) -> Tensor:
     """`condensed_attention` of checked inputs: [T, Hq, D] in q's dtype."""
     if not _is_eager(q, k, v, tiles):
-        return _op(q, k, v, tiles, scale)[0]
+        return _op(q, k, v, tiles, scale, hopper)[0]
     if not torch.is_grad_enabled():
-        return _forward(q, k, v, tiles, float(scale))[0]
-    return _Eager.apply(q, k, v, tiles, float(scale))
+        return _forward(q, k, v, tiles, float(scale), hopper)[0]
+    return _Eager.apply(q, k, v, tiles, float(scale), hopper)

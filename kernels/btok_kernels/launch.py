@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import itertools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -85,6 +88,70 @@ def no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrong; use float16 or float32"
     return None
+
+
+def no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels of `condensed_attention_hopper` cannot run on tensors that those of
+    `condensed_attention_triton` can run on; None where they can."""
+    if reason := no_gluon():
+        return reason
+    if architecture(q.device) != 90:
+        return f"the device is sm_{architecture(q.device)}, it needs sm_90"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"q is {q.dtype}, it takes float16 and bfloat16"
+    dims = sorted(dim for kernel, dim in HOPPER if kernel == "forward")
+    if q.shape[2] not in dims:
+        return f"q has head dim {q.shape[2]}, its kernels take {dims}"
+    if q.shape[0] >= 1 << 30:
+        return f"q has {q.shape[0]} rows, it takes fewer than 2^30; pack fewer"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not takes_tma(tensor):
+            return (
+                f"{name} has strides {list(tensor.stride())}; its copies take positive multiples "
+                "of 8 from an address that is a multiple of 16 bytes"
+            )
+    return None
+
+
+# what `bench/hopper.py` found on a device; none is shipped until one has been measured
+HOPPER_RESULTS = Path(__file__).with_name("hopper.json")
+
+
+@functools.cache
+def _hopper_results() -> dict[str, Any]:
+    return json.loads(HOPPER_RESULTS.read_text()) if HOPPER_RESULTS.exists() else {}
+
+
+def hopper_wins(q: Tensor, sequences: int) -> bool:
+    """Whether a device's results say that the kernels of `condensed_attention_hopper` are the
+    faster ones for q [T, Hq, D] of that many sequences: on this device and triton, for their mean
+    length. Under torch.compile, which would read the file at every trace, nothing does."""
+    if torch.compiler.is_compiling() or q.device.type != "cuda":
+        return False
+    results = _hopper_results()
+    if not results or results["triton"] != importlib.metadata.version("triton"):
+        return False
+    least = results["from_length"].get(str(q.shape[2]))
+    there = results["device"] == torch.cuda.get_device_name(q.device)
+    return there and least is not None and q.shape[0] >= least * max(sequences, 1)
+
+
+def takes_tma(tensor: Tensor) -> bool:
+    """Whether boxes of a half-precision tensor [T, H, D] can be copied by TMA."""
+    if any(step % 8 or step <= 0 for step in tensor.stride()[:2]):
+        return False
+    # torch.compile has tensors without addresses; storage and its views begin at such ones, mostly
+    return torch.compiler.is_compiling() or tensor.data_ptr() % 16 == 0
+
+
+@functools.cache
+def no_gluon() -> str | None:
+    """Why this triton cannot compile what `condensed_attention_hopper` is written in."""
+    if not INSTALLED["triton"]:
+        return "triton is not installed"
+    version = importlib.metadata.version("triton")
+    older = tuple(map(int, version.split(".")[:2])) < (3, 9)
+    return f"triton is {version}, it needs 3.9" if older else None
 
 
 @functools.cache
@@ -161,6 +228,29 @@ _ATTENTION_FP32: dict[str, dict[int, Config]] = {
     "forward": {64: Config(32, 16, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     "dkdv": {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)},
     "dq": {64: Config(32, 16, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 8, 1)},
+}
+
+
+class HopperConfig(NamedTuple):
+    """How a kernel of `condensed_attention_hopper` is launched: its tile, the places for copies
+    that go ahead, whether its consumers multiply in turns, and the registers of their threads."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    ping_pong: bool
+    registers: int
+
+
+# By kernel and head dim
+HOPPER: dict[tuple[str, int], HopperConfig] = {
+    (kernel, dim): config
+    for dim in (64, 80, 96, 128)
+    for kernel, config in {
+        "forward": HopperConfig(128, 128, 2, True, 240),
+        "dq": HopperConfig(128, 64, 2, False, 240),
+        "dkdv": HopperConfig(64, 128, 2, False, 240),
+    }.items()
 }
 _ATTENTION_INTERPRETED = Config(32, 16, 1, 1)  # small, so that short tests have many blocks
 found: dict[tuple[str, int, int, torch.dtype], Config] = {}  # by BTOK_AUTOTUNE=1

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -52,6 +54,13 @@ def random_layout(rng: random.Random) -> CondensedLayout:
     )
 
 
+def hopper() -> list[ModuleType]:
+    """The modules of the kernels for Hopper, which need triton 3.9."""
+    from btok_kernels import condensed_attention_hopper, condensed_attention_hopper_backward
+
+    return [condensed_attention_hopper, condensed_attention_hopper_backward]
+
+
 def _strided(values: Tensor, way: int) -> Tensor:
     """The same values with rows and heads apart in one of three ways."""
     rows, heads, dim = values.shape
@@ -88,6 +97,7 @@ def attention(
     seed: int = 0,
     scale: float | None = None,
     rewrite: Mapping[str, Callable[[str], str]] | None = None,
+    impl: str = "triton",
 ) -> Errors:
     """Forward and backward through autograd; `heads` are those of the queries and of the keys."""
     generator = torch.Generator().manual_seed(seed)
@@ -108,17 +118,18 @@ def attention(
     def empty_like(tensor: Tensor, **_: Any) -> Tensor:
         return empty(tensor.shape, dtype=tensor.dtype)
 
-    with (
-        mock.patch.object(condensed_attention_triton, "empty", empty),
-        mock.patch.object(condensed_attention_triton, "empty_like", empty_like),
-        device(arch, rewrite),
-    ):
-        got = _differentiated("triton", q, k, v, d_out, **options)
+    with ExitStack() as stack:
+        for module in [condensed_attention_triton, *(hopper() if impl == "hopper" else [])]:
+            stack.enter_context(mock.patch.object(module, "empty_like", empty_like))
+            if hasattr(module, "empty"):
+                stack.enter_context(mock.patch.object(module, "empty", empty))
+        stack.enter_context(device(arch, rewrite, seed))
+        got = _differentiated(impl, q, k, v, d_out, **options)
     double = [t.double() for t in (q, k, v, d_out)]
     exact = _differentiated("reference", *double, **options)
     low = _differentiated("sdpa", q, k, v, d_out, **options)
     factor = dim**-0.5 if scale is None else scale
-    (base2, delta) = (
+    base2, delta = (
         x.transpose(0, 1).flatten(1)  # [Hkv, T, G] -> [T, Hq]
         for x in made
         if x.shape == (heads[1], layout.num_rows, heads[0] // heads[1])

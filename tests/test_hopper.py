@@ -1,0 +1,163 @@
+"""When the kernels for Hopper are taken, and why not; what they compute is in tests/compiled."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+
+import pytest
+import torch
+
+from bench import hopper as contest
+from btok_kernels import condensed_attention as op
+from btok_kernels import launch
+from btok_kernels.layout import TILE, CondensedLayout
+
+LAYOUT = CondensedLayout.from_lengths([40], [8], 4)
+
+
+def tensors(dtype=torch.bfloat16, dim=64):
+    shapes = [(LAYOUT.num_rows, heads, dim) for heads in (4, 2, 2)]
+    return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+
+
+@pytest.fixture(autouse=True)
+def there(monkeypatch):
+    """A device for which everything is there."""
+    monkeypatch.setattr(op, "no_triton", lambda device, dtype: None)
+    monkeypatch.setattr(launch, "no_gluon", lambda: None)
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+
+
+def refused(message, q, k, v):
+    with pytest.raises(RuntimeError, match="impl='hopper' cannot run: ") as error:
+        op.condensed_attention(q, k, v, LAYOUT, impl="hopper")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_it_cannot_run_on(monkeypatch):
+    assert launch.no_hopper(*tensors()) is None
+    refused("q is torch.float32, it takes", *tensors(torch.float32))
+    refused("q has head dim 32, its kernels take [64, 80, 96, 128]", *tensors(dim=32))
+    q, k, v = tensors()
+    odd = torch.zeros(LAYOUT.num_rows, 2, 68, dtype=q.dtype)[:, :, :64]
+    refused("k has strides [136, 68, 1]; its copies take positive multiples of 8", q, odd, v)
+    refused("v has strides [128, 0, 1]", q, k, v[:, :1].expand(-1, 2, -1))
+    storage = torch.zeros(LAYOUT.num_rows * 2 * 64 + 1, dtype=q.dtype)
+    refused("k has strides [128, 64, 1]", q, storage[1:].view(k.shape), v)
+    monkeypatch.setattr(launch, "architecture", lambda device: 100)
+    refused("the device is sm_100, it needs sm_90", q, k, v)
+    monkeypatch.setattr(launch, "no_gluon", lambda: "triton is 3.6.0, it needs 3.9")
+    refused("triton is 3.6.0, it needs 3.9", q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("3.6.0", "triton is 3.6.0, it needs 3.9"), ("3.9.0", None), ("3.10.1+git", None)],
+)
+def test_an_older_triton(monkeypatch, version, reason):
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setitem(launch.INSTALLED, "triton", True)
+    launch.no_gluon.cache_clear()
+    try:
+        assert launch.no_gluon() == reason
+    finally:
+        launch.no_gluon.cache_clear()
+
+
+def test_launches_fit_a_multiprocessor():
+    for (kernel, _), config in launch.HOPPER.items():
+        assert TILE % config.block_n == 0
+        own = config.block_n if kernel == "dkdv" else config.block_m
+        assert own == 128, "two consumers of 64 rows"
+        # all registers of a multiprocessor; the producer keeps the least that there are
+        assert 128 * (2 * config.registers + 24) <= 65536 and config.registers % 8 == 0
+
+
+class OnDevice:
+    """A tensor as the choice of an implementation sees it."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, rows, dim):
+        self.shape = (rows, 4, dim)
+
+
+def test_auto_takes_it_where_a_results_file_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9.0")
+
+    def wins(rows, sequences, dim=128, **others):
+        path = tmp_path / "hopper.json"
+        results = {"device": "a device", "triton": "3.9.0", "from_length": {"128": 1000}} | others
+        path.write_text(json.dumps(results))
+        monkeypatch.setattr(launch, "HOPPER_RESULTS", path)
+        launch._hopper_results.cache_clear()
+        return launch.hopper_wins(OnDevice(rows, dim), sequences)
+
+    try:
+        assert wins(4000, 4) and wins(1000, 0)
+        assert not wins(3999, 4)
+        assert not wins(4000, 4, dim=64)
+        assert not wins(4000, 4, device="another one")
+        assert not wins(4000, 4, triton="3.9.1")
+        monkeypatch.setattr(launch, "HOPPER_RESULTS", tmp_path / "none")
+        launch._hopper_results.cache_clear()
+        assert not launch.hopper_wins(OnDevice(4000, 128), 4)
+    finally:
+        launch._hopper_results.cache_clear()
+
+
+def test_no_results_are_shipped_yet():
+    """Nothing is the default that no device has timed."""
+    assert not launch.HOPPER_RESULTS.exists()
+
+
+def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(op, "hopper_wins", lambda q, sequences: True)
+    monkeypatch.setattr(launch, "architecture", lambda device: 80)
+    caplog.set_level(logging.INFO, "btok_kernels")
+    for _ in range(2):
+        op.condensed_attention(*tensors(), LAYOUT)
+    (message,) = caplog.messages
+    assert "takes 'sdpa', not 'hopper': the device is sm_80, it needs sm_90" in message
+
+
+def test_a_contest_decides_from_which_length_on():
+    def rows(won, dim=128, way=None, **others):
+        """`won`: lengths at which the plain kernels take longer by more than the margin."""
+        return [
+            {"dim": dim, "length": n, "way": each, "rival": "triton"}
+            | {"interval": [1.2, 1.4] if n in won else [1.01, 1.2]}
+            | others
+            for n in contest.LENGTHS
+            for each in contest.WAYS
+            if way in (None, each)
+        ]
+
+    def least(*found):
+        return contest.decided([row for each in found for row in each])["from_length"]
+
+    long = contest.LENGTHS[2:]
+    assert least(rows(long)) == {"128": long[0], "64": None}
+    assert least(rows(long), rows(contest.LENGTHS, dim=64))["64"] == contest.LENGTHS[0]
+    assert least(rows(long[:-1]))["128"] is None  # lost where it is longest
+    assert least(rows(long, way="forward"))["128"] is None  # the other way was not timed
+    assert least(rows(long, rival="flex"))["128"] is None
+    failed = [{key: x for key, x in row.items() if key != "interval"} for row in rows(long)]
+    assert least(failed)["128"] is None
+
+
+def test_sequences_of_one_length():
+    for length in contest.LENGTHS:
+        layout = contest.layout_of(length)
+        assert {end - start for start, *_, end in layout.sequences()} == {length}
+        assert layout.num_rows == contest.ROWS
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    contest.picture(str(tmp_path / "hopper.png"))
+    assert (tmp_path / "hopper.png").read_bytes()[:4] == b"\x89PNG"
