@@ -12,7 +12,7 @@ VERSIONS_PAGE ?=
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full serve-test versions lint graph bench profile aot gpu
+.PHONY: setup demo test test-full hopper serve-test versions lint graph bench profile aot gpu
 
 setup: .venv/ready
 
@@ -40,6 +40,11 @@ test: setup
 test-full: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/device -n $(PROCESSES) --dist worksteal
+
+# the kernels that need a newer Triton than the environment's, compiled and executed
+hopper: setup .venv/triton-3.9/ready
+	PYTHONPATH=.venv/triton-3.9 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal \
+		-m "not full" tests/compiled/test_compiled_hopper.py tests/compiled/test_planted_faults_hopper.py
 
 # vLLM on the CPU over HTTP, beside our encoder
 serve-test: setup .venv/vllm/ready

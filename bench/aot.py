@@ -191,9 +191,8 @@ def recorded_launches(arch: int, target: type[Target] = Target) -> Iterator[dict
         driver._active = before
 
 
-_reports: dict[
-    str, str
-] = {}  # of ptxas, by the sha256 of what it made; all jobs of a process share kernels
+# of ptxas, by the sha256 of what it made; all jobs of a process share kernels
+_reports: dict[str, str] = {}
 
 
 @contextmanager
@@ -216,20 +215,34 @@ def kept_reports() -> Iterator[None]:
         yield
 
 
-def attention(job: Job) -> None:
-    """Forward and backward; the variant is G, the query heads per key head, and maybe budgets."""
-    from btok_kernels import condensed_attention_triton as op
+def attention_inputs(job: Job) -> list[torch.Tensor]:
+    """q, k, v and the tiles; the variant is G, the query heads per key head, and maybe budgets."""
     from btok_kernels.layout import CondensedLayout
 
-    groups, *budgets = job.variant.split()
-    layout = CondensedLayout.from_lengths([300], [40], 4, budgets=[2] if budgets else None)
-    q, k, v = (
-        torch.randn(layout.num_rows, heads, job.dim).to(getattr(torch, job.dtype))
-        for heads in (2 * int(groups[1:]), 2, 2)
-    )
-    scale = job.dim**-0.5
-    out, lse = op._forward(q, k, v, layout.tiles, scale)
-    op._backward(torch.randn_like(out), q, k, v, out, lse, layout.tiles, scale)
+    budgets = [2] if "budgets" in job.variant else None
+    layout = CondensedLayout.from_lengths([300], [40], 4, budgets=budgets)
+    heads = 2 * int(job.variant.split()[0][1:]), 2, 2
+    shapes = [(layout.num_rows, count, job.dim) for count in heads]
+    return [*(torch.randn(x).to(getattr(torch, job.dtype)) for x in shapes), layout.tiles]
+
+
+def attention(job: Job) -> None:
+    """Forward and backward."""
+    from btok_kernels import condensed_attention_triton as op
+
+    q, k, v, tiles = attention_inputs(job)
+    out, lse = op._forward(q, k, v, tiles, job.dim**-0.5)
+    op._backward(torch.randn_like(out), q, k, v, out, lse, tiles, job.dim**-0.5)
+
+
+def hopper(job: Job) -> None:
+    """The same by the kernels for Hopper, which need triton 3.9."""
+    from btok_kernels import condensed_attention_hopper as op
+    from btok_kernels.condensed_attention_hopper_backward import backward
+
+    q, k, v, tiles = attention_inputs(job)
+    out, lse = op.forward(q, k, v, tiles, job.dim**-0.5)
+    backward(torch.randn_like(out), q, k, v, out, lse, tiles, job.dim**-0.5)
 
 
 def contrastive(job: Job) -> None:
@@ -258,7 +271,7 @@ def late(job: Job) -> None:
     TRITON.differentiate(scores, where, query, key, d_query, d_key)
 
 
-OPS = {"attention": attention, "contrastive": contrastive, "late": late}
+OPS = {"attention": attention, "contrastive": contrastive, "late": late, "hopper": hopper}
 
 
 def compile_job(job: Job) -> list[Row]:
@@ -272,7 +285,7 @@ def describe(job: Job, launched: Launch) -> Row:
     """What is to be said of one launch."""
     kernel, constants = launched.kernel, launched.constants
     name = launched.name.strip("_").removesuffix("_kernel")
-    if name == "dkdv" and not (constants["HAS_DK"] and constants["HAS_DV"]):
+    if name == "dkdv" and not (constants.get("HAS_DK", 1) and constants.get("HAS_DV", 1)):
         name = "dk" if constants["HAS_DK"] else "dv"
     sizes = {key[6:]: size for key, size in constants.items() if key[:6] == "BLOCK_"}
     report = sass.report(_reports[hashlib.sha256(kernel.asm["cubin"]).hexdigest()])
@@ -282,8 +295,8 @@ def describe(job: Job, launched: Launch) -> Row:
         name,
         *job[1:],
         " ".join(f"{key}{size}" for key, size in sizes.items()),
-        kernel.metadata.num_warps,
-        kernel.metadata.num_stages,
+        12 if job.op == "hopper" else kernel.metadata.num_warps,
+        constants.get("BUFFERS", kernel.metadata.num_stages),
         kernel.metadata.shared,
         *report,
         hgmma,
@@ -306,17 +319,19 @@ def loop_rows(
         return
     products, *axes = WORK[name]
     useful = 2 * products * sizes[axes[0]] * sizes[axes[1]] * sizes[axes[2]]
-    padded = sizes["D"]
+    padded, warps = sizes["D"], metadata.num_warps
     if job.op == "attention" and job.dim > padded:  # the head dim in pieces
         pieces = -(-job.dim // padded)
         useful, padded = useful * pieces, padded * pieces
-    share = job.dim / padded if job.op == "attention" else 1.0
-    blocks = sass.blocks_per_sm(job.arch, report.registers, metadata.shared, metadata.num_warps)
+    share = job.dim / padded if job.op in ("attention", "hopper") else 1.0
+    blocks = sass.blocks_per_sm(job.arch, report.registers, metadata.shared, warps)
+    if job.op == "hopper":  # two consumers, each with loops of its own, as two blocks of a half
+        useful, warps, blocks = useful // 2, 4, 2
     for loop in sass.main_loops(program):
-        executed = loop.flops * metadata.num_warps / 4
+        executed = loop.flops * warps / 4
         tflops = None
         if blocks and job.dtype != "float32":
-            tflops = share * sass.rate(program, loop, job.arch, metadata.num_warps, blocks, useful)
+            tflops = share * sass.rate(program, loop, job.arch, warps, blocks, useful)
         yield LoopRow(
             loop.instructions,
             loop.products,
@@ -370,7 +385,7 @@ def faults(row: Row) -> Iterator[str]:
             yield f"{where}: executed / useful products {loop.ratio:.2f}"
         if loop.waits_for_all and row.stages > 1:
             yield f"{where}: waits for all copies before its first product, {row.stages} stages"
-        if not loop.copies and row.dtype != "float32":
+        if not loop.copies and row.dtype != "float32" and "hopper" not in row.variant:
             yield f"{where}: copies nothing ahead of its products"
 
 
@@ -639,6 +654,12 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
                 yield Job("attention", arch, dim, dtype, f"G{heads}")
             for dim in few if also_one else []:
                 yield Job("attention", arch, dim, dtype, "G6 budgets")
+        if args.only in (None, "hopper") and arch == 90 and dtype != "float32":
+            dims = sorted({dim for _, dim in launch.HOPPER} & {*args.head_dims})
+            variants = ("G6", "G1", "G6 budgets") if dtype == "bfloat16" else ("G6",)
+            for dim, variant in itertools.product(dims if not launch.no_gluon() else [], variants):
+                if variant == "G6" or dim in ends:
+                    yield Job("hopper", arch, dim, dtype, f"{variant} hopper")
         if args.only in (None, "contrastive"):
             for variant in ("none", "all"):
                 yield Job("contrastive", arch, 1536, dtype, variant)

@@ -246,7 +246,12 @@ def main_loops(program: list[Instruction]) -> list[Loop]:
                 all_waited and any(at > multiplied[0] for at in copies),
             )
         )
-    return found
+    # Triton has the warpgroups of a specialised kernel in a loop, each of them behind a branch
+    return [loop for loop in found if not any(_around(loop, other) for other in found)]
+
+
+def _around(loop: Loop, other: Loop) -> bool:
+    return loop.body[0] < other.body[0] and other.body[-1] < loop.body[-1]
 
 
 def _width(instruction: Instruction) -> int:
