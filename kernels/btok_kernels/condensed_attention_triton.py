@@ -536,9 +536,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ [T, Hq, D], dK and dV [T, Hkv, D] in q's dtype."""
     if hopper:
-        from . import condensed_attention_hopper_backward
+        from . import hopper_backward
 
-        return condensed_attention_hopper_backward.backward(d_out, q, k, v, out, lse, tiles, scale)
+        return hopper_backward.backward(d_out, q, k, v, out, lse, tiles, scale)
     dq, dk, dv, delta = (empty_like(t, memory_format=DENSE) for t in (q, k, v, lse))
     if d_out.stride(-1) != 1 or not fits_32_bits(d_out, q.shape[1] // k.shape[1]):
         d_out = d_out.contiguous()

@@ -56,9 +56,9 @@ def random_layout(rng: random.Random) -> CondensedLayout:
 
 def hopper() -> list[ModuleType]:
     """The modules of the kernels for Hopper, which need triton 3.9."""
-    from btok_kernels import condensed_attention_hopper, condensed_attention_hopper_backward
+    from btok_kernels import condensed_attention_hopper, hopper_backward
 
-    return [condensed_attention_hopper, condensed_attention_hopper_backward]
+    return [condensed_attention_hopper, hopper_backward]
 
 
 def _strided(values: Tensor, way: int) -> Tensor:

@@ -18,7 +18,7 @@ if reason := launch.no_gluon():
     pytest.skip(reason, allow_module_level=True)
 
 from btok_kernels import condensed_attention_hopper as forward
-from btok_kernels import condensed_attention_hopper_backward as backward
+from btok_kernels import hopper_backward as backward
 from btok_kernels.layout import CondensedLayout
 from tests.compiled.cases import attention
 from tests.compiled.memory import Fault
