@@ -18,5 +18,5 @@ def pytest_terminal_summary(terminalreporter):
     if shares:
         terminalreporter.section("compiled kernels executed: cases, worst error / budget")
         for (kernel, arch, dtype), found in sorted(shares.items()):
-            where = f"{kernel:13} sm_{arch} {dtype:9}"
+            where = f"{kernel:14} sm_{arch} {dtype:9}"
             terminalreporter.line(f"{where} {len(found):4} cases  {max(found):.2f}")
