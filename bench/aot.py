@@ -540,9 +540,10 @@ def table(runs: list[Run]) -> str:
         "# Triton kernels, compiled ahead of time",
         "",
         "By `make aot`, without a GPU; nothing here is measured. Variant: query heads per key head "
-        "of the attention, `hopper` by the kernels of that name; options given to the loss, none or "
-        "all; tokens of a row of late interaction. Shared, spills: bytes. From `instructions` on: one iteration of a main loop (one that multiplies), per warp; first "
-        "loop / second loop. `copies 2`: waits until two groups of copies are in flight.",
+        "of the attention, `hopper` by the kernels of that name; options given to the loss, none "
+        "or all; tokens of a row of late interaction. Shared, spills: bytes. From `instructions` "
+        "on: one iteration of a main loop (one that multiplies), per warp; first loop / second "
+        "loop. `copies 2`: waits until two groups of copies are in flight.",
         "",
         f"**Modelled TFLOP/s.** A model{MODEL}",
         "",
