@@ -125,7 +125,6 @@ def test_two_copies_of_the_kernels_keep_their_operators(tmp_path):
 
 # command lines, and a run's pictures
 DOORS = {"btok/__main__.py", "train/main.py", "train/pocket/evaluation.py"}
-DOORS |= {f"bench/studies/{name}.py" for name in ("common", "index", "negatives")}
 
 
 def test_tools_are_imported_by_who_uses_them():

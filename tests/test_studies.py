@@ -18,9 +18,17 @@ import torch
 
 pytest.importorskip("sklearn.datasets", reason="needs the demo extra")
 
-from bench.studies import ablations, budgets_page, common, efficiency, negatives, pooling, transfer
 from btok.model import BTokModel
 from examples.smollm2 import budgets as smollm2_budgets
+from examples.studies import (
+    ablations,
+    budgets_page,
+    common,
+    efficiency,
+    negatives,
+    pooling,
+    transfer,
+)
 from train.pocket import data, evaluation, source
 from train.pocket.model import build
 from train.recipes import RECIPES
@@ -40,7 +48,7 @@ def refused(capsys, output, *words):
     capsys.readouterr()
     assert study(output, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("bench/studies/ablations.py: ")
+    assert line.startswith("examples/studies/ablations.py: ")
     return line
 
 
@@ -268,7 +276,7 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
 
 def test_the_page_of_the_index_is_of_the_committed_results():
     pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
-    from bench.studies import index
+    from examples.studies import index
 
     folder = ROOT / "bench" / "results"
     results = json.loads((folder / "index.json").read_text())
@@ -279,7 +287,7 @@ def test_the_page_of_the_index_is_of_the_committed_results():
 def test_what_an_index_costs(tmp_path):
     """At a small size: the steps run, each in its process, and the page is of the results alone."""
     pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
-    from bench.studies import index
+    from examples.studies import index
 
     assert index.main(["--rows", "1000", "--dims", "32", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "index.json").read_text())

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, canvas, log_axis
 from bench.report import table
-from bench.studies.common import draw, said
 from btok.files import write_text
 from examples.smollm2.runs import read
+from examples.studies.common import draw, said
 
 RUNS = Path(__file__).resolve().parents[2] / "bench" / "results" / "smollm2-budgets"
 SETS = {"wordnet": "a WordNet gloss -> its words", "debian": "a summary -> its description"}

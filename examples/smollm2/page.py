@@ -20,7 +20,6 @@ from scipy.stats import t as student
 
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, TEAL, canvas
 from bench.report import table
-from bench.studies.common import interval, said
 from btok.files import write_text
 from examples.smollm2.pairs import SETS
 from examples.smollm2.runs import (
@@ -33,6 +32,7 @@ from examples.smollm2.runs import (
     measures,
     read,
 )
+from examples.studies.common import interval, said
 
 STEM = "smollm2"
 HOW = ("raw", "centred")

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, ORANGE, PALE, canvas, log_axis
 from bench.report import table
-from bench.studies.common import facts_of, interval
 from btok.files import write_json, write_text
+from examples.studies.common import facts_of, interval
 
 STEM = "smollm2-probes"
 PROBES = ("recovery", "packing", "overhead", "attention")

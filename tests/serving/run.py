@@ -41,7 +41,6 @@ from serving.server import (
 )
 
 from bench.report import table
-from bench.studies.common import surroundings
 from btok import BTokEncoder, Side
 from btok.adapters import Lora
 from btok.config import CONFIG_NAME
@@ -51,6 +50,7 @@ from btok.packing import pack
 from btok.processing import Processor
 from btok.tools import check_server
 from examples.smollm2.fetch import backbone, default_cache
+from examples.studies.common import surroundings
 from train import main as training
 
 BOUND = 0.9999

@@ -1,6 +1,6 @@
 """What the K rows of [x ; B] cost at inference beside last-token pooling, over the input's length.
 
-    python bench/studies/efficiency.py [--page FOLDER] [--lengths N ...] [--btoks K ...]
+    python examples/studies/efficiency.py [--page FOLDER] [--lengths N ...] [--btoks K ...]
 
 modelled   the ratio of multiply-adds of Qwen2-VL-2B's language model for one input of n tokens:
            n + K rows over n through all layers; and with the last layer for the pooled rows alone
@@ -28,10 +28,10 @@ from bench.bench_inference import DTYPE, SHAPE, Shape, multiply_adds, predicted,
 from bench.harness import duel, settle_allocator
 from bench.plots import BLUE, GREEN, ORANGE, PALE, PURPLE, RED, TEAL, canvas, log_axis
 from bench.report import table
-from bench.studies.common import facts_of, parse, surroundings
 from btok.files import write_json, write_text
+from examples.studies.common import facts_of, parse, surroundings
 
-PROG, STEM = "bench/studies/efficiency.py", "studies-efficiency"
+PROG, STEM = "examples/studies/efficiency.py", "studies-efficiency"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)
 
 

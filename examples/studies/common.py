@@ -137,7 +137,7 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or 2 for a mistake in the command, told in one line.
     """
-    prog = f"bench/studies/{study.name}.py"
+    prog = f"examples/studies/{study.name}.py"
     try:
         options = parse(Options, argv, prog)
         if study.prepare and options.model != "pocket":
@@ -461,7 +461,7 @@ def page(study: Study, results: dict[str, Any], gaps: Gaps, stem: str) -> str:
     pocket = settings["model"] == "pocket"
     named = POCKET_SETTINGS if pocket else ("model", "data", "mmeb")
     given = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in named)
-    script = f"python bench/studies/{study.name}.py"
+    script = f"python examples/studies/{study.name}.py"
     parts = [
         f"# {study.title}",
         facts_of(settings, f"{script} {given}`, then `{script}")

@@ -1,7 +1,7 @@
 """What an index costs as it grows: to write, extend and search; beside one array searched whole.
 
-    python bench/studies/index.py [--rows 1000 10000 100000 1000000] [--out bench/results]
-    python bench/studies/index.py --page bench/results/index.json
+    python examples/studies/index.py [--rows 1000 10000 100000 1000000] [--out bench/results]
+    python examples/studies/index.py --page bench/results/index.json
 
 Every step is a process of its own, whose peak memory is what the system says of it. Vectors are
 synthetic: clusters of a hundred in 64 of the D dimensions, with noise in all; what real embeddings
@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 
 from bench import plots
 from bench.report import table
-from bench.studies.common import parse, surroundings
 from btok.encoder import BTokEncoder
 from btok.files import write_json
 from btok.tools.folder import list_files, update
 from btok.tools.index import Index
 from btok.tools.rows import Row
 from btok.tools.tables import compressed
+from examples.studies.common import parse, surroundings
 from train.pocket.model import build
 
 BLOCK = 1 << 13
@@ -228,7 +228,8 @@ def measure(options: Options) -> dict[str, Any]:
             shutil.rmtree(work)
         sizes[str(rows)] = judged(found, rows)
     settings = {"dims": options.dims, "queries": QUERIES, "k": K, "encoded dims": ENCODED}
-    return {"sizes": sizes, **settings, **surroundings("bench/studies/index.py", packages=PACKAGES)}
+    of = surroundings("examples/studies/index.py", packages=PACKAGES)
+    return {"sizes": sizes, **settings, **of}
 
 
 def judged(found: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -292,7 +293,7 @@ def page(results: Mapping[str, Any]) -> str:
     disk = [f"{each['disk MiB']['table']:,} + {each['disk MiB']['index']:,}" for each in of]
     lines = [
         "# An index as it grows",
-        "- command: `python bench/studies/index.py`; this page of its results with `--page "
+        "- command: `python examples/studies/index.py`; this page of its results with `--page "
         "bench/results/index.json`",
         f"- {results['dims']} dimensions in float32, {results['queries']} queries at once, "
         f"k = {results['k']}",
@@ -380,7 +381,7 @@ def write_page(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Options, argv, "bench/studies/index.py")
+    options = parse(Options, argv, "examples/studies/index.py")
     if options.step is not None:
         print(json.dumps(step(options.step, options.rows[0], options.dims, options.work)))
         return 0

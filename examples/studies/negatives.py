@@ -1,6 +1,7 @@
 """What mined negatives are worth: pairs in a file, with the negatives that a checkpoint found.
 
-    python bench/studies/negatives.py [--only VARIANT ...] [--seeds N ...] [--list] [--page FOLDER]
+    python examples/studies/negatives.py [--only VARIANT ...] [--seeds N ...] [--list]
+    python examples/studies/negatives.py --page FOLDER
 
 The pairs are the pocket benchmark's, of the five tasks with many different positives, written to a
 JSONL file each. As they are drawn from all over it, a batch has few near-duplicates, other than in
@@ -18,10 +19,10 @@ from typing import Any
 
 from PIL import Image
 
-from bench.studies.common import Options, Study, Variant, main
 from btok.data.records import Side
 from btok.files import rename, write_text
 from btok.tools.mine import Mine, mine
+from examples.studies.common import Options, Study, Variant, main
 from train.pocket.data import NTP_SIDE, train_group
 
 TASKS = ("I-RET", "I-VG", "V-RET", "M-RET", "VisDoc")

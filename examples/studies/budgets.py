@@ -1,8 +1,8 @@
 """One model for many budgets: what training for them costs, and a score for every number of bytes.
 
-    python bench/studies/budgets.py [--only VARIANT ...] [--seeds N ...] [--list]
-    python bench/studies/budgets.py score [--output FOLDER]
-    python bench/studies/budgets.py page FOLDER [--output FOLDER]
+    python examples/studies/budgets.py [--only VARIANT ...] [--seeds N ...] [--list]
+    python examples/studies/budgets.py score [--output FOLDER]
+    python examples/studies/budgets.py page FOLDER [--output FOLDER]
 
 Every variant is trained on all tasks of the pocket benchmark from its seed's one captioning model
 (options: common.py). `score` then scores what is trained in every way that it has (views.py): with
@@ -23,13 +23,13 @@ from typing import Annotated, Any
 import tyro
 
 from bench.harness import duel, settle_allocator
-from bench.studies import common
-from bench.studies.budgets_page import write_page
-from bench.studies.common import Study, Variant
-from bench.studies.views import embed, score, views_of
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import write_json
+from examples.studies import common
+from examples.studies.budgets_page import write_page
+from examples.studies.common import Study, Variant
+from examples.studies.views import embed, score, views_of
 from train.pocket import data
 
 BUDGETS = (1, 2, 4, 8, 16)
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     command, *words = [*argv, ""]
     if command not in ("score", "page"):
         return common.main(STUDY, argv)
-    prog = f"bench/studies/budgets.py {command}"
+    prog = f"examples/studies/budgets.py {command}"
     try:
         words = list(argv[1:])
         if command == "score":

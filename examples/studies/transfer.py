@@ -1,6 +1,7 @@
 """What training on images alone gives videos and pages: BToks beside the last token.
 
-    python bench/studies/transfer.py [--only VARIANT ...] [--seeds N ...] [--list] [--page FOLDER]
+    python examples/studies/transfer.py [--only VARIANT ...] [--seeds N ...] [--list]
+    python examples/studies/transfer.py --page FOLDER
 
 Both variants see the image tasks' training pairs, the same in the same order, and are scored on
 all tasks. The captioning that they start from shows videos and pages too, as a backbone's own
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from bench.studies.common import Study, Variant, main
+from examples.studies.common import Study, Variant, main
 
 STUDY = Study(
     "transfer",

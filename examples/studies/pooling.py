@@ -3,7 +3,7 @@
     make demo, and with --pooling last, SEED=0 | 1 | 2
     examples/smollm2/study.py run wordnet | debian  last-of-4 | full --rate 1e-3 --weight 0.2 \
         --seed 0 | 1 | 2 --results FOLDER
-    python bench/studies/pooling.py [FOLDER]
+    python examples/studies/pooling.py [FOLDER]
 
 The last makes a page of FOLDER, by default bench/results/pooling: the study's files, and of the
 pocket runs `metrics.json` as pocket-last-0.json and so on; those of all rows are the README's.
@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 
 from bench.report import table
-from bench.studies.common import said
 from btok.files import write_text
 from examples.smollm2.page import Results
 from examples.smollm2.runs import read
+from examples.studies.common import said
 
 SEEDS = (0, 1, 2)
-RUNS = Path(__file__).resolve().parents[1] / "results" / "pooling"
+RUNS = Path(__file__).resolve().parents[2] / "bench" / "results" / "pooling"
 
 
 def page(folder: Path) -> str:
@@ -52,7 +52,7 @@ def page(folder: Path) -> str:
         " and of the differences by seed the 95 % interval of Student's t, in bold without 0. (The"
         " pocket runs of all rows are the README's; seed 0 again, with the code of the others, gave"
         " the same digits.)",
-        f"- command: `python bench/studies/pooling.py`, of files that the commands in it made\n"
+        f"- command: `python examples/studies/pooling.py`, of files that the commands in it made\n"
         f"- commit: {settings['commit']}\n- device: {settings['device']}\n- versions: "
         + ", ".join(f"{name} {n}" for name, n in settings["versions"].items()),
         table(*rows),

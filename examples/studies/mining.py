@@ -1,6 +1,6 @@
 """What mining hard negatives costs as a data set grows, and that a killed run ends as a whole one.
 
-    python bench/mining.py [--rows 10000 100000] [--out bench/results]
+    python examples/studies/mining.py [--rows 10000 100000] [--out bench/results]
 
 Every run is a process of its own, whose peak memory is what the system says of it. Pairs are short
 synthetic texts, and the model is a random Qwen3 of two layers and 64 dimensions. The smallest size
@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from bench.report import table
-from bench.studies.common import parse, surroundings
 from btok.encoder import BTokEncoder
 from btok.files import sha256, write_json
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_tokenizer
+from examples.studies.common import parse, surroundings
 from train.pocket.data import texts
 from train.pocket.model import make_tokenizer
 
@@ -177,7 +177,7 @@ def page(results: Mapping[str, Any]) -> str:
     off = max(found.get("off by", 0.0) for found in results["sizes"].values())
     return (
         "# Mining hard negatives\n"
-        "- command: `python bench/mining.py`\n"
+        "- command: `python examples/studies/mining.py`\n"
         f"- commit: {results['commit']}\n- device: {results['device']}\n- versions: {versions}\n\n"
         "All figures are **measured**, each run in a process of its own, the start of Python "
         f"included. Pairs are short texts; the model is a random Qwen3 of two layers and 64 "
@@ -193,7 +193,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and write the results and their page."""
-    options = parse(Options, None, "bench/mining.py")
+    options = parse(Options, None, "examples/studies/mining.py")
     sizes = {}
     for rows in sorted(options.rows):
         sizes[str(rows)] = measure(rows, rows == min(options.rows))
@@ -201,7 +201,7 @@ def main() -> None:
     results = {
         "sizes": sizes,
         "note": options.note,
-        **surroundings("bench/mining.py", packages=PACKAGES),
+        **surroundings("examples/studies/mining.py", packages=PACKAGES),
     }
     write_json(options.out / "mining.json", results)
     (options.out / "mining.md").write_text(page(results))

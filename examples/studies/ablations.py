@@ -1,6 +1,7 @@
 """What each part of the method is worth: the paper's ablations, and the number K.
 
-    python bench/studies/ablations.py [--only VARIANT ...] [--seeds N ...] [--list] [--page FOLDER]
+    python examples/studies/ablations.py [--only VARIANT ...] [--seeds N ...] [--list]
+    python examples/studies/ablations.py --page FOLDER
 
 Every variant is trained on all tasks and compared, seed by seed, with the full method. With
 --model, --data and --mmeb it is the paper's recipe, scored on MMEB-V2. Options: common.py.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from bench.studies.common import Study, Variant, main
+from examples.studies.common import Study, Variant, main
 
 STUDY = Study(
     "ablations",

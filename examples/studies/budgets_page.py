@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, canvas, log_axis
 from bench.report import table
-from bench.studies.common import ABOUT, ON_POCKET, draw, said
 from btok.files import write_json, write_text
+from examples.studies.common import ABOUT, ON_POCKET, draw, said
 
 STEM = "studies-budgets"
 FIXED = ("K1", "K2", "K4", "K8", "K16")
@@ -94,7 +94,7 @@ def page(results: Results) -> str:
         variants.append([name, first["says"], options, seeds])
     parts = [
         "# One model, many budgets",
-        f"- commands: `python bench/studies/budgets.py`, then `score`, then `page FOLDER`\n"
+        f"- commands: `python examples/studies/budgets.py`, then `score`, then `page FOLDER`\n"
         f"- commit: {settings['commit']} trained, {scored['commit']} scored\n"
         f"- device: {settings['device']}\n- versions: {versions}",
         ON_POCKET.format(**settings),
