@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers import (
     BTOKS,
     gloo,
     gradients,
     one_step,
     pocket_pairs,
+    spawn,
     tiny_backbone,
     tiny_checkpoint,
     tiny_module,
@@ -86,7 +86,7 @@ def on_two_ranks(rank, folder):
 
 
 def test_gradients_of_a_step_on_two_ranks_equal_one_process(tmp_path):
-    mp.spawn(on_two_ranks, (str(tmp_path),), nprocs=2)
+    spawn(on_two_ranks, (str(tmp_path),), nprocs=2)
     for case, (got, losses) in zip(CASES, torch.load(tmp_path / "results.pt"), strict=True):
         expected, wanted = step_gradients(*case, 0, 1)
         error, name = worst_gradient(got, expected)
@@ -157,8 +157,23 @@ def save_on_a_rank(rank, folder):
 
 def test_only_who_writes_a_file_says_what_is_in_it(tmp_path):
     """Rank 0 writes a model that is not sharded; the other must not look at it meanwhile."""
-    mp.spawn(save_on_a_rank, (str(tmp_path),), nprocs=2)
+    spawn(save_on_a_rank, (str(tmp_path),), nprocs=2)
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
+
+
+def test_what_another_rank_is_still_writing_is_in_no_manifest(tmp_path, monkeypatch):
+    """Safetensors writes beside a file's place, and renames."""
+    write = checkpoint.Checkpoints._write
+
+    def beside(self, *arguments):
+        (self.draft / ".tmpA1b2C3").write_text("half of it")
+        write(self, *arguments)
+        (self.draft / ".tmpA1b2C3").unlink()
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", beside)
+    folder, _, _ = saved_run(tmp_path)
+    assert ".tmpA1b2C3" not in json.loads((folder / "manifest.json").read_text())
+    assert checkpoint.newest_valid(tmp_path) == folder
 
 
 def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path, monkeypatch):
