@@ -7,12 +7,13 @@ BENCH_OUT ?= runs/bench
 PROFILE_OUT ?= runs/profile
 GPU_OUT ?= runs/gpu
 SERVE_OUT ?= runs/serving
+DOCS_OUT ?= runs/site
 VERSIONS ?=
 VERSIONS_PAGE ?=
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full serve-test versions lint graph bench profile aot gpu
+.PHONY: setup demo test test-full docs serve-test versions lint graph bench profile aot gpu
 
 setup: .venv/ready
 
@@ -65,6 +66,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# README and docs as a site, to be opened at $(DOCS_OUT)/index.html; a warning is a failure
+docs: setup
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -c docs . $(DOCS_OUT)
 
 # fails where an import goes in a circle or up
 graph: setup
