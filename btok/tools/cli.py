@@ -10,6 +10,7 @@ others, finds hard negatives, or is scored on a public benchmark.
     python -m btok calibrate CHECKPOINT INPUTS.jsonl [--quantile 0.9]
     python -m btok mine CHECKPOINT PAIRS.jsonl --output HARD.jsonl [--count 4] [--ranks 10 100]
     python -m btok eval CHECKPOINT mmeb-v2 --data DIR [--tasks V-RET,DocVQA] [--output SCORES]
+    python -m btok env [--json]
 
 Images, text files (.txt, .md, source code, ...; their first 8,192 characters) and, with the extras
 `video`, `pdf`, `heif` and `text`, videos, the pages of PDFs, HEIC, HTML and .docx. `encode` and
@@ -40,6 +41,7 @@ from btok.tools import pictures
 from btok.tools.calibrate import Calibrate, calibrate
 from btok.tools.check_server import BOUND, compare, report
 from btok.tools.command_line import load, parse
+from btok.tools.env import Env, describe_machine
 from btok.tools.evaluate import Evaluate, evaluate
 from btok.tools.export import export
 from btok.tools.folder import as_input, list_files, said_of_recall, update
@@ -182,6 +184,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[Mine, tyro.conf.subcommand("mine")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Env, tyro.conf.subcommand("env")]
 )
 
 
@@ -227,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-    command: Encode | Describe | Export | CheckServer | Calibrate | Evaluate | Mine | Merge,
+    command: Encode | Describe | Export | CheckServer | Calibrate | Evaluate | Mine | Merge | Env,
 ) -> int:
     """Bring the index up to date and, for a search, print what is nearest; or one of the others.
 
@@ -242,7 +245,9 @@ def run(
         right, said = report(encoder, found, command.bound)
         print("\n".join(map(printable, said.splitlines())))
         return 0 if right else 1
-    if isinstance(command, Evaluate):
+    if isinstance(command, Env):
+        print(describe_machine(command))
+    elif isinstance(command, Evaluate):
         evaluate(command)
     elif isinstance(command, Calibrate):
         calibrate(command)

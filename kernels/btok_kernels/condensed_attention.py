@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import INSTALLED, always, choose, no_triton
+from .launch import INSTALLED, Reasons, always, choose, no_triton
 from .layout import TILE, CondensedLayout, Half
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # of the Triton kernels
@@ -155,15 +155,7 @@ def condensed_attention(
         RuntimeError: an `impl` that cannot run on these tensors.
     """
     _check(q, k, v, layout, scale)
-    reasons = {
-        "triton": lambda: _no_triton(q, k, v),
-        "sdpa": always,
-        "varlen": lambda: _no_varlen(q),
-        "xformers": lambda: _no_xformers(q),
-        "reference": always,
-    }
-    order = ("triton", "sdpa") if q.is_cuda else ("sdpa",)
-    chosen = choose("condensed_attention", impl, reasons, order)
+    chosen = choose("condensed_attention", impl, *implementations(q, k, v))
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if chosen == "triton":
         from .condensed_attention_triton import attention  # imports triton
@@ -171,6 +163,26 @@ def condensed_attention(
         return attention(q, k, v, layout.tiles, scale)
     paths = {"sdpa": _sdpa, "varlen": _varlen, "xformers": _xformers, "reference": _reference}
     return paths[chosen](q, k, v, layout, scale)
+
+
+def implementations(q: Tensor, k: Tensor, v: Tensor) -> tuple[Reasons, tuple[str, ...]]:
+    """What could compute `condensed_attention` of these tensors, as `launch.choose` takes it.
+
+    Args:
+        q: [T, Hq, D]; k, v: [T, Hkv, D].
+
+    Returns:
+        By name why each cannot run, asked by a call, which gives None where it can; and the names
+        that "auto" tries in turn.
+    """
+    reasons: Reasons = {
+        "triton": lambda: _no_triton(q, k, v),
+        "sdpa": always,
+        "varlen": lambda: _no_varlen(q),
+        "xformers": lambda: _no_xformers(q),
+        "reference": always,
+    }
+    return reasons, ("triton", "sdpa") if q.is_cuda else ("sdpa",)
 
 
 def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
