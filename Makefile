@@ -73,7 +73,7 @@ docs: setup
 
 # fails where an import goes in a circle or up
 graph: setup
-	$(BIN)/python bench/imports.py docs/imports.png
+	$(BIN)/python tests/imports.py docs/imports.png
 
 bench: setup
 	@mkdir -p $(BENCH_OUT)
@@ -84,7 +84,7 @@ profile: setup
 	$(BIN)/python bench/breakdown.py --out $(PROFILE_OUT)
 
 aot: setup .venv/triton-3.9/ready
-	$(BIN)/python bench/aot.py --also .venv/triton-3.9 --out bench/results/aot.md --check
+	$(BIN)/python -m tests.compiled.aot --also .venv/triton-3.9 --out bench/results/aot.md --check
 
 # beside the environment's own: what it compiles is looked at, not run
 .venv/triton-3.9/ready: .venv/ready

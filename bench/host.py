@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-from bench.aot import Target
+from bench.driver import Target
 from bench.harness import median_interval, settle_allocator
 from btok_kernels import condensed_attention as op
 from btok_kernels import condensed_attention_triton as kernels

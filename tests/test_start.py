@@ -21,7 +21,7 @@ from triton import knobs  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from bench import host  # noqa: E402
-from bench.aot import Target  # noqa: E402
+from bench.driver import Target  # noqa: E402
 from btok_kernels import start as module  # noqa: E402
 from btok_kernels.start import Constants, start  # noqa: E402
 

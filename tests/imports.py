@@ -1,6 +1,6 @@
 """Who imports whom, as a picture in which every arrow goes down; it fails where one does not.
 
-    python bench/imports.py docs/imports.png
+    python tests/imports.py docs/imports.png
 
 Counted is what importing a file imports, not what its functions import. Arrows that others imply
 are left out, and so are files without any.

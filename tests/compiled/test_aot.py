@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOOP = {
     "instructions": 373,
     "products": 12,
@@ -50,14 +50,16 @@ GOOD = {
 
 def row(changes=None, *loops):
     """A sound forward but for `changes`; its two main loops but for those of each of `loops`."""
-    from bench import aot  # imports triton, which must not happen before the interpreter's tests
+    from tests.compiled import (
+        aot,  # imports triton, which must not happen before the interpreter's tests
+    )
 
     made = [aot.LoopRow(**(LOOP | loop)) for loop in loops or ({}, {"instructions": 540})]
     return aot.Row(**(GOOD | {"loops": tuple(made)} | (changes or {})))
 
 
 def run(*rows):
-    from bench import aot
+    from tests.compiled import aot
 
     return aot.Run("3.6.0", {90: "12.8.93"}, list(rows))
 
@@ -80,11 +82,10 @@ def run_alone(arguments, **variables):
 
 
 def check(folder, *arguments):
-    """The page of `aot.py --check`."""
+    """The page of `--check`."""
     page = folder / "aot.md"
-    script = str(ROOT / "bench/aot.py")
-    cache = str(folder / "cache")
-    run_alone([script, "--check", "--out", str(page), *arguments], TRITON_CACHE_DIR=cache)
+    command = ["-m", "tests.compiled.aot", "--check", "--out", str(page), *arguments]
+    run_alone(command, TRITON_CACHE_DIR=str(folder / "cache"))
     return page.read_text()
 
 
@@ -146,7 +147,7 @@ def test_all_launches_are_sound(tmp_path):
     ],
 )
 def test_the_check_fails_on_what_must_not_ship(changes, loops, said, tmp_path):
-    from bench import aot
+    from tests.compiled import aot
 
     runs = [run(row(), row(changes, *loops))]
     assert len(aot.problems(runs[0].rows)) == (said is not None)
@@ -162,7 +163,7 @@ def test_the_check_fails_on_what_must_not_ship(changes, loops, said, tmp_path):
 
 
 def test_the_table_is_sorted_and_merges_equal_groups_and_dtypes():
-    from bench import aot
+    from tests.compiled import aot
 
     rows = [row({"kernel": "dq"}), row(), row({"variant": "G1"})]
     rows += [row({"variant": name, "dtype": "float16"}) for name in ("G6", "G1")]
@@ -179,7 +180,7 @@ def test_the_table_is_sorted_and_merges_equal_groups_and_dtypes():
 
 
 def test_the_summary_has_the_rate_of_unmasked_loops():
-    from bench import aot
+    from tests.compiled import aot
 
     slow = {"instructions": 999, "tflops": 1.0}
     rows = [
@@ -193,7 +194,7 @@ def test_the_summary_has_the_rate_of_unmasked_loops():
 
 
 def test_rows_of_another_triton_come_back_as_they_were(tmp_path):
-    from bench import aot
+    from tests.compiled import aot
 
     before = run(row({"hazards": ("at 0x10",)}), row({"loops": (), "kernel": "delta"}))
     (tmp_path / "rows.json").write_text(json.dumps(before))
@@ -204,7 +205,7 @@ def test_rows_of_another_triton_come_back_as_they_were(tmp_path):
 
 
 def test_code_that_would_be_the_same_is_not_compiled_again():
-    from bench import aot
+    from tests.compiled import aot
 
     arguments = {"only": None, "head_dims": [64, 80], "groups": None, "rows": None}
     arguments |= {"archs": [80, 90, 100], "dtypes": ["bfloat16", "float16", "float32"]}
@@ -240,7 +241,7 @@ def test_host_code_that_starts_a_compiled_kernel_is_recorded(tmp_path):
 import torch
 import triton
 import triton.language as tl
-from bench.aot import recorded_launches
+from bench.driver import recorded_launches
 
 @triton.jit
 def _double_kernel(X, N, BLOCK_N: tl.constexpr):

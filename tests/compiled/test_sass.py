@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import sass
+from tests.compiled import sass
 
 
 def disassembly(text):

@@ -3,9 +3,9 @@
 The library's own host code runs on CPU tensors under a driver that only names its target, and each
 launch is compiled and recorded instead of started. So what is listed is what ships.
 
-    python bench/aot.py --out bench/results/aot.md     a page of everything
-    python bench/aot.py --check --archs 90             exits 1 and says what is wrong, if anything
-    python bench/aot.py --only attention --archs 90 --head-dims 128 --dtypes bfloat16 --groups 6
+    python -m tests.compiled.aot --out bench/results/aot.md    a page of everything
+    python -m tests.compiled.aot --check --archs 90            exits 1 and says what is wrong
+    python -m tests.compiled.aot --only attention --archs 90 --head-dims 128 --groups 6
 
 Another Triton, of `pip install --no-deps --target FOLDER triton==...`, is looked at beside this one
 with `--also FOLDER`, or alone with FOLDER first on PYTHONPATH.
@@ -27,21 +27,18 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.runtime import driver
 
-from bench import sass
+from bench.driver import Launch, recorded_launches
 from btok_kernels import launch
 from btok_kernels.condensed_attention import HEAD_DIMS
+from tests.compiled import sass
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB of a block
 DEFAULT_ARCHS = (80, 90, 100, 120)  # of the last two no machine code is read
@@ -74,14 +71,6 @@ class Job(NamedTuple):
     dim: int
     dtype: str
     variant: str
-
-
-class Launch(NamedTuple):
-    """A recorded launch: the kernel's name, its constants by name, what it compiled to."""
-
-    name: str
-    constants: dict[str, Any]
-    kernel: Any
 
 
 class LoopRow(NamedTuple):
@@ -119,76 +108,6 @@ class Row(NamedTuple):
     hmma: int
     hazards: tuple[str, ...]
     loops: tuple[LoopRow, ...]
-
-
-class Launcher:
-    """What Triton takes for the entry to a compiled kernel: records the launch, starts nothing."""
-
-    def __init__(self, source: Any, metadata: Any) -> None:
-        self.source, self.metadata = source, metadata
-
-    def __call__(self, *grid_stream_function_metadata_hooks_and_arguments: Any) -> None:
-        function = self.source.fn
-        compiled = function.device_caches[driver.active.get_current_device()][0].values()
-        kernel = next(kernel for kernel in compiled if kernel.hash == self.metadata.hash)
-        constants = {
-            function.arg_names[path[0]]: value for path, value in self.source.constants.items()
-        }
-        driver.active.launches[kernel.hash] = Launch(function.__name__, constants, kernel)
-
-
-class Target(DriverBase):
-    """A driver that names a device of compute capability `arch`, loads and starts nothing.
-
-    Launches go to `launcher_cls`, which Triton makes of a kernel's source and metadata and calls
-    with the grid, the stream, the loaded function, packed and launch metadata, two hooks and the
-    kernel's arguments.
-    """
-
-    launcher_cls: Any = Launcher
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-        self.launches: dict[str, Launch] = {}
-        self.utils = SimpleNamespace(
-            load_binary=lambda name, binary, shared, device: (None, None, 0, 0, 1024),
-            unload_module=lambda module: None,
-            get_device_properties=lambda device: {"max_shared_mem": sys.maxsize},
-        )
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # Triton keeps its compiled kernels, and their target, by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextmanager
-def recorded_launches(arch: int, target: type[Target] = Target) -> Iterator[dict[str, Launch]]:
-    """Launches inside compile for `arch` and go to `target`'s launcher; those recorded, by hash."""
-    active, before = target(arch), driver._active
-    driver.set_active(active)
-    try:
-        with mock.patch.object(launch, "architecture", lambda device: arch):
-            yield active.launches
-    finally:
-        driver._active = before
 
 
 _reports: dict[
@@ -607,8 +526,9 @@ def other_run(folder: Path, arguments: list[str]) -> Run:
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch, "rows.json")
         found = [str(folder.resolve()), os.environ.get("PYTHONPATH", "")]
+        arguments = [*arguments, "--dtypes", "bfloat16", "--rows", str(rows)]
         subprocess.run(
-            [sys.executable, __file__, *arguments, "--dtypes", "bfloat16", "--rows", str(rows)],
+            [sys.executable, "-m", "tests.compiled.aot", *arguments],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))},
             check=True,
         )
