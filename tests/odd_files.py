@@ -163,7 +163,7 @@ def run(kinds: dict[str, list[Odd]], work: Path, checkpoint: Path) -> dict[str, 
     """Make the files below `work`, take every way with each, and tell."""
     import btok
     from btok.data.sources import open_source
-    from btok.tools import cli
+    from btok.tools import encode_folder
 
     folder, apart = work / "folder", work / "apart"
     files = [odd for odds in kinds.values() for odd in odds]
@@ -172,7 +172,7 @@ def run(kinds: dict[str, list[Odd]], work: Path, checkpoint: Path) -> dict[str, 
         make(odd, apart if alone else folder)
     encoder = btok.BTokEncoder.from_pretrained(checkpoint)
     sentence = btok.load_sentence_transformer(checkpoint, device="cpu")
-    before, cli.load = cli.load, lambda _: encoder
+    before, encode_folder.load = encode_folder.load, lambda _: encoder
     try:
         ways = Ways(encoder)
         index_of(ways, folder, checkpoint)
@@ -202,7 +202,7 @@ def run(kinds: dict[str, list[Odd]], work: Path, checkpoint: Path) -> dict[str, 
                 told[kind].append(Told(odd, got, not wrong))
         return told
     finally:
-        cli.load = before
+        encode_folder.load = before
 
 
 def inputs_of(path: Path) -> list[Any]:
