@@ -10,6 +10,7 @@ others, finds hard negatives, or is scored on a public benchmark.
     python -m btok calibrate CHECKPOINT INPUTS.jsonl [--quantile 0.9]
     python -m btok mine CHECKPOINT PAIRS.jsonl --output HARD.jsonl [--count 4] [--ranks 10 100]
     python -m btok eval CHECKPOINT mmeb-v2 --data DIR [--tasks V-RET,DocVQA] [--output SCORES]
+    python -m btok report RUN [--output FILE]
     python -m btok env [--json]
 
 Images, text files (.txt, .md, source code, ...; their first 8,192 characters) and, with the extras
@@ -49,6 +50,7 @@ from btok.tools.gguf import export_gguf
 from btok.tools.merge import Merge, merge
 from btok.tools.mine import Mine, mine
 from btok.tools.rows import item_name
+from btok.tools.run_report import Report, write_report
 from btok_kernels.ranks import rank
 
 CAPTION = 60  # characters of a text file that a picture shows
@@ -139,6 +141,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[Mine, tyro.conf.subcommand("mine")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Env, tyro.conf.subcommand("env")]
 )
 
@@ -185,7 +188,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-    command: Encode | Describe | Export | CheckServer | Calibrate | Evaluate | Mine | Merge | Env,
+    command: Encode
+    | Describe
+    | Export
+    | CheckServer
+    | Calibrate
+    | Evaluate
+    | Mine
+    | Merge
+    | Report
+    | Env,
 ) -> int:
     """Bring the index up to date and, for a search, print what is nearest; or one of the others.
 
@@ -202,6 +214,8 @@ def run(
         return 0 if right else 1
     if isinstance(command, Env):
         print(describe_machine(command))
+    elif isinstance(command, Report):
+        print(printable(write_report(command.run, command.output)))
     elif isinstance(command, Evaluate):
         evaluate(command)
     elif isinstance(command, Calibrate):
