@@ -531,8 +531,12 @@ def page(told: dict[str, list[Told]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-HEAD = f"""Made by `{COMMAND}` with Pillow, PyAV, PDFium and plain bytes; `make test` makes and
-reads all of them again, and fails where this page is not what comes out.
+HEAD = f"""```bash
+python -m btok encode CHECKPOINT my-files      # reads them, and names what it cannot read
+{COMMAND}   # makes and reads the files below, writes this page
+```
+Made with Pillow, PyAV, PDFium and plain bytes; `make test` makes and reads all of them again, and
+fails where this page is not what comes out.
 
 Each file takes five ways: `python -m btok encode`, `search` (it finds itself, score 1.000),
 `BTokEncoder.encode`, a training run that has it in a row, and sentence-transformers. *got* is what

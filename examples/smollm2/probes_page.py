@@ -56,8 +56,8 @@ def page(found: Mapping[str, Any]) -> str:
     parts = [
         "# Probes of SmolLM2-135M with bottleneck tokens",
         "On SmolLM2-135M-Instruct, dequantised Q4_1 (30 layers of width 576), trained as"
-        " [the study](../../examples/smollm2/) has it. Every figure that is not called modelled is"
-        " **measured**.",
+        " [the study](../../examples/smollm2/README.md) has it. Every figure that is not called"
+        " modelled is **measured**.",
     ]
     sections = recovery_part, packing_part, overhead_part, attention_part
     last: object = None
