@@ -13,7 +13,7 @@ VERSIONS_PAGE ?=
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full docs serve-test versions lint graph bench profile aot gpu
+.PHONY: setup demo test test-full docs serve-test versions lint graph bench profile aot gpu dist
 
 setup: .venv/ready
 
@@ -94,3 +94,9 @@ aot: setup .venv/triton-3.9/ready
 # with the PYTHON of a CUDA machine (see bench/gpu.py); again, with the same GPU_OUT, it goes on
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py --out $(GPU_OUT) --budget $(BUDGET)
+
+# what is released, in dist/: the sdist, the wheel made of it, and both looked at
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	BTOK_DIST=dist $(BIN)/python -m pytest tests/test_wheel.py tests/test_release.py
