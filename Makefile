@@ -7,6 +7,7 @@ BENCH_OUT ?= runs/bench
 PROFILE_OUT ?= runs/profile
 GPU_OUT ?= runs/gpu
 SERVE_OUT ?= runs/serving
+BROWSER_OUT ?= runs/browser
 DOCS_OUT ?= runs/site
 VERSIONS ?=
 VERSIONS_PAGE ?=
@@ -41,6 +42,15 @@ test: setup
 test-full: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/device -n $(PROCESSES) --dist worksteal
+
+# the page of `python -m btok serve` in this machine's own browser; leaves screenshots
+browser-test: setup
+	@$(BIN)/python -c "import shutil, sys; names = 'chromium chromium-browser google-chrome'.split(); \
+		sys.exit(not any(map(shutil.which, names)) and \
+		'no Chromium or Chrome here; install one, as by apt-get install chromium')"
+	@$(BIN)/python -c "import playwright, axe_playwright_python" 2> /dev/null \
+		|| $(BIN)/pip install --quiet playwright axe-playwright-python
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 SCREENSHOTS=$(BROWSER_OUT) $(BIN)/python -m pytest tests/test_web_browser.py
 
 # vLLM on the CPU over HTTP, beside our encoder
 serve-test: setup .venv/vllm/ready
@@ -77,7 +87,7 @@ graph: setup
 
 bench: setup
 	@mkdir -p $(BENCH_OUT)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json $(BENCH_OUT)/bench.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only --keep $(BENCH_OUT)/bench.json
 	$(BIN)/python bench/report.py page $(BENCH_OUT)/bench.json
 
 profile: setup

@@ -3,6 +3,7 @@ others, finds hard negatives, or is scored on a public benchmark.
 
     python -m btok encode CHECKPOINT FOLDER [--output INDEX] [--storage float16]
     python -m btok search CHECKPOINT FOLDER "a red seven" [--top 5] [--picture hits.png]
+    python -m btok serve CHECKPOINT FOLDER [--port 8765] [--browser]
     python -m btok index INDEX [--build IVF_PQ]
     python -m btok export CHECKPOINT OUT
     python -m btok merge CHECKPOINT CHECKPOINT --weights 0.5 0.5 --output OUT
@@ -51,6 +52,7 @@ from btok.tools.merge import Merge, merge
 from btok.tools.mine import Mine, mine
 from btok.tools.rows import item_name
 from btok.tools.run_report import Report, write_report
+from btok.tools.web.serve import Serve, serve
 from btok_kernels.ranks import rank
 
 CAPTION = 60  # characters of a text file that a picture shows
@@ -134,6 +136,7 @@ class CheckServer:
 Command = (
     Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Describe, tyro.conf.subcommand("index")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[CheckServer, tyro.conf.subcommand("check-server")]
@@ -189,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(
     command: Encode
+    | Serve
     | Describe
     | Export
     | CheckServer
@@ -216,6 +220,8 @@ def run(
         print(describe_machine(command))
     elif isinstance(command, Report):
         print(printable(write_report(command.run, command.output)))
+    elif isinstance(command, Serve):
+        serve(command)
     elif isinstance(command, Evaluate):
         evaluate(command)
     elif isinstance(command, Calibrate):
