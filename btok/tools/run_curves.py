@@ -18,6 +18,7 @@ POINTS = 240  # that a phase of a curve is thinned to
 COLUMNS = 24  # of a log that are kept, whatever a line may have
 LONGEST = 1 << 16  # characters of a line; a longer one is none of ours
 LAST_STEP = 1 << 53
+LARGEST = 1e100  # of a number: differences and sums of such are finite
 SIDE = 1000  # of a plot
 HEADROOM = 1.15  # above the highest point, where phases are named
 NOT_DRAWN = ("step", "seconds", "skipped")
@@ -91,13 +92,12 @@ class Log:
 
 
 def number(value: Any) -> float | None:
-    """A number of JSON as a float, which may not be finite; None for anything else."""
+    """A number of JSON as a float, inf or NaN for what is not finite or absurdly large; None for
+    anything else.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
+    return float(value) if abs(value) <= LARGEST else math.nan if value != value else math.inf
 
 
 def finite(value: Any) -> float | None:
@@ -163,16 +163,18 @@ def curves(log: Log) -> list[Curve]:
 
 
 def _curve(name: str, log: Log) -> Curve | None:
-    ends = [step for span in log.phases.values() for step in span]
-    x0, x1 = min(ends), max(max(ends), min(ends) + 1)
+    known = [step for span in log.phases.values() for step in span]
+    x0, x1 = min(known), max(max(known), min(known) + 1)
     thinned: list[np.ndarray] = []  # [points, 4] each: step, mean, lowest, highest
-    bad = 0
+    ends, bad = list[str](), 0
     for steps, values in log.columns[name].values():
         x, y = np.frombuffer(steps), np.frombuffer(values)
         there = np.isfinite(y)
         bad += int((~there).sum())
         if there.any():
-            thinned.append(_thinned(x[there], y[there]))
+            x, y = x[there], y[there]
+            thinned.append(_thinned(x, y))
+            ends += [f"{y[i]:.3g} at step {x[i]:.0f}" for i in (0, -1)]
     if not thinned:
         return None
     means = np.concatenate([part[:, 1] for part in thinned])
@@ -184,8 +186,7 @@ def _curve(name: str, log: Log) -> Curve | None:
         if phase
     ]
     scaled = [_scaled(part, x0, x1, y0, y1) for part in thinned]
-    first, last = thinned[0][0], thinned[-1][-1]
-    summary = f"{first[1]:.3g} at step {first[0]:.0f}, {last[1]:.3g} at step {last[0]:.0f}"
+    summary = ", ".join(dict.fromkeys((ends[0], ends[-1])))
     if bad:
         summary += f"; {bad} {'value is' if bad == 1 else 'values are'} not finite"
     return Curve(
@@ -207,10 +208,8 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     low, high = np.full(POINTS, np.inf), np.full(POINTS, -np.inf)
     np.minimum.at(low, place, y)
     np.maximum.at(high, place, y)
-    with np.errstate(all="ignore"):  # sums of numbers near the largest there are
-        steps, means = (np.bincount(place, v, POINTS) / np.maximum(count, 1) for v in (x, y))
+    steps, means = (np.bincount(place, v, POINTS) / np.maximum(count, 1) for v in (x, y))
     there = count > 0
-    means = np.clip(np.nan_to_num(means), low, high)
     return np.stack([steps, means, low, high], axis=1)[there]
 
 

@@ -320,7 +320,7 @@ def _machine(start: Mapping[str, Any]) -> list[Fact]:
     names = ", ".join(
         f"{_text(gpu.get('name'))} ({_text(gpu.get('memory_gib'))} GiB)" for gpu in gpus
     )
-    processor = f"{_text(cpu.get('model'))}, {_text(cpu.get('usable_cores'))} cores, "
+    processor = f"{_text(cpu.get('model'))}, {_text(cpu.get('usable_cores'))} usable cores, "
     processor += f"{_text(cpu.get('memory_gib'))} GiB"
     versions = _mapping(_mapping(start.get("packages")).get("versions"))
     packages = ", ".join(f"{_text(name)} {_text(had)}" for name, had in versions.items())
