@@ -19,22 +19,37 @@ project, copyright = "btok", "the authors of btok, Apache-2.0"
 root_doc = "README"
 NAV = {
     "Start": ("docs/first-hour", "docs/how-it-works", "docs/results", "docs/speed"),
-    "Use": ("docs/search", "docs/serving", "docs/budgets", "docs/evaluate", "docs/files"),
+    "Use": (
+        "docs/search",
+        "docs/web",
+        "docs/serving",
+        "docs/budgets",
+        "docs/evaluate",
+        "docs/files",
+    ),
     "Train": ("docs/train", "docs/many-gpus", "docs/objectives", "docs/mining"),
     "Kernels": ("docs/kernels", "docs/condensed-attention", "docs/contrastive-loss"),
     "Know and change": (
         *("docs/reference", "docs/families", "docs/testing", "docs/versions"),
-        *("CONTRIBUTING", "CHANGELOG"),
+        *("CONTRIBUTING", "CHANGELOG", "SECURITY"),
     ),
     "Studies": ("examples/smollm2/README", "bench/results/*"),
 }
-include_patterns = ["README.md", "C*.md", "docs/*.md", "bench/results/*.md", "examples/**/*.md"]
+include_patterns = [
+    "README.md",
+    "C*.md",
+    "SECURITY.md",
+    "docs/*.md",
+    "bench/results/*.md",
+    "examples/**/*.md",
+]
 # whole folders are passed over unread
 exclude_patterns = [".*", "runs", "build", "dist", "btok", "kernels", "train", "tests"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
+default_role = "code"
 autodoc_typehints = "none"  # docstrings say what an argument is, its shape included
 html_theme, html_title = "furo", "btok"
 html_copy_source = html_show_sourcelink = False

@@ -27,6 +27,7 @@ PARSED = {
     "curl": "needs a server; `make serve-test` runs it",
     "pytest": "is run by CI, or takes minutes; its files and options are looked up",
     "python -m btok check-server": "needs a server; tests/test_check_server.py has one",
+    "python -m btok serve": "serves until it is stopped; tests/test_web.py asks it",
     "python examples/smollm2/study.py": "fetches weights; tests/test_smollm2.py runs it without",
     "python examples/studies/efficiency.py": "measures for minutes; tests/test_studies.py runs it",
     "python tests/snippets.py": "a test runs it",

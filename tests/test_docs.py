@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -111,6 +112,7 @@ def folder(tmp_path, models, monkeypatch):
     pictures[0].save(tmp_path / "report.pdf", save_all=True, append_images=pictures[1:4])
     pictures[0].save(mine / "report.pdf", save_all=True, append_images=pictures[1:4])
     (mine / "note.txt").write_text("milk, bread and a red seven")
+    shutil.copytree(mine, tmp_path / "runs/demo/files/scenes")
     rows = [{"query": f"the number {i}", "positive": f"it is {i * i}"} for i in range(120)]
     for name in ("pairs.jsonl", "other.jsonl"):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -226,6 +228,7 @@ def train(
         words += ["--model", "CHECKPOINT"]
     assert training.main(words) == 0
     assert list((folder / f"run-{number}").glob("checkpoint-1/*.safetensors"))
+    shutil.copytree(folder / f"run-{number}", recipe.output, dirs_exist_ok=True)  # for what follows
 
 
 def test_what_is_parsed_only_is_told():
@@ -320,8 +323,10 @@ def test_no_link_is_dead(tmp_path):
 def flags() -> set[str]:
     """What our commands take, and the other programs' that the pages name."""
     kinds = [Recipe, *(getattr(kind, "__origin__", kind) for kind in cli.Command.__args__)]
-    named = {field.name for kind in kinds for field in fields(kind)}
-    return OTHERS | {f"--{name.replace('_', '-')}" for name in named} | {"--no-rescore"}
+    found = [field for kind in kinds for field in fields(kind)]
+    named = [field.name for field in found]
+    named += [f"no_{field.name}" for field in found if field.type in (bool, "bool")]
+    return OTHERS | {f"--{name.replace('_', '-')}" for name in named}
 
 
 def test_what_the_text_names_is_there():
