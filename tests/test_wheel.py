@@ -39,7 +39,7 @@ def dist(tmp_path_factory):
     """A folder with both, the wheel made of the sdist."""
     if given := os.environ.get("BTOK_DIST"):
         return Path(given)
-    for name in ("build", "hatchling"):
+    for name in ("build", "hatchling", "pip"):
         pytest.importorskip(name, reason=f"{name} (the extra `dev`) is not installed")
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
