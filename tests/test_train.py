@@ -38,15 +38,13 @@ from btok.data.mixture import load_mixture
 from btok.encoder import BTokEncoder
 from btok.files import sha256
 from btok.model import BTokModel
-from btok.objective import Losses
 from train import checkpoint
-from train.log import TrainLog, peak_flops
 from train.main import check, main, make_optimizers
 from train.parallel import FITS, Processes, same_folder
 from train.pocket.source import train_set
 from train.recipes import RECIPES, Recipe
 from train.sampler import step_groups
-from train.step import StepResult, train_step
+from train.step import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)
@@ -289,71 +287,6 @@ def test_what_to_do_is_what_the_error_asks_for(number, remedy):
         assert said.endswith(f"{error}); {remedy} and give the same command again")
     said = checkpoint.unwritable(Path("run"), ValueError("a tensor on meta"))
     assert said.endswith("a tensor on meta); mend that and give the same command again")
-
-
-RESULT = StepResult(Losses(*map(torch.tensor, (4.5, 1.5, 2.25, 0.0))), tokens=100, flops=0.0)
-
-
-def test_the_log_drops_rows_to_be_done_again_and_shows_rates(tmp_path, capsys):
-    numbers = {"loss": 4.5, "contrastive": 1.5, "ntp": 2.25}
-    numbers |= {"learning_rate": 0.5, "gradient_norm": 3.0}
-    rows = [{"step": step, "phase": "train", **numbers} for step in range(4)]
-    recipe = dataclasses.replace(RECIPE, output=tmp_path)
-    for first in (0, 2):
-        with TrainLog(recipe, first) as log:
-            log.began -= 8
-            for row in rows[first:]:
-                log.write(row["step"], False, RESULT, 0.5, 3.0)
-            log.bar.refresh()
-        with open(tmp_path / "log.jsonl", "a") as file:
-            file.write('{"step": 4, "pha')  # a write that was cut
-    with TrainLog(recipe, 4):
-        log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row.pop("seconds") > 0 for row in log] == [True] * 4 and log == rows
-    bar = capsys.readouterr().err
-    assert "contrastive=1.500, ntp=2.250, pairs/s=2, tokens/s=25]" in bar and "4/4 [" in bar
-
-
-def test_the_log_shows_the_share_of_the_devices_peak(tmp_path, capsys, monkeypatch):
-    recipe = dataclasses.replace(RECIPE, output=tmp_path, dtype="bfloat16")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
-    with TrainLog(recipe, 0) as log:
-        log.began -= 10
-        log.write(0, True, RESULT._replace(flops=10 * 312e12 * 0.25), 0.5, 3.0)
-        log.bar.refresh()
-    assert "MFU=25.0%]" in capsys.readouterr().err
-    assert peak_flops(dataclasses.replace(recipe, dtype="float32")) == 0
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
-    assert peak_flops(recipe) == 0
-
-
-def test_the_log_writes_to_tensorboard(tmp_path, monkeypatch):
-    scalars = {}
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            scalars["folder"] = (folder, purge_step)
-
-        def add_scalar(self, name, value, step):
-            scalars[name] = (value, step)
-
-        def close(self):
-            scalars["closed"] = True
-
-    module = type(sys)("torch.utils.tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    recipe = dataclasses.replace(RECIPE, output=tmp_path, tensorboard=True)
-    with TrainLog(recipe, 2) as log:
-        log.write(2, True, RESULT, 0.5, 3.0)
-    assert scalars.pop("pairs/s")[1] == scalars.pop("tokens/s")[1] == 2
-    folder = (str(tmp_path / "tensorboard"), 2)
-    numbers = {"loss": 4.5, "ntp": 2.25, "learning_rate": 0.5, "gradient_norm": 3.0}
-    assert scalars == {"folder": folder, "closed": True} | {k: (v, 2) for k, v in numbers.items()}
-    monkeypatch.setitem(sys.modules, module.__name__, None)
-    with pytest.raises(ImportError, match=r"btok\[tensorboard\]"):
-        TrainLog(recipe, 0)
 
 
 @pytest.mark.parametrize("own", [False, True])
