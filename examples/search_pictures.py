@@ -3,8 +3,8 @@
     python examples/search_pictures.py FOLDER "red six bottom right" [CHECKPOINT]
     python examples/search_pictures.py FOLDER one.png [CHECKPOINT]
 
-CHECKPOINT is what `make demo` trained by default. A query that is a file is taken as a picture.
-Everything is encoded at each call; `python -m btok search` keeps an index beside the folder, and
+A query that is a file is taken as a picture. `make demo` leaves a FOLDER, runs/demo/files, and the
+CHECKPOINT that is taken by default. Everything is encoded at each call; `python -m btok search` keeps an index beside the folder, and
 reads videos, documents and texts too.
 """
 
