@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DATA = ("text", "{eval-rst}")  # output; and what the site makes of docstrings, as its build tests
+# output of commands; and what the site makes of docstrings, as its build tests
+DATA = ("text", "{eval-rst}")
 
 # Commands that are parsed only, by how they begin or by a flag, and why.
 PARSED = {
@@ -63,7 +64,7 @@ class Snippet(NamedTuple):
 
     Args:
         where: "docs/train.md:4".
-        kind: the block's; text: all of it, or the command.
+        kind: the block's, or "output" of the Python right before; text: all of it, or the command.
         why: why it is parsed only; "" where it runs.
     """
 
@@ -94,8 +95,12 @@ def snippets(page: Path) -> Iterator[Snippet]:
     Raises:
         ValueError: a block of no known kind.
     """
+    end = 0  # of the Python before
     for block in blocks(page):
         where = f"{page.relative_to(ROOT)}:{block.line}"
+        if block.kind == "text" and block.line == end + 2:
+            yield Snippet(where, "output", block.text)
+        end = block.line + block.text.count("\n") if block.kind == "python" else 0
         if block.kind == "bash":
             for at, command in commands(block.text):
                 where = f"{page.relative_to(ROOT)}:{block.line + at}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import runpy
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tyro
-from helpers import nested_checkpoint, tiny_checkpoint
+from helpers import nested_checkpoint, tiny_backbone, tiny_checkpoint, tiny_tokenizer
 from mmeb_miniature import Miniature
 from packaging.requirements import Requirement
 from PIL import Image
@@ -101,6 +103,10 @@ def folder(tmp_path, models, monkeypatch):
             if not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.symlink_to(models["nested" in name])
+    backbone, tokenizer = tiny_backbone(), tiny_tokenizer()
+    backbone.resize_token_embeddings(len(tokenizer))
+    for part in (backbone, tokenizer):  # as others save theirs
+        part.save_pretrained("BACKBONE")
     mine = tmp_path / "my-files"
     mine.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), dtype=np.uint8)
@@ -126,13 +132,17 @@ def folder(tmp_path, models, monkeypatch):
 def test_the_snippets_of_a_page(page, folder, monkeypatch, capfd):
     """In their order; what a snippet prints is shown where one fails."""
     namespace: dict[str, Any] = {"__name__": "snippet"}
+    said = io.StringIO()
     for snippet in snippets(page):
         print(f"--- {snippet.where}\n{snippet.text}")
         if snippet.kind == "python":
             lines = "\n" * (int(snippet.where.rpartition(":")[2]) - 1)
             code = compile(lines + snippet.text, str(page), "exec")
-            if not snippet.why:
-                exec(code, namespace)
+            with redirect_stdout(said := io.StringIO()):
+                exec(code if not snippet.why else "", namespace)
+            print(said.getvalue())
+        elif snippet.kind == "output":
+            assert snippet.text == said.getvalue()
         elif snippet.kind == "bash":
             carry_out(snippet, folder, monkeypatch)
         elif snippet.kind == "json":
@@ -268,6 +278,7 @@ def test_what_is_parsed_only_is_told():
         ("bash\npytest tests/test_docs.py --benchmark-onl\n", "no --benchmark-onl"),
         ('bash\npip install "btok[lances]"\n', "lances"),
         ("bash\nrm -r runs\n", "rm is no program"),
+        ("python\nprint(1)\n```\n```text\n2\n", "'2\\n' == '1\\n'"),
         ("json\n{'a': 1}\n", "property name"),
         ("sh\nls\n", "'sh' is no kind of block"),
     ],
