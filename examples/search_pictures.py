@@ -4,8 +4,8 @@
     python examples/search_pictures.py FOLDER one.png [CHECKPOINT]
 
 A query that is a file is taken as a picture. `make demo` leaves a FOLDER, runs/demo/files, and the
-CHECKPOINT that is taken by default. Everything is encoded at each call; `python -m btok search` keeps an index beside the folder, and
-reads videos, documents and texts too.
+CHECKPOINT that is taken by default. Everything is encoded at each call; `python -m btok search`
+keeps an index beside the folder, and reads videos, documents and texts too.
 """
 
 import sys
