@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from bench.driver import Target
-from bench.harness import median_interval, settle_allocator
+from bench.harness import Call, in_turns, median_interval, settle_allocator, wall_seconds
 from btok_kernels import condensed_attention as op
 from btok_kernels import condensed_attention_triton as kernels
 from btok_kernels import launch, start
@@ -34,7 +33,6 @@ from btok_kernels.layout import CondensedLayout
 
 ARCH, HEADS, KEY_HEADS, DIM = 90, 12, 2, 128
 SOURCE, TARGET = (50, 40, 61, 47, 55, 52, 58, 43), (9, 7, 12, 6, 8, 10, 5, 9)
-Call = Callable[[], Any]
 
 
 class Idle(Target):
@@ -100,21 +98,6 @@ def calls() -> dict[str, tuple[Call, Call]]:
     return {name: (call, partial(plain, call)) for name, call in directions.items()}
 
 
-def seconds(call: Call) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def contest(ours: Call, theirs: Call, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of each in turns, the second first in every other pair."""
-    times: tuple[list[float], list[float]] = [], []
-    for pair in range(pairs):
-        for who in (0, 1) if pair % 2 else (1, 0):
-            times[who].append(seconds((ours, theirs)[who]))
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=2000)
@@ -131,12 +114,11 @@ def main() -> None:
                 taken.append(device.launched)
             device.launched = None
             assert taken[1] and taken[0] == taken[1] == taken[2], f"{name}: not the same launches"
-            contest(ours, theirs, min(pairs, 100))
-            times = contest(ours, theirs, pairs)
-            ratios = [o / t for o, t in zip(*times, strict=True)]
-            first, ratio, third = statistics.quantiles(ratios)
-            us = "".join(f"{1e6 * statistics.median(each):7.1f} us" for each in times)
-            sure = "{:.3f} - {:.3f}".format(*median_interval(ratios))
+            for count in (min(pairs, 100), pairs):  # the first to warm up
+                found = in_turns(ours, theirs, pairs=count, clock=wall_seconds)
+            first, ratio, third = statistics.quantiles(found.ratios)
+            us = "".join(f"{1e6 * statistics.median(each):7.1f} us" for each in found.times)
+            sure = "{:.3f} - {:.3f}".format(*median_interval(found.ratios))
             print(f"{name:19} {us}   {ratio:.3f} ({first:.3f} - {third:.3f}), {sure}", flush=True)
 
 

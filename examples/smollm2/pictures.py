@@ -39,6 +39,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.provenance import facts_of, surroundings
 from bench.report import table
 from btok.data.records import Side
 from btok.data.sources import open_source
@@ -52,7 +53,6 @@ from btok.tools.pictures import SheetRow, contact_sheet, drawable, loss_curve
 from examples.smollm2 import fetch
 from examples.smollm2.runs import measures, ranks
 from examples.smollm2.tower import NUM_BTOKS, Lite0, assemble
-from examples.studies.common import facts_of, surroundings
 from train import main as training
 from train.microbatches import Packing
 from train.recipes import PAPER, Recipe

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from bench.bench_inference import Shape, predicted
 from bench.harness import duel, settle_allocator
+from bench.provenance import surroundings
 from btok import adapters
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
@@ -50,7 +51,6 @@ from examples.smollm2.fetch import backbone, default_cache
 from examples.smollm2.probes_page import OF_RUN, PROBES, STEM, before, page, write_page
 from examples.smollm2.runs import PACKAGES, SIDES
 from examples.smollm2.study import RESULTS
-from examples.studies.common import surroundings
 
 PROG = "examples/smollm2/probes.py"
 CODE = tuple(f"examples/smollm2/{name}.py" for name in ("fetch", "pairs", "probes"))

@@ -13,9 +13,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, ORANGE, PALE, canvas, log_axis
+from bench.provenance import facts_of
 from bench.report import table
 from btok.files import write_json, write_text
-from examples.studies.common import facts_of, interval
+from examples.studies.common import interval
 
 STEM = "smollm2-probes"
 PROBES = ("recovery", "packing", "overhead", "attention")

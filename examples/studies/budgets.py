@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import tyro
 
 from bench.harness import duel, settle_allocator
+from bench.provenance import surroundings
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import write_json
@@ -150,7 +151,7 @@ def score_all(output: Path) -> None:
         write_json(folder / "views.json", score(encoder, tasks, dict(views)))
     nested = [folder for variant, _, folder in runs(output) if variant == "nested"]
     if nested and not (output / "times.json").exists():
-        write_json(output / "times.json", {**times(nested[0]), **common.surroundings()})
+        write_json(output / "times.json", {**times(nested[0]), **surroundings()})
 
 
 def trained(folder: Path) -> tuple[BTokEncoder, int]:
@@ -208,7 +209,7 @@ def collected(output: Path) -> dict[str, Any]:
     times = json.loads(times_file.read_text()) if times_file.exists() else None
     return {
         "settings": json.loads((output / "settings.json").read_text()),
-        "scored": times or common.surroundings(),
+        "scored": times or surroundings(),
         "times": times,
         "runs": found,
     }

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, canvas, log_axis
+from bench.provenance import versions_line
 from bench.report import table
 from btok.files import write_json, write_text
 from examples.studies.common import ABOUT, ON_POCKET, draw, said
@@ -85,7 +86,6 @@ def page(results: Results) -> str:
     """The Markdown page."""
     content, width = results.content, results.content["width"]
     settings, scored = content["settings"], content["scored"]
-    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     variants = [["variant", "what it is", "options", "seeds"]]
     for name in dict.fromkeys(run["variant"] for run in content["runs"]):
         first = next(run for run in content["runs"] if run["variant"] == name)
@@ -96,7 +96,7 @@ def page(results: Results) -> str:
         "# One model, many budgets",
         f"- commands: `python examples/studies/budgets.py`, then `score`, then `page FOLDER`\n"
         f"- commit: {settings['commit']} trained, {scored['commit']} scored\n"
-        f"- device: {settings['device']}\n- versions: {versions}",
+        f"- device: {settings['device']}\n{versions_line(settings['versions'])}",
         ON_POCKET.format(**settings),
         ABOUT,
         f"![Scores over bytes and over time]({STEM}.png)",

@@ -12,7 +12,6 @@ that variants differ in nothing but their own options.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shlex
@@ -21,29 +20,24 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from bench.plots import BLUE, GREY, ORANGE, PALE, canvas
+from bench.provenance import ROOT, facts_of, surroundings
 from bench.report import table
 from btok.data.mixture import PUBLIC
 from btok.encoder import BTokEncoder
-from btok.files import rename, sha256, write_json, write_text
+from btok.files import rename, write_json, write_text
 from btok.tools import command_line
 from train import main as training
 from train.pocket.evaluation import evaluate
 from train.recipes import Recipe
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-CODE = ("btok", "kernels", "train")
-PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pillow")
 POCKET_SETTINGS = ("caption_steps", "steps", "groups_per_batch", "eval_queries")
 Gaps = dict[str, dict[str, list[float]]]  # differences, by variant and by what was scored
 RUN_FILES = ("btok_config.json", "manifest.json", "trainer.json", "optimizer*", "rng*")
@@ -174,47 +168,6 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
 def parse(kind: Any, argv: Sequence[str] | None, prog: str) -> Any:
     """The options of a study's command line; a ValueError of one line for what is wrong in it."""
     return command_line.parse(kind, sys.argv[1:] if argv is None else argv, prog)
-
-
-@cache
-def surroundings(*more: str, packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
-    """What a run depends on besides its options; the commit is that of the code it runs.
-
-    Args:
-        more: files of that code besides the folders in `CODE`.
-        packages: whose versions count.
-    """
-
-    def git(*words: str) -> str:
-        command = ["git", *words, "--", *CODE, *more]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    total = hashlib.sha256()
-    files = [path for name in CODE for path in (ROOT / name).rglob("*.py")]
-    for path in sorted([*files, *(ROOT / name for name in more)]):
-        total.update(f"{path.relative_to(ROOT)} {sha256(path)}\n".encode())
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {cpu}".strip()
-    return {
-        "code": total.hexdigest(),
-        "commit": (git("log", "-1", "--format=%H") or "unknown")
-        + (" with uncommitted changes" if git("status", "--porcelain") else ""),
-        "device": f"{device}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in packages},
-    }
-
-
-def facts_of(settings: Mapping[str, Any], command: str) -> str:
-    """The head of a page."""
-    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
-    return (
-        f"- command: `{command} --page FOLDER`\n"
-        f"- commit: {settings['commit']}; sha256 of its sources {settings['code'][:16]}...\n"
-        f"- device: {settings['device']}\n"
-        f"- versions: {versions}"
-    )
 
 
 def settings_of(options: Options) -> dict[str, Any]:

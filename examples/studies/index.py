@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import plots
+from bench.provenance import facts, surroundings
 from bench.report import table
 from btok.encoder import BTokEncoder
 from btok.files import write_json
@@ -34,7 +35,7 @@ from btok.tools.folder import list_files, update
 from btok.tools.index import Index
 from btok.tools.rows import Row
 from btok.tools.tables import compressed
-from examples.studies.common import parse, surroundings
+from examples.studies.common import parse
 from train.pocket.model import build
 
 BLOCK = 1 << 13
@@ -289,7 +290,6 @@ def page(results: Mapping[str, Any]) -> str:
         ),
         ["peak memory of the table's steps, MiB", f"{peak(last):,}", "under 1,536"],
     ]
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     disk = [f"{each['disk MiB']['table']:,} + {each['disk MiB']['index']:,}" for each in of]
     lines = [
         "# An index as it grows",
@@ -297,7 +297,7 @@ def page(results: Mapping[str, Any]) -> str:
         "bench/results/index.json`",
         f"- {results['dims']} dimensions in float32, {results['queries']} queries at once, "
         f"k = {results['k']}",
-        f"- commit: {results['commit']}\n- device: {results['device']}\n- versions: {versions}",
+        facts(results),
         "\nAll figures are **measured**, each step in a process of its own; its peak memory is "
         f"that of the process, of which Python and its libraries take {least:,}. Vectors are "
         "synthetic: clusters of a hundred in 64 of the dimensions, with noise in all. The array is "

@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.provenance import facts, surroundings
 from bench.report import table
 from btok.encoder import BTokEncoder
 from btok.files import sha256, write_json
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_tokenizer
-from examples.studies.common import parse, surroundings
+from examples.studies.common import parse
 from train.pocket.data import texts
 from train.pocket.model import make_tokenizer
 
@@ -173,12 +174,11 @@ def page(results: Mapping[str, Any]) -> str:
         shown = f"{int(size):,}", one["seconds"], round(int(size) / one["seconds"])
         rows.append([*map(str, (*shown, one["peak MiB"], other["seconds"], other["peak MiB"]))])
     least, most = (list(results["sizes"].values())[at]["whole"]["peak MiB"] for at in (0, -1))
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     off = max(found.get("off by", 0.0) for found in results["sizes"].values())
     return (
         "# Mining hard negatives\n"
         "- command: `python examples/studies/mining.py`\n"
-        f"- commit: {results['commit']}\n- device: {results['device']}\n- versions: {versions}\n\n"
+        f"{facts(results)}\n\n"
         "All figures are **measured**, each run in a process of its own, the start of Python "
         f"included. Pairs are short texts; the model is a random Qwen3 of two layers and 64 "
         f"dimensions; {COUNT} negatives of the ranks {LOW} to {HIGH}, all scores compared.\n\n"

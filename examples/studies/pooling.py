@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from bench.provenance import facts
 from bench.report import table
 from btok.files import write_text
 from examples.smollm2.page import Results
@@ -52,9 +53,8 @@ def page(folder: Path) -> str:
         " and of the differences by seed the 95 % interval of Student's t, in bold without 0. (The"
         " pocket runs of all rows are the README's; seed 0 again, with the code of the others, gave"
         " the same digits.)",
-        f"- command: `python examples/studies/pooling.py`, of files that the commands in it made\n"
-        f"- commit: {settings['commit']}\n- device: {settings['device']}\n- versions: "
-        + ", ".join(f"{name} {n}" for name, n in settings["versions"].items()),
+        "- command: `python examples/studies/pooling.py`, of files that the commands in it made\n"
+        + facts(settings),
         table(*rows),
     ]
     return "\n\n".join(text) + "\n"
