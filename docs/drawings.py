@@ -130,15 +130,16 @@ def masks() -> Figure:
 def packing() -> Figure:
     """Three samples padded, and packed with the four integers of each."""
     lengths = [(6, 3), (2, 1), (4, 4)]
-    layout = CondensedLayout.from_lengths(*zip(*lengths, strict=True), 2)
+    sources, targets = ([pair[i] for pair in lengths] for i in (0, 1))
+    layout = CondensedLayout.from_lengths(sources, targets, 2)
     figure, (panel,) = canvas(12.6, 4.9)
     width, rows = max(x + 2 + t for x, t in lengths), layout.num_rows
     panel.set(xlim=(-0.4, rows + 0.4), ylim=(-3.2, 6.9), aspect="equal")
     panel.text(0, 6.45, f"padded: {3 * width} rows, grey ones for nothing", fontsize=11)
     for i, (x, t) in enumerate(lengths):
-        end = tokens(panel, 0, 5.2 - i, (x, 2, t))
-        for at in range(int(end), width):
-            box(panel, at, 5.2 - i, 0.88, 0.88, "", PALE)
+        tokens(panel, 0, 5.2 - i, (x, 2, t))
+        for empty in range(x + 2 + t, width):
+            box(panel, empty, 5.2 - i, 0.88, 0.88, "", PALE)
     panel.text(0, 1.75, f"packed: {rows} rows, one behind the other", fontsize=11)
     at = 0.0
     for x, t in lengths:
