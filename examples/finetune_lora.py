@@ -66,4 +66,7 @@ def main(
 if __name__ == "__main__":
     if not 3 <= len(sys.argv) <= 5:
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (ValueError, OSError, ImportError) as error:  # a mistake, and not ours
+        sys.exit(f"error: {error}")

@@ -45,4 +45,7 @@ def main(folder: str, query: str, checkpoint: str = "runs/demo/checkpoint-1000")
 if __name__ == "__main__":
     if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (ValueError, OSError, ImportError) as error:  # a mistake, and not ours
+        sys.exit(f"error: {error}")

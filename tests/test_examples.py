@@ -94,9 +94,13 @@ def test_a_search_by_words_and_by_picture_finds_the_right_one_first(folder, trai
     assert Path(path).stem[:-1] == "blue" and float(cosine) > 0.9
 
 
-def test_a_folder_without_pictures_is_told_in_a_line(tmp_path, trained, capsys):
+def test_a_mistake_is_told_in_a_line(folder, tmp_path, trained, capsys):
     with pytest.raises(SystemExit, match=r"^error: .* has no pictures, expected files ending in"):
         run(capsys, "search_pictures.py", tmp_path, "green", trained[1])
+    with pytest.raises(SystemExit, match=r"^error: the checkpoint a/b/c is no folder"):
+        run(capsys, "search_pictures.py", folder, "green", "a/b/c")
+    with pytest.raises(SystemExit, match=r"^error: .*nothing\.jsonl"):
+        run(capsys, "finetune_lora.py", folder / "train.jsonl", tmp_path / "nothing.jsonl")
 
 
 def test_the_kernels_alone_have_dense_gradients_and_their_losses_fall(tmp_path):
