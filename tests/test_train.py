@@ -39,9 +39,10 @@ from btok.encoder import BTokEncoder
 from btok.files import sha256
 from btok.model import BTokModel
 from train import checkpoint
-from train.main import check, main, make_optimizers
+from train.main import check, finish, main, make_optimizers, recipe_name
 from train.parallel import FITS, Processes, same_folder
 from train.pocket.source import train_set
+from train.provenance import note_end, note_start
 from train.recipes import RECIPES, Recipe
 from train.sampler import step_groups
 from train.step import train_step
@@ -384,6 +385,41 @@ def test_stopped_and_started_again_it_ends_the_same_bit_for_bit(tmp_path):
         assert (parts / name).stat().st_size > 10_000
 
 
+def test_what_cannot_be_drawn_does_not_end_a_run(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no\nfont")
+
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "ntp": 1.0}\n')
+    monkeypatch.setattr("train.main.pictures.loss_curve", fail)
+    finish(dataclasses.replace(RECIPE, output=tmp_path), None)
+    out, err = capsys.readouterr()
+    assert err == "not drawn: no font\n" and f"report.html are in {tmp_path}" in out
+    assert (tmp_path / "report.html").exists()
+    monkeypatch.setattr("train.main.write_report", fail)
+    monkeypatch.setattr("train.main.note_end", fail)
+    finish(dataclasses.replace(RECIPE, output=tmp_path), None)
+    assert capsys.readouterr().err == "not drawn: no font\n" * 3
+
+
+def test_a_run_notes_its_starts(tmp_path):
+    recipe = dataclasses.replace(RECIPES["pocket"], output=tmp_path, steps=7, dims=(8, 16))
+    model, machine = tiny_module()[0], {"python": "3", "extras": {}, "environment": {"A": "b"}}
+    for step in (0, 5):
+        note_start(recipe, recipe_name(["--steps", "7"]), model, step, machine)
+    note_end(recipe)
+    noted = json.loads((tmp_path / "run.json").read_text())
+    changed = {"output": ["runs/pocket", str(tmp_path)], "steps": [400, 7], "dims": [[], [8, 16]]}
+    assert noted["recipe"] == "pocket" and noted["changed"] == changed and noted["ended"]
+    assert noted["parameters"] == sum(p.numel() for p in model.parameters())
+    for start, step in zip(noted["starts"], (0, 5), strict=True):
+        assert start.pop("time") <= noted["ended"]
+        assert start == {"step": step, "processes": 1, "python": "3"}
+    for damage in ("{", "[]", '{"starts": 3}'):
+        (tmp_path / "run.json").write_text(damage)
+        note_start(recipe, "pocket", model, 6, machine)
+        assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
+
+
 SMALL = ["--muon-rate", "0", "--caption-steps", "0", "--eval-queries", "0"]
 
 
@@ -561,6 +597,11 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
     rows = [[json.loads(line) | {"seconds": 0} for line in log] for log in logs]
     assert rows[0] == rows[1]
     assert BTokEncoder.from_pretrained(parts / "checkpoint-6").encode(["number 3"]).shape == (1, 64)
+    noted = json.loads((parts / "run.json").read_text())
+    assert [start["step"] for start in noted["starts"]] == [0, 3]
+    assert noted["changed"]["lora_rank"] == [0, 2]
+    report = (parts / "report.html").read_text()
+    assert "Finished: 6 of 6 steps." in report and "6 steps in 2 starts" in report
 
     assert main([*command, "--output", str(tmp_path / "none"), "--max-skipped", "0"]) == 2
     assert "1 pairs could not be read, over max_skipped 0" in capsys.readouterr().err

@@ -96,9 +96,8 @@ class Demonstration:
 
     def found(self, records: list[Record], at: int) -> str:
         """Which of some scenes it finds by a description."""
-        own = records[at : at + 4]
-        others = [record for record in records if record not in own][::4]
-        pool = [*own, *others][:POOL]
+        others = [*records[:at], *records[at + 4 :]][::4]
+        pool = [*records[at : at + 4], *others][:POOL]
         encoder = BTokEncoder(self.model, self.processor)
         sides = [pool[0].query, *(record.positive for record in pool)]
         query, *scenes = encoder.encode(sides, show_progress=False)
@@ -106,9 +105,8 @@ class Demonstration:
         rank, line = 1 + order.index(0), f'asked for "{pool[0].query.text}" it finds'
         if rank == 1:
             return f"right: {line} that one of {len(pool)} new scenes"
-        return (
-            f'wrong: {line} "{pool[order[0]].query.text}", the right one is {rank}. of {len(pool)}'
-        )
+        other = pool[order[0]].query.text
+        return f'wrong: {line} "{other}"; the right one is {rank}. of {len(pool)}'
 
 
 def closing(recipe: Recipe, files: Path) -> str:

@@ -41,6 +41,9 @@ def write_files(folder: Path) -> None:
             else:
                 (shown,) = record.query.images if task == "I-CLS" else record.positive.images
                 Image.fromarray(shown).save(f"{path}.png")
+    for own in draft.iterdir():
+        if not any(own.iterdir()):
+            own.rmdir()
     rename(draft, folder)
 
 
