@@ -92,9 +92,13 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, {}
         if path.exists():
-            before = json.loads(path.read_text())
-            if all(before[key] == value for key, value in about().items()):
-                self.found = {case["id"]: case for case in before["cases"] + before["errors"]}
+            try:
+                before = json.loads(path.read_text())
+                cases = {case["id"]: case for case in before["cases"] + before["errors"]}
+            except (ValueError, LookupError, TypeError):
+                raise pytest.UsageError(f"--keep is {path}, which holds no such results") from None
+            if all(before.get(key) == value for key, value in about().items()):
+                self.found = cases
 
     def begin(self, name: str) -> bool:
         """Whether a contest is still to be held. One that twice did not end, as a kernel hung or
@@ -109,7 +113,7 @@ class Kept:
         if os.environ.get("RANK", "0") == "0":
             errors = [each for each in self.found.values() if "error" in each]
             timed = [each for each in self.found.values() if "error" not in each]
-            dtypes = sorted({case["dtype"] for case in timed})
+            dtypes = sorted({case["dtype"] for case in timed if case["flops"]})
             roofs = {name: roof(getattr(torch, name))._asdict() for name in dtypes}
             found = {"roofs": roofs, "cases": timed, "errors": errors}
             write_json(self.path, {**about(), **commit(), **found})

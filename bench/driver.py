@@ -5,10 +5,10 @@ architecture, on CPU tensors, and each is recorded or handed on instead of start
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -17,6 +17,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from btok_kernels import launch
+
+T = TypeVar("T")
 
 
 class Launch(NamedTuple):
@@ -86,12 +88,19 @@ class Target(DriverBase):
 
 
 @contextmanager
-def recorded_launches(arch: int, target: type[Target] = Target) -> Iterator[dict[str, Launch]]:
-    """Launches inside compile for `arch` and go to `target`'s launcher; those recorded, by hash."""
+def standing_in(arch: int, target: Callable[[int], T]) -> Iterator[T]:
+    """Launches inside compile for `arch`, on CPU tensors, and go to the target's launcher."""
     active, before = target(arch), driver._active
     driver.set_active(active)
     try:
         with mock.patch.object(launch, "architecture", lambda device: arch):
-            yield active.launches
+            yield active
     finally:
         driver._active = before
+
+
+@contextmanager
+def recorded_launches(arch: int) -> Iterator[dict[str, Launch]]:
+    """Launches inside compile for `arch` and are recorded, by hash."""
+    with standing_in(arch, Target) as target:
+        yield target.launches

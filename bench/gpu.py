@@ -81,6 +81,7 @@ STAGES = {
     "encoding": Stage(180, contests("bench_encoding")),
     "training step": Stage(420, contests("bench_training_step")),
     "late interaction": Stage(120, contests("bench_late_interaction")),
+    "launching": Stage(60, contests("bench_host")),
     "memcheck": Stage(120, memcheck()),
     "all tests": Stage(400, tests("full")),
     "contrastive": Stage(500, contests("bench_contrastive_loss")),  # some peers are known to hang

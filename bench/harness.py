@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Call = Callable[[], Any]
+Clock = Callable[[Call], float]
 Loop = Callable[[Call, Call, int], None]  # what comes before a round, a round, how many
 
 
@@ -168,7 +169,7 @@ def in_turns(
     least: int = 7,
     limit: int = 101,
     pairs: int | None = None,
-    clock: Callable[[Call], float] = seconds,
+    clock: Clock = seconds,
     loop: Loop = _plainly,
 ) -> Turns:
     """Time two calls, whose results have been checked.
@@ -176,6 +177,7 @@ def in_turns(
     Args:
         most: seconds that the pairs may take, but there are `least` and at most `limit`.
         pairs: how many instead, where several processes must agree.
+        clock: the seconds of a call.
         loop: calls its first argument before its second, so many times.
     """
     calls = (ours, theirs)
@@ -251,6 +253,7 @@ class Contest:
         bytes: float | None = None,
         predicted: float | None = None,
         pairs: int | None = None,
+        clock: Clock = seconds,
         **facts: Any,
     ) -> None:
         """Time both, whose results have been checked.
@@ -259,7 +262,7 @@ class Contest:
             flops: operations that our result needs.
             bytes: that it needs to read and write, once each.
             predicted: the ratio by arithmetic.
-            pairs: how many, where several processes must agree.
+            pairs, clock: see `in_turns`.
             facts: what else to write down.
         """
 
@@ -267,11 +270,11 @@ class Contest:
             self.benchmark.pedantic(target, setup=before, rounds=rounds)
 
         bounds: dict[str, Any] = {"most": self.most, "least": int(self.least), "limit": 10**6}
-        found = in_turns(ours, theirs, pairs=pairs, loop=loop, **bounds)
+        found = in_turns(ours, theirs, pairs=pairs, clock=clock, loop=loop, **bounds)
         low, ratio, high = statistics.quantiles(found.ratios, n=4)
         interval = median_interval(found.ratios)
         took, they_took = (statistics.quantiles(each, n=4) for each in found.times)
-        best = roof(dtype)
+        best = roof(dtype) if flops else Roof(1, 1)
         self.benchmark.group = f"{bench}: {case}, {peer}"
         self.benchmark.extra_info |= {
             "bench": bench,

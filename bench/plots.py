@@ -84,9 +84,9 @@ def factor_bar(axes: Axes, y: float, factors: list[float], colour: Colour) -> No
     axes.text(1.01, y, f"{factor:.2f}", transform=place, va="center", fontsize=7)
 
 
-def roofline_plot(results: Results) -> Figure:
+def roofline_plot(results: Results) -> Figure | None:
     """Operations a second over operations per byte: a number per case, under the roofs."""
-    cases = groups(results["cases"], "bench", "case")
+    cases = groups((c for c in results["cases"] if c["flops"]), "bench", "case")
     points, dots = [], []
     for i, ((bench, case), contests) in enumerate(cases.items(), 1):
         flops, moved = contests[0]["flops"], contests[0]["bytes"]
@@ -94,6 +94,8 @@ def roofline_plot(results: Results) -> Figure:
         colour, label = BENCHES.get(bench, GREY), f"{i}  {bench}: {case}"
         dots.append(Line2D([], [], marker="o", ms=4, ls="", color=colour, label=label))
         points.append((flops / moved, flops / second, colour))
+    if not points:
+        return None
     figure = canvas(6 + 0.15 * math.ceil(len(points) / 2))
     axes = figure.add_subplot(xlabel="operations per byte", ylabel="operations per second")
     axes.set(xscale="log", yscale="log")

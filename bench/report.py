@@ -98,7 +98,7 @@ def results_table(cases: list[Case]) -> str:
     header += ["ours, ms", "peer, ms", "ours, MiB", "peer, MiB", "share of the roof", "pairs"]
     rows = [header]
     for case in cases:
-        share, of = max((case[f"share_of_{of}"], of) for of in ("flops", "bytes"))
+        share, of = max((case[f"share_of_{of}"] or 0, of) for of in ("flops", "bytes"))
         rows.append(
             [
                 case["case"],
@@ -111,7 +111,7 @@ def results_table(cases: list[Case]) -> str:
                 f"{1e3 * case['peer_seconds'][1]:.3f}",
                 mebibytes(case["memory"]),
                 mebibytes(case["peer_memory"]),
-                f"{100 * share:.1f} % of {of}/s",
+                f"{100 * share:.1f} % of {of}/s" if share else "",
                 str(case["pairs"]),
             ]
         )
