@@ -337,7 +337,8 @@ def flags() -> set[str]:
     found = [field for kind in kinds for field in fields(kind)]
     named = [field.name for field in found]
     named += [f"no_{field.name}" for field in found if field.type in (bool, "bool")]
-    return OTHERS | {f"--{name.replace('_', '-')}" for name in named}
+    of_pytest = re.findall(r"(?<!\S)--[\w-]+", help_of_pytest())
+    return {*OTHERS, *of_pytest, *(f"--{name.replace('_', '-')}" for name in named)}
 
 
 def test_what_the_text_names_is_there():
