@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, m
         words += f" --data {tmp_path / 'pairs.jsonl'}"
     assert main(["--model", str(model), "--output", str(output), *words.split()]) == 1
     said = capsys.readouterr().err
-    assert "\nerror: step 3: loss nan, gradient norm" in said
+    assert "\nerror: step 3: loss nan, gradient norm" in f"\n{said}"
     assert f"{output}/nonfinite.json names its batch" in said
     recipe = Recipe(reading_steps=6, group_size=2, groups_per_batch=1)
     names = [(p.dataset, 6 + i, p.positive_id) for i, p in enumerate(pocket_pairs(recipe, 3))]

@@ -174,7 +174,7 @@ def finish(recipe: Recipe, retrieved: dict[str, list[Retrieved]] | None) -> None
     if retrieved is not None:
         scores = (output / name for name in ("before.json", "metrics.json"))
         print(format_table(*(json.loads(file.read_text()) for file in scores)))
-    print(f"metrics, pictures, log, checkpoints and report.html are in {output}")
+    print(f"checkpoints, log, pictures and report.html are in {output}")
     if retrieved is not None and recipe.total_steps:
         print(closing(recipe, files), flush=True)
 
