@@ -284,7 +284,9 @@ def test_an_evaluation_is_told_set_by_set(tmp_path):
     page = page_of(tmp_path)
     assert "Evaluation on MMEB-V2 2 of 4 data sets have a score." in page.said
     assert "VOC2007 I-CLS hit@1 6.2 25.0 40.0 38.0 [35.0, 45.0]" in page.said
-    assert "all sets no mean: sets are missing" in page.said and "V-RET 20.0" in page.said
+    assert "Means V-RET 20.0 Data sets are missing, and so a mean, of: all sets, video, I-CLS" in (
+        page.said
+    )
     assert "Missing data sets GQA, <script>" in page.said
     assert "--tasks 'GQA,<script>" in page.said and "model abc" in page.said
 

@@ -26,6 +26,7 @@ TEMPLATE = "run_report.html.j2"
 PNG = b"\x89PNG\r\n\x1a\n"
 MOST_SHEETS, MOST_BYTES = 12, 8 << 20  # of pictures that are put into a report
 LONGEST = 1000  # characters of a setting that are shown
+LONGEST_NAME = 26  # characters beside a score; a longer one takes several lines
 NAMED = 8  # missing data sets that a command names
 NOTHING = "-"
 
@@ -125,12 +126,18 @@ class Page:
     scores: list[Score] = field(default_factory=list)
     mean: Score | None = None
     means: list[Fact] = field(default_factory=list)
+    no_means: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     sheets: list[Sheet] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
     made: str = ""
+
+    @property
+    def name_width(self) -> int:
+        """Characters of the longest task's name, within bounds."""
+        return min(max((len(score.name) for score in self.scores), default=0), LONGEST_NAME)
 
     def has(self, name: str) -> bool:
         """Whether any task has such a number."""
@@ -237,10 +244,10 @@ def _of_evaluation(run: Path, metrics: Mapping[str, Any]) -> Page:
     ]
     groups = {**_mapping(metrics.get("modalities")), **_mapping(metrics.get("meta_tasks"))}
     for group, value in {"all sets": metrics.get("overall"), **groups}.items():
-        said = finite(value)
-        page.means.append(
-            Fact(_text(group), "no mean: sets are missing" if said is None else f"{said:.1f}")
-        )
+        if (said := finite(value)) is None:
+            page.no_means.append(_text(group))
+        else:
+            page.means.append(Fact(_text(group), f"{said:.1f}"))
     left = ",".join(missing) if len(missing) <= NAMED else "all"
     command = ["python", "-m", "btok", "eval", "CHECKPOINT", "mmeb-v2", "--data", "DATA"]
     command += ["--output", str(run)]
@@ -313,9 +320,8 @@ def _facts(config: Mapping[str, Any], noted: Mapping[str, Any], log: Log) -> lis
 def _machine(start: Mapping[str, Any]) -> list[Fact]:
     """Of `run.json`'s last start."""
     own, cpu = _mapping(start.get("btok")), _mapping(start.get("cpu"))
-    commit = _text(own.get("commit"))[:12] + (
-        ", with changes" if own.get("changed") is True else ""
-    )
+    commit = _text(own.get("commit") or "unknown")[:12]
+    commit += ", with changes" if own.get("changed") is True else ""
     gpus = [_mapping(gpu) for gpu in _list(start.get("gpus"))]
     names = ", ".join(
         f"{_text(gpu.get('name'))} ({_text(gpu.get('memory_gib'))} GiB)" for gpu in gpus
