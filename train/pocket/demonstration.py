@@ -73,7 +73,7 @@ class Demonstration:
         line = f'asked of {source} "{record.query.text}" it writes "{printable(said)}"'
         verdict = "right" if said.split(":")[0] == record.positive.text else "wrong"
         return f"{verdict}: {line}" + (
-            "" if said == record.target else f', which shows "{record.target}"'
+            "" if said == record.target else f'; the picture shows "{record.target}"'
         )
 
     def write(self, record: Record, captioning: bool) -> str:
