@@ -22,10 +22,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.harness import DEVICE, Contest, roof
-from bench.provenance import digest_of_code, machine, output_of, versions
+from bench.provenance import FORMAT_VERSION, digest_of_code, machine, output_of, versions
 from btok.files import write_json
 
-FORMAT_VERSION = 2
 # module -> what its benchmark would compare with; `pip install .[bench]` brings those that install
 PEERS = {
     "xformers": "condensed attention",

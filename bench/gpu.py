@@ -139,6 +139,8 @@ def main() -> None:
         sys.exit("gpu: --dry tries the script where torch sees no CUDA device, and only there")
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.pop("TRITON_INTERPRET", None)
+    # torchrun would have its ranks take one: another machine, by what results are kept of
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     if args.dry:
         os.environ |= {"TRITON_INTERPRET": "1", "DIM": "32"}
     run_stages(args.out, args.budget, args.only, args.dry)

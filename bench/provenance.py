@@ -17,6 +17,7 @@ from btok.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("btok", "kernels", "train")
+FORMAT_VERSION = 2  # of a file of contests
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pillow")
 
 

@@ -21,9 +21,8 @@ from urllib.parse import quote
 import numpy as np
 
 from bench.plots import BENCHES, PLOTS, Case, Results, groups
-from bench.provenance import versions_line
+from bench.provenance import FORMAT_VERSION, versions_line
 
-FORMAT_VERSION = 2  # of bench/conftest.py
 MEMORY_NOISE = 1 << 20  # bytes by which a resident set moves on its own
 WINS, LEAST_MIB = 0.97, 16  # a ratio that is a gain; MiB between two peaks that make a difference
 RULE = (
