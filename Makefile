@@ -101,9 +101,23 @@ aot: setup .venv/triton-3.9/ready
 	$(BIN)/pip install --quiet --no-deps --target .venv/triton-3.9 triton==3.9.0
 	@touch $@
 
-# with the PYTHON of a CUDA machine (see bench/gpu.py); again, with the same GPU_OUT, it goes on
-gpu:
-	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py --out $(GPU_OUT) --budget $(BUDGET)
+# with the PYTHON of a CUDA machine: device tests, questions (bench/questions.py) and benchmarks, the
+# latter two for BUDGET seconds; again, with the same GPU_OUT, it goes on
+CONTESTS = bench/questions.py bench/ --benchmark-only --keep $(GPU_OUT)/gpu.json
+gpu: export PYTHONPATH = .:kernels
+gpu: export OMP_NUM_THREADS = 8
+gpu: $(GPU_OUT)/tested
+	-timeout -k 5 90 $(PYTHON) -m torch.distributed.run --nproc-per-node gpu --no-python \
+		$(PYTHON) -m pytest -q $(CONTESTS) -k gather
+	-timeout -k 5 $(BUDGET) $(PYTHON) -m pytest -q $(CONTESTS)
+	$(PYTHON) bench/report.py page $(GPU_OUT)/gpu.json
+
+$(GPU_OUT)/tested:
+	@$(PYTHON) -c "import torch; torch.cuda.is_available() or exit('gpu: torch sees no CUDA device')"
+	@mkdir -p $(GPU_OUT)
+	$(PYTHON) -m pytest tests/device -q -m "not full" --maxfail 5 \
+		$$($(PYTHON) -c "import xdist" 2> /dev/null && echo -n 8)
+	@touch $@
 
 # what is released, in dist/: the sdist, the wheel made of it, and both looked at
 dist: setup

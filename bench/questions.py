@@ -3,9 +3,9 @@
     pytest bench/questions.py --benchmark-only [-k attention_tiles]
 
 Ours is today's choice, the peer an alternative; both results are checked before. `make gpu` runs
-these, and `bench.report` tells what they decide: of the kind "ways" case by case, of "tiles" the
-best. On a CPU, under TRITON_INTERPRET=1, the same is asked on tiny shapes: that tries the code and
-answers nothing.
+these, those of the gather with a process for each GPU, and `bench.report` tells what they decide:
+of the kind "ways" case by case, of "tiles" the best. On a CPU, under TRITON_INTERPRET=1, the same
+is asked on tiny shapes: that tries the code and answers nothing.
 """
 
 from __future__ import annotations
