@@ -44,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    kept = config.getoption("keep")
+    kept = config.getoption("keep", None)
     config.stash[KEPT] = Kept(kept) if kept else None
 
 
