@@ -48,6 +48,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[KEPT] = Kept(kept) if kept else None
 
 
+def pytest_report_header(config: pytest.Config) -> str | None:
+    kept = config.stash[KEPT]
+    return (
+        f"keep: {kept.path}, of which {len(kept.found)} contests are gone on with" if kept else None
+    )
+
+
 @pytest.fixture(scope="session")
 def lines(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """Of the table, shown after the last case."""

@@ -169,6 +169,7 @@ def test_what_is_kept_of_a_run_that_is_cut_off(tmp_path):
     for status in (1, 1, 0):
         run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert run.returncode == status, run.stdout + run.stderr
+        assert f"of which {3 * bool(found)} contests are gone on with" in run.stdout
         found.append(json.loads((tmp_path / "found.json").read_text()))
     assert platform.node() not in (tmp_path / "found.json").read_text()
     content = found[-1]
