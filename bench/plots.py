@@ -26,6 +26,8 @@ BENCHES = {  # in the order of the page
     "inference": GREEN,
     "training step": PURPLE,
     "corpus encoding": BROWN,
+    "late interaction": TEAL,
+    "launching": RED,
 }
 PEERS = (ORANGE, GREEN, PURPLE, BROWN, RED, TEAL, GREY)
 ONE_TWO_FIVE = np.outer(10.0 ** np.arange(-6, 10), (1, 2, 5)).ravel()

@@ -277,14 +277,15 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
     assert not wrong, f"figures that no page has: {wrong}"
 
 
-def test_the_page_of_the_index_is_of_the_committed_results():
+def test_the_pages_of_tools_are_of_the_committed_results():
     pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
-    from examples.studies import index
+    from examples.studies import index, mining
 
-    folder = ROOT / "bench" / "results"
-    results = json.loads((folder / "index.json").read_text())
-    assert index.page(results) == (folder / "index.md").read_text()
-    assert list(results["sizes"]) == ["1000", "10000", "100000", "1000000"]
+    for name, page in (("index", index.page), ("mining", mining.page)):
+        committed = ROOT / f"bench/results/{name}.json"
+        results = json.loads(committed.read_text())
+        assert page(results) == committed.with_suffix(".md").read_text()
+        assert len(results["sizes"]) == {"index": 4, "mining": 2}[name]
 
 
 def test_what_an_index_costs(tmp_path):
