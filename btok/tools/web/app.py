@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import traceback
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from socket import socket
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from btok.files import one_line, printable
 from btok.tools.web.shelf import SIZES, Shelf
@@ -15,12 +19,14 @@ try:
     from fastapi import FastAPI, HTTPException, Query, Request
     from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
     from starlette.concurrency import run_in_threadpool
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import ClientDisconnect
 except ImportError as error:
     raise ImportError('the page needs fastapi and uvicorn: pip install "btok[web]"') from error
 
 HERE = Path(__file__).parent
 LARGEST = 32 << 20  # bytes of a picture that is searched by
+LONGEST = 1 << 18  # bytes of a request's head: 8,192 characters of a query, spelled as an address
+PATIENCE = 2  # seconds that answers in work have once the server is to stop
 # what browsers show by themselves and run no script of; a file of another kind is saved
 INLINE = {
     **dict.fromkeys((".png", ".apng"), "image/png"),
@@ -54,27 +60,37 @@ Count = Annotated[int, Query(ge=1, le=240)]
 Name = Annotated[str, Query(alias="id", max_length=4096)]
 
 
-def make_app(shelf: Shelf, about: dict[str, Any], hosts: Sequence[str]) -> FastAPI:
+def make_app(shelf: Shelf, about: dict[str, Any], names: Collection[str]) -> FastAPI:
     """The page and what it asks for.
 
     Args:
         shelf: what is shown.
         about: told to the page as it is.
-        hosts: by which names the page may be called; "*" for any. A page elsewhere whose name was
-            made to lead here is refused.
+        names: by which the page may be called, besides any address. A page elsewhere whose name was
+            made to lead here (DNS rebinding) is refused.
     """
     # no pages of its own documentation: they load scripts from elsewhere
     app = FastAPI(title="btok", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+
+    @app.exception_handler(Exception)
+    def failed(request: Request, error: Exception) -> JSONResponse:
+        traceback.print_exception(error)
+        return JSONResponse({"detail": "an error of the server; its terminal says which"}, 500)
 
     @app.middleware("http")
     async def guarded(
         request: Request, call_next: Callable[[Request], Awaitable[Response]]
     ) -> Response:
+        host = request.headers.get("host", "")
         site = request.headers.get("sec-fetch-site")
-        if site == "cross-site" and request.url.path != "/":
-            return JSONResponse({"detail": "asked for by another site"}, 403)
-        response = await call_next(request)
+        response: Response
+        if not _is_own(host, names):
+            why = f"this page is not served as {printable(host)[:200]!r}; open it by its address, "
+            response = JSONResponse({"detail": f"{why}or start it with that name as --host"}, 400)
+        elif site == "cross-site" and request.url.path != "/":
+            response = JSONResponse({"detail": "asked for by another site"}, 403)
+        else:
+            response = await call_next(request)
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
         return response
@@ -104,10 +120,13 @@ def make_app(shelf: Shelf, about: dict[str, Any], hosts: Sequence[str]) -> FastA
         k: Count = 24,
     ) -> list[dict[str, Any]]:
         picture = bytearray()
-        async for part in request.stream():
-            picture += part
-            if len(picture) > LARGEST:
-                raise HTTPException(413, f"the picture has more than {LARGEST >> 20} MiB")
+        try:
+            async for part in request.stream():
+                picture += part
+                if len(picture) > LARGEST:
+                    raise HTTPException(413, f"the picture has more than {LARGEST >> 20} MiB")
+        except ClientDisconnect:  # nobody reads the answer
+            raise HTTPException(400, "the picture did not come whole") from None
         return await run_in_threadpool(_tried, shelf.search, q, bytes(picture), kind, k)
 
     @app.get("/api/near")
@@ -148,8 +167,32 @@ def make_app(shelf: Shelf, about: dict[str, Any], hosts: Sequence[str]) -> FastA
 
 
 def run(app: FastAPI, listening: socket) -> None:
-    """Answer at this socket until the process is told to stop."""
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([listening])
+    """Answer at this socket until Ctrl-C, or until the process is terminated."""
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        h11_max_incomplete_event_size=LONGEST,
+        lifespan="off",
+        # it tells of each answer that it does not wait for; `failed` tells of errors
+        log_level="critical",
+        timeout_graceful_shutdown=PATIENCE,
+    )
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run([listening])
+
+
+def _is_own(host: str, names: Collection[str]) -> bool:
+    """Whether a request's "host" is an address, which no other site's name leads to, or one of
+    these names.
+    """
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").removesuffix(".")
+    except ValueError:
+        return False
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return name in names
 
 
 def _static(name: str) -> Callable[[], Response]:
@@ -175,4 +218,4 @@ def _tried(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _line(error: Exception) -> str:
-    return printable(one_line(error))
+    return printable(one_line(error)).removeprefix("BTokEncoder: input 0: ")  # a page has one

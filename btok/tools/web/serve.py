@@ -7,15 +7,14 @@ import os
 import socket
 import sys
 import webbrowser
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from ipaddress import ip_address
 from pathlib import Path
 
 from btok.files import printable
 from btok.tools.command_line import load
 from btok.tools.encode_folder import Encode, bring_up_to_date, listed
 from btok.tools.sinks import is_index
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,10 @@ def serve(command: Serve) -> None:
     if not is_index(command.index):
         raise ValueError(f"output is {command.output}, expected an index to serve")
     found, root = listed(command), command.folder.resolve()
+    encoding = {field.name: field.default for field in fields(Encode)}
+    for name in encoding.keys() - {"checkpoint", "folder", "output"}:
+        if not command.update and getattr(command, name) != encoding[name]:
+            raise ValueError(f"{name} is given, which is for encoding; leave --no-update out")
     if not command.update and "://" not in command.index and not Path(command.index).is_dir():
         raise ValueError(
             f"{command.folder} has no index; leave --no-update out, or make it: "
@@ -74,9 +77,11 @@ def serve(command: Serve) -> None:
         shelf = Shelf(index, root, found.real, command.query_instruction)
         about = {"folder": printable(root.name), "items": len(index)}
         about |= {"model": printable(Path(command.checkpoint).name), "kinds": shelf.counts()}
-        local = command.host in LOOPBACK
-        app = make_app(shelf, about, [*LOOPBACK, "[::1]"] if local else ["*"])
-        url = address(command.host, listening.getsockname()[1])
+        about["pictures"] = encoder.processor.image_processor is not None
+        at, port = listening.getsockname()[:2]
+        local = ip_address(at).is_loopback
+        app = make_app(shelf, about, {"localhost"} if local else names(command.host))
+        url = address("localhost" if ip_address(at).is_unspecified else command.host, port)
         print(f"{url}  {len(index)} items of {printable(command.folder)} (Ctrl-C stops it)")
         if not local:
             print(
@@ -93,11 +98,14 @@ def bound(host: str, port: int) -> socket.socket:
     """A socket that listens there; an OSError that says what to do where it cannot."""
     if not 0 <= port < 1 << 16:
         raise ValueError(f"port is {port}, expected 0 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if not host.strip():  # which would be all addresses
+        raise ValueError(f"host is {host!r}, expected an address or a name; 0.0.0.0 for all")
     try:
-        socket.getaddrinfo(host, port, family)  # whose error `create_server` would make another
-        return socket.create_server((host, port), family=family, backlog=128)
-    except socket.gaierror:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # "localhost" is both, and 127.0.0.1 what people type
+        family, _, _, _, place = min(found, key=lambda each: each[0] != socket.AF_INET)
+        return socket.create_server(place, family=family, backlog=128)
+    except (socket.gaierror, UnicodeError):
         raise ValueError(f"host is {host!r}, which is no address of this machine") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -111,7 +119,13 @@ def bound(host: str, port: int) -> socket.socket:
         raise
 
 
+def names(host: str) -> set[str]:
+    """By which a page for other machines may be called: this one's names, and the one given."""
+    own = socket.gethostname().lower()
+    short = own.partition(".")[0]
+    return {"localhost", own, short, f"{short}.local", host.lower()}
+
+
 def address(host: str, port: int) -> str:
     """What to open in a browser."""
-    host = "localhost" if host in ("0.0.0.0", "::") else host
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

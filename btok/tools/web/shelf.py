@@ -7,9 +7,7 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from btok.files import printable
 from btok.inputs import (
     DOCUMENTS,
     IMAGES,
+    KINDS,
     TEXTS,
     VIDEOS,
     Page,
@@ -32,13 +31,15 @@ from btok.tools.folder import as_part, changed
 from btok.tools.index import Hit, Index
 from btok.tools.rows import item_name, without_none
 
-# a folder's kinds by their endings; `.ts` is TypeScript or a video, and counts among both
+BOTH = tuple(ending for ending in VIDEOS if ending in TEXTS)  # `.ts` is TypeScript or a video
+# a folder's kinds by their endings
 ENDINGS = {
     "picture": tuple(ending for ending in IMAGES if ending not in DOCUMENTS),
     "page": DOCUMENTS,
-    "video": VIDEOS,
+    "video": tuple(ending for ending in VIDEOS if ending not in BOTH),
     "text": TEXTS,
 }
+STAMP = ("size", "mtime_ns")  # by which a file is known to be what was indexed
 SIZES = {"small": 320, "large": 1280}  # pixels of the longer edge, at most
 LOSSLESS = 1 << 16  # pixels of a picture, up to which JPEG would show more than it saves
 GRID = 4  # frames that stand for a video, in two rows
@@ -61,20 +62,54 @@ class Shelf:
         root: the folder, resolved.
         real: by uri, the paths that are no UTF-8 (`Listing.real`).
         query_instruction: put before the text of queries.
+
+    Raises:
+        ValueError: an index of other things than files.
     """
 
     def __init__(
         self, index: Index, root: Path, real: Mapping[str, str], query_instruction: str = ""
     ) -> None:
+        if not {"uri", *STAMP} <= set(index.columns):
+            raise ValueError(
+                f"{index.uri} is an index of other things than a folder's files; give the --output "
+                "of an `encode` of this folder"
+            )
         self.index, self.root, self.real = index, root, real
         self.query_instruction = query_instruction
-        # the model and what reads files take one at a time; searches of the table do not wait
+        # one query at a time has the model, and one file's pixels the memory
         self.encoding, self.reading, self.looking = (threading.Lock() for _ in range(3))
         self.thumbnails: OrderedDict[tuple[str, str], Shown] = OrderedDict()
+        self.streams = self._streams()
 
     def counts(self) -> dict[str, int]:
         """How many items there are of each kind."""
-        return {kind: self.index.count(_among(kind)) for kind in ENDINGS}
+        return {kind: self.index.count(self._among(kind)) for kind in ENDINGS}
+
+    def _streams(self) -> frozenset[str]:
+        """The videos whose ending is one of `BOTH`, by uri."""
+        found = self.index.rows(["uri"], _ending(BOTH))
+        uris = {uri for batch in found for uri in batch["uri"].to_pylist()}
+        return frozenset(uri for uri in uris if self._is_stream(uri))
+
+    def _is_stream(self, uri: str) -> bool:
+        try:
+            return is_video(self._path(uri))
+        except (OSError, ValueError):
+            return False
+
+    def _among(self, kind: str | None) -> str | None:
+        """The condition of a kind; a ValueError for another than these."""
+        if kind is None:
+            return None
+        if kind not in ENDINGS:
+            raise ValueError(f"kind is {kind!r:.40}, expected one of {', '.join(ENDINGS)}")
+        among = _ending(ENDINGS[kind])
+        streams = ", ".join(quoted(uri) for uri in sorted(self.streams))
+        if streams and kind in ("video", "text"):
+            among += f" OR uri IN ({streams})" if kind == "video" else ""
+            among = f"({among}) AND uri NOT IN ({streams})" if kind == "text" else among
+        return among
 
     def search(self, text: str, picture: bytes, kind: str | None, k: int) -> list[dict[str, Any]]:
         """What is nearest to words, a picture (a file's bytes), or both.
@@ -87,7 +122,7 @@ class Shelf:
         side = with_frames(as_side(Side(text, images=[picture] if picture else [])))
         with self.encoding:
             (found,) = self.index.search(
-                [side], k, _among(kind), instruction=self.query_instruction
+                [side], k, self._among(kind), instruction=self.query_instruction
             )
         return self._told(found)
 
@@ -98,18 +133,21 @@ class Shelf:
             KeyError: there is none of this id.
         """
         self.item(name)
-        quoted = name.replace("'", "''")
-        vectors = [rows for rows, _ in self.index.vectors(f"id = '{quoted}'")]
-        (found,) = self.index.search(np.concatenate(vectors)[:1], k + 1, _among(kind))
+        vectors = [rows for rows, _ in self.index.vectors(f"id = {quoted(name)}")]
+        (found,) = self.index.search(np.concatenate(vectors)[:1], k + 1, self._among(kind))
         return self._told([hit for hit in found if hit.item["id"] != name][:k])
 
     def first(self, kind: str | None, k: int) -> list[dict[str, Any]]:
         """Some of what is there, in the order in which it was written."""
         among = "error IS NULL"
-        if condition := _among(kind):
+        if condition := self._among(kind):
             among += f" AND ({condition})"
-        rows = chain.from_iterable(batch.to_pylist() for batch in self.index.rows(where=among))
-        return [self.told(without_none(row)) for row, _ in zip(rows, range(k), strict=False)]
+        rows: list[dict[str, Any]] = []
+        for batch in self.index.rows(where=among):
+            rows += batch.slice(0, k - len(rows)).to_pylist()  # a batch may have 65,536
+            if len(rows) == k:
+                break
+        return [self.told(without_none(row)) for row in rows]
 
     def _told(self, found: list[Hit]) -> list[dict[str, Any]]:
         return [{**self.told(hit.item), "score": round(float(hit.score), 4)} for hit in found]
@@ -127,12 +165,9 @@ class Shelf:
         return said
 
     def _kind(self, item: Mapping[str, Any]) -> str:
+        if item["uri"] in self.streams:
+            return "video"
         ending = Path(item["uri"]).suffix.lower()
-        if ending in VIDEOS and ending in TEXTS:
-            try:
-                return "video" if is_video(self.path(item)) else "text"
-            except OSError:
-                return "text"
         return next((kind for kind, endings in ENDINGS.items() if ending in endings), "text")
 
     def item(self, name: str) -> dict[str, Any]:
@@ -148,62 +183,65 @@ class Shelf:
 
         Raises:
             PermissionError: it lies outside the folder, as through a link or by an index that was
-                tampered with.
+                tampered with, or is none that is indexed.
             FileNotFoundError: it is gone, or no longer what was indexed.
         """
-        path = self.root / self.real.get(item["uri"], item["uri"])
-        if not path.is_relative_to(self.root) or path.resolve() != path:
-            raise PermissionError(f"{printable(item['uri'])} leads out of the folder")
+        path, name = self._path(item["uri"]), printable(item["uri"])
         if not path.is_file():
-            raise FileNotFoundError(f"{printable(item['uri'])} is gone since it was indexed")
+            raise FileNotFoundError(f"{name} is gone since it was indexed")
+        hidden = any(part.startswith(".") for part in path.relative_to(self.root).parts)
+        if hidden or path.suffix.lower() not in KINDS or not item.keys() >= {*STAMP}:
+            raise PermissionError(f"{name} is no file that is indexed")
         if changed(path, item):
-            raise FileNotFoundError(
-                f"{printable(item['uri'])} changed since it was indexed; start the page again"
-            )
+            raise FileNotFoundError(f"{name} changed since it was indexed; start the page again")
         return path
 
-    @contextmanager
-    def _side(self, item: Mapping[str, Any]) -> Iterator[Side]:
-        with self.reading:
-            part = as_part(self.path(item), item)
-            if isinstance(part, Page):
-                yield Side(images=[part.rgb_array()])
-            else:
-                yield with_frames(as_side(part))
+    def _path(self, uri: str) -> Path:
+        path = self.root / self.real.get(uri, uri)
+        if not path.is_relative_to(self.root) or path.resolve() != path:
+            raise PermissionError(f"{printable(uri)} leads out of the folder")
+        return path
 
     def text(self, item: Mapping[str, Any]) -> str:
-        """What was embedded of a text file."""
-        with self._side(item) as side:
-            return side.text
+        """What was embedded of a text file; a ValueError for what is none."""
+        if self._kind(item) != "text":
+            raise ValueError(f"{printable(item['uri'])} is no text")
+        return with_frames(as_side(self.path(item))).text
 
     def thumbnail(self, item: Mapping[str, Any], size: str) -> Shown | None:
         """A picture, a page, or a video's frames; None of a text.
 
         Raises:
-            PermissionError, FileNotFoundError: as `path`.
+            PermissionError, FileNotFoundError: as `path`, also of one that was shown before.
             ValueError: it cannot be read any more.
         """
-        key = item["id"], size
-        if (kept := self.thumbnails.get(key)) is not None:
-            return kept
-        with self._side(item) as side:
-            frames = [*side.images, *side.video]
-            if not frames:
-                return None
-            shown = _encoded(_grid([rgb_array(frame) for frame in frames]), SIZES[size])
-            self.thumbnails[key] = shown
+        path, key = self.path(item), (item["id"], size)
+        if self._kind(item) == "text":
+            return None
+        if (shown := self.thumbnails.get(key)) is not None:
+            return shown
+        with self.reading:
+            if (shown := self.thumbnails.get(key)) is not None:  # another made it meanwhile
+                return shown
+            part = as_part(path, item)
+            if isinstance(part, Page):
+                frames = [part.rgb_array()]
+            else:
+                side = with_frames(as_side(part))
+                frames = [rgb_array(frame) for frame in (*side.images, *side.video)]
+            shown = self.thumbnails[key] = _encoded(_grid(frames), SIZES[size])
             while sum(len(each.data) for each in self.thumbnails.values()) > KEPT:
                 self.thumbnails.popitem(last=False)
         return shown
 
 
-def _among(kind: str | None) -> str | None:
-    """The condition of a kind; a ValueError for another than these."""
-    if kind is None:
-        return None
-    if kind not in ENDINGS:
-        raise ValueError(f"kind is {kind!r:.40}, expected one of {', '.join(ENDINGS)}")
-    return " OR ".join(f"lower(uri) LIKE '%{ending}'" for ending in ENDINGS[kind])
+def quoted(text: str) -> str:
+    """A text in a condition."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _ending(endings: tuple[str, ...]) -> str:
+    return " OR ".join(f"lower(uri) LIKE '%{ending}'" for ending in endings)
 
 
 def _grid(frames: list[np.ndarray]) -> np.ndarray:
