@@ -7,12 +7,14 @@ BENCH_OUT ?= runs/bench
 PROFILE_OUT ?= runs/profile
 GPU_OUT ?= runs/gpu
 SERVE_OUT ?= runs/serving
+BROWSER_OUT ?= runs/browser
+DOCS_OUT ?= runs/site
 VERSIONS ?=
 VERSIONS_PAGE ?=
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full hopper serve-test versions lint graph bench profile aot gpu
+.PHONY: setup demo test test-full docs hopper serve-test versions lint graph bench profile aot gpu dist
 
 setup: .venv/ready
 
@@ -46,6 +48,15 @@ hopper: setup .venv/triton-3.9/ready
 	PYTHONPATH=.venv/triton-3.9 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal \
 		-m "not full" tests/compiled/test_compiled_hopper.py tests/compiled/test_planted_faults_hopper.py
 
+# the page of `python -m btok serve` in this machine's own browser; leaves screenshots
+browser-test: setup
+	@$(BIN)/python -c "import shutil, sys; names = 'chromium chromium-browser google-chrome'.split(); \
+		sys.exit(not any(map(shutil.which, names)) and \
+		'no Chromium or Chrome here; install one, as by apt-get install chromium')"
+	@$(BIN)/python -c "import playwright, axe_playwright_python" 2> /dev/null \
+		|| $(BIN)/pip install --quiet playwright axe-playwright-python
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 SCREENSHOTS=$(BROWSER_OUT) $(BIN)/python -m pytest tests/test_web_browser.py
+
 # vLLM on the CPU over HTTP, beside our encoder
 serve-test: setup .venv/vllm/ready
 	PYTHONPATH=tests $(BIN)/python -m serving.run --engine .venv/vllm/bin/python --out $(SERVE_OUT)
@@ -71,26 +82,50 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# README and docs as a site, to be opened at $(DOCS_OUT)/index.html; a warning is a failure
+docs: setup
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -c docs . $(DOCS_OUT)
+
 # fails where an import goes in a circle or up
 graph: setup
-	$(BIN)/python bench/imports.py docs/imports.png
+	$(BIN)/python tests/imports.py docs/imports.png
 
 bench: setup
 	@mkdir -p $(BENCH_OUT)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only --benchmark-json $(BENCH_OUT)/bench.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only --keep $(BENCH_OUT)/bench.json
 	$(BIN)/python bench/report.py page $(BENCH_OUT)/bench.json
 
 profile: setup
 	$(BIN)/python bench/breakdown.py --out $(PROFILE_OUT)
 
 aot: setup .venv/triton-3.9/ready
-	$(BIN)/python bench/aot.py --also .venv/triton-3.9 --out bench/results/aot.md --check
+	$(BIN)/python -m tests.compiled.aot --also .venv/triton-3.9 --out bench/results/aot.md --check
 
 # beside the environment's own: what it compiles is looked at, not run
 .venv/triton-3.9/ready: .venv/ready
 	$(BIN)/pip install --quiet --no-deps --target .venv/triton-3.9 triton==3.9.0
 	@touch $@
 
-# with the PYTHON of a CUDA machine (see bench/gpu.py); again, with the same GPU_OUT, it goes on
-gpu:
-	PYTHONPATH=.:kernels $(PYTHON) bench/gpu.py --out $(GPU_OUT) --budget $(BUDGET)
+# with the PYTHON of a CUDA machine: device tests, questions (bench/questions.py) and benchmarks, the
+# latter two for BUDGET seconds; again, with the same GPU_OUT, it goes on
+CONTESTS = bench/questions.py bench/ --benchmark-only --keep $(GPU_OUT)/gpu.json
+gpu: export PYTHONPATH = .:kernels
+gpu: export OMP_NUM_THREADS = 8
+gpu: $(GPU_OUT)/tested
+	-timeout -k 5 90 $(PYTHON) -m torch.distributed.run --nproc-per-node gpu --no-python \
+		$(PYTHON) -m pytest -q $(CONTESTS) -k gather
+	-timeout -k 5 $(BUDGET) $(PYTHON) -m pytest -q $(CONTESTS)
+	$(PYTHON) bench/report.py page $(GPU_OUT)/gpu.json
+
+$(GPU_OUT)/tested:
+	@$(PYTHON) -c "import torch; torch.cuda.is_available() or exit('gpu: torch sees no CUDA device')"
+	@mkdir -p $(GPU_OUT)
+	$(PYTHON) -m pytest tests/device -q -m "not full" --maxfail 5 \
+		$$($(PYTHON) -c "import xdist" 2> /dev/null && echo -n 8)
+	@touch $@
+
+# what is released, in dist/: the sdist, the wheel made of it, and both looked at
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	BTOK_DIST=dist $(BIN)/python -m pytest tests/test_wheel.py tests/test_release.py

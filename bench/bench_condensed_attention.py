@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import DEVICE, Contest
-from bench.peers import PEERS, Attention, filled, kept_pairs, mixes, truth
+from bench.harness import DEVICE, Contest, check
+from bench.peers import PEERS, Attention, attention_inputs, filled, kept_pairs, mixes, truth
 from btok_kernels.layout import CondensedLayout
 
 HEADS, KEY_HEADS = 12, 2
@@ -41,13 +41,7 @@ DIRECTIONS = ("forward", "forward + backward")
 def prepared(mix: str) -> tuple[CondensedLayout, list[Tensor], list[Tensor]]:
     """The layout; q, k, v and the gradient of the output; what they should give."""
     layout = LAYOUTS[mix].to(DEVICE)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [
-        torch.randn(layout.num_rows, heads, DIM, generator=generator).to(DEVICE, DTYPE)
-        for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS)
-    ]
-    for tensor in inputs[:3]:
-        tensor.requires_grad_()
+    inputs = attention_inputs(layout, HEADS, KEY_HEADS, DIM, DTYPE)
     return layout, inputs, truth(layout, *inputs)
 
 
@@ -62,13 +56,8 @@ def bench_condensed_attention(contest: Contest, mix: str, peer: str, direction: 
             out = attend(q, k, v)
         return [out, *torch.autograd.grad(out, (q, k, v), grad)] if backward else [out]
 
-    def check(name: str, results: list[Tensor]) -> None:
-        for got, want in zip(results, expected, strict=False):
-            error = float((got.detach().float() - want).norm() / want.norm())
-            assert error <= TOLERANCE, f"wrong result of {name}, off by {error:.1e}: not timed"
-
     ours = PEERS[OURS](layout)
-    check(OURS, step(ours))
+    check(OURS, step(ours), expected, TOLERANCE)
     if DEVICE == "cuda":
         torch.compiler.reset()  # beyond some shapes it would run what it has not compiled
     try:
@@ -76,7 +65,7 @@ def bench_condensed_attention(contest: Contest, mix: str, peer: str, direction: 
         results = step(theirs)
     except Exception as error:
         pytest.skip(f"{peer} cannot run: {type(error).__name__}: {error}"[:200])
-    check(peer, results)
+    check(peer, results, expected, TOLERANCE)
     del results
     pairs = kept_pairs(layout)
     moved = [q, k, v, q] + ([q, q, k, v] if backward else [])  # out is as large as q

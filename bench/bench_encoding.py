@@ -4,8 +4,6 @@ padded batches  as VLM2Vec embeds, on the same weights: the inputs in the order 
                 same Processor a batch of 16 at a time, padded; transformers' forward with torch's
                 attention, the last layer in full, the last token; without the logits
 one by one      encode itself, on one input at a time
-float32         pixels to patches as it was: both frames of a picture, normalised by a look-up
-0 workers, ...  the pairs of a training run read by so many processes, beside two
 
 Three inputs of four are texts, the rest pictures, arrays and PIL's in turn; their lengths in tokens
 are log-uniform and in random order. On a GPU the model is Qwen2-VL-2B's shape in bf16; on a CPU it
@@ -17,12 +15,10 @@ layer's for the K rows alone; `predicted` is the ratio of multiply-adds.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import random
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,17 +31,13 @@ from torch.nn.utils.rnn import pad_sequence
 from bench import bench_inference
 from bench.bench_inference import BATCH, SHAPE, K, Shape, multiply_adds
 from bench.harness import DEVICE, Contest
-from bench.models import byte_tokenizer, random_qwen2_vl
-from btok.data.records import Side
-from btok.data.sources import open_source
+from bench.models import byte_tokenizer, pooled_of_padded, random_qwen2_vl
 from btok.encoder import BTokEncoder
 from btok.families.qwen_images import TEMPORAL_PATCH, QwenImageProcessor
 from btok.inputs import as_side
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.vision import by_name, vision_of
-from train.recipes import Recipe
-from train.sampler import TrainSet, load_steps
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -120,23 +112,13 @@ class Encoders:
         for at in range(0, len(inputs), BATCH):
             samples = [by_name(self.processor(as_side(v))) for v in inputs[at : at + BATCH]]
             ids = [torch.cat([s["input_ids"], torch.tensor(btoks).long()]) for s in samples]
-            mask = pad_sequence([torch.ones_like(tokens) for tokens in ids], batch_first=True)
-            tokens = pad_sequence(ids, batch_first=True)
             vision = {}
             if seen := [s for s in samples if "pixel_values" in s]:
                 for key in ("pixel_values", "image_grid_thw"):
                     vision[key] = torch.cat([s[key] for s in seen]).to(device)
-                vision["mm_token_type_ids"] = (
-                    (tokens == self.stock.config.image_token_id).int().to(device)
-                )
-            states = self.stock.model(
-                input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                use_cache=False,
-                **vision,
-            ).last_hidden_state
-            last = mask.sum(1, keepdim=True) + torch.arange(-rows, 0)  # [n, rows]
-            pooled.append(states[torch.arange(len(ids))[:, None], last].float().mean(1))
+                pictures = pad_sequence(ids, batch_first=True) == self.stock.config.image_token_id
+                vision["mm_token_type_ids"] = pictures.int().to(device)
+            pooled.append(pooled_of_padded(self.stock.model, ids, rows, **vision))
         return F.normalize(torch.cat(pooled), dim=-1).cpu().numpy()
 
     def check(self, peer: str, inputs: Sequence[Any], alone: np.ndarray) -> None:
@@ -219,71 +201,4 @@ def bench_encoding(contest: Contest, peer: str) -> None:
         inputs=len(inputs),
         tokens=sum(lengths),
         images=len(patches),
-    )
-
-
-def bench_patches(contest: Contest) -> None:
-    """One picture of 448 pixels a side, decoded and of the right size."""
-    images = Processor(byte_tokenizer()).image_processor
-    assert isinstance(images, QwenImageProcessor)
-    picture = np.random.default_rng(0).integers(0, 256, (448, 448, 3), dtype=np.uint8)
-    mean, std = (np.array(x, np.float32) for x in (images.image_mean, images.image_std))
-    unit = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
-    levels = ((unit - mean) / std).T.copy()
-    p, m = images.patch_size, images.merge_size
-    n = 448 // p // m
-
-    def floats() -> torch.Tensor:
-        """[patches, 3 * 2 * p * p]"""
-        clip = np.stack([picture, picture])
-        values = np.stack([levels[c][clip[..., c]] for c in range(3)], axis=1)
-        blocks = values.reshape(1, TEMPORAL_PATCH, 3, n, m, p, n, m, p)
-        flat = blocks.transpose(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape((n * m) ** 2, -1)
-        return torch.from_numpy(np.ascontiguousarray(flat))
-
-    ours = partial(images, Side(images=[picture]))
-    (shown,) = ours().shown["vision"]
-    assert torch.equal(shown.as_floats().pixels, floats()), "wrong pixels: not timed"
-    contest(
-        "patches",
-        "448 x 448 pixels",
-        "float32",
-        ours,
-        floats,
-        dtype=torch.float32,
-        flops=picture.nbytes,
-        bytes=2 * picture.nbytes,
-        predicted=shown.pixels.nbytes / floats().nbytes,
-        travelling=[shown.pixels.nbytes, floats().nbytes],  # bytes, ours first
-    )
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def bench_loading(contest: Contest, tmp_path: Path, workers: int) -> None:
-    """Pairs of a text and a JPEG of 448 pixels a side, to steps of 8."""
-    steps, size = 16, 8
-    shades = np.add.outer(np.arange(448), np.arange(448))[..., None] * (1, 2, 3)
-    rows = []
-    for i in range(steps * size):
-        Image.fromarray((shades + i).astype(np.uint8)).save(tmp_path / f"{i}.jpg")
-        rows.append(json.dumps({"query": f"text {i}", "positive": {"images": [f"{i}.jpg"]}}))
-    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
-    recipe = Recipe(caption_steps=0, steps=steps, group_size=size, groups_per_batch=1)
-    source = open_source(tmp_path / "pairs.jsonl")
-    train_set = TrainSet(recipe, Processor(byte_tokenizer()), [source])
-
-    def read(workers: int) -> list[list[int]]:
-        return [step.rows for _, step in load_steps(train_set, 0, workers)]
-
-    assert read(2) == read(workers), "wrong pairs: not timed"
-    contest(
-        "loading",
-        f"{len(rows)} pairs",
-        f"{workers} worker{'s' * (workers != 1)}",
-        partial(read, 2),
-        partial(read, workers),
-        dtype=torch.float32,
-        flops=len(rows) * shades.size,
-        bytes=len(rows) * 2 * shades.size,
-        predicted=max(workers, 1) / 2,
     )

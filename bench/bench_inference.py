@@ -31,10 +31,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from bench.harness import DEVICE, Contest
-from bench.models import random_qwen2_vl
+from bench.models import pooled_of_padded, random_qwen2_vl
 from btok.model import BTokModel
 
 BATCH = 16  # inputs that are padded together
@@ -89,17 +88,9 @@ class Contestants:
     @torch.no_grad()
     def padded(self, inputs: Sequence[list[int]], rows: int = 1) -> Tensor:
         """Transformers' own: the mean of each input's last `rows` rows, [N, D], unit norm."""
-        pooled, device = [], self.stock.device
-        for at in range(0, len(inputs), BATCH):
-            ids = [torch.tensor(tokens) for tokens in inputs[at : at + BATCH]]
-            mask = pad_sequence([torch.ones_like(tokens) for tokens in ids], batch_first=True)
-            states = self.stock.model(
-                input_ids=pad_sequence(ids, batch_first=True).to(device),
-                attention_mask=mask.to(device),
-                use_cache=False,
-            ).last_hidden_state
-            last = mask.sum(1, keepdim=True) + torch.arange(-rows, 0)  # [n, rows]
-            pooled.append(states[torch.arange(len(ids))[:, None], last].float().mean(1))
+        ids = [torch.tensor(tokens) for tokens in inputs]
+        batches = [ids[at : at + BATCH] for at in range(0, len(ids), BATCH)]
+        pooled = [pooled_of_padded(self.stock.model, batch, rows) for batch in batches]
         return F.normalize(torch.cat(pooled), dim=-1)
 
     @torch.inference_mode()

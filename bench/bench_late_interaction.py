@@ -17,11 +17,10 @@ from functools import cache, partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bench_contrastive_loss import DIRECTIONS, check, step
-from bench.harness import DEVICE, Contest
+from bench.bench_contrastive_loss import DIRECTIONS, TAU, TOLERANCE, random_pairs, step
+from bench.harness import DEVICE, Contest, check
 from bench.peers import chunked_late_interaction
 from btok.kernels import contrastive_loss
 
@@ -33,7 +32,6 @@ else:
     TOKENS = int(os.environ.get("TOKENS", 8))
     SIZES = [int(os.environ.get("ROWS", 512))]
 DIM = 128
-TAU = 0.02
 PEER = "chunked torch"
 
 
@@ -48,12 +46,7 @@ def peer(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
 @cache
 def inputs(rows: int) -> tuple[Tensor, Tensor]:
     """Unit tokens, query and key, with a loss of 1 to 8."""
-    g = torch.Generator().manual_seed(0)
-    shape = (rows, TOKENS, DIM)
-    key = F.normalize(torch.randn(shape, generator=g), dim=-1)
-    query = F.normalize(key + 4 * F.normalize(torch.randn(shape, generator=g), dim=-1), dim=-1)
-    query, key = (x.to(DEVICE, DTYPE).requires_grad_() for x in (query, key))
-    return query, key
+    return random_pairs(rows, TOKENS, DIM)
 
 
 @cache
@@ -70,8 +63,8 @@ def bench_late_interaction(contest: Contest, rows: int, direction: str) -> None:
     query, key = inputs(rows)
     expected = truth(rows, bidirectional)
     we, they = (partial(step, loss, query, key, bidirectional) for loss in (ours, peer))
-    check(OURS, we(), expected)
-    check(PEER, they(), expected)
+    check(OURS, we(), expected, TOLERANCE)
+    check(PEER, they(), expected, TOLERANCE)
     contest(
         "late interaction",
         f"{rows} rows of {TOKENS}, {direction}",

@@ -6,8 +6,6 @@ two padded passes  as the authors' code does it, with transformers' own forward 
                    attention: GradCache over padded chunks of one side of the pairs; with gradients
                    [x ; B] with a KV cache, then T on the bottleneck tokens' keys and values, logits
                    of all T rows; the vision tower each time
-label rows         that, with logits at label rows alone
-vision once        that, and the vision tower once per image: what remains is packing
 
 and ours with one lever the other way. A packed pass has half as many samples again as a padded
 chunk, so that what padding took goes into both speed and memory. All give the same losses and the
@@ -83,11 +81,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "without GradCache": {"gradcache": False, "chunk_tokens": None},
     "with checkpointing": {"checkpoint_activations": True},
 }
-PADDED: dict[str, dict[str, bool]] = {
-    "two padded passes": {},
-    "label rows": {"label_rows": True},
-    "vision once": {"label_rows": True, "vision_once": True},
-}
+PADDED = "two padded passes"
 
 
 class Contestants:
@@ -147,17 +141,13 @@ class Contestants:
         microbatches = Packing.of(self.btok, processor, recipe).microbatches(self.samples)
         return train_step(self.btok, recipe, self.pairs, microbatches, 0).losses
 
-    def padded(self, label_rows: bool = False, vision_once: bool = False) -> Losses:
+    def padded(self) -> Losses:
         """GradCache over padded chunks, in two passes each."""
         self.zero()
         count = len(self.samples)
         chunks = [self.samples[at : at + self.chunk] for at in range(0, count, self.chunk)]
-        seen: dict[int, Tensor] = {}
-        if vision_once:
-            sides = {id(side): side for sample in self.samples for side in sample if side}
-            seen = {n: self.see([side]) for n, side in sides.items() if "pixel_values" in side}
         with torch.no_grad():
-            parts = [self.encode([source for source, _ in chunk], seen)[0] for chunk in chunks]
+            parts = [self.encode([source for source, _ in chunk])[0] for chunk in chunks]
         embeddings = torch.cat(parts).requires_grad_()
         query, positive = embeddings.chunk(2)
         own = torch.arange(len(query), device=query.device)
@@ -166,10 +156,10 @@ class Contestants:
         assert embeddings.grad is not None
         total = torch.zeros((), device=embeddings.device)
         for chunk, grad in zip(chunks, embeddings.grad.split(self.chunk), strict=True):
-            part, kept = self.encode([source for source, _ in chunk], seen, keep=True)
+            part, kept = self.encode([source for source, _ in chunk], keep=True)
             loss = (part * grad).sum()
             if any(target is not None for _, target in chunk):
-                ntp = self.generate(chunk, kept, seen, label_rows) / self.targets
+                ntp = self.generate(chunk, kept) / self.targets
                 loss = loss + self.recipe.ntp_weight * ntp
                 total = total + ntp.detach()
             loss.backward()
@@ -192,7 +182,6 @@ class Contestants:
         sides: Sequence[Any],
         tokens: Sequence[Tensor],
         places: Sequence[Tensor],
-        seen: dict[int, Tensor],
         left: bool,
         past: Any = None,
         before: Tensor | None = None,
@@ -219,10 +208,8 @@ class Contestants:
         embeds = self.stock.get_input_embeddings()(ids)
         having = [side for side in sides if "pixel_values" in side]
         if having:
-            features = torch.cat([seen[id(side)] for side in having]) if seen else self.see(having)
-            embeds = embeds.masked_scatter(
-                (ids == self.image)[..., None], features.to(embeds.dtype)
-            )
+            features = self.see(having).to(embeds.dtype)
+            embeds = embeds.masked_scatter((ids == self.image)[..., None], features)
         return self.stock.model.language_model(
             inputs_embeds=embeds,
             attention_mask=mask if before is None else torch.cat([before, mask], dim=1),
@@ -232,14 +219,14 @@ class Contestants:
         )
 
     def encode(
-        self, sources: Sequence[Mapping[str, Any]], seen: dict[int, Tensor], keep: bool = False
+        self, sources: Sequence[Mapping[str, Any]], keep: bool = False
     ) -> tuple[Tensor, Any]:
         """Unit vectors [n, D] and, to `keep` them, the bottleneck tokens' keys and values."""
         from transformers import DynamicCache
 
         alone = [pack([(source, None)], **self.packing) for source in sources]
         tokens, places = [b.input_ids for b in alone], [b.position_ids for b in alone]
-        output = self.forward(sources, tokens, places, seen, left=True, use_cache=keep)
+        output = self.forward(sources, tokens, places, left=True, use_cache=keep)
         pooled = output.last_hidden_state[:, -K:].float().mean(1)
         if not keep:
             return F.normalize(pooled, dim=-1), None
@@ -248,9 +235,7 @@ class Contestants:
             kept.update(layer.keys[:, :, -K:], layer.values[:, :, -K:], index)
         return F.normalize(pooled, dim=-1), kept
 
-    def generate(
-        self, chunk: Sequence[Sample], kept: Any, seen: dict[int, Tensor], label_rows: bool
-    ) -> Tensor:
+    def generate(self, chunk: Sequence[Sample], kept: Any) -> Tensor:
         """The sum over samples of their mean loss per label."""
         some = [i for i, (_, target) in enumerate(chunk) if target is not None]
         kept.batch_select_indices(torch.tensor(some, device=self.stock.device))
@@ -263,16 +248,10 @@ class Contestants:
         )
         before = torch.ones(len(some), K, dtype=torch.long, device=self.stock.device)
         targets = [chunk[i][1] for i in some]
-        output = self.forward(targets, tokens, places, seen, left=False, past=kept, before=before)
-        states = output.last_hidden_state  # [n, L, D]
-        rows = [b.label_rows - n for b, n in both]
-        if label_rows:
-            picked = torch.cat([states[i, at.to(states.device)] for i, at in enumerate(rows)])
-            found = self.stock.lm_head(picked).float().split([len(at) for at in rows])
-        else:
-            logits = self.stock.lm_head(states).float()
-            found = [logits[i, at.to(states.device)] for i, at in enumerate(rows)]
-        labels = [batch.labels.to(states.device) for batch in whole]
+        output = self.forward(targets, tokens, places, left=False, past=kept, before=before)
+        logits = self.stock.lm_head(output.last_hidden_state).float()  # [n, L, V]
+        found = [logits[i, (b.label_rows - n).to(logits.device)] for i, (b, n) in enumerate(both)]
+        labels = [batch.labels.to(logits.device) for batch in whole]
         return torch.stack(list(map(F.cross_entropy, found, labels))).sum()
 
     def check(self, name: str, run: Callable[[], Losses], want: tuple[list[float], Tensor]) -> None:
@@ -332,12 +311,11 @@ def prepared() -> tuple[Contestants, tuple[list[float], Tensor], int]:
     return contestants, want, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("peer", [*PADDED, *LEVERS])
+@pytest.mark.parametrize("peer", [PADDED, *LEVERS])
 def bench_training_step(contest: Contest, peer: str) -> None:
     contestants, want, flops = prepared()
-    if peer in PADDED:
-        theirs: Callable[[], Losses] = partial(contestants.padded, **PADDED[peer])
-    else:
+    theirs: Callable[[], Losses] = contestants.padded
+    if peer in LEVERS:
         theirs = partial(contestants.ours, **LEVERS[peer])
     contestants.check(peer, theirs, want)
     frozen = sum(p.nbytes for p in contestants.stock.parameters())

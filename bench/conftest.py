@@ -1,14 +1,20 @@
-"""What the benchmarks share: a fixture, their table, and what `--benchmark-json` writes.
+"""What the benchmarks share: a fixture, their table, and the file of results.
 
-The file has the machine, the versions, the commit, the roofs, the peers that are not installed, and
-the contests; nothing that names the machine's user or host.
+`--keep FILE` writes the results after every contest, skips what FILE has of this commit on this
+machine, and notes what could not be timed: a run that was stopped goes on. The file has the
+machine, the versions, the commit, the roofs, the peers that are not installed, and the contests;
+nothing that names the machine's user or host.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +22,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.harness import DEVICE, Contest, roof
+from bench.provenance import FORMAT_VERSION, digest_of_code, machine, output_of, versions
+from btok.files import write_json
 
-FORMAT_VERSION = 2
 # module -> what its benchmark would compare with; `pip install .[bench]` brings those that install
 PEERS = {
     "xformers": "condensed attention",
@@ -32,6 +39,22 @@ HEADER = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--keep", type=Path, help="file of contests: written after each, gone on with")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    kept = config.getoption("keep", None)
+    config.stash[KEPT] = Kept(kept) if kept else None
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    kept = config.stash[KEPT]
+    return (
+        f"keep: {kept.path}, of which {len(kept.found)} contests are gone on with" if kept else None
+    )
+
+
 @pytest.fixture(scope="session")
 def lines(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """Of the table, shown after the last case."""
@@ -39,50 +62,95 @@ def lines(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     yield table
     if not table:
         return
-    missing = [name for name in PEERS if not importlib.util.find_spec(name)]
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n", HEADER, *table, sep="\n")
-        print("peers that are not installed:", ", ".join(missing) or "none")
+        print("peers that are not installed:", ", ".join(missing()) or "none")
 
 
 @pytest.fixture
 def contest(
     benchmark: BenchmarkFixture, request: pytest.FixtureRequest, lines: list[str]
-) -> Contest:
+) -> Iterator[Contest]:
     """See `bench.harness.Contest`."""
-    return Contest(benchmark, request.config, lines)
+    kept, name = request.config.stash[KEPT], request.node.nodeid
+    if kept and not kept.begin(name):
+        pytest.skip("kept")
+    yield Contest(benchmark, request.config, lines)
+    if kept and benchmark.extra_info:
+        kept.put(name, benchmark.extra_info)
 
 
-def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """In place of pytest-benchmark's own content."""
-    cases = [each["extra_info"] for each in output_json["benchmarks"] if each["extra_info"]]
-    dtypes = sorted({case["dtype"] for case in cases})
-    cpu = output_json["machine_info"].get("cpu", {})
-    commit = output_json["commit_info"]
-    machine = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "cpu": cpu.get("brand_raw"),
-        "cores": cpu.get("count"),
-        "threads": torch.get_num_threads(),
-    }
-    roofs = {name: roof(getattr(torch, name))._asdict() for name in dtypes}
-    when = str(output_json["datetime"])
-    output_json.clear()
-    output_json |= {
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    report = yield
+    kept = item.config.stash[KEPT]
+    if kept and report.when == "call" and not report.passed:
+        said = report.longrepr[2] if report.skipped else report.longrepr.reprcrash.message
+        kept.put(item.nodeid, {"error": said.partition("\n")[0][:200]})
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # after a fault in a kernel nothing runs: leave the rest
+    return report
+
+
+class Kept:
+    """The file of `--keep`, which is whole after every contest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.found = path, {}
+        if path.exists():
+            try:
+                before = json.loads(path.read_text())
+                cases = {case["id"]: case for case in before["cases"] + before["errors"]}
+            except (ValueError, LookupError, TypeError):
+                raise pytest.UsageError(f"--keep is {path}, which holds no such results") from None
+            if all(before.get(key) == value for key, value in about().items()):
+                self.found = cases
+
+    def begin(self, name: str) -> bool:
+        """Whether a contest is still to be held. One that twice did not end, as a kernel hung or
+        took the process along, is not."""
+        begun = self.found.get(name, {"begun": 0}).get("begun", 2)
+        if begun < 2:
+            self.put(name, {"error": "did not end", "begun": begun + 1})
+        return begun < 2
+
+    def put(self, name: str, case: dict[str, Any]) -> None:
+        self.found[name] = {"id": name, **case}
+        if os.environ.get("RANK", "0") == "0":
+            errors = [each for each in self.found.values() if "error" in each]
+            timed = [each for each in self.found.values() if "error" not in each]
+            dtypes = sorted({case["dtype"] for case in timed if case["flops"]})
+            roofs = {name: roof(getattr(torch, name))._asdict() for name in dtypes}
+            found = {"roofs": roofs, "cases": timed, "errors": errors}
+            write_json(self.path, {**about(), **commit(), **found})
+
+
+KEPT = pytest.StashKey[Kept | None]()
+
+
+def missing() -> dict[str, str]:
+    """Peers that are not installed, and what they would be compared with."""
+    return {name: what for name, what in PEERS.items() if not importlib.util.find_spec(name)}
+
+
+@cache
+def about() -> dict[str, Any]:
+    """What a file's contests are of; those of anything else are not gone on with."""
+    cuda = {"CUDA": torch.version.cuda} if DEVICE == "cuda" else {}
+    query = ("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    driver = {"driver": said} if cuda and (said := output_of("nvidia-smi", *query)) else {}
+    return {
         "format_version": FORMAT_VERSION,
-        "when": when,
-        "commit": commit.get("id"),
-        "dirty": commit.get("dirty"),
-        "machine": machine,
-        "versions": {name: v for name in PACKAGES if (v := _version(name))},
-        "roofs": roofs,
-        "missing": {n: what for n, what in PEERS.items() if not importlib.util.find_spec(n)},
-        "cases": cases,
+        "code": digest_of_code("bench"),
+        "machine": machine(),
+        "versions": versions(PACKAGES) | cuda | driver,
+        "missing": missing(),
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def commit() -> dict[str, Any]:
+    return {
+        "when": datetime.now(UTC).isoformat(),
+        "commit": output_of("git", "rev-parse", "HEAD") or None,
+        "dirty": bool(output_of("git", "status", "--porcelain")),
+    }

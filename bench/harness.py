@@ -1,11 +1,12 @@
 """A contest: two contestants take turns, and what their figures need is written down beside them.
 
-Times are wall-clock seconds around a call that ends in a synchronized device. The two alternate,
-the second first in every other pair, so that a machine that slows down slows both: `ratio` is ours
-over the peer's, the median over pairs, with both quartiles, which tell how much a pair says, and
-the median's 95 % `interval`, which narrows with the pairs. `memory` is the peak of what torch's
-allocator holds beyond what it held before a call, results included. (The resident set would have in
-it what the C library keeps, which differs from call to call by more than some contestants take.)
+The two alternate, the second first in every other pair, so that a machine that slows down slows
+both: `ratio` is ours over the peer's, the median over pairs, with both quartiles, which tell how
+much a pair says, and the median's 95 % `interval`, which narrows with the pairs. On a GPU a call is
+timed between two events, with a cold L2 cache; on a CPU by the wall clock. `memory` is the peak of
+what torch's allocator holds beyond what it held before a call, results included. (The resident set
+would have in it what the C library keeps, which differs from call to call by more than some
+contestants take.)
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import accumulate, chain, cycle, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-if TYPE_CHECKING:  # bench/gpu.py needs neither
+if TYPE_CHECKING:
     import pytest
     from pytest_benchmark.fixture import BenchmarkFixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 Call = Callable[[], Any]
+Clock = Callable[[Call], float]
+Loop = Callable[[Call, Call, int], None]  # what comes before a round, a round, how many
 
 
 def settle_allocator() -> None:
@@ -57,40 +61,26 @@ def roof(dtype: torch.dtype) -> Roof:
     a, b = (torch.randn(n, n, dtype=dtype, device=DEVICE) for _ in range(2))
     source = torch.zeros(length, dtype=torch.int8, device=DEVICE)
     target = torch.zeros_like(source)
-    product = min(seconds(lambda: a @ b)[0] for _ in range(10))
-    copy = min(seconds(lambda: target.copy_(source))[0] for _ in range(10))
+    product = min(seconds(lambda: a @ b) for _ in range(10))
+    copy = min(seconds(lambda: target.copy_(source)) for _ in range(10))
     return Roof(2 * n**3 / product, 2 * length / copy)
 
 
-def seconds(call: Call) -> tuple[float, float]:
-    """Of the wall clock and of the processor, this process's threads together."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def wall_seconds(call: Call) -> float:
+    """Of a call that ends on the host."""
+    begin = time.perf_counter()
     call()
-    synchronize()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter() - begin
 
 
-def median_interval(sample: Sequence[float]) -> tuple[float, float]:
-    """Where the median of what a sample is drawn from lies, with 95 % confidence.
-
-    Two order statistics, whatever the distribution; of fewer than six values the smallest and the
-    largest, which are less sure.
-    """
-    ordered, n = sorted(sample), len(sample)
-    # as many values lie below the median as a fair coin falls on heads in n tosses
-    heads = accumulate(math.comb(n, k) / 2**n for k in range(n))
-    rank = max(sum(1 for _ in takewhile(lambda p: p <= 0.025, heads)) - 1, 0)
-    return ordered[rank], ordered[-1 - rank]
-
-
-def device_seconds(call: Call) -> float:
+def seconds(call: Call) -> float:
     """Between two events around a call, the L2 cache cold; on a CPU of the wall clock.
 
     The host gets ahead of the device first, so that launching is timed only where it takes longer
     than what is launched.
     """
     if DEVICE != "cuda":
-        return seconds(call)[0]
+        return wall_seconds(call)
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _flushed().zero_()
     torch.cuda._sleep(1_000_000)
@@ -102,41 +92,9 @@ def device_seconds(call: Call) -> float:
 
 
 @cache
-def _flushed() -> torch.Tensor:
+def _flushed() -> Tensor:
     """Larger than any L2 cache."""
     return torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
-
-
-def duel(today: Call, other: Call, most: float = 0.5, pairs: int | None = None) -> dict[str, Any]:
-    """Two calls in turns on the device's clock: `ratio` is the other's time over today's.
-
-    Args:
-        today, other: what is called, their results checked before.
-        most: seconds that the pairs may take, but there are seven at least, and at most 101.
-        pairs: how many instead, where several processes must agree.
-
-    Returns:
-        `ratio`, the median over pairs, its 95 % `interval`, `pairs`, and of both (today's first)
-        the median `ms` and the peak `mib`.
-    """
-    calls = (today, other)
-    memory = [peak(call) / 2**20 for call in calls]  # and warms up
-    if pairs is None:
-        both = sum(seconds(partial(device_seconds, call))[0] for call in calls)
-        pairs = min(max(int(most / both), 7), 101)
-    times: list[tuple[float, float]] = []
-    for i in range(pairs):
-        order = (0, 1) if i % 2 else (1, 0)
-        took = {who: device_seconds(calls[who]) for who in order}
-        times.append((took[0], took[1]))
-    ratios = [b / a for a, b in times]
-    return {
-        "ratio": statistics.median(ratios),
-        "interval": median_interval(ratios),
-        "pairs": pairs,
-        "ms": [1e3 * statistics.median(each) for each in zip(*times, strict=True)],
-        "mib": memory,
-    }
 
 
 def synchronize() -> None:
@@ -157,6 +115,112 @@ def peak(call: Call) -> int:
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     return max(accumulate((change for _, change in sorted(changes)), initial=0))
+
+
+def median_interval(sample: Sequence[float]) -> tuple[float, float]:
+    """Where the median of what a sample is drawn from lies, with 95 % confidence.
+
+    Two order statistics, whatever the distribution; of fewer than six values the smallest and the
+    largest, which are less sure.
+    """
+    ordered, n = sorted(sample), len(sample)
+    # as many values lie below the median as a fair coin falls on heads in n tosses
+    heads = accumulate(math.comb(n, k) / 2**n for k in range(n))
+    rank = max(sum(1 for _ in takewhile(lambda p: p <= 0.025, heads)) - 1, 0)
+    return ordered[rank], ordered[-1 - rank]
+
+
+def check(
+    name: str, results: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float
+) -> None:
+    """An AssertionError where a result's relative error is above `tolerance`; what one of the two
+    has more, gradients say, is not looked at."""
+    for got, want in zip(results, expected, strict=False):
+        got, want = (x.detach().float().cpu() for x in (got, want))
+        error = float((got - want).norm() / want.norm())
+        assert error <= tolerance, f"wrong result of {name}, off by {error:.1e}: not timed"
+
+
+class Turns(NamedTuple):
+    """What two contestants took: seconds of each pair, and the peak of memory of each, ours first.
+
+    Ratios are ours over the peer's.
+    """
+
+    times: tuple[list[float], list[float]]
+    memory: tuple[int, int]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [our / their for our, their in zip(*self.times, strict=True)]
+
+
+def _plainly(before: Call, target: Call, rounds: int) -> None:
+    for _ in range(rounds):
+        before()
+        target()
+
+
+def in_turns(
+    ours: Call,
+    theirs: Call,
+    *,
+    most: float = 0.5,
+    least: int = 7,
+    limit: int = 101,
+    pairs: int | None = None,
+    clock: Clock = seconds,
+    loop: Loop = _plainly,
+) -> Turns:
+    """Time two calls, whose results have been checked.
+
+    Args:
+        most: seconds that the pairs may take, but there are `least` and at most `limit`.
+        pairs: how many instead, where several processes must agree.
+        clock: the seconds of a call.
+        loop: calls its first argument before its second, so many times.
+    """
+    calls = (ours, theirs)
+    memory = peak(ours), peak(theirs)  # and warms up
+    if pairs is None:
+        both = sum(wall_seconds(partial(clock, call)) for call in calls)
+        pairs = min(max(int(most / both), least), limit)
+    times: tuple[list[float], list[float]] = [], []
+
+    def turn(who: int) -> None:
+        times[who].append(clock(calls[who]))
+
+    turns = chain([1], cycle([0, 2]))  # theirs ours, ours theirs, theirs ours, ...
+
+    def before() -> None:
+        for _ in range(next(turns)):
+            turn(1)
+
+    loop(before, partial(turn, 0), pairs)
+    if len(times[1]) < pairs:
+        turn(1)
+    return Turns(times, memory)
+
+
+def duel(today: Call, other: Call, most: float = 0.5) -> dict[str, Any]:
+    """Figures of two calls in turns: `ratio` is the other's time over today's.
+
+    Args:
+        today, other: what is called, their results checked before.
+        most: seconds that the pairs may take, but there are seven at least, and at most 101.
+
+    Returns:
+        `ratio`, the median over pairs, its 95 % `interval`, `pairs`, and of both (today's first)
+        the median `ms` and the peak `mib`.
+    """
+    found = in_turns(other, today, most=most)
+    return {
+        "ratio": statistics.median(found.ratios),
+        "interval": median_interval(found.ratios),
+        "pairs": len(found.ratios),
+        "ms": [1e3 * statistics.median(each) for each in found.times[::-1]],
+        "mib": [size / 2**20 for size in found.memory[::-1]],
+    }
 
 
 class Contest:
@@ -185,9 +249,11 @@ class Contest:
         theirs: Call,
         *,
         dtype: torch.dtype,
-        flops: float,
-        bytes: float,
+        flops: float | None = None,
+        bytes: float | None = None,
         predicted: float | None = None,
+        pairs: int | None = None,
+        clock: Clock = seconds,
         **facts: Any,
     ) -> None:
         """Time both, whose results have been checked.
@@ -196,63 +262,45 @@ class Contest:
             flops: operations that our result needs.
             bytes: that it needs to read and write, once each.
             predicted: the ratio by arithmetic.
+            pairs, clock: see `in_turns`.
             facts: what else to write down.
         """
-        times: list[list[tuple[float, float]]] = [[], []]
-        calls = (theirs, ours)
 
-        def turn(who: int) -> None:
-            times[who].append(seconds(calls[who]))
+        def loop(before: Call, target: Call, rounds: int) -> None:
+            self.benchmark.pedantic(target, setup=before, rounds=rounds)
 
-        memory = [peak(call) for call in calls]  # and warms up
-        turn(0)
-        turn(1)
-        pairs = max(int(self.least), int(self.most / sum(wall for ((wall, _),) in times)))
-        for each in times:
-            each.clear()
-        turns = chain([1], cycle([0, 2]))  # peer ours, ours peer, peer ours, ...
-
-        def before() -> None:
-            for _ in range(next(turns)):
-                turn(0)
-
-        self.benchmark.pedantic(turn, (1,), setup=before, rounds=pairs)
-        if len(times[0]) < pairs:
-            turn(0)
-        walls = [[wall for wall, _ in each] for each in times]
-        ratios = [[o[i] / t[i] for t, o in zip(*times, strict=True)] for i in range(2)]
-        low, ratio, high = statistics.quantiles(ratios[0], n=4)
-        interval = median_interval(ratios[0])
-        cpu_ratio = statistics.median(ratios[1])
-        best = roof(dtype)
-        second = statistics.median(walls[1])
+        bounds: dict[str, Any] = {"most": self.most, "least": int(self.least), "limit": 10**6}
+        found = in_turns(ours, theirs, pairs=pairs, clock=clock, loop=loop, **bounds)
+        low, ratio, high = statistics.quantiles(found.ratios, n=4)
+        interval = median_interval(found.ratios)
+        took, they_took = (statistics.quantiles(each, n=4) for each in found.times)
+        best = roof(dtype) if flops else Roof(1, 1)
         self.benchmark.group = f"{bench}: {case}, {peer}"
         self.benchmark.extra_info |= {
             "bench": bench,
             "case": case,
             "peer": peer,
-            "pairs": pairs,
+            "pairs": len(found.ratios),
             "ratio": ratio,
             "quartiles": [low, high],
             "interval": interval,
-            "cpu_ratio": cpu_ratio,
             "predicted": predicted,
-            "seconds": statistics.quantiles(walls[1], n=4),
-            "peer_seconds": statistics.quantiles(walls[0], n=4),
-            "memory": memory[1],
-            "peer_memory": memory[0],
+            "seconds": took,
+            "peer_seconds": they_took,
+            "memory": found.memory[0],
+            "peer_memory": found.memory[1],
             "flops": flops,
             "bytes": bytes,
-            "share_of_flops": flops / second / best.flops,
-            "share_of_bytes": bytes / second / best.bytes,
+            "share_of_flops": flops and flops / took[1] / best.flops,
+            "share_of_bytes": bytes and bytes / took[1] / best.bytes,
             "dtype": str(dtype).removeprefix("torch."),
             **facts,
         }
         spread = f"{ratio:.3f} ({low:.3f} - {high:.3f})"
         sure = "{:.3f} - {:.3f}".format(*interval)
         expected = "" if predicted is None else f"{predicted:.3f}"
-        mega = "  ".join(f"{m / 2**20:8.1f}" for m in memory[::-1])
+        mega = "  ".join(f"{m / 2**20:8.1f}" for m in found.memory)
         self.lines.append(
-            f"{bench:19.19}  {case:33.33}  {peer:22.22}{pairs:6}  {spread:22}  {sure:13}"
-            f"  {expected:9}  {1e3 * second:10.2f}  {mega}"
+            f"{bench:19.19}  {case:33.33}  {peer:22.22}{len(found.ratios):6}  {spread:22}"
+            f"  {sure:13}  {expected:9}  {1e3 * took[1]:10.2f}  {mega}"
         )

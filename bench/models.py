@@ -1,10 +1,15 @@
-"""What the benchmarks' contestants share: a Qwen2-VL of random weights, and a tokenizer for it."""
+"""What the benchmarks' contestants share: a Qwen2-VL of random weights, its padded forward, and a
+tokenizer for it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 def random_qwen2_vl(
@@ -39,6 +44,20 @@ def random_qwen2_vl(
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+
+
+def pooled_of_padded(model: Any, ids: Sequence[Tensor], rows: int, **vision: Tensor) -> Tensor:
+    """The mean of each one's last `rows` rows, [N, D], by transformers' own forward of ids that are
+    padded to one length."""
+    mask = pad_sequence([torch.ones_like(tokens) for tokens in ids], batch_first=True)
+    states = model(
+        input_ids=pad_sequence(list(ids), batch_first=True).to(model.device),
+        attention_mask=mask.to(model.device),
+        use_cache=False,
+        **vision,
+    ).last_hidden_state
+    last = mask.sum(1, keepdim=True) + torch.arange(-rows, 0)  # [N, rows]
+    return states[torch.arange(len(ids))[:, None], last].float().mean(1)
 
 
 def byte_tokenizer() -> Any:

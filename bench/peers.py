@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +58,20 @@ def kept_pairs(layout: CondensedLayout) -> int:
     return int((rows + 1 - layout.row_first).clamp(min=0).sum())
 
 
+def attention_inputs(
+    layout: CondensedLayout, heads: int, key_heads: int, dim: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """q, k, v and the gradient of the output, random."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(layout.num_rows, n, dim, generator=generator).to(layout.device, dtype)
+        for n in (heads, key_heads, key_heads, heads)
+    ]
+    for tensor in tensors[:3]:
+        tensor.requires_grad_()
+    return tensors
+
+
 def truth(layout: CondensedLayout, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
     """O, dQ, dK and dV in fp32, a sequence and a key head at a time so that the scores fit."""
     inputs = [t.detach().float().requires_grad_() for t in (q, k, v)]
@@ -101,31 +113,26 @@ def dense(layout: CondensedLayout) -> Attention:
     return attend
 
 
-def per_segment(layout: CondensedLayout, backend: str | None = None) -> Attention:
+def per_segment(layout: CondensedLayout) -> Attention:
     """A call of torch's fused attention for each causal segment, [start, border), [first, end)."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     segments = []
     for start, first, border, end in layout.bounds.tolist():
         segments.append((start, start, border))
         if border < end:
             segments.append((first, border, end))
-    if backend and len(segments) > 100:
-        raise RuntimeError(f"{backend} plans each of {len(segments)} shapes, in seconds")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outputs = []
-        with sdpa_kernel(getattr(SDPBackend, backend)) if backend else nullcontext():
-            for begin, kept, stop in segments:
-                qs, ks, vs = (t[begin:stop].transpose(0, 1)[None] for t in (q, k, v))
-                out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
-                outputs.append(out[0, :, kept - begin :].transpose(0, 1))
+        for begin, kept, stop in segments:
+            qs, ks, vs = (t[begin:stop].transpose(0, 1)[None] for t in (q, k, v))
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
+            outputs.append(out[0, :, kept - begin :].transpose(0, 1))
         return torch.cat(outputs)
 
     return attend
 
 
-def flex(layout: CondensedLayout, **kernel_options: Any) -> Attention:
+def flex(layout: CondensedLayout) -> Attention:
     """FlexAttention, compiled, with its block mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -137,11 +144,10 @@ def flex(layout: CondensedLayout, **kernel_options: Any) -> Attention:
     build = torch.compile(create_block_mask, dynamic=False)
     mask = build(keep, None, None, rows, rows, device=str(layout.device))
     compiled = torch.compile(flex_attention, dynamic=False)
-    options: dict[str, Any] = {"kernel_options": kernel_options} if kernel_options else {}
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        return compiled(q, k, v, block_mask=mask, enable_gqa=True, **options)[0].transpose(0, 1)
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
     return attend
 
@@ -173,7 +179,6 @@ def chunked_late_interaction(
     return (loss + (of_columns.logsumexp(0).sum() - positives.sum()) / count) / 2
 
 
-# those whose compilation is least sure to come back last
 PEERS: dict[str, Callable[[CondensedLayout], Attention]] = {
     "triton": lambda layout: ours(layout, "triton"),
     "hopper": lambda layout: ours(layout, "hopper"),
@@ -182,7 +187,5 @@ PEERS: dict[str, Callable[[CondensedLayout], Attention]] = {
     "dense mask": dense,
     "per segment": per_segment,
     "two varlen calls": lambda layout: ours(layout, "varlen"),
-    "per segment, cuDNN": lambda layout: per_segment(layout, "CUDNN_ATTENTION"),
     "flex": flex,
-    "flex, TMA": lambda layout: flex(layout, USE_TMA=True),
 }

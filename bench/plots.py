@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Iterable
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,8 @@ BENCHES = {  # in the order of the page
     "inference": GREEN,
     "training step": PURPLE,
     "corpus encoding": BROWN,
+    "late interaction": TEAL,
+    "launching": RED,
 }
 PEERS = (ORANGE, GREEN, PURPLE, BROWN, RED, TEAL, GREY)
 ONE_TWO_FIVE = np.outer(10.0 ** np.arange(-6, 10), (1, 2, 5)).ravel()
@@ -85,9 +86,9 @@ def factor_bar(axes: Axes, y: float, factors: list[float], colour: Colour) -> No
     axes.text(1.01, y, f"{factor:.2f}", transform=place, va="center", fontsize=7)
 
 
-def roofline_plot(results: Results) -> Figure:
+def roofline_plot(results: Results) -> Figure | None:
     """Operations a second over operations per byte: a number per case, under the roofs."""
-    cases = groups(results["cases"], "bench", "case")
+    cases = groups((c for c in results["cases"] if c["flops"]), "bench", "case")
     points, dots = [], []
     for i, ((bench, case), contests) in enumerate(cases.items(), 1):
         flops, moved = contests[0]["flops"], contests[0]["bytes"]
@@ -95,6 +96,8 @@ def roofline_plot(results: Results) -> Figure:
         colour, label = BENCHES.get(bench, GREY), f"{i}  {bench}: {case}"
         dots.append(Line2D([], [], marker="o", ms=4, ls="", color=colour, label=label))
         points.append((flops / moved, flops / second, colour))
+    if not points:
+        return None
     figure = canvas(6 + 0.15 * math.ceil(len(points) / 2))
     axes = figure.add_subplot(xlabel="operations per byte", ylabel="operations per second")
     axes.set(xscale="log", yscale="log")
@@ -168,27 +171,21 @@ def speedup_plot(results: Results) -> Figure:
 
 
 def memory_plot(results: Results) -> Figure | None:
-    """A panel per bench and direction: lines over the rows of one shape, or bars by case."""
+    """A panel per bench and direction: bars by case, each with its owner's name behind it."""
     benches = ("condensed attention", "contrastive loss", "training step")
     kept = [
         c for c in results["cases"] if c["bench"] in benches and c["memory"] and c["peer_memory"]
     ]
-    panels = groups(kept, "bench", "direction")
+    panels = {names: memories(cases) for names, cases in groups(kept, "bench", "direction").items()}
     if not panels:
         return None
-    figures = [memories(cases) for cases in panels.values()]
-    lines = [over_rows(cases) for cases in panels.values()]
     heights = [
-        3.4 if line else 0.9 + 0.15 * sum(len(each) + 1 for each in found.values())
-        for line, found in zip(lines, figures, strict=True)
+        0.9 + 0.15 * sum(len(each) + 1 for each in found.values()) for found in panels.values()
     ]
     figure = canvas(sum(heights))
     rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, line, found, (names, cases) in zip(rows, lines, figures, panels.items(), strict=True):
-        if line:
-            memory_lines(axes, found, {case["case"]: case["rows"] for case in cases})
-        else:
-            memory_bars(axes, found)
+    for axes, (names, found) in zip(rows, panels.items(), strict=True):
+        memory_bars(axes, found)
         axes.set(title="peak memory: " + ", ".join(filter(None, names)), axisbelow=True)
         axes.grid(color=PALE)
     return figure
@@ -204,28 +201,8 @@ def memories(cases: list[Case]) -> dict[str, dict[str, float]]:
     return found
 
 
-def over_rows(cases: list[Case]) -> bool:
-    """Whether these are three sizes or more of one shape: the names differ in numbers alone."""
-    names = {re.sub(r"[\d.,]*\dk?", "", case["case"]) for case in cases}
-    rows = {case.get("rows") for case in cases}
-    return len(names) == 1 and None not in rows and len(rows) >= 3
-
-
-def memory_lines(axes: Axes, found: dict[str, dict[str, float]], rows: dict[str, int]) -> None:
-    """MiB over rows, of `memories`; `rows` is by case."""
-    everyone = dict.fromkeys(who for each in found.values() for who in each)
-    for who, colour in zip(everyone, [BLUE, *islice(cycle(PEERS), len(everyone) - 1)], strict=True):
-        points = sorted((rows[case], each[who]) for case, each in found.items() if who in each)
-        width = 2.5 if who == "ours" else 1.2
-        axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=width, color=colour, label=who)
-    axes.set(xlabel="rows", ylabel="MiB")
-    log_axis(axes, "x", rows.values(), rows.values())
-    log_axis(axes, "y", ONE_TWO_FIVE, (size for each in found.values() for size in each.values()))
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
-
-
 def memory_bars(axes: Axes, found: dict[str, dict[str, float]]) -> None:
-    """MiB by case, of `memories`, each bar with its owner's name behind it."""
+    """Of what `memories` gives."""
     ticks, y = {}, 0
     for case, each in found.items():
         ticks[y + (len(each) - 1) / 2] = case

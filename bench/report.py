@@ -1,93 +1,36 @@
-"""What the benchmarks found, and the README's picture and table.
+"""What the benchmarks found: a page, a comparison of two files; and the pocket benchmark's table.
 
 python bench/report.py page RESULTS.json [--out FOLDER]           a Markdown page and its plots
 python bench/report.py compare OLD.json NEW.json                  status 1 where NEW is worse
-python bench/report.py mask docs/mask.png
 python bench/report.py pocket bench/results/pocket-seed*.json     the `metrics.json` of some runs
 
-RESULTS.json is what `pytest bench/ --benchmark-only --benchmark-json RESULTS.json` writes. A ratio
-is our time over the peer's, the median over pairs: below 1 ours is faster.
+RESULTS.json is what `pytest bench/ --benchmark-only --keep RESULTS.json` writes. A ratio is our
+time over the peer's, the median over pairs: below 1 ours is faster.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from bench.plots import BENCHES, BLUE, GREEN, ORANGE, PALE, PLOTS, Case, Results, groups
+from bench.plots import BENCHES, PLOTS, Case, Results, groups
+from bench.provenance import FORMAT_VERSION, versions_line
 
-FORMAT_VERSION = 2  # of bench/conftest.py
-NUMBER = float | int
-FILE_KEYS = {
-    "when": str,
-    "commit": str | None,
-    "dirty": bool | None,
-    "machine": dict,
-    "versions": dict,
-    "roofs": dict,
-    "missing": dict,
-    "cases": list,
-}
-MACHINE_KEYS = {"device": str, "cpu": str | None, "cores": int | None, "threads": int}
-CASE_KEYS = {
-    **dict.fromkeys(("bench", "case", "peer", "dtype"), str),
-    **dict.fromkeys(("ratio", "flops", "bytes", "share_of_flops", "share_of_bytes"), NUMBER),
-    **dict.fromkeys(("quartiles", "interval", "seconds", "peer_seconds"), list),
-    **dict.fromkeys(("memory", "peer_memory"), int | None),
-    "predicted": NUMBER | None,
-    "pairs": int,
-}
 MEMORY_NOISE = 1 << 20  # bytes by which a resident set moves on its own
-
-
-def mask_picture(path: str, *, source: int = 6, btoks: int = 3, target: int = 5) -> None:
-    """Draws which keys each row of [x ; B ; T] sees: plain causal beside the condensation mask.
-
-    Row i in [start, border) sees keys [start, i]; row i in [border, end) sees keys [first, i].
-
-    Args:
-        path: the picture's file.
-        source, btoks, target: how many rows x, B and T have.
-    """
-    start, border, end = 0, source + btoks, source + btoks + target
-    parts = (("x", source, BLUE), ("B", btoks, ORANGE), ("T", target, GREEN))
-    names = [f"{part}{i + 1}" for part, count, _ in parts for i in range(count)]
-    colours = [colour for _, count, colour in parts for _ in range(count)]
-    figure = Figure(figsize=(10.4, 5.8), dpi=144)
-    FigureCanvasAgg(figure)
-    figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.15)
-    panels = figure.subplots(1, 2)
-    titles = ("causal mask: T sees x, B and earlier T", "condensation mask: T sees B and earlier T")
-    for axes, title, first in zip(panels, titles, (start, source), strict=True):
-        cells = np.full((end, end, 3), PALE)
-        for i in range(end):
-            low = start if i < border else first
-            cells[i, low : i + 1] = colours[low : i + 1]
-        axes.pcolormesh(cells, edgecolors="white", lw=1.5)
-        axes.set(aspect="equal", ylim=(end, 0), xlabel="key", ylabel="row (query)")
-        axes.set_xticks(np.arange(end) + 0.5, names)
-        axes.set_yticks(np.arange(end) + 0.5, names)
-        axes.tick_params(length=0, labeltop=True, labelbottom=False)
-        ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
-        for label, colour in zip(ticks, colours * 2, strict=True):
-            label.set(color=colour, fontweight="bold")
-        axes.xaxis.set_label_position("top")
-        axes.set_title(title, fontsize=11, pad=12)
-        axes.spines[:].set_visible(False)
-    hidden = (source / 2, border + target / 2)
-    panels[1].text(*hidden, "x is hidden from T", ha="center", va="center", backgroundcolor=PALE)
-    figure.savefig(path)
+WINS, LEAST_MIB = 0.97, 16  # a ratio that is a gain; MiB between two peaks that make a difference
+RULE = (
+    "Ours is today's choice, the peer an alternative. A contest is won where the whole interval is"
+    f" beyond {WINS}, or, where neither side's is, by a peak memory smaller by as much and by"
+    f" {LEAST_MIB} MiB. What wins somewhere and loses nowhere takes the other's place; of two ways"
+    " between which a rule chooses, one that only loses is deleted."
+)
 
 
 def pocket_table(files: list[str]) -> str:
@@ -97,15 +40,14 @@ def pocket_table(files: list[str]) -> str:
         raise ValueError("the runs were scored on different data")
     seeds = [f"seed {run['settings']['seed']}" for run in runs]
     lines = [["task", "metric", "chance", "floor", *seeds, "mean", "hard only"]]
-    table: list[list[float]] = []
+    figures: list[list[float]] = []
     for name, row in runs[0]["tasks"].items():
         scores = [run["tasks"][name]["score"] for run in runs]
         hard = [run["tasks"][name]["hard_only"] for run in runs]
-        table.append([row["chance"], row["floor"], *scores, np.mean(scores), np.mean(hard)])
-        lines.append([name, row["metric"], *(f"{x:.1f}" for x in table[-1])])
-    means = [f"**{x:.1f}**" for x in np.mean(table, axis=0)]
-    lines.insert(1, ["--"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, ["**mean**", "", *means]])
+        figures.append([row["chance"], row["floor"], *scores, np.mean(scores), np.mean(hard)])
+        lines.append([name, row["metric"], *(f"{x:.1f}" for x in figures[-1])])
+    means = [f"**{x:.1f}**" for x in np.mean(figures, axis=0)]
+    return table(*lines, ["**mean**", "", *means])
 
 
 class ResultsError(ValueError):
@@ -116,52 +58,22 @@ def load(path: Path) -> Results:
     """The content of a results file, its cases in the order of the page.
 
     Raises:
-        ResultsError: the file is missing, not JSON or of another format, or lacks what is needed.
+        ResultsError: the file is missing, cut off or of another format, or no page can be made of
+            it.
     """
+    order = {bench: i for i, bench in enumerate(BENCHES)}
     try:
         results = json.loads(path.read_text())
+        if results["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version is {results['format_version']}, not {FORMAT_VERSION}")
+        results["cases"].sort(key=lambda case: order.get(case["bench"], len(order)))
+        page(results, path.stem, ())
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ResultsError(f"{path}: not JSON, or cut off: {error}") from None
-    _require(f"{path}", results, {"format_version": object})
-    if results["format_version"] != FORMAT_VERSION:
-        found = results["format_version"]
-        raise ResultsError(f"{path}: format_version is {found!r:.20}, not {FORMAT_VERSION}")
-    _require(f"{path}", results, FILE_KEYS)
-    _require(f"{path}: machine", results["machine"], MACHINE_KEYS)
-    for dtype, roof in results["roofs"].items():
-        _require(f"{path}: roof of {dtype}", roof, {"flops": NUMBER, "bytes": NUMBER})
-    if not results["cases"]:
-        raise ResultsError(f"{path}: no cases")
-    for i, case in enumerate(results["cases"]):
-        where = f"{path}: case {i + 1}"
-        _require(where, case, CASE_KEYS)
-        if case["bench"] == "inference":
-            _require(where, case, {"lengths": list, "num_btoks": int})
-        counts = {"quartiles": 2, "interval": 2, "seconds": 3, "peer_seconds": 3}
-        for key, count in counts.items():
-            positive = (isinstance(x, NUMBER) and 0 < x < math.inf for x in case[key])
-            if len(case[key]) != count or not all(positive):
-                raise ResultsError(f"{where}: {key} is not {count} positive numbers")
-        for key in ("ratio", "flops", "bytes"):
-            if not 0 < case[key] < math.inf:
-                raise ResultsError(f"{where}: {key} is {case[key]}")
-        if case["dtype"] not in results["roofs"]:
-            raise ResultsError(f"{where}: no roof of {case['dtype']}")
-    order = {bench: i for i, bench in enumerate(BENCHES)}
-    results["cases"].sort(key=lambda case: order.get(case["bench"], len(order)))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ResultsError(f"{path} is no results file of the benchmarks ({why})") from error
     return results
-
-
-def _require(where: str, content: Any, kinds: dict[str, Any]) -> None:
-    if not isinstance(content, dict):
-        raise ResultsError(f"{where} is not an object")
-    for key, kind in kinds.items():
-        if key not in content:
-            raise ResultsError(f"{where}: no {key}")
-        if not isinstance(content[key], kind):
-            raise ResultsError(f"{where}: {key} is {content[key]!r:.40}")
 
 
 def table(*rows: list[str]) -> str:
@@ -185,7 +97,7 @@ def results_table(cases: list[Case]) -> str:
     header += ["ours, ms", "peer, ms", "ours, MiB", "peer, MiB", "share of the roof", "pairs"]
     rows = [header]
     for case in cases:
-        share, of = max((case[f"share_of_{of}"], of) for of in ("flops", "bytes"))
+        share, of = max((case[f"share_of_{of}"] or 0, of) for of in ("flops", "bytes"))
         rows.append(
             [
                 case["case"],
@@ -198,10 +110,79 @@ def results_table(cases: list[Case]) -> str:
                 f"{1e3 * case['peer_seconds'][1]:.3f}",
                 mebibytes(case["memory"]),
                 mebibytes(case["peer_memory"]),
-                f"{100 * share:.1f} % of {of}/s",
+                f"{100 * share:.1f} % of {of}/s" if share else "",
                 str(case["pairs"]),
             ]
         )
+    return table(*rows)
+
+
+def outcome(case: Case) -> int:
+    """1 where the alternative wins, -1 where today's choice does, 0 where neither does."""
+    low, high = case["interval"]
+    if low > 1 / WINS or high < WINS:
+        return 1 if low > 1 else -1
+    today, other = case["memory"], case["peer_memory"]
+    if abs(today - other) < LEAST_MIB << 20:
+        return 0
+    return (other < WINS * today) - (today < WINS * other)
+
+
+def verdict(cases: list[Case]) -> str:
+    """What the contests of today's choice and one alternative decide.
+
+    Where a rule takes one of the two from case to case, a case says in `chosen` which.
+    """
+    outcomes, names = (
+        [outcome(case) for case in cases],
+        {1: cases[0]["peer"], -1: cases[0]["today"]},
+    )
+    wins, losses = outcomes.count(1), outcomes.count(-1)
+    rule = "chosen" in cases[0]
+    if wins and not losses:
+        return f"delete {names[-1]}" if rule else "replace"
+    if losses and not wins and rule:
+        return f"delete {names[1]}"
+    wrong = [
+        case["case"]
+        for case, won in zip(cases, outcomes, strict=True)
+        if rule and won and case["chosen"] != names[won]
+    ]
+    return f"keep; the choice is wrong for {'; '.join(wrong)}" if wrong else "keep"
+
+
+def answers(cases: list[Case]) -> str:
+    """A line per decision in Markdown.
+
+    Between two ways every case has a line, as the crossing is what is asked for; of a choice with
+    many alternatives only the one that would replace it by most, or the one that came nearest.
+    """
+    rows = [["question", "today", "alternative", "ratio (95 %)", "cases", "verdict"]]
+
+    def add(some: list[Case], on: str, decided: str) -> None:
+        ratio = np.exp(np.mean([np.log(case["ratio"]) for case in some]))
+        low, high = (f(case["interval"][i] for case in some) for i, f in ((0, min), (1, max)))
+        first, figures = some[0], f"{ratio:.3f} ({low:.3f} - {high:.3f})"
+        rows.append([first["bench"], first["today"], first["peer"], figures, on, decided])
+
+    for (_bench,), asked in groups(cases, "bench").items():
+        by_peer = [*groups(asked, "peer").values()]
+        if asked[0]["kind"] == "ways":
+            for case in asked:
+                mib = "{:.0f}, {:.0f} MiB".format(
+                    case["memory"] / 2**20, case["peer_memory"] / 2**20
+                )
+                won = {1: f"{case['peer']} wins", -1: f"{case['today']} wins", 0: "tie"}
+                add([case], f"{case['case']} ({mib})", won[outcome(case)])
+            add(asked, f"all {len(asked)}", verdict(asked))
+            continue
+        most = max(map(len, by_peer))  # one that fails somewhere replaces nothing
+        whole = [some for some in by_peer if len(some) == most]
+        # the highest ratio is the fastest alternative's
+        best = max(
+            whole, key=lambda some: (verdict(some) != "keep", np.prod([c["ratio"] for c in some]))
+        )
+        add(best, f"{len(best)} of {len(best)}, best of {len(by_peer)}", verdict(best))
     return table(*rows)
 
 
@@ -213,7 +194,6 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
         stem, plots: the pictures beside the page are STEM-PLOT.png.
     """
     machine, commit = results["machine"], results["commit"] or "unknown"
-    versions = (f"{name} {version}" for name, version in results["versions"].items())
     roofs = (
         [dtype, f"{roof['flops'] / 1e9:.1f}", f"{roof['bytes'] / 1e9:.1f}"]
         for dtype, roof in results["roofs"].items()
@@ -223,11 +203,10 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
         f"cores: {machine['cores'] or 'unknown'}, threads: {machine['threads']}",
         f"date: {results['when'][:16].replace('T', ' ')} UTC",
         f"commit: {commit}{' with uncommitted changes' if results['dirty'] else ''}",
-        f"versions: {', '.join(versions)}",
     ]
     parts = [
         f"# Benchmarks on {machine['device']}",
-        "\n".join(f"- {fact}" for fact in facts),
+        "\n".join([*(f"- {fact}" for fact in facts), versions_line(results["versions"])]),
         "Ratio: our time over the peer's, the median over pairs of calls in turns; below 1 ours is"
         " faster. The quartiles are the pairs', the 95 % interval is the median's own. Predicted:"
         " the ratio by arithmetic. Times are medians. Memory: the peak beyond what was there before"
@@ -236,7 +215,12 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
         table(["roof", "GFLOP/s", "GB/s"], *roofs),
         *(f"![{plot}]({quote(f'{stem}-{plot}.png')})" for plot in plots),
     ]
-    for (bench,), cases in groups(results["cases"], "bench").items():
+    asked = [case for case in results["cases"] if "kind" in case]
+    timed = [case for case in results["cases"] if "kind" not in case]
+    if asked:
+        dry = "Of a dry run on a CPU: no answers. " if machine["device"] == "cpu" else ""
+        parts += ["## Questions", dry + RULE, answers(asked)]
+    for (bench,), cases in groups(timed, "bench").items():
         faster = sum(case["interval"][1] < 1 for case in cases)
         slower = sum(case["interval"][0] > 1 for case in cases)
         parts += [
@@ -244,6 +228,8 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
             f"The median's interval is below 1 in {faster} of {len(cases)}, above 1 in {slower}.",
             results_table(cases),
         ]
+    if errors := results.get("errors"):
+        parts += ["## Not timed", "\n".join(f"- {case['id']}: {case['error']}" for case in errors)]
     missing = (f"- {name}: {bench}" for name, bench in results["missing"].items())
     parts += ["## Peers that are not installed", "\n".join(missing) or "None."]
     return "\n\n".join(parts) + "\n"
@@ -252,7 +238,8 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
 def write_page(path: Path, folder: Path) -> None:
     """A results file's FOLDER/STEM.md and, beside it, STEM-PLOT.png."""
     results = load(path)
-    figures = {name: plot(results) for name, plot in PLOTS.items()}
+    timed = [case for case in results["cases"] if "kind" not in case]
+    figures = {name: plot({**results, "cases": timed}) for name, plot in PLOTS.items() if timed}
     drawn = {name: figure for name, figure in figures.items() if figure}
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
@@ -319,9 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("old", type=Path)
     command.add_argument("new", type=Path)
     command.add_argument("--threshold", type=float, default=0.1, help="relative (default: 0.1)")
-    command = commands.add_parser("mask", help="the README's picture")
-    command.add_argument("picture")
-    command = commands.add_parser("pocket", help="the README's table")
+    command = commands.add_parser("pocket", help="the table of several runs")
     command.add_argument("metrics", nargs="+")
     args = parser.parse_args(arguments)
     try:
@@ -331,8 +316,6 @@ def main(arguments: list[str] | None = None) -> int:
             text, regressions = compare(load(args.old), load(args.new), args.threshold)
             print("\n".join([text, *([""] * bool(regressions)), *regressions]))
             return int(bool(regressions))
-        elif args.command == "mask":
-            mask_picture(args.picture)
         else:
             print(pocket_table(args.metrics))
     except (OSError, ResultsError) as error:

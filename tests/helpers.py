@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -319,6 +321,20 @@ def gloo(folder: str, rank: int, world: int) -> Iterator[None]:
     yield
     dist.barrier()
     dist.destroy_process_group()
+
+
+def spawn(work: Any, args: tuple[Any, ...], nprocs: int) -> None:
+    """`work(rank, *args)` in so many processes."""
+    mp.spawn(_to_the_end, (work, args), nprocs=nprocs)
+
+
+def _to_the_end(rank: int, work: Any, args: tuple[Any, ...]) -> None:
+    work(rank, *args)
+    # as the trainer: sharded weights keep the process group, whose threads may abort a process
+    # while Python ends
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def one_step(model: Any, processor: Any, recipe: Recipe, pairs: Any, samples: Any, *at: Any) -> Any:

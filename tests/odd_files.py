@@ -163,7 +163,7 @@ def run(kinds: dict[str, list[Odd]], work: Path, checkpoint: Path) -> dict[str, 
     """Make the files below `work`, take every way with each, and tell."""
     import btok
     from btok.data.sources import open_source
-    from btok.tools import cli
+    from btok.tools import encode_folder
 
     folder, apart = work / "folder", work / "apart"
     files = [odd for odds in kinds.values() for odd in odds]
@@ -172,7 +172,7 @@ def run(kinds: dict[str, list[Odd]], work: Path, checkpoint: Path) -> dict[str, 
         make(odd, apart if alone else folder)
     encoder = btok.BTokEncoder.from_pretrained(checkpoint)
     sentence = btok.load_sentence_transformer(checkpoint, device="cpu")
-    before, cli.load = cli.load, lambda _: encoder
+    before, encode_folder.load = encode_folder.load, lambda _: encoder
     try:
         ways = Ways(encoder)
         index_of(ways, folder, checkpoint)
@@ -202,7 +202,7 @@ def run(kinds: dict[str, list[Odd]], work: Path, checkpoint: Path) -> dict[str, 
                 told[kind].append(Told(odd, got, not wrong))
         return told
     finally:
-        cli.load = before
+        encode_folder.load = before
 
 
 def inputs_of(path: Path) -> list[Any]:
@@ -531,8 +531,12 @@ def page(told: dict[str, list[Told]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-HEAD = f"""Made by `{COMMAND}` with Pillow, PyAV, PDFium and plain bytes; `make test` makes and
-reads all of them again, and fails where this page is not what comes out.
+HEAD = f"""```bash
+python -m btok encode CHECKPOINT my-files      # reads them, and names what it cannot read
+{COMMAND}   # makes and reads the files below, writes this page
+```
+Made with Pillow, PyAV, PDFium and plain bytes; `make test` makes and reads all of them again, and
+fails where this page is not what comes out.
 
 Each file takes five ways: `python -m btok encode`, `search` (it finds itself, score 1.000),
 `BTokEncoder.encode`, a training run that has it in a row, and sentence-transformers. *got* is what

@@ -13,11 +13,11 @@ pytest.importorskip("matplotlib", reason="needs the demo extra")
 
 from helpers import nested_module
 
-from bench.studies import budgets, budgets_page, negatives, views
 from btok.data.records import RetrievalTask, Side
 from btok.data.sources import open_source
 from btok.encoder import BTokEncoder
 from examples.smollm2 import budgets as smollm2_budgets
+from examples.studies import budgets, budgets_page, negatives, views
 from train.pocket.data import train_group
 
 

@@ -19,9 +19,9 @@ from btok import BTokEncoder, inputs
 from btok.adapters import Lora
 from btok.model import BTokModel
 from btok.processing import Processor
-from btok.tools import cli
 from btok.tools import folder as folder_module
-from btok.tools.cli import list_files, main
+from btok.tools.cli import main
+from btok.tools.folder import list_files
 
 RNG = np.random.default_rng(0)
 SHAPES = [(24, 32), (40, 24), (32, 32), (16, 48)]
@@ -592,7 +592,7 @@ def test_a_folder_is_searched_for_every_kind_of_input(tmp_path):
     """A new one is a change of `inputs` alone."""
     lists = [inputs.TEXTS, inputs.DOCUMENTS, inputs.IMAGES, inputs.VIDEOS]
     endings = sorted({ending for value in lists for ending in value})
-    assert len(endings) > 10 and cli.KINDS is inputs.KINDS
+    assert len(endings) > 10 and folder_module.KINDS is inputs.KINDS
     for ending in endings:
         (tmp_path / f"a{ending}").touch()
     assert list_files(tmp_path).paths == [f"a{ending}" for ending in endings]

@@ -27,8 +27,9 @@ import json, sys
 from types import SimpleNamespace
 from unittest import mock
 import torch
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from bench import aot
+from bench.driver import Target
 from btok_kernels import contrastive_loss as op, contrastive_loss_triton as kernels, launch
 
 seen = []
@@ -45,7 +46,7 @@ def take_down(function, *args, grid, warmup, **options):
     kernel = recorded(function, *args, grid=grid, warmup=True, **options)
     seen.append((function.__name__, grid, kernel.found))
 
-aot.driver.set_active(aot.Target(90))
+driver.set_active(Target(90))
 with (
     mock.patch("triton.compiler.compile", compile),
     mock.patch.object(JITFunction, "run", take_down),

@@ -13,8 +13,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch.multiprocessing as mp
-from helpers import gloo
+from helpers import gloo, spawn
 
 from btok.data.records import RetrievalTask, Side
 from btok.evaluation import metrics, runner
@@ -399,7 +398,7 @@ def on_a_rank(rank, world, folder):
 
 
 def test_ranks_share_the_chunks_and_agree(tmp_path):
-    mp.spawn(on_a_rank, (2, str(tmp_path)), nprocs=2)
+    spawn(on_a_rank, (2, str(tmp_path)), nprocs=2)
 
 
 def test_a_public_list_may_repeat_a_candidate_and_lack_the_answer():

@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 
-from bench import hopper as contest
+from bench import bench_hopper as contest
 from btok_kernels import condensed_attention as op
 from btok_kernels import launch
 from btok_kernels.layout import TILE, CondensedLayout
@@ -126,28 +126,36 @@ def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
 
 
 def test_a_contest_decides_from_which_length_on():
-    def rows(won, dim=128, way=None, **others):
-        """`won`: lengths at which the plain kernels take longer by more than the margin."""
+    def cases(won, dim=128, direction=None, **others):
+        """`won`: lengths at which these kernels take less than the plain ones, surely."""
         return [
-            {"dim": dim, "length": n, "way": each, "rival": "triton"}
-            | {"interval": [1.2, 1.4] if n in won else [1.01, 1.2]}
+            {"dim": dim, "length": n, "direction": each, "peer": "triton", "impl": "hopper"}
+            | {"interval": [0.7, 0.8] if n in won else [0.9, 0.99]}
             | others
             for n in contest.LENGTHS
-            for each in contest.WAYS
-            if way in (None, each)
+            for each in contest.DIRECTIONS
+            if direction in (None, each)
         ]
 
     def least(*found):
-        return contest.decided([row for each in found for row in each])["from_length"]
+        return contest.decided([case for each in found for case in each])
 
     long = contest.LENGTHS[2:]
-    assert least(rows(long)) == {"128": long[0], "64": None}
-    assert least(rows(long), rows(contest.LENGTHS, dim=64))["64"] == contest.LENGTHS[0]
-    assert least(rows(long[:-1]))["128"] is None  # lost where it is longest
-    assert least(rows(long, way="forward"))["128"] is None  # the other way was not timed
-    assert least(rows(long, rival="flex"))["128"] is None
-    failed = [{key: x for key, x in row.items() if key != "interval"} for row in rows(long)]
-    assert least(failed)["128"] is None
+    assert least(cases(long)) == {"128": long[0], "64": None}
+    assert least(cases(long), cases(contest.LENGTHS, dim=64))["64"] == contest.LENGTHS[0]
+    assert least(cases(long[:-1]))["128"] is None  # lost where it is longest
+    assert least(cases(long, direction="forward"))["128"] is None  # the other was not timed
+    assert least(cases(long, peer="flex"))["128"] is None
+
+
+def test_a_results_file_says_what_it_is_of(tmp_path, capsys):
+    found = {"machine": {"device": "a device"}, "versions": {"triton": "3.9.0"}, "cases": []}
+    (tmp_path / "results.json").write_text(json.dumps(found | {"commit": "abc"}))
+    contest.main(tmp_path / "results.json", tmp_path / "hopper.json")
+    decision = json.loads((tmp_path / "hopper.json").read_text())
+    assert decision["device"] == "a device" and decision["triton"] == "3.9.0"
+    assert decision["about"]["commit"] == "abc"
+    assert capsys.readouterr().out.count("the default should be the plain kernels") == 2
 
 
 def test_sequences_of_one_length():
@@ -155,9 +163,3 @@ def test_sequences_of_one_length():
         layout = contest.layout_of(length)
         assert {end - start for start, *_, end in layout.sequences()} == {length}
         assert layout.num_rows == contest.ROWS
-
-
-def test_the_picture_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    contest.picture(str(tmp_path / "hopper.png"))
-    assert (tmp_path / "hopper.png").read_bytes()[:4] == b"\x89PNG"

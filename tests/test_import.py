@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import btok
-from bench.imports import check, import_graph, imports_at_once
+from tests.imports import check, import_graph, imports_at_once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,7 +125,6 @@ def test_two_copies_of_the_kernels_keep_their_operators(tmp_path):
 
 # command lines, and a run's pictures
 DOORS = {"btok/__main__.py", "train/main.py", "train/pocket/evaluation.py"}
-DOORS |= {f"bench/studies/{name}.py" for name in ("common", "index", "negatives")}
 
 
 def test_tools_are_imported_by_who_uses_them():
@@ -174,7 +173,7 @@ def test_no_file_imports_itself_by_way_of_others_or_one_of_a_layer_above():
 
 def test_the_picture_of_imports_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib (the extra `demo`) is not installed")
-    command = [sys.executable, ROOT / "bench/imports.py", tmp_path / "imports.png"]
+    command = [sys.executable, ROOT / "tests/imports.py", tmp_path / "imports.png"]
     said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert (tmp_path / "imports.png").stat().st_size > 100_000

@@ -11,8 +11,7 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-import torch.multiprocessing as mp
-from helpers import counted, gloo, held, noting, same, tiny_checkpoint
+from helpers import counted, gloo, held, noting, same, spawn, tiny_checkpoint
 
 from btok import BTokEncoder
 from btok.adapters import Lora
@@ -175,7 +174,7 @@ def on_two_ranks(rank, folder, checkpoint):
 
 
 def test_two_ranks_make_the_rows_of_one(encoder, checkpoint, tmp_path):
-    mp.spawn(on_two_ranks, (str(tmp_path), checkpoint), nprocs=2)
+    spawn(on_two_ranks, (str(tmp_path), checkpoint), nprocs=2)
     noted = held(tmp_path / "noted")
     assert noted.keys() == {*IDS} and all(item["note"] == name for name, (item, _) in noted.items())
     encoder.encode_to(tmp_path / "of_one", [*TEXTS[2:], "more"], [*IDS[2:], "more"])

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import Largest, gloo
+from helpers import Largest, gloo, spawn
 from test_contrastive_loss import (
     NAMES,
     differentiate,
@@ -397,7 +396,7 @@ def ranks(request):
         if world == 1:
             run_rank(0, 1, folder)
         else:
-            mp.spawn(run_rank, (world, folder), nprocs=world)
+            spawn(run_rank, (world, folder), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
 
 

@@ -12,7 +12,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers import (
     BTOKS,
@@ -22,6 +21,7 @@ from helpers import (
     SUFFIX,
     gloo,
     gradients,
+    spawn,
     text,
     tiny_backbone,
     tiny_module,
@@ -348,7 +348,7 @@ def on_a_rank(rank, world, folder):
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_give_the_gradients_of_one_process(tmp_path, world, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(on_a_rank, (world, str(tmp_path)), nprocs=world)
+    spawn(on_a_rank, (world, str(tmp_path)), nprocs=world)
     want = step()
     for rank in range(world):
         for name, got in torch.load(tmp_path / f"{rank}.pt").items():

@@ -11,8 +11,7 @@ import urllib.request
 from contextlib import suppress
 
 import pytest
-import torch.multiprocessing as mp
-from helpers import gloo, held, same, tiny_checkpoint
+from helpers import gloo, held, same, spawn, tiny_checkpoint
 from test_index import IDS, TEXTS
 from test_index_kills import killed_anywhere
 
@@ -93,7 +92,7 @@ def on_two_ranks(rank, folder, uri, checkpoint):
 
 def test_two_ranks_commit_at_once(store, checkpoint, tmp_path):
     uri = f"{store}/two"
-    mp.spawn(on_two_ranks, (str(tmp_path), uri, checkpoint), nprocs=2)
+    spawn(on_two_ranks, (str(tmp_path), uri, checkpoint), nprocs=2)
     BTokEncoder.from_pretrained(checkpoint).encode_to(tmp_path / "one", TEXTS, IDS)
     assert same(held(uri), held(tmp_path / "one"))
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from btok.data.records import Side
 from btok.tools import pictures
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_the_import_is_light():
@@ -117,10 +121,9 @@ def test_loss_curve(pixels, tmp_path):
 
 
 def test_mask_picture(pixels, tmp_path):
-    from bench.report import mask_picture
-
-    mask_picture(str(tmp_path / "mask.png"))
-    picture = pixels(tmp_path / "mask.png")
+    drawings = runpy.run_path(str(ROOT / "docs/drawings.py"))
+    drawings["masks"]().savefig(tmp_path / "masks.png")
+    picture = pixels(tmp_path / "masks.png")
     causal, condensed = np.split(picture, [picture.shape[1] // 2], axis=1)
     cell = near(causal, pictures._ORANGE).sum() / (3 + 2 + 1 + 5 * 3)
     seen = {  # rows x: 6 * 7 / 2; rows B: all of x; rows T: all of x, or nothing of it

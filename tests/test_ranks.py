@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import gloo
+from helpers import gloo, spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from btok_kernels import ranks as module
@@ -184,7 +183,7 @@ def saved(request):
     world = request.param
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        mp.spawn(run_rank, (world, folder), nprocs=world)
+        spawn(run_rank, (world, folder), nprocs=world)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
 
 

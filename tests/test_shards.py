@@ -13,8 +13,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers import gloo, tiny_checkpoint, tiny_module, worst_gradient
+from helpers import gloo, spawn, tiny_checkpoint, tiny_module, worst_gradient
 from PIL import Image
 from test_step import BASE, PAIRS, model_with
 
@@ -108,7 +107,7 @@ def on_a_rank(rank, world, folder, names):
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_a_step_is_that_of_one_process(tmp_path, world):
     names = [name for name in CASES if CASES[name].get("replicas", 1) < world]
-    mp.spawn(on_a_rank, (world, str(tmp_path), names), nprocs=world)
+    spawn(on_a_rank, (world, str(tmp_path), names), nprocs=world)
     uneven = False
     for name in names:
         whole = {key: x for key, x in CASES[name].items() if key != "replicas"}
@@ -148,7 +147,7 @@ UNUSED = {**CHUNKS, "untied": True, "ntp_weight": 0.0}
 
 def test_what_no_rank_uses_has_no_gradient(tmp_path):
     """A tower without pictures, a head without targets: zeros would have them decay."""
-    mp.spawn(unused_on_a_rank, (str(tmp_path),), nprocs=2)
+    spawn(unused_on_a_rank, (str(tmp_path),), nprocs=2)
     want = sorted(step(TEXTS, False, **UNUSED)[0])
     assert not any("visual" in name or "lm_head" in name for name in want) and len(want) > 10
     for rank in range(2):
@@ -165,7 +164,7 @@ def half_on_a_rank(rank, folder):
 
 
 def test_products_in_bf16_of_weights_in_fp32(tmp_path):
-    mp.spawn(half_on_a_rank, (str(tmp_path),), nprocs=2)
+    spawn(half_on_a_rank, (str(tmp_path),), nprocs=2)
     want, exact, _ = step(PAIRS, False, **CHUNKS)
     got, rounded, _ = torch.load(tmp_path / "0.pt")
     assert {g.dtype for g in got.values()} == {torch.float32} and got.keys() == want.keys()
@@ -193,7 +192,7 @@ def test_all_weights_are_those_of_the_first_rank(tmp_path, family):
     """The other has the architecture alone."""
     model, _ = tiny_module(family)
     model.save_pretrained(tmp_path)
-    mp.spawn(values, (str(tmp_path), family), nprocs=2)
+    spawn(values, (str(tmp_path), family), nprocs=2)
     for rank in range(2):
         weights, buffers = torch.load(tmp_path / f"{rank}.pt")
         assert all(torch.equal(weights[name], x) for name, x in model.state_dict().items())
@@ -219,7 +218,7 @@ def run(command, world, steps):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(run_on_a_rank, (world, port, command, steps), nprocs=world)
+    spawn(run_on_a_rank, (world, port, command, steps), nprocs=world)
 
 
 @pytest.mark.parametrize("worlds", [(2, 1), pytest.param((4, 2, 1), marks=pytest.mark.full)])

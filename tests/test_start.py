@@ -20,8 +20,8 @@ import triton.language as tl  # noqa: E402
 from triton import knobs  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from bench import host  # noqa: E402
-from bench.aot import Target  # noqa: E402
+from bench import bench_host as host  # noqa: E402
+from bench.driver import Target  # noqa: E402
 from btok_kernels import start as module  # noqa: E402
 from btok_kernels.start import Constants, start  # noqa: E402
 
@@ -198,13 +198,17 @@ def test_kernels_with_a_hook_of_their_own_launch_themselves(device, monkeypatch)
     assert len(seen) >= 2
 
 
-def test_the_hosts_benchmark_times_the_same_launches_only(monkeypatch, capsys):
+def test_the_hosts_benchmark_times_the_same_launches_only(monkeypatch):
     monkeypatch.setattr(host, "DIM", 16)
-    monkeypatch.setattr("sys.argv", ["host.py", "--pairs", "6"])
-    threads = torch.get_num_threads()
-    host.main()
-    printed = capsys.readouterr().out
-    assert "forward + backward" in printed and " us" in printed
+    timed = []
+
+    def contest(bench, case, peer, ours, theirs, **facts):
+        timed.append((bench, case, peer, ours() is not None, theirs()))
+
+    host.bench_host(contest, "forward + backward")
+    assert timed == [
+        ("launching", "condensed attention, forward + backward", "plain launches", True, None)
+    ]
     forward = host.kernels._forward
     monkeypatch.setattr(
         host.kernels,
@@ -212,5 +216,4 @@ def test_the_hosts_benchmark_times_the_same_launches_only(monkeypatch, capsys):
         lambda q, k, *rest: forward(q, k, k if module.KNOWN else q, *rest[1:]),
     )
     with pytest.raises(AssertionError, match="forward: not the same launches"):
-        host.main()
-    torch.set_num_threads(threads)
+        host.bench_host(contest, "forward")

@@ -12,7 +12,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers import (
     BTOKS,
@@ -23,6 +22,7 @@ from helpers import (
     gloo,
     gradients,
     one_step,
+    spawn,
     tiny_backbone,
     tiny_module,
     worst_gradient,
@@ -233,7 +233,7 @@ def on_a_rank(rank, world, folder):
 def test_ranks_give_the_gradients_of_one_process(tmp_path, world, monkeypatch):
     """On four ranks the third has no pixels at all."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    mp.spawn(on_a_rank, (world, str(tmp_path)), nprocs=world)
+    spawn(on_a_rank, (world, str(tmp_path)), nprocs=world)
     want = run()
     for rank in range(world):
         for name, got in torch.load(tmp_path / f"{rank}.pt").items():

@@ -18,9 +18,17 @@ import torch
 
 pytest.importorskip("sklearn.datasets", reason="needs the demo extra")
 
-from bench.studies import ablations, budgets_page, common, efficiency, negatives, pooling, transfer
 from btok.model import BTokModel
 from examples.smollm2 import budgets as smollm2_budgets
+from examples.studies import (
+    ablations,
+    budgets_page,
+    common,
+    efficiency,
+    negatives,
+    pooling,
+    transfer,
+)
 from train.pocket import data, evaluation, source
 from train.pocket.model import build
 from train.recipes import RECIPES
@@ -40,7 +48,7 @@ def refused(capsys, output, *words):
     capsys.readouterr()
     assert study(output, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("bench/studies/ablations.py: ")
+    assert line.startswith("examples/studies/ablations.py: ")
     return line
 
 
@@ -262,24 +270,28 @@ def test_the_committed_pages_come_from_the_committed_results(tmp_path):
     assert smollm2_budgets.page(real) == of_real
     pages += of_real
     pages += (ROOT / "bench/results/smollm2.md").read_text()  # tests/test_smollm2.py makes it anew
-    shown = re.findall(r"[+-]\d+\.\d ± \d+\.\d", (ROOT / "README.md").read_text())
-    assert len(shown) > 6 and all(figure in pages for figure in shown)
+    told = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    shown = {path.name: re.findall(r"[+-]\d+\.\d ± \d+\.\d", path.read_text()) for path in told}
+    assert len(shown["README.md"]) >= 6 and len(shown["results.md"]) > 12
+    wrong = [(name, x) for name, found in shown.items() for x in found if x not in pages]
+    assert not wrong, f"figures that no page has: {wrong}"
 
 
-def test_the_page_of_the_index_is_of_the_committed_results():
+def test_the_pages_of_tools_are_of_the_committed_results():
     pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
-    from bench.studies import index
+    from examples.studies import index, mining
 
-    folder = ROOT / "bench" / "results"
-    results = json.loads((folder / "index.json").read_text())
-    assert index.page(results) == (folder / "index.md").read_text()
-    assert list(results["sizes"]) == ["1000", "10000", "100000", "1000000"]
+    for name, page in (("index", index.page), ("mining", mining.page)):
+        committed = ROOT / f"bench/results/{name}.json"
+        results = json.loads(committed.read_text())
+        assert page(results) == committed.with_suffix(".md").read_text()
+        assert len(results["sizes"]) == {"index": 4, "mining": 2}[name]
 
 
 def test_what_an_index_costs(tmp_path):
     """At a small size: the steps run, each in its process, and the page is of the results alone."""
     pytest.importorskip("lance", reason="pylance (the extra `lance`) is not installed")
-    from bench.studies import index
+    from examples.studies import index
 
     assert index.main(["--rows", "1000", "--dims", "32", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "index.json").read_text())

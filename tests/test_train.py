@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers import (
     BTOKS,
     gloo,
     gradients,
     one_step,
     pocket_pairs,
+    spawn,
     tiny_backbone,
     tiny_checkpoint,
     tiny_module,
@@ -38,15 +38,14 @@ from btok.data.mixture import load_mixture
 from btok.encoder import BTokEncoder
 from btok.files import sha256
 from btok.model import BTokModel
-from btok.objective import Losses
 from train import checkpoint
-from train.log import TrainLog, peak_flops
-from train.main import check, main, make_optimizers
+from train.main import check, finish, main, make_optimizers, recipe_name
 from train.parallel import FITS, Processes, same_folder
 from train.pocket.source import train_set
+from train.provenance import note_end, note_start
 from train.recipes import RECIPES, Recipe
 from train.sampler import step_groups
-from train.step import StepResult, train_step
+from train.step import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)
@@ -86,7 +85,7 @@ def on_two_ranks(rank, folder):
 
 
 def test_gradients_of_a_step_on_two_ranks_equal_one_process(tmp_path):
-    mp.spawn(on_two_ranks, (str(tmp_path),), nprocs=2)
+    spawn(on_two_ranks, (str(tmp_path),), nprocs=2)
     for case, (got, losses) in zip(CASES, torch.load(tmp_path / "results.pt"), strict=True):
         expected, wanted = step_gradients(*case, 0, 1)
         error, name = worst_gradient(got, expected)
@@ -157,8 +156,23 @@ def save_on_a_rank(rank, folder):
 
 def test_only_who_writes_a_file_says_what_is_in_it(tmp_path):
     """Rank 0 writes a model that is not sharded; the other must not look at it meanwhile."""
-    mp.spawn(save_on_a_rank, (str(tmp_path),), nprocs=2)
+    spawn(save_on_a_rank, (str(tmp_path),), nprocs=2)
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-3"
+
+
+def test_what_another_rank_is_still_writing_is_in_no_manifest(tmp_path, monkeypatch):
+    """Safetensors writes beside a file's place, and renames."""
+    write = checkpoint.Checkpoints._write
+
+    def beside(self, *arguments):
+        (self.draft / ".tmpA1b2C3").write_text("half of it")
+        write(self, *arguments)
+        (self.draft / ".tmpA1b2C3").unlink()
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", beside)
+    folder, _, _ = saved_run(tmp_path)
+    assert ".tmpA1b2C3" not in json.loads((folder / "manifest.json").read_text())
+    assert checkpoint.newest_valid(tmp_path) == folder
 
 
 def test_what_is_saved_is_what_was_there_when_saving_began(tmp_path, monkeypatch):
@@ -276,71 +290,6 @@ def test_what_to_do_is_what_the_error_asks_for(number, remedy):
     assert said.endswith("a tensor on meta); mend that and give the same command again")
 
 
-RESULT = StepResult(Losses(*map(torch.tensor, (4.5, 1.5, 2.25, 0.0))), tokens=100, flops=0.0)
-
-
-def test_the_log_drops_rows_to_be_done_again_and_shows_rates(tmp_path, capsys):
-    numbers = {"loss": 4.5, "contrastive": 1.5, "ntp": 2.25}
-    numbers |= {"learning_rate": 0.5, "gradient_norm": 3.0}
-    rows = [{"step": step, "phase": "train", **numbers} for step in range(4)]
-    recipe = dataclasses.replace(RECIPE, output=tmp_path)
-    for first in (0, 2):
-        with TrainLog(recipe, first) as log:
-            log.began -= 8
-            for row in rows[first:]:
-                log.write(row["step"], False, RESULT, 0.5, 3.0)
-            log.bar.refresh()
-        with open(tmp_path / "log.jsonl", "a") as file:
-            file.write('{"step": 4, "pha')  # a write that was cut
-    with TrainLog(recipe, 4):
-        log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row.pop("seconds") > 0 for row in log] == [True] * 4 and log == rows
-    bar = capsys.readouterr().err
-    assert "contrastive=1.500, ntp=2.250, pairs/s=2, tokens/s=25]" in bar and "4/4 [" in bar
-
-
-def test_the_log_shows_the_share_of_the_devices_peak(tmp_path, capsys, monkeypatch):
-    recipe = dataclasses.replace(RECIPE, output=tmp_path, dtype="bfloat16")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
-    with TrainLog(recipe, 0) as log:
-        log.began -= 10
-        log.write(0, True, RESULT._replace(flops=10 * 312e12 * 0.25), 0.5, 3.0)
-        log.bar.refresh()
-    assert "MFU=25.0%]" in capsys.readouterr().err
-    assert peak_flops(dataclasses.replace(recipe, dtype="float32")) == 0
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
-    assert peak_flops(recipe) == 0
-
-
-def test_the_log_writes_to_tensorboard(tmp_path, monkeypatch):
-    scalars = {}
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            scalars["folder"] = (folder, purge_step)
-
-        def add_scalar(self, name, value, step):
-            scalars[name] = (value, step)
-
-        def close(self):
-            scalars["closed"] = True
-
-    module = type(sys)("torch.utils.tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    recipe = dataclasses.replace(RECIPE, output=tmp_path, tensorboard=True)
-    with TrainLog(recipe, 2) as log:
-        log.write(2, True, RESULT, 0.5, 3.0)
-    assert scalars.pop("pairs/s")[1] == scalars.pop("tokens/s")[1] == 2
-    folder = (str(tmp_path / "tensorboard"), 2)
-    numbers = {"loss": 4.5, "ntp": 2.25, "learning_rate": 0.5, "gradient_norm": 3.0}
-    assert scalars == {"folder": folder, "closed": True} | {k: (v, 2) for k, v in numbers.items()}
-    monkeypatch.setitem(sys.modules, module.__name__, None)
-    with pytest.raises(ImportError, match=r"btok\[tensorboard\]"):
-        TrainLog(recipe, 0)
-
-
 @pytest.mark.parametrize("own", [False, True])
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, monkeypatch, own):
     def diverge(model, recipe, pairs, microbatches, step, *more):
@@ -360,7 +309,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path, capsys, m
         words += f" --data {tmp_path / 'pairs.jsonl'}"
     assert main(["--model", str(model), "--output", str(output), *words.split()]) == 1
     said = capsys.readouterr().err
-    assert "\nerror: step 3: loss nan, gradient norm" in said
+    assert "\nerror: step 3: loss nan, gradient norm" in f"\n{said}"
     assert f"{output}/nonfinite.json names its batch" in said
     recipe = Recipe(reading_steps=6, group_size=2, groups_per_batch=1)
     names = [(p.dataset, 6 + i, p.positive_id) for i, p in enumerate(pocket_pairs(recipe, 3))]
@@ -434,6 +383,41 @@ def test_stopped_and_started_again_it_ends_the_same_bit_for_bit(tmp_path):
         "retrievals-VisDoc.png",
     ):
         assert (parts / name).stat().st_size > 10_000
+
+
+def test_what_cannot_be_drawn_does_not_end_a_run(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no\nfont")
+
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "ntp": 1.0}\n')
+    monkeypatch.setattr("train.main.pictures.loss_curve", fail)
+    finish(dataclasses.replace(RECIPE, output=tmp_path), None)
+    out, err = capsys.readouterr()
+    assert err == "not drawn: no font\n" and f"report.html are in {tmp_path}" in out
+    assert (tmp_path / "report.html").exists()
+    monkeypatch.setattr("train.main.write_report", fail)
+    monkeypatch.setattr("train.main.note_end", fail)
+    finish(dataclasses.replace(RECIPE, output=tmp_path), None)
+    assert capsys.readouterr().err == "not drawn: no font\n" * 3
+
+
+def test_a_run_notes_its_starts(tmp_path):
+    recipe = dataclasses.replace(RECIPES["pocket"], output=tmp_path, steps=7, dims=(8, 16))
+    model, machine = tiny_module()[0], {"python": "3", "extras": {}, "environment": {"A": "b"}}
+    for step in (0, 5):
+        note_start(recipe, recipe_name(["--steps", "7"]), model, step, machine)
+    note_end(recipe)
+    noted = json.loads((tmp_path / "run.json").read_text())
+    changed = {"output": ["runs/pocket", str(tmp_path)], "steps": [400, 7], "dims": [[], [8, 16]]}
+    assert noted["recipe"] == "pocket" and noted["changed"] == changed and noted["ended"]
+    assert noted["parameters"] == sum(p.numel() for p in model.parameters())
+    for start, step in zip(noted["starts"], (0, 5), strict=True):
+        assert start.pop("time") <= noted["ended"]
+        assert start == {"step": step, "processes": 1, "python": "3"}
+    for damage in ("{", "[]", '{"starts": 3}'):
+        (tmp_path / "run.json").write_text(damage)
+        note_start(recipe, "pocket", model, 6, machine)
+        assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
 
 
 SMALL = ["--muon-rate", "0", "--caption-steps", "0", "--eval-queries", "0"]
@@ -613,6 +597,11 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
     rows = [[json.loads(line) | {"seconds": 0} for line in log] for log in logs]
     assert rows[0] == rows[1]
     assert BTokEncoder.from_pretrained(parts / "checkpoint-6").encode(["number 3"]).shape == (1, 64)
+    noted = json.loads((parts / "run.json").read_text())
+    assert [start["step"] for start in noted["starts"]] == [0, 3]
+    assert noted["changed"]["lora_rank"] == [0, 2]
+    report = (parts / "report.html").read_text()
+    assert "Finished: 6 of 6 steps." in report and "6 steps in 2 starts" in report
 
     assert main([*command, "--output", str(tmp_path / "none"), "--max-skipped", "0"]) == 2
     assert "1 pairs could not be read, over max_skipped 0" in capsys.readouterr().err

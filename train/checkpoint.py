@@ -119,7 +119,9 @@ class Checkpoints:
             save_file(moments, self.draft / f"{MOMENTS}{part}")
             for path in self.draft.rglob("*" if rank() == 0 else f"*{part}"):
                 name = str(path.relative_to(self.draft))
-                if path.is_file() and ("-of-" not in name or name.endswith(part)):
+                if name.startswith("."):  # what safetensors of another rank is still writing
+                    continue
+                if ("-of-" not in name or name.endswith(part)) and path.is_file():
                     self.digests[name] = sha256(path)
         except Exception as error:
             self.error = error

@@ -1,11 +1,15 @@
-"""What a run tells of its steps: `log.jsonl`, a progress bar, TensorBoard, what was skipped."""
+"""What a run tells of its steps: `log.jsonl`, a progress bar or plain lines, TensorBoard, what was
+skipped.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,29 +35,51 @@ def peak_flops(recipe: Recipe) -> float:
 
 
 LOSSES = ("contrastive", "ntp", "reconstruction")
+FIRST_LINE, BETWEEN, SHARE = (
+    5.0,
+    30.0,
+    0.05,
+)  # seconds until a line, to the next, or of those before
 
 
 class TrainLog:
-    """`log.jsonl` and a progress bar, on rank 0; rows of steps to be done again are dropped.
+    """`log.jsonl` and what a person sees, on rank 0; rows of steps to be done again are dropped.
+
+    A terminal has a progress bar; where there is none, plain lines at growing intervals say how far
+    the run is.
 
     Args:
         recipe: the run's; with its `tensorboard` the numbers go to `<output>/tensorboard` too.
         first: the step that the run begins or goes on with.
         skipped: pairs that could not be read before it.
+        demonstrate: called on rank 0 with whether the phase is captioning; a line that goes with
+            each of those, which are then on terminals, too.
 
     Raises:
         ImportError: TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, recipe: Recipe, first: int, skipped: int = 0) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        first: int,
+        skipped: int = 0,
+        demonstrate: Callable[[bool], str] | None = None,
+    ) -> None:
         self.path = recipe.output / "log.jsonl"
         self.skipped, self.most = skipped, recipe.max_skipped
         self.began, self.pairs, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
         self.restores = recipe.reconstruction_weight > 0
         self.peak = peak_flops(recipe) * world()
         self.pairs_of_step = recipe.groups_per_batch * recipe.group_size
+        self.first, self.total_steps = first, recipe.total_steps
+        self.demonstrate, self.line_at = demonstrate, FIRST_LINE
+        self.since_line: dict[str, list[float]] = {}  # each loss of the steps since then
         steps = {"total": recipe.total_steps, "initial": first}
-        self.bar = tqdm(**steps, unit="step", disable=rank() != 0, mininterval=1.0)
+        # None: not where no terminal redraws a line
+        self.bar = tqdm(
+            **steps, unit="step", disable=None if rank() == 0 else True, mininterval=1.0
+        )
         self.board = None
         if rank() != 0:
             return
@@ -88,7 +114,7 @@ class TrainLog:
         self, step: int, captioning: bool, result: StepResult, rate: float, norm: float
     ) -> None:
         """Add a step's row: its losses, the learning rate and the gradient's norm."""
-        row = {"step": step, "phase": "caption", "loss": float(result.losses.total)}
+        row: dict[str, Any] = {"step": step, "phase": "caption", "loss": float(result.losses.total)}
         if not captioning:
             row |= {"phase": "train", "contrastive": float(result.losses.contrastive)}
         if self.restores and not captioning:
@@ -116,10 +142,33 @@ class TrainLog:
         self.bar.set_description(row["phase"], refresh=False)
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+        for key, loss in losses.items():
+            self.since_line.setdefault(key, []).append(loss)
+        if seconds >= self.line_at:
+            self.line_at = seconds + max(BETWEEN, SHARE * seconds)
+            means = {key: f"{sum(own) / len(own):.3f}" for key, own in self.since_line.items()}
+            self._tell(row, shown | means, seconds)
+            self.since_line.clear()
         if self.board:
             for key, value in (row | rates).items():
                 if key not in ("step", "phase"):
                     self.board.add_scalar(key, value, row["step"])
+
+    def _tell(self, row: Mapping[str, Any], shown: Mapping[str, str], seconds: float) -> None:
+        """How far the run is, on a line; on a terminal with a bar only beside what it shows."""
+        if not (self.demonstrate or self.bar.disable):
+            return
+        done = row["step"] + 1
+        left = seconds / (done - self.first) * (self.total_steps - done)
+        said = ", ".join(
+            f"{value} {name}" if "/" in name else f"{name} {value}" for name, value in shown.items()
+        )
+        line = f"{timedelta(seconds=round(seconds))}  step {done} of {self.total_steps}: {said}"
+        line += f"; about {timedelta(seconds=round(left))} left"
+        if self.demonstrate:
+            line += f"\n         {self.demonstrate(row['phase'] == 'caption')}"
+        with tqdm.external_write_mode():
+            print(line, flush=True)
 
     def __enter__(self) -> TrainLog:
         return self

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,22 @@ from transformers.utils.logging import disable_progress_bar
 
 from btok.data.mixture import load_mixture
 from btok.data.sources import Source
-from btok.files import write_json
+from btok.evaluation.runner import Retrieved, format_table
+from btok.files import one_line, printable, write_json
 from btok.kernels import CondensedLayout, condensed_attention
 from btok.model import BTokModel
-from btok.tools import command_line, pictures
+from btok.tools import command_line, env, pictures
+from btok.tools.run_report import write_report
 from btok_kernels.ranks import from_first, gather, rank, world
 from train import checkpoint, parallel
 from train.log import TrainLog
 from train.memory import refuse_too_small
 from train.microbatches import PackedStep, Packing
 from train.pocket import source as pocket
-from train.pocket.evaluation import evaluate, show
+from train.pocket.demonstration import Demonstration, closing, opening
+from train.pocket.evaluation import draw_sheets, evaluate, format_scores
+from train.pocket.files import write_files
+from train.provenance import note_end, note_start
 from train.recipes import RECIPES, Recipe, load
 from train.sampler import TrainSet, load_steps, shared_memory
 from train.step import train_step
@@ -57,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with parallel.Stop() as stop, parallel.Processes() as processes:
         processes.join()
-        recipe = parse(list(sys.argv[1:] if argv is None else argv))
+        words = list(sys.argv[1:] if argv is None else argv)
+        name = recipe_name(words)
+        recipe = parse(words)
         sources = parallel.first_alone(lambda: load_mixture(recipe.data) if recipe.data else [])
         settings = check(recipe, sources)
         newest = checkpoint.newest_valid(recipe.output) if rank() == 0 else None
@@ -73,18 +81,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe.output.mkdir(parents=True, exist_ok=True)
             write_json(recipe.output / "config.json", settings)
         parallel.same_folder(recipe.output)
-        say = print if rank() == 0 else lambda *_: None
-        has_scores = recipe.eval_queries and recipe.data is None
+        say = partial(print, flush=True) if rank() == 0 else lambda *_: None
+        has_scores = recipe.eval_queries > 0 and recipe.data is None
+        demonstrate = Demonstration(model, processor, recipe) if has_scores else None
+        if demonstrate:
+            say(opening(model, recipe))
         if resume:
             say(f"going on from {resume}")
         elif has_scores:
             say("before training:")
             evaluate(model, processor, recipe, "before.json")
+            if rank() == 0:
+                say(format_scores(json.loads((recipe.output / "before.json").read_text())))
 
         optimizers = make_optimizers(model, recipe)
         torch.manual_seed(recipe.seed * world() + rank())  # of what each rank draws at random
         saved = checkpoint.load(resume, optimizers) if resume else {}
         first, before = saved.get("step", 0), recipe.caption_steps
+        if rank() == 0:
+            note_start(recipe, name, model, first, env.gather())
         # on the pocket benchmark captioning comes first, which teaches its small model to see
         captions = pocket.captions(recipe, model, processor, first) if first < before else ()
         packing = Packing.of(model, processor, recipe)
@@ -96,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoints = checkpoint.Checkpoints(recipe.output)
         model.train()
         stop.in_step, stopping = True, False
-        with TrainLog(recipe, first, saved.get("skipped", 0)) as log:
+        with TrainLog(recipe, first, saved.get("skipped", 0), demonstrate) as log:
             for step, (number, data) in enumerate(chain(captions, drawn), first):
                 captioning = step < before
                 phase = recipe.captions if captioning else recipe
@@ -126,17 +141,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stopping:
             say(f"stopped; the same command goes on from {recipe.output}")
         else:
+            retrieved = None
             if has_scores:
                 say("after training:")
                 retrieved = evaluate(model, processor, recipe, "metrics.json")
             if rank() == 0:
-                if lines := (recipe.output / "log.jsonl").read_text().splitlines():
-                    pictures.loss_curve(map(json.loads, lines), recipe.output / "loss.png")
-                if has_scores:
-                    show(recipe, retrieved)
-            say(f"metrics, pictures, log and checkpoints are in {recipe.output}")
+                finish(recipe, retrieved)
         processes.leave()
     return processes.code
+
+
+def finish(recipe: Recipe, retrieved: dict[str, list[Retrieved]] | None) -> None:
+    """Draw and tell what became of a run that is whole on the disk; what cannot be drawn is told,
+    too, and nothing else.
+
+    Args:
+        retrieved: what each query of the pocket benchmark found, where it was asked.
+    """
+    output, files = recipe.output, recipe.output / "files"
+    drawn: list[Callable[[], object]] = [partial(note_end, recipe)]
+    if lines := (output / "log.jsonl").read_text().splitlines():
+        drawn.append(partial(pictures.loss_curve, map(json.loads, lines), output / "loss.png"))
+    if retrieved is not None:
+        drawn += [partial(draw_sheets, recipe, retrieved), partial(write_files, files)]
+    drawn.append(partial(write_report, output))
+    for draw in drawn:
+        try:
+            draw()
+        # hours of training are not to end with an error because of a picture
+        except Exception as error:
+            print(f"not drawn: {printable(one_line(error))}", file=sys.stderr)
+    if retrieved is not None:
+        scores = (output / name for name in ("before.json", "metrics.json"))
+        print(format_table(*(json.loads(file.read_text()) for file in scores)))
+    print(f"checkpoints, log, pictures and report.html are in {output}")
+    if retrieved is not None and recipe.total_steps:
+        print(closing(recipe, files), flush=True)
+
+
+def recipe_name(argv: Sequence[str]) -> str:
+    """Of the recipe that a command line begins with."""
+    return argv[0] if argv and not argv[0].startswith("-") else "pocket"
 
 
 def parse(argv: list[str]) -> Recipe:
@@ -145,9 +190,10 @@ def parse(argv: list[str]) -> Recipe:
     Raises:
         ValueError: an unknown recipe or option, a value out of range.
     """
-    name = argv.pop(0) if argv and not argv[0].startswith("-") else "pocket"
+    name = recipe_name(argv)
     if name not in RECIPES:
         raise ValueError(f"recipe is '{name}', expected one of {sorted(RECIPES)}")
+    argv = argv[argv[:1] == [name] :]
     argv = [{"true": "True", "false": "False"}.get(word, word) for word in argv]
     options = {"default": RECIPES[name], "config": (tyro.conf.FlagConversionOff,)}
     return command_line.parse(Recipe, argv, "train/main.py", **options)

@@ -3,6 +3,7 @@ others, finds hard negatives, or is scored on a public benchmark.
 
     python -m btok encode CHECKPOINT FOLDER [--output INDEX] [--storage float16]
     python -m btok search CHECKPOINT FOLDER "a red seven" [--top 5] [--picture hits.png]
+    python -m btok serve CHECKPOINT FOLDER [--port 8765] [--browser]
     python -m btok index INDEX [--build IVF_PQ]
     python -m btok export CHECKPOINT OUT
     python -m btok merge CHECKPOINT CHECKPOINT --weights 0.5 0.5 --output OUT
@@ -10,6 +11,8 @@ others, finds hard negatives, or is scored on a public benchmark.
     python -m btok calibrate CHECKPOINT INPUTS.jsonl [--quantile 0.9]
     python -m btok mine CHECKPOINT PAIRS.jsonl --output HARD.jsonl [--count 4] [--ranks 10 100]
     python -m btok eval CHECKPOINT mmeb-v2 --data DIR [--tasks V-RET,DocVQA] [--output SCORES]
+    python -m btok report RUN [--output FILE]
+    python -m btok env [--json]
 
 Images, text files (.txt, .md, source code, ...; their first 8,192 characters) and, with the extras
 `video`, `pdf`, `heif` and `text`, videos, the pages of PDFs, HEIC, HTML and .docx. `encode` and
@@ -21,80 +24,38 @@ among processes.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch.distributed as dist
 import tyro
 
 from btok.data.records import Side
 from btok.files import one_line, printable
-from btok.inputs import KINDS, Page, as_side, rgb_array, with_frames
+from btok.inputs import Page, as_side, rgb_array, with_frames
 from btok.inputs.documents import at_page
 from btok.tools import pictures
 from btok.tools.calibrate import Calibrate, calibrate
 from btok.tools.check_server import BOUND, compare, report
 from btok.tools.command_line import load, parse
+from btok.tools.encode_folder import Encode, bring_up_to_date
+from btok.tools.env import Env, describe_machine
 from btok.tools.evaluate import Evaluate, evaluate
 from btok.tools.export import export
-from btok.tools.folder import as_input, list_files, said_of_recall, update
+from btok.tools.folder import as_input, said_of_recall
 from btok.tools.gguf import export_gguf
 from btok.tools.merge import Merge, merge
 from btok.tools.mine import Mine, mine
 from btok.tools.rows import item_name
-from btok.tools.sinks import is_index
+from btok.tools.run_report import Report, write_report
+from btok.tools.web.serve import Serve, serve
 from btok_kernels.ranks import rank
 
-if TYPE_CHECKING:
-    from btok.tools.index import Index
-
-WITH_RAY = ("workers", "address", "staging")  # options
 CAPTION = 60  # characters of a text file that a picture shows
-
-
-@dataclass(frozen=True)
-class Encode:
-    """Make the index of a folder, or bring it up to date.
-
-    Args:
-        checkpoint: a folder with a model and its tokenizer, or a hub id.
-        folder: what to index; hidden files and symbolic links are passed over.
-        output: the index's folder, or an address such as s3://bucket/index; FOLDER/.btok by
-            default. NAME.npz and NAME.parquet are vectors for other programs.
-        instruction: put before the text of every file; an index is of one instruction.
-        batch_tokens: tokens per packed row.
-        storage: what a new index stores: float32, float16 (half the size) or int8 (a quarter).
-        num_btoks: how many bottleneck tokens vectors of a new index are made with, of numbers that
-            the checkpoint was trained for; "auto" for the fewest that its calibration allows each
-            file. What an index has stays.
-        dims: how many components a vector of a new index has, the first ones.
-        multi_vector: keep in a new index the bottleneck rows, too; searches then compare these.
-        clip: seconds; a video is cut into equal parts of at most so many, each an item of its own.
-        engine: "ray" shares the work among the machines of a Ray cluster (extra `ray`).
-        workers: with Ray, how many encode; one per GPU, or per two CPUs, by default.
-        address: of the Ray cluster; RAY_ADDRESS's by default, or a new one on this machine.
-        staging: with Ray, a folder that all machines see; OUTPUT.parts by default.
-    """
-
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    output: str | None = None
-    instruction: str = ""
-    batch_tokens: int = 16384
-    storage: str | None = None
-    num_btoks: int | Literal["auto"] | None = None
-    dims: int | None = None
-    multi_vector: bool = False
-    clip: float | None = None
-    engine: Literal["local", "ray"] = "local"
-    workers: int | None = None
-    address: str | None = None
-    staging: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +136,7 @@ class CheckServer:
 Command = (
     Annotated[Encode, tyro.conf.subcommand("encode")]
     | Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | Annotated[Describe, tyro.conf.subcommand("index")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[CheckServer, tyro.conf.subcommand("check-server")]
@@ -182,6 +144,8 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("eval")]
     | Annotated[Mine, tyro.conf.subcommand("mine")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Env, tyro.conf.subcommand("env")]
 )
 
 
@@ -227,7 +191,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(
-    command: Encode | Describe | Export | CheckServer | Calibrate | Evaluate | Mine | Merge,
+    command: Encode
+    | Serve
+    | Describe
+    | Export
+    | CheckServer
+    | Calibrate
+    | Evaluate
+    | Mine
+    | Merge
+    | Report
+    | Env,
 ) -> int:
     """Bring the index up to date and, for a search, print what is nearest; or one of the others.
 
@@ -242,7 +216,13 @@ def run(
         right, said = report(encoder, found, command.bound)
         print("\n".join(map(printable, said.splitlines())))
         return 0 if right else 1
-    if isinstance(command, Evaluate):
+    if isinstance(command, Env):
+        print(describe_machine(command))
+    elif isinstance(command, Report):
+        print(printable(write_report(command.run, command.output)))
+    elif isinstance(command, Serve):
+        serve(command)
+    elif isinstance(command, Evaluate):
         evaluate(command)
     elif isinstance(command, Calibrate):
         calibrate(command)
@@ -286,40 +266,10 @@ def describe(command: Describe) -> None:
 
 def encode(command: Encode) -> None:
     """Bring an index up to date and, for a search, print what is nearest."""
+    searched = isinstance(command, Search)
     query = asked(command) if isinstance(command, Search) else Side()
-    if not command.folder.is_dir():
-        raise ValueError(f"folder is {command.folder}, expected a folder")
-    root = command.folder.resolve()
-    output = command.output or str(root / ".btok")
-    if isinstance(command, Search) and not is_index(output):
-        raise ValueError(f"output is {output}, which encode makes; expected an index to search")
-    own = [] if "://" in output else [Path(output), Path(f"{output}.parts")]
-    listed = list_files(root, *own, *filter(None, [command.staging]))
-    if not listed.paths:
-        why = [f"{name}: {why}" for name, why in listed.unreadable.items()]
-        had = f"no file that can be encoded{listed.passed_over()}{'; '.join(['', *why])}"
-        raise ValueError(
-            f"folder {command.folder} has {had}; expected one ending in {' '.join(KINDS)}"
-        )
-    if command.clip is not None and not 0.1 <= command.clip < math.inf:
-        raise ValueError(f"clip is {command.clip}, expected at least 0.1 seconds")
     where = command.where if isinstance(command, Search) else None
-    settings = command.instruction, command.batch_tokens, command.storage, where, command.clip
-    asked_for = ("num_btoks", command.num_btoks), ("dims", command.dims)
-    options: dict[str, Any] = {name: value for name, value in asked_for if value is not None}
-    options |= {"multi_vector": True} if command.multi_vector else {}
-    index: Index | None
-    if command.engine == "ray":
-        from btok.tools import ray_engine
-
-        ray = command.workers, command.address, command.staging
-        index = ray_engine.update(
-            command.checkpoint, root, listed, output, *settings, *ray, options
-        )
-    else:
-        if given := [name for name in WITH_RAY if getattr(command, name) is not None]:
-            raise ValueError(f"{given[0]} is given, which only --engine ray has")
-        index = update(load(command.checkpoint), root, listed, output, *settings, options)
+    index = bring_up_to_date(command, searched, where)
     if isinstance(command, Search) and index is not None and rank() == 0:
         if not command.rescore and not index.several:
             raise ValueError(
@@ -331,7 +281,7 @@ def encode(command: Encode) -> None:
         for place, (score, item) in enumerate(hits, 1):
             print(f"{place:>3}  {score:6.3f}  {printable(item_name(item))}")
         if command.picture is not None:
-            draw(query, root, hits, command.picture)
+            draw(query, command.folder.resolve(), hits, command.picture)
 
 
 def asked(command: Search) -> Side:

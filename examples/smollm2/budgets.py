@@ -19,10 +19,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, canvas, log_axis
+from bench.provenance import facts
 from bench.report import table
-from bench.studies.common import draw, said
 from btok.files import write_text
 from examples.smollm2.runs import read
+from examples.studies.common import draw, said
 
 RUNS = Path(__file__).resolve().parents[2] / "bench" / "results" / "smollm2-budgets"
 SETS = {"wordnet": "a WordNet gloss -> its words", "debian": "a summary -> its description"}
@@ -70,9 +71,7 @@ def page(folder: Path) -> str:
         "models, each trained for one K with all components. The same rate, weight, batches and "
         "seeds. Means over seeds with the 95 % interval of Student's t; differences by seed, in "
         "bold without 0. The models for one K are of another day's code and machine.",
-        f"- command: `python examples/smollm2/budgets.py`\n- commit: {settings['commit']}\n"
-        f"- device: {settings['device']}\n- versions: "
-        + ", ".join(f"{name} {number}" for name, number in settings["versions"].items()),
+        f"- command: `python examples/smollm2/budgets.py`\n{facts(settings)}",
         f"![Scores over bytes and tokens]({folder.name}.png)",
     ]
     for name, runs in found.items():

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, PURPLE, RED, TEAL, canvas
+from bench.provenance import versions_line
 from bench.report import table
-from bench.studies.common import interval, said
 from btok.files import write_text
 from examples.smollm2.pairs import SETS
 from examples.smollm2.runs import (
@@ -33,6 +33,7 @@ from examples.smollm2.runs import (
     measures,
     read,
 )
+from examples.studies.common import interval, said
 
 STEM = "smollm2"
 HOW = ("raw", "centred")
@@ -292,7 +293,7 @@ def facts(main: Results) -> str:
             f"- backbone: SmolLM2-135M-Instruct, dequantised Q4_1 (sha256 {s['backbone'][:16]}...)",
             f"- commit: {', '.join(commits)}; sha256 of its sources {s['code'][:16]}...",
             f"- device: {'; '.join(devices)}; {count}, {seconds / 3600:.1f} hours at least",
-            "- versions: " + ", ".join(f"{name} {n}" for name, n in s["versions"].items()),
+            versions_line(s["versions"]),
         ]
     )
 

@@ -39,8 +39,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.provenance import facts_of, surroundings
 from bench.report import table
-from bench.studies.common import facts_of, surroundings
 from btok.data.records import Side
 from btok.data.sources import open_source
 from btok.encoder import BTokEncoder

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from bench.bench_inference import Shape, predicted
 from bench.harness import duel, settle_allocator
-from bench.studies.common import surroundings
+from bench.provenance import surroundings
 from btok import adapters
 from btok.data.records import Side
 from btok.encoder import BTokEncoder

@@ -13,9 +13,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, ORANGE, PALE, canvas, log_axis
+from bench.provenance import facts_of
 from bench.report import table
-from bench.studies.common import facts_of, interval
 from btok.files import write_json, write_text
+from examples.studies.common import interval
 
 STEM = "smollm2-probes"
 PROBES = ("recovery", "packing", "overhead", "attention")
@@ -56,8 +57,8 @@ def page(found: Mapping[str, Any]) -> str:
     parts = [
         "# Probes of SmolLM2-135M with bottleneck tokens",
         "On SmolLM2-135M-Instruct, dequantised Q4_1 (30 layers of width 576), trained as"
-        " [the study](../../examples/smollm2/) has it. Every figure that is not called modelled is"
-        " **measured**.",
+        " [the study](../../examples/smollm2/README.md) has it. Every figure that is not called"
+        " modelled is **measured**.",
     ]
     sections = recovery_part, packing_part, overhead_part, attention_part
     last: object = None

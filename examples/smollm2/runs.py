@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bench.studies.common import surroundings
-from bench.studies.views import dense, embed, views_of
+from bench.provenance import surroundings
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import sha256, write_json
 from examples.smollm2 import pairs
 from examples.smollm2.fetch import backbone
+from examples.studies.views import dense, embed, views_of
 from train import main as training
 
 # what the others make is known by its digest
-CODE = ("examples/smollm2/runs.py", "bench/studies/views.py")
+CODE = ("examples/smollm2/runs.py", "examples/studies/views.py")
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "gguf", "numpy", "scikit-learn")
 UNTRAINED = "untrained"  # in place of a set's name
 FLOORS = "floors.json"  # beside the runs: what words in common alone find, by set
@@ -229,9 +229,9 @@ def score(encoder: BTokEncoder, found: Sequence[tuple[str, str]]) -> dict[str, N
 def scored_views(
     encoder: BTokEncoder, found: Sequence[tuple[str, str]], texts: Sequence[str]
 ) -> tuple[dict[str, NDArray[np.intp]], dict[str, dict[str, float]]]:
-    """What `score` gives; and by what of the bottleneck rows is compared, as `bench.studies.views`
-    names it, the bytes of an item and raw measures. All are made of one pass over the pairs; int8
-    and the budgets of "auto" are calibrated with `texts`."""
+    """What `score` gives; and by what of the bottleneck rows is compared, as
+    `examples.studies.views` names it, the bytes of an item and raw measures. All are made of one
+    pass over the pairs; int8 and the budgets of "auto" are calibrated with `texts`."""
     kept = encoder.model.settings
     calibration = encoder.calibrate(texts, show_progress=False)
     options = {"rows": kept.multi_vector, "cross": True}

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import INSTALLED, always, choose, hopper_wins, no_hopper, no_triton
+from .launch import INSTALLED, Reasons, always, choose, hopper_wins, no_hopper, no_triton
 from .layout import TILE, CondensedLayout, Half
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # of the Triton kernels
@@ -155,7 +155,30 @@ def condensed_attention(
         RuntimeError: an `impl` that cannot run on these tensors.
     """
     _check(q, k, v, layout, scale)
-    reasons = {
+    chosen = choose("condensed_attention", impl, *implementations(q, k, v, len(layout)))
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if chosen in ("triton", "hopper"):
+        from .condensed_attention_triton import attention  # imports triton
+
+        return attention(q, k, v, layout.tiles, scale, chosen == "hopper")
+    paths = {"sdpa": _sdpa, "varlen": _varlen, "xformers": _xformers, "reference": _reference}
+    return paths[chosen](q, k, v, layout, scale)
+
+
+def implementations(
+    q: Tensor, k: Tensor, v: Tensor, sequences: int = 1
+) -> tuple[Reasons, tuple[str, ...]]:
+    """What could compute `condensed_attention` of these tensors, as `launch.choose` takes it.
+
+    Args:
+        q: [T, Hq, D]; k, v: [T, Hkv, D].
+        sequences: how many share the T rows.
+
+    Returns:
+        By name why each cannot run, asked by a call, which gives None where it can; and the names
+        that "auto" tries in turn.
+    """
+    reasons: Reasons = {
         "triton": lambda: _no_triton(q, k, v),
         "hopper": lambda: _no_triton(q, k, v) or no_hopper(q, k, v),
         "sdpa": always,
@@ -164,15 +187,7 @@ def condensed_attention(
         "reference": always,
     }
     order = ("triton", "sdpa") if q.is_cuda else ("sdpa",)
-    order = ("hopper", *order) if hopper_wins(q, len(layout)) else order
-    chosen = choose("condensed_attention", impl, reasons, order)
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    if chosen in ("triton", "hopper"):
-        from .condensed_attention_triton import attention  # imports triton
-
-        return attention(q, k, v, layout.tiles, scale, chosen == "hopper")
-    paths = {"sdpa": _sdpa, "varlen": _varlen, "xformers": _xformers, "reference": _reference}
-    return paths[chosen](q, k, v, layout, scale)
+    return reasons, ("hopper", *order) if hopper_wins(q, sequences) else order
 
 
 def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .late_interaction import Similarity, computed, maxsim, similarity, tile_rows
-from .launch import always, choose, no_triton
+from .launch import Reasons, always, choose, no_triton
 from .ranks import Ranks, agree, is_group, join
 
 _TILE_LOGITS = 1 << 20  # logits of one tile, which has at least one row; 16 times that on a GPU
@@ -472,12 +472,6 @@ def _check(call: Call) -> dict[str, Any]:
         raise ValueError(f"{name}: hardness is {hardness!r}, expected a finite number, 0 or more")
     if call.group not in (None, "local") and not is_group(call.group):
         raise ValueError(f"{name}: group is {call.group!r}, expected a group, 'local' or None")
-    reasons = {
-        "triton": lambda: no_triton(query.device, query.dtype) or _unweighted(call),
-        "chunked": always,
-        "reference": always,
-    }
-    order = ("triton", "chunked") if query.device.type == "cuda" else ("chunked",)
     return {
         "device": query.device.type,
         "dtype": query.dtype,
@@ -490,8 +484,21 @@ def _check(call: Call) -> dict[str, Any]:
         "bidirectional": call.bidirectional,
         "margin": margin,
         "hardness": hardness,
-        "impl": choose(name, call.impl, reasons, order),
+        "impl": choose(name, call.impl, *implementations(call)),
     }
+
+
+def implementations(call: Call) -> tuple[Reasons, tuple[str, ...]]:
+    """What could compute this call's loss: by name why it cannot run here (asked by a call, which
+    gives None where it can), and the names that "auto" tries in turn.
+    """
+    query = call.query
+    reasons: Reasons = {
+        "triton": lambda: no_triton(query.device, query.dtype) or _unweighted(call),
+        "chunked": always,
+        "reference": always,
+    }
+    return reasons, ("triton", "chunked") if query.device.type == "cuda" else ("chunked",)
 
 
 def _unweighted(call: Call) -> str | None:

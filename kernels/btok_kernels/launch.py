@@ -23,12 +23,22 @@ from torch import Tensor
 logger = logging.getLogger("btok_kernels")
 _announced: set[tuple[str, str]] = set()
 C = TypeVar("C")  # a configuration
+Reasons = dict[str, Callable[[], str | None]]  # by implementation, why it cannot run here
 INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("triton", "xformers")}
 
 
-def choose(
-    op: str, impl: str, reasons: dict[str, Callable[[], str | None]], order: tuple[str, ...]
-) -> str:
+def first_to_run(reasons: Reasons, order: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    """What "auto" takes of `order`, as `choose` describes both, and why none of those before it."""
+    passed_over = {}
+    for name in order:
+        reason = reasons[name]()
+        if reason is None:
+            break
+        passed_over[name] = reason
+    return name, passed_over
+
+
+def choose(op: str, impl: str, reasons: Reasons, order: tuple[str, ...]) -> str:
     """Resolve `impl` for the op named `op`.
 
     Args:
@@ -43,12 +53,8 @@ def choose(
         ValueError: an unknown implementation.
     """
     if impl == "auto":
-        passed_over = ""
-        for name in order:
-            reason = reasons[name]()
-            if reason is None:
-                break
-            passed_over += f", not '{name}': {reason}"
+        name, reason_by_name = first_to_run(reasons, order)
+        passed_over = "".join(f", not '{n}': {why}" for n, why in reason_by_name.items())
         if not torch.compiler.is_compiling() and (op, name + passed_over) not in _announced:
             _announced.add((op, name + passed_over))
             level = logging.WARNING if passed_over else logging.INFO

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
-from bench.aot import Target
+from bench.driver import Target
 from btok_kernels import condensed_attention, contrastive_loss, late_interaction, launch
 from tests.compiled.machine import Machine
 from tests.compiled.memory import Global

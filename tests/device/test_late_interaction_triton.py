@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import gloo
+from helpers import gloo, spawn
 from test_contrastive_loss import NAMES, gap, in_double, local, own_rows, truth
 from test_contrastive_loss import differentiate as differentiate_loss
 from test_contrastive_loss_triton import GRADIENT_BOUNDS, guarded
@@ -265,7 +264,7 @@ def test_ranks_equal_the_whole_batch(world):
         if world == 1:
             run_rank(0, 1, folder)
         else:
-            mp.spawn(run_rank, (world, folder), nprocs=world)
+            spawn(run_rank, (world, folder), nprocs=world)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
     for rows in SPLITS[world]:
         for name in RANK_CASES:

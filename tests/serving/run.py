@@ -39,9 +39,10 @@ from serving.server import (
     texts,
     tiny,
 )
+from snippets import blocks
 
+from bench.provenance import surroundings
 from bench.report import table
-from bench.studies.common import surroundings
 from btok import BTokEncoder, Side
 from btok.adapters import Lora
 from btok.config import CONFIG_NAME
@@ -438,15 +439,15 @@ def decoded(data: list[Row]) -> Any:
 
 def documented(options: Options, url: str, encoder: BTokEncoder) -> Iterator[Row]:
     """The Python client of docs/serving.md, run as it stands there."""
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
-    shell = next(part for part in page.split("```\n") if part.startswith("curl"))
+    found = list(blocks(Path(__file__).parents[2] / "docs" / "serving.md"))
+    shell = next(block.text for block in found if block.text.startswith("curl"))
     shell = shell.replace("localhost:8000", url.removeprefix("http://")).replace(
         '"mine"', '"served"'
     )
     said = subprocess.run(["bash", "-c", shell], capture_output=True, text=True).stdout
     own = ours(encoder, [Side("red six bottom right"), Side("a receipt")])
     yield same("the curl of docs/serving.md", rows_of(json.loads(said)), own)
-    code = page.split("```python\n")[1].split("```")[0]
+    code = next(block.text for block in found if "import OpenAI" in block.text)
     code = code.replace("http://localhost:8000", url).replace('"mine"', '"served"')
     shown = pictures(4, 0)
     folder = options.work / "client"

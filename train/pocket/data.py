@@ -35,6 +35,18 @@ TASKS = tuple(MODALITY)
 NTP_SIDE: dict[str, NtpSide] = {**dict.fromkeys(TASKS, "positive")}
 NTP_SIDE |= dict.fromkeys(("I-RET", "V-RET", "VisDoc"), "query")
 
+ASKED = {  # what a query is, and what it finds
+    "I-CLS": "a digit -> its name",
+    "I-QA": "a scene and a question -> the answer",
+    "I-RET": "a description -> the scene",
+    "I-VG": "a scene and what to find -> the crop",
+    "V-CLS": "a moving digit -> its motion",
+    "V-QA": "a video and a question -> the answer",
+    "V-RET": "a description -> the video",
+    "M-RET": "a video and a moment -> the clip",
+    "VisDoc": "a function's first words -> its page",
+}
+
 CELL, STEP, SCAN = 28, 14, 24  # pixels: one merged token; one patch and one step; one scan
 CANVAS = np.array([24, 24, 32])
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -391,6 +403,20 @@ def tasks(queries: int = 400) -> list[RetrievalTask]:
     hard = [[j for j, page in enumerate(pages) if page.part == pages[i].part] for i in asked]
     visdoc = RetrievalTask(task, task, MODALITY[task], "ndcg@5", asks, sides, qrels, hard=hard)
     return [*made, visdoc]
+
+
+def held_out(task: str, count: int) -> list[Record]:
+    """The first `count` records of the test set's families, each family whole but for the last;
+    of pages as many as are there at most, evenly spaced.
+
+    Raises:
+        ImportError: as `train_group`.
+    """
+    if task == "VisDoc":
+        pages = _pages()["test"]
+        return [_page(page) for page in pages[:: max(1, len(pages) // count)][:count]]
+    families = (_records("test", task, 0, index, 4) for index in range(-(-count // 4)))
+    return [record for family in families for record in family][:count]
 
 
 def _pooled(task: str, count: int) -> RetrievalTask:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from btok.data.records import RetrievalTask
 from btok.encoder import BTokEncoder
@@ -50,14 +50,24 @@ def evaluate(
     return retrieved
 
 
-def show(recipe: Recipe, retrieved: dict[str, list[runner.Retrieved]]) -> None:
-    """Draw what some queries found, and print the scores before and after training."""
+def format_scores(result: Mapping[str, Any]) -> str:
+    """One result of the benchmark as plain text: what is asked, what chance gives, the score."""
+    rows: list[tuple[str, str, str, str]] = [("task", "asked -> found", "chance", "now")]
+    for name, row in result["tasks"].items():
+        rows.append((name, data.ASKED[name], f"{row['chance']:.1f}", f"{row['score']:.1f}"))
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"  {name:<{wide[0]}}  {asked:<{wide[1]}}  {chance:>{wide[2]}}  {score:>{wide[3]}}"
+        for name, asked, chance, score in rows
+    )
+
+
+def draw_sheets(recipe: Recipe, retrieved: dict[str, list[runner.Retrieved]]) -> None:
+    """Draw what some queries found, a contact sheet a task, into the run folder."""
     for task in _tasks(recipe.eval_queries):
         if task.name in SHEETS:
             path = recipe.output / f"retrievals-{task.name}.png"
             draw(task, retrieved[task.name], path)
-    files = (recipe.output / name for name in ("before.json", "metrics.json"))
-    print(runner.format_table(*(json.loads(file.read_text()) for file in files)))
 
 
 def draw(task: RetrievalTask, found: Sequence[runner.Retrieved], path: Path, rows: int = 8) -> None:

@@ -1,0 +1,102 @@
+"""What figures depend on besides the options they were made with: code, machine, packages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from btok.files import sha256
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("btok", "kernels", "train")
+FORMAT_VERSION = 2  # of a file of contests
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pillow")
+
+
+def output_of(*command: str) -> str:
+    """What a program prints; "" where there is none, or where it fails."""
+    try:
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return said.stdout.strip()
+
+
+def machine() -> dict[str, Any]:
+    """Nothing in it names the machine's user or host."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), None)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def digest_of_code(*more: str) -> str:
+    """Of the sources in the folders of `CODE`, and of more files or folders of them."""
+    total = hashlib.sha256()
+    places = [ROOT / name for name in (*CODE, *more)]
+    files = {
+        path for place in places for path in ([place] if place.is_file() else place.rglob("*.py"))
+    }
+    for path in sorted(files):
+        total.update(f"{path.relative_to(ROOT)} {sha256(path)}\n".encode())
+    return total.hexdigest()
+
+
+@cache
+def surroundings(*more: str, packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
+    """Of a study's run; the commit is that of the code it runs.
+
+    Args:
+        more: files of that code besides the folders in `CODE`.
+        packages: whose versions count.
+    """
+    paths, here = ("--", *CODE, *more), machine()
+    device = f"CPU {here['cpu'] or ''}".strip() if here["device"] == "cpu" else here["device"]
+    return {
+        "code": digest_of_code(*more),
+        "commit": (output_of("git", "log", "-1", "--format=%H", *paths) or "unknown")
+        + (" with uncommitted changes" if output_of("git", "status", "-s", *paths) else ""),
+        "device": f"{device}, {here['threads']} threads",
+        "versions": versions(packages),
+    }
+
+
+def versions_line(found: Mapping[str, str]) -> str:
+    return "- versions: " + ", ".join(f"{name} {number}" for name, number in found.items())
+
+
+def facts(settings: Mapping[str, Any], of_commit: str = "") -> str:
+    """What `surroundings` says, as a page has it."""
+    of = f"- commit: {settings['commit']}{of_commit}\n- device: {settings['device']}\n"
+    return of + versions_line(settings["versions"])
+
+
+def facts_of(settings: Mapping[str, Any], command: str) -> str:
+    """The head of a study's page."""
+    of_commit = f"; sha256 of its sources {settings['code'][:16]}..."
+    return f"- command: `{command} --page FOLDER`\n" + facts(settings, of_commit)
