@@ -148,6 +148,48 @@ def test_a_contest_decides_from_which_length_on():
     assert least(cases(long, peer="flex"))["128"] is None
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+    """Short sequences, and another implementation under the name."""
+    monkeypatch.setattr(contest, "ROWS", 64)
+    monkeypatch.setattr(contest, "prepared", contest.prepared.__wrapped__)
+    monkeypatch.setattr(op, "no_triton", lambda device, dtype: "not here")
+    monkeypatch.setitem(contest.PEERS, "hopper", contest.PEERS["sdpa"])
+    monkeypatch.setitem(contest.PEERS, "triton", contest.PEERS["sdpa"])
+
+
+@pytest.mark.parametrize("direction", contest.DIRECTIONS)
+@pytest.mark.parametrize("rival", ["triton", "without turns"])
+def test_the_contest_is_held(tiny, rival, direction):
+    held = []
+
+    def hold(*names, dtype, **facts):
+        held.append((names[:3], [call() for call in names[3:]], facts))
+
+    contest.bench_hopper(hold, 64, 32, rival, direction)
+    ((names, (ours, theirs), facts),) = held
+    assert names == ("condensed attention", f"hopper, D 64, length 32, {direction}", rival)
+    assert len(ours) == len(theirs) == (1 if direction == "forward" else 4)
+    case = {"impl": "hopper", "peer": rival, "interval": [0.5, 0.6], **facts}
+    assert {"dim": 64, "length": 32, "direction": direction}.items() <= case.items()
+
+
+def test_wrong_attention_is_not_timed(tiny, monkeypatch):
+    def wrong(layout):
+        attend = contest.PEERS["sdpa"](layout)
+        return lambda q, k, v: 1.1 * attend(q, k, v)
+
+    monkeypatch.setitem(contest.PEERS, "hopper", wrong)
+    with pytest.raises(AssertionError, match="wrong result of hopper"):
+        contest.bench_hopper(None, 64, 32, "triton", "forward")
+
+
+def test_the_contest_is_skipped_where_the_kernels_cannot_run(tiny, monkeypatch):
+    monkeypatch.setattr(launch, "architecture", lambda device: 80)
+    with pytest.raises(pytest.skip.Exception, match="the device is sm_80, it needs sm_90"):
+        contest.bench_hopper(None, 64, 32, "triton", "forward")
+
+
 def test_a_results_file_says_what_it_is_of(tmp_path, capsys):
     found = {"machine": {"device": "a device"}, "versions": {"triton": "3.9.0"}, "cases": []}
     (tmp_path / "results.json").write_text(json.dumps(found | {"commit": "abc"}))
