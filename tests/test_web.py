@@ -211,7 +211,7 @@ ESCAPES = [
     "/text?id=../secret.txt",
     "/text?id=%u002e%u002e/secret.txt",
     "/text?id=%c0%ae%c0%ae/secret.txt",
-    "/text?id=\u2025/secret.txt".encode().decode("latin-1"),
+    "/text?id=%e2%80%a5/secret.txt",
     "/proc/self/environ",
     "/file?id=/proc/self/environ",
     "/FILE?id=../secret.txt",
@@ -275,12 +275,12 @@ def test_an_index_that_was_tampered_with_leads_nowhere(folder, index, tmp_path):
         shelf.path(had)
 
 
-def test_a_file_that_changes_meanwhile_is_not_given(checkpoint, folder, tmp_path):
+def test_a_file_that_changes_meanwhile_is_not_given(checkpoint, folder, monkeypatch, tmp_path):
     root = tmp_path / "files"
     root.mkdir()
     for name in ("red0.png", "red1.png", "blue0.png"):
         shutil.copy(folder / name, root)
-    with served(checkpoint, root) as place:
+    with page(monkeypatch, checkpoint, root) as place:
         names = {hit["name"]: hit["id"] for hit in asked(place, "/api/first")}
         for name in names.values():  # which are kept
             assert ask(place, f"/thumbnail?{urlencode({'id': name})}")[0] == 200
@@ -355,7 +355,7 @@ def test_a_query_as_long_as_the_page_allows(place):
     status, _, said = ask(place, f"/?q={quote('漢' * 8192)}")
     assert status == 200 and b"<!doctype html>" in said
     status, _, said = ask(place, f"/api/search?q={quote('漢' * 8193)}")
-    assert status == 422 and "at most 8192 characters" in json.loads(said)["detail"][0]["msg"]
+    assert status == 422 and "q: String should have at most 8192" in json.loads(said)["detail"]
 
 
 def test_thumbnails_and_searches_at_once(place, index):
@@ -443,15 +443,16 @@ def test_an_unforeseen_error_is_an_answer(checkpoint, folder, place, monkeypatch
 
 def test_ctrl_c_ends_it_also_while_a_picture_comes(checkpoint, folder, place):
     """Quietly, as does a transfer that breaks off."""
-    command = [sys.executable, "-m", "btok", "serve", str(checkpoint), str(folder), "--port", "0"]
+    # a shell that starts something in the background has it ignore Ctrl-C
+    heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    heeding += "runpy.run_module('btok', run_name='__main__')"
+    command = [sys.executable, "-c", heeding, "serve", str(checkpoint), str(folder)]
     process = subprocess.Popen(
-        [*command, "--no-update"],
+        [*command, "--port", "0", "--no-update"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
-        # a shell that starts something in the background has it ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     at = "127.0.0.1", int(re.match(r"http://127.0.0.1:(\d+) ", process.stdout.readline())[1])
     start = b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\nabc"
@@ -577,13 +578,13 @@ def test_an_index_is_served_as_it_is(checkpoint, folder, monkeypatch, tmp_path, 
     assert said.err == "warning: whoever reaches 0.0.0.0 can open the indexed files\n"
 
 
-def test_names_of_any_bytes(checkpoint, folder, tmp_path):
+def test_names_of_any_bytes(checkpoint, folder, monkeypatch, tmp_path):
     root = tmp_path / "files"
     root.mkdir()
     names = [b"caf\xe9.png", b"ein Name\nin zwei Zeilen.png", "\u202egnp.exe.png".encode()]
     for name in names:
         shutil.copy(folder / "red0.png", os.fsencode(root) + b"/" + name)
-    with served(checkpoint, root) as place:
+    with page(monkeypatch, checkpoint, root) as place:
         hits = asked(place, "/api/first")
         assert len(hits) == 3 and all(hit["name"].isprintable() for hit in hits)
         for hit in hits:
