@@ -526,6 +526,7 @@ def test_an_index_of_other_things_is_refused(checkpoint, tmp_path, monkeypatch, 
     (root / "words.txt").write_text("some words")
     encoder.encode_to(root / ".btok", ["some words"], [{"id": "a", "uri": "words.txt"}])
     other = tiny_checkpoint(tmp_path / "other", seed=1)
+    capsys.readouterr()  # progress bars
     for model, why in ((checkpoint, "of other things than a folder's files"), (other, "model")):
         assert main(["serve", str(model), str(root), "--no-update", "--port", "0"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
