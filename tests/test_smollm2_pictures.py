@@ -100,7 +100,9 @@ def test_towers_features_lie_in_the_order_of_the_tokens() -> None:
     ]
     torch.testing.assert_close(both, torch.stack(want), rtol=0, atol=2e-5)
     mixed = tower(patches.reshape(48, -1), torch.tensor([[1, 4, 6], [1, 2, 12]])).pooler_output
-    assert torch.equal(mixed[:6], tower(patches[0].reshape(24, -1), grid[:1]).pooler_output)
+    alone = tower(patches[0].reshape(24, -1), grid[:1]).pooler_output
+    # another number of rows may be summed in another order
+    torch.testing.assert_close(mixed[:6], alone, rtol=0, atol=2e-5)
 
 
 def test_network_has_a_stride_of_32_and_never_trains() -> None:

@@ -4,15 +4,20 @@ import http.client
 import io
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Thread
 from urllib.parse import quote, urlencode
 
 import pytest
-from helpers import environment, tiny_checkpoint
+from helpers import environment, nested_checkpoint, tiny_checkpoint, tiny_module
+from odd_videos import film, steady
 from PIL import Image
 from web_folder import COLOURS, HOSTILE, fill, served
 
@@ -22,8 +27,11 @@ from btok.tools.cli import main
 from btok.tools.index import Index
 
 pytest.importorskip("fastapi")
+import uvicorn
+
+from btok.tools.web import app
 from btok.tools.web.app import LARGEST
-from btok.tools.web.shelf import Shelf
+from btok.tools.web.shelf import STAMP, Shelf
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +76,23 @@ def asked(place, path, method="GET", body=None, **query):
     status, _, said = ask(place, f"{path}?{urlencode(query)}", method, body)
     assert status == 200, said
     return json.loads(said)
+
+
+@contextmanager
+def page(monkeypatch, *line):
+    """Host and port of a page of this process, which starts sooner than another."""
+    made = []
+    monkeypatch.setattr(app, "run", lambda served, at: made.append((served, at.dup())))
+    assert main(["serve", *map(str, line), "--port", "0"]) == 0
+    ((served, listening),) = made
+    server = uvicorn.Server(uvicorn.Config(served, log_level="critical", lifespan="off"))
+    thread = Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        yield listening.getsockname()[:2]
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def id_of(index, uri):
@@ -184,6 +209,14 @@ ESCAPES = [
     "/serve.py",
     "/thumbnail?id=../secret.txt",
     "/text?id=../secret.txt",
+    "/text?id=%u002e%u002e/secret.txt",
+    "/text?id=%c0%ae%c0%ae/secret.txt",
+    "/text?id=%e2%80%a5/secret.txt",
+    "/proc/self/environ",
+    "/file?id=/proc/self/environ",
+    "/FILE?id=../secret.txt",
+    f"/file?id={'../' * 1300}etc/passwd",
+    f"/file?id={'a' * 5000}",
     "/text?id=%2fetc%2fpasswd",
     "/api/item?id=../secret.txt",
     "/api/near?id=x'%20OR%20'1'='1",
@@ -205,7 +238,7 @@ def test_an_index_that_was_tampered_with_leads_nowhere(folder, index, tmp_path):
     root = tmp_path / "files"
     shutil.copytree(folder, root, ignore=lambda *_: [".btok"])
     shelf = Shelf(index, root, {})
-    stamped = {"id": "x"}
+    stamped = {"id": "x", **dict.fromkeys(STAMP, 0)}
     (tmp_path / "secret.txt").write_text("a secret beside the folder")
     absolute = str(tmp_path / "secret.txt")
     for uri in ("../secret.txt", absolute, "notes/../../secret.txt", "notes/../red0.png"):
@@ -223,6 +256,17 @@ def test_an_index_that_was_tampered_with_leads_nowhere(folder, index, tmp_path):
     for uri in ("red1.png", "gone.png", ""):
         with pytest.raises(FileNotFoundError, match="is gone since"):
             shelf.path({"uri": uri, **stamped})
+    (root / "notes").unlink()
+    for uri in (".env", "notes/.ssh/key.txt", ".btok/table.txt", "not indexed.xyz"):
+        (root / uri).parent.mkdir(parents=True, exist_ok=True)
+        (root / uri).write_text("a secret")
+        stat = (root / uri).stat()
+        with pytest.raises(PermissionError, match="is no file that is indexed"):
+            shelf.path({"uri": uri, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns})
+    with pytest.raises(PermissionError, match="is no file that is indexed"):
+        shelf.path({"uri": "red2.png"})  # of no size or time: it may be anything by now
+    with pytest.raises(ValueError, match="null"):
+        shelf.path({"uri": "red2.png\0.txt", **stamped})
     stat = (root / "red2.png").stat()
     had = {"uri": "red2.png", "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     assert shelf.path(had) == root / "red2.png"
@@ -231,13 +275,15 @@ def test_an_index_that_was_tampered_with_leads_nowhere(folder, index, tmp_path):
         shelf.path(had)
 
 
-def test_a_file_that_changes_meanwhile_is_not_given(checkpoint, folder, tmp_path):
+def test_a_file_that_changes_meanwhile_is_not_given(checkpoint, folder, monkeypatch, tmp_path):
     root = tmp_path / "files"
     root.mkdir()
     for name in ("red0.png", "red1.png", "blue0.png"):
         shutil.copy(folder / name, root)
-    with served(checkpoint, root) as place:
+    with page(monkeypatch, checkpoint, root) as place:
         names = {hit["name"]: hit["id"] for hit in asked(place, "/api/first")}
+        for name in names.values():  # which are kept
+            assert ask(place, f"/thumbnail?{urlencode({'id': name})}")[0] == 200
         (root / "red0.png").unlink()
         (root / "red1.png").write_bytes(b"other")
         for name, why in (("red0.png", "is gone"), ("red1.png", "changed")):
@@ -252,7 +298,11 @@ def test_another_site_gets_nothing(place):
     """Neither by a name that leads here, nor by a page that asks from elsewhere."""
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example"):
         assert ask(place, "/api/about", host=host)[0] == 400
-    for host in ("localhost:1", "127.0.0.1"):
+    for host in ("", "[::1", "a b", "localhost@evil.example", "evil.example:localhost"):
+        status, headers, said = ask(place, "/api/about", host=host)
+        assert status == 400 and "is not served as" in json.loads(said)["detail"]
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+    for host in ("localhost:1", "127.0.0.1", "[::1]:8765", "LOCALHOST.", "192.168.1.5:80"):
         assert ask(place, "/api/about", host=host)[0] == 200
     _, headers, _ = ask(place, "/api/about", origin="http://evil.example")
     assert "access-control-allow-origin" not in {name.lower() for name in headers}
@@ -280,9 +330,17 @@ def test_bad_requests_are_told_in_a_line(place, target, said):
 
 
 def test_bad_pictures_are_told(place):
-    for data, why in ((b"no picture", "of no known format"), (b"", "the query is empty")):
+    thin = io.BytesIO()
+    Image.new("RGB", (1, 5000)).save(thin, "PNG")
+    for data, why in (
+        (b"no picture", "image of 10 bytes cannot be read: it is of no known format"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image of 41 bytes cannot be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "image of 23 bytes cannot be read"),
+        (thin.getvalue(), "image is 5000 x 1 pixels, expected an aspect ratio up to"),
+        (b"", "the query is empty"),
+    ):
         status, _, said = ask(place, "/api/search", "POST", data)
-        assert status == 422 and why in json.loads(said)["detail"]
+        assert status == 422 and json.loads(said)["detail"].startswith(why)
     large = io.BytesIO(bytes(LARGEST + 1)).getvalue()
     try:
         status, _, said = ask(place, "/api/search", "POST", large)
@@ -290,6 +348,121 @@ def test_bad_pictures_are_told(place):
     except (BrokenPipeError, ConnectionResetError):
         pass  # refused before all of it was sent
     assert asked(place, "/api/search", q="and it goes on", k=1)
+
+
+def test_a_query_as_long_as_the_page_allows(place):
+    """Spelled as an address it has nine times as many bytes, more than servers take by default."""
+    status, _, said = ask(place, f"/?q={quote('漢' * 8192)}")
+    assert status == 200 and b"<!doctype html>" in said
+    status, _, said = ask(place, f"/api/search?q={quote('漢' * 8193)}")
+    assert status == 422 and "q: String should have at most 8192" in json.loads(said)["detail"]
+
+
+def test_thumbnails_and_searches_at_once(place, index):
+    """The model, PDFium, the readers of pictures and videos and the table, all at a time."""
+    names = [id_of(index, f"{colour}{i}.png") for colour in COLOURS for i in range(4)]
+    names += [id_of(index, uri) for uri in ("report.pdf", "film.mp4", "large.jpg")]
+    targets = [
+        target
+        for number, name in enumerate(map(quote, names))
+        for target in (
+            f"/thumbnail?id={name}&size=large",
+            f"/api/near?id={name}&k=5",
+            f"/api/search?q=number%20{number}&k=5",
+            f"/file?id={name}",
+        )
+    ]
+    with ThreadPoolExecutor(len(targets)) as pool:
+        together = list(pool.map(lambda target: ask(place, target), targets))
+    for target, (status, _, said) in zip(targets, together, strict=True):
+        assert status == 200 and said == ask(place, target)[2], target
+
+
+def test_typescript_is_no_video(checkpoint, monkeypatch, tmp_path):
+    """Nor is a camera's stream of the same ending a text."""
+    (tmp_path / "it's.ts").write_bytes(film("mpegts", "libx264", steady(20)))
+    (tmp_path / "code.ts").write_text("export const colour: string = 'red'\n")
+    (tmp_path / "code.py").write_text("colour = 'red'\n")
+    with page(monkeypatch, checkpoint, tmp_path) as place:
+        kinds = asked(place, "/api/about")["kinds"]
+        assert kinds == {"picture": 0, "page": 0, "video": 1, "text": 2}
+        for kind, names in (("video", {"it's.ts"}), ("text", {"code.ts", "code.py"})):
+            for path in ("/api/first", "/api/search"):
+                hits = asked(place, path, kind=kind, **({"q": "red"} if "search" in path else {}))
+                assert {hit["name"] for hit in hits} == names
+                assert {hit["kind"] for hit in hits} == {kind}
+        (video,) = asked(place, "/api/first", kind="video")
+        status, _, said = ask(place, f"/text?{urlencode({'id': video['id']})}")
+        assert status == 422 and "it's.ts is no text" in json.loads(said)["detail"]
+
+
+def test_scores_are_those_of_a_search(monkeypatch, folder, tmp_path, capsys):
+    """Also by late interaction, with fewer components, in int8, of clips, and with instructions."""
+    root = tmp_path / "files"
+    root.mkdir()
+    for name in ("red0.png", "blue0.png", "green0.png", "film.mp4"):
+        shutil.copy(folder / name, root)
+    options = ["--multi-vector", "--dims", "16", "--storage", "int8", "--clip", "0.5"]
+    options += ["--instruction", "of a file", "--query-instruction", "to find:"]
+    checkpoint = nested_checkpoint(tmp_path / "checkpoint")
+    words = "a red picture"
+    assert main(["search", str(checkpoint), str(root), words, *options, "--top", "9"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = [re.fullmatch(r" +\d+ +(-?[\d.]+) +(.*)", line).groups() for line in lines]
+    with page(monkeypatch, checkpoint, root, *options) as place:
+        hits = asked(place, "/api/search", q=words)
+        assert [(f"{hit['score']:.3f}", hit["name"]) for hit in hits] == expected
+        clips = [hit for hit in hits if hit["kind"] == "video"]
+        assert len(clips) > 1 and all(hit["end"] > hit["start"] for hit in clips)
+        near = asked(place, "/api/near", id=clips[0]["id"])
+        assert len(near) == len(hits) - 1
+    with page(monkeypatch, checkpoint, root, "--no-update") as place:
+        assert asked(place, "/api/about")["items"] == len(hits)
+
+
+def test_a_model_of_text_alone_is_not_asked_by_pictures(monkeypatch, folder, tmp_path):
+    model, processor = tiny_module("qwen3")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "checkpoint")
+    root = tmp_path / "files"
+    shutil.copytree(folder / "notes", root)
+    with page(monkeypatch, tmp_path / "checkpoint", root) as place:
+        assert asked(place, "/api/about")["pictures"] is False
+        assert len(asked(place, "/api/search", q="red")) == 2
+        status, _, said = ask(place, "/api/search", "POST", (folder / "red0.png").read_bytes())
+        assert status == 422 and "text" in json.loads(said)["detail"]
+
+
+def test_an_unforeseen_error_is_an_answer(checkpoint, folder, place, monkeypatch, capsys):
+    with page(monkeypatch, checkpoint, folder) as here:
+        monkeypatch.setattr(Shelf, "first", lambda *_: 1 / 0)
+        status, _, said = ask(here, "/api/first")
+    assert status == 500 and "its terminal says which" in json.loads(said)["detail"]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_also_while_a_picture_comes(checkpoint, folder, place):
+    """Quietly, as does a transfer that breaks off."""
+    # a shell that starts something in the background has it ignore Ctrl-C
+    heeding = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    heeding += "runpy.run_module('btok', run_name='__main__')"
+    command = [sys.executable, "-c", heeding, "serve", str(checkpoint), str(folder)]
+    process = subprocess.Popen(
+        [*command, "--port", "0", "--no-update"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    at = "127.0.0.1", int(re.match(r"http://127.0.0.1:(\d+) ", process.stdout.readline())[1])
+    start = b"POST /api/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\nabc"
+    with socket.create_connection(at) as broken:
+        broken.sendall(start)
+    with socket.create_connection(at) as waiting:
+        waiting.sendall(start)
+        assert ask(at, "/api/about")[0] == 200
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "") and process.returncode == 0
 
 
 def test_fifty_queries_at_once_are_those_alone(place):
@@ -321,6 +494,9 @@ def test_mistakes_are_told_in_a_line(checkpoint, folder, tmp_path, capsys):
             ((checkpoint, new, "--port", -1), "port is -1, expected 0 to 65535"),
             ((checkpoint, new, "--host", "nowhere.invalid"), "which is no address of this"),
             ((checkpoint, new, "--host", "203.0.113.9"), "which is no address of this"),
+            ((checkpoint, new, "--host", "a..b"), "which is no address of this"),
+            ((checkpoint, new, "--host", ""), "host is '', expected an address or a name"),
+            ((checkpoint, new, "--no-update", "--clip", 5), "clip is given, which is for encoding"),
             ((checkpoint, new, "--no-update"), f"python -m btok encode {checkpoint} {new}"),
             ((checkpoint, empty), "has no file that can be encoded"),
             ((checkpoint, tmp_path / "none"), "expected a folder"),
@@ -341,9 +517,43 @@ def test_without_the_extra_it_names_it(checkpoint, folder, tmp_path):
     assert said == 'error: the page needs fastapi and uvicorn: pip install "btok[web]"\n'
 
 
-def test_without_a_browser_it_says_where_to_look(checkpoint, folder, monkeypatch, capsys):
-    import btok.tools.web.app as app
+def test_an_index_of_other_things_is_refused(checkpoint, tmp_path, monkeypatch, capsys):
+    """And one of another model."""
+    monkeypatch.setattr(app, "run", lambda *at: None)
+    encoder = BTokEncoder.from_pretrained(checkpoint)
+    root = tmp_path / "files"
+    root.mkdir()
+    (root / "words.txt").write_text("some words")
+    encoder.encode_to(root / ".btok", ["some words"], [{"id": "a", "uri": "words.txt"}])
+    other = tiny_checkpoint(tmp_path / "other", seed=1)
+    capsys.readouterr()  # progress bars
+    for model, why in ((checkpoint, "of other things than a folder's files"), (other, "model")):
+        assert main(["serve", str(model), str(root), "--no-update", "--port", "0"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and why in line
 
+
+@pytest.mark.parametrize("host", ["::1", "127.0.0.2", "0.0.0.0"])
+def test_by_which_names_it_is_called(checkpoint, folder, place, monkeypatch, capsys, host):
+    """A page for other machines has this one's, and no site's own that leads here."""
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError:
+        pytest.skip(f"{host} is no address here")
+    with page(monkeypatch, checkpoint, folder, "--host", host) as (address, port):
+        at, own = ("127.0.0.1" if host == "0.0.0.0" else address, port), socket.gethostname()
+        said = capsys.readouterr()
+        for name, expected in ((f"[{host}]" if ":" in host else host, 200), ("localhost", 200)):
+            assert ask(at, "/api/about", host=f"{name}:{port}")[0] == expected
+        assert ask(at, "/api/about", host="evil.example")[0] == 400
+        everyone = host == "0.0.0.0"
+        assert ask(at, "/api/about", host=f"{own.upper()}:1")[0] == (200 if everyone else 400)
+    shown = {"0.0.0.0": "localhost", "::1": "[::1]"}.get(host, host)
+    assert said.out.startswith(f"http://{shown}:{port}  ")
+    assert ("warning: whoever reaches" in said.err) == everyone
+
+
+def test_without_a_browser_it_says_where_to_look(checkpoint, folder, monkeypatch, capsys):
     monkeypatch.setattr("webbrowser.open", lambda url: False)
     ran = []
     monkeypatch.setattr(app, "run", lambda *at: ran.append(at))
@@ -355,8 +565,6 @@ def test_without_a_browser_it_says_where_to_look(checkpoint, folder, monkeypatch
 
 def test_an_index_is_served_as_it_is(checkpoint, folder, monkeypatch, tmp_path, capsys):
     """Other addresses than this machine's own are warned of."""
-    import btok.tools.web.app as app
-
     root = tmp_path / "files"
     root.mkdir()
     shutil.copy(folder / "red0.png", root)
@@ -371,13 +579,13 @@ def test_an_index_is_served_as_it_is(checkpoint, folder, monkeypatch, tmp_path, 
     assert said.err == "warning: whoever reaches 0.0.0.0 can open the indexed files\n"
 
 
-def test_names_of_any_bytes(checkpoint, folder, tmp_path):
+def test_names_of_any_bytes(checkpoint, folder, monkeypatch, tmp_path):
     root = tmp_path / "files"
     root.mkdir()
     names = [b"caf\xe9.png", b"ein Name\nin zwei Zeilen.png", "\u202egnp.exe.png".encode()]
     for name in names:
         shutil.copy(folder / "red0.png", os.fsencode(root) + b"/" + name)
-    with served(checkpoint, root) as place:
+    with page(monkeypatch, checkpoint, root) as place:
         hits = asked(place, "/api/first")
         assert len(hits) == 3 and all(hit["name"].isprintable() for hit in hits)
         for hit in hits:

@@ -132,6 +132,98 @@ def test_more_like_a_hit(browser, place):
         page.click("#near")
         page.wait_for_selector(f"#heading:has-text('nearest to {first}')")
         assert not page.is_visible("#view") and first not in names(page)
+        playwright.expect(focused(page).locator(".name")).to_have_text(names(page)[0])
+
+
+def test_what_was_typed_and_chosen_is_kept(browser, place):
+    """A picture by going back, words that were not searched by yet by a change of the kind."""
+    address, folder = place
+    with opened(browser, address) as page:
+        page.set_input_files("#picture", folder / "blue5.png")
+        page.wait_for_selector("#heading:has-text('nearest to the picture')")
+        page.fill("#words", "a blue one")
+        page.check("input[value=picture]")
+        both = "#heading:has-text('nearest to the picture and “a blue one”')"
+        page.wait_for_selector(both)
+        page.click(".hit >> nth=0")
+        page.click("#near")
+        page.wait_for_selector("#heading:text-matches('nearest to blue')")
+        assert not page.is_visible("#asked") and page.input_value("#words") == ""
+        assert page.is_checked("input[value=picture]")
+        page.go_back()
+        page.wait_for_selector(both)
+        assert page.inner_text("#asked-name") == "blue5.png"
+        assert page.input_value("#words") == "a blue one"
+        page.reload()
+        page.wait_for_selector("#status:has-text('choose it again')")
+        search(page, "a green one")
+        assert "choose it again" not in page.inner_text("#status")
+
+
+def test_the_last_question_is_answered(browser, place):
+    """However many came before it was; and a look at a hit goes on among the hits it was of."""
+    with opened(browser, place[0]) as page:
+        held = []
+        page.route(lambda url: "=slow" in url, lambda route: held.append(route))
+        page.fill("#words", "slow")
+        page.press("#words", "Enter")
+        page.wait_for_selector("#hits[aria-busy]")
+        playwright.expect(page.locator("#status")).to_have_text("Searching …")
+        before = names(page)
+        page.click(".hit >> nth=0")
+        with page.expect_response(lambda response: "=slow" in response.url):
+            held[0].continue_()
+        page.wait_for_selector("#heading:has-text('slow')", state="attached")
+        page.click("#next")
+        assert page.inner_text("#view-name") == before[1]
+        page.click("#close")
+        for words in ("slow 1", "slow 2", "fast"):
+            page.fill("#words", words)
+            page.press("#words", "Enter")
+        page.wait_for_selector("#heading:has-text('fast')")
+        for route in held[1:]:
+            route.abort()
+        page.wait_for_load_state("networkidle")
+        assert page.inner_text("#heading") == "The 24 nearest to “fast”"
+
+
+def test_what_is_read_out(browser, place):
+    with opened(browser, f"{place[0]}?q=words&kind=text") as page:
+        for hit in page.locator(".hit").all():
+            name, score = (hit.locator(each).inner_text() for each in (".name", ".score"))
+            assert hit.get_attribute("aria-label") == f"{name}, text, score {score}"
+            assert hit.get_attribute("aria-description").startswith(("a red", "some words"))
+
+
+def test_a_long_query_leaves_room(browser, place):
+    with opened(browser, place[0]) as page:
+        page.fill("#words", "word " * 1600)
+        page.press("#words", "Enter")
+        page.wait_for_selector("#heading:has-text('…”')")
+        assert len(page.inner_text("#heading")) < 120
+
+
+def test_more_goes_on_at_what_is_new(browser, place):
+    with opened(browser, place[0]) as page:
+        page.click("#more")
+        page.wait_for_selector(".hit >> nth=34")
+        playwright.expect(focused(page).locator(".name")).to_have_text(names(page)[24])
+
+
+def test_a_server_that_is_gone_is_said(browser, place):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(place[0])
+    page.click("#more")
+    page.wait_for_selector(".hit >> nth=34")
+    context.set_offline(True)
+    page.click(".hit:has-text('words.txt')")
+    page.wait_for_selector("pre:has-text('The server does not answer')")
+    page.keyboard.press("Escape")
+    page.fill("#words", "red")
+    page.press("#words", "Enter")
+    page.wait_for_selector("#status:has-text('The server does not answer')")
+    context.close()
 
 
 def test_a_picture_is_searched_by(browser, place, screenshot):
@@ -157,7 +249,7 @@ def test_by_the_keyboard_alone(browser, place):
             page.keyboard.press("Tab")
             if "hit" in (focused(page).get_attribute("class") or ""):
                 break
-        assert focused(page).locator(".name").inner_text() == names(page)[0]
+        playwright.expect(focused(page).locator(".name")).to_have_text(names(page)[0])
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowDown")
         columns = len({box["x"] for box in map(box_of, page.locator(".hit").all())})
@@ -169,7 +261,8 @@ def test_by_the_keyboard_alone(browser, place):
         assert page.inner_text("#view-name") == names(page)[2 + columns]
         page.keyboard.press("Escape")
         assert not page.is_visible("#view")
-        assert focused(page).locator(".name").inner_text() == names(page)[2 + columns]
+        # by an event that comes after the dialog is gone
+        playwright.expect(focused(page).locator(".name")).to_have_text(names(page)[2 + columns])
 
 
 def box_of(locator):

@@ -17,6 +17,7 @@ from btok.tools.web.shelf import SIZES, Shelf
 try:
     import uvicorn
     from fastapi import FastAPI, HTTPException, Query, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import ClientDisconnect
@@ -71,6 +72,11 @@ def make_app(shelf: Shelf, about: dict[str, Any], names: Collection[str]) -> Fas
     """
     # no pages of its own documentation: they load scripts from elsewhere
     app = FastAPI(title="btok", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(RequestValidationError)
+    def mistaken(request: Request, error: RequestValidationError) -> JSONResponse:
+        said = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())
+        return JSONResponse({"detail": said}, 422)
 
     @app.exception_handler(Exception)
     def failed(request: Request, error: Exception) -> JSONResponse:

@@ -35,8 +35,7 @@ async function asked(address, options = {}) {
   if (response.ok) return response;
   let said = response.statusText;
   try {
-    const { detail } = await response.json();
-    said = typeof detail === "string" ? detail : detail.map((each) => each.msg).join("; ");
+    said = (await response.json()).detail;
   } catch { /* no JSON: the status has to do */ }
   throw new Error(said);
 }

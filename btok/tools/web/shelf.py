@@ -70,7 +70,8 @@ class Shelf:
     def __init__(
         self, index: Index, root: Path, real: Mapping[str, str], query_instruction: str = ""
     ) -> None:
-        if not {"uri", *STAMP} <= set(index.columns):
+        lacking = " OR ".join(f"{name} IS NULL" for name in ("uri", *STAMP))
+        if not {"uri", *STAMP} <= {*index.columns} or index.count(lacking):
             raise ValueError(
                 f"{index.uri} is an index of other things than a folder's files; give the --output "
                 "of an `encode` of this folder"
