@@ -103,7 +103,7 @@ def test_lines_are_plain_where_there_is_no_terminal(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == "" and out.isascii() and not {"\r", "\x1b"} & {*out}
     first, second, third = out.splitlines()
-    assert first.startswith("0:01:40  step 1 of 4: ntp 2.250, 0 pairs/s, 1 tokens/s; about 0:05:0")
+    assert first.startswith("0:01:40  step 1 of 4: ntp 2.250, 0.08 pairs/s, 1 tokens/s; about 0:05")
     assert second.startswith("0:03:20  step 2 of 4: ntp 2.250, ")
     assert third.startswith("0:05:00  step 3 of 4: contrastive 1.500, ntp 2.250, ")
     assert third.endswith("; about 0:01:40 left")

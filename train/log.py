@@ -68,6 +68,7 @@ class TrainLog:
     ) -> None:
         self.path = recipe.output / "log.jsonl"
         self.skipped, self.most = skipped, recipe.max_skipped
+        self.told = set[str]()
         self.began, self.pairs, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
         self.restores = recipe.reconstruction_weight > 0
         self.peak = peak_flops(recipe) * world()
@@ -96,14 +97,16 @@ class TrainLog:
             self.board = SummaryWriter(str(recipe.output / "tensorboard"), purge_step=first)
 
     def count_skipped(self, found: Sequence[Skipped]) -> None:
-        """Tell what this rank could not read, and count it on all ranks.
+        """Tell what this rank could not read, each pair once, and count it on all ranks.
 
         Raises:
             ValueError: more than the recipe's `max_skipped`.
         """
         for pair in found:
             told = printable(f"{pair.dataset}, row {pair.row}: {pair.reason}")
-            tqdm.write(told, file=sys.stderr)
+            if told not in self.told:
+                self.told.add(told)
+                tqdm.write(told, file=sys.stderr)
         self.skipped += round(total_over_ranks(len(found)))
         if self.skipped > self.most:
             raise ValueError(
@@ -135,7 +138,9 @@ class TrainLog:
         rates = {"pairs/s": self.pairs / seconds, "tokens/s": self.tokens / seconds}
         losses = {key: row[key] for key in row if key in LOSSES}
         shown = {key: f"{loss:.3f}" for key, loss in losses.items()}
-        shown |= {key: str(round(rate)) for key, rate in rates.items() if rate}
+        shown |= {
+            k: f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}" for k, rate in rates.items() if rate
+        }
         if self.peak:
             rates["MFU"] = self.flops / seconds / self.peak
             shown["MFU"] = f"{rates['MFU']:.1%}"

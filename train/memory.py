@@ -75,8 +75,9 @@ def refuse_too_small(model: BTokModel, recipe: Recipe, device: torch.device) -> 
     """
     found = memory_of(model, recipe, world())
     total = sum(found.values())
-    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in found.items())
-    need = f"about {total / GIB:.1f} GiB on each device by arithmetic ({parts})"
+    unit, one = ("GiB", GIB) if total >= GIB / 10 else ("MiB", GIB / 1024)
+    parts = ", ".join(f"{name} {size / one:.1f}" for name, size in found.items())
+    need = f"about {total / one:.1f} {unit} on each device by arithmetic ({parts})"
     need += "" if recipe.chunk_tokens else ", and activations: without --chunk-tokens as they come"
     if rank() == 0 and recipe.model != "pocket":
         print(f"training takes {need}")
@@ -93,4 +94,4 @@ def refuse_too_small(model: BTokModel, recipe: Recipe, device: torch.device) -> 
             "more GPUs": recipe.shard,
         }
         told = " or ".join(setting for setting, helps in turn.items() if helps)
-        raise ValueError(f"{recipe.model} needs {need}, this one has {there / GIB:.1f}; try {told}")
+        raise ValueError(f"{recipe.model} needs {need}, this one has {there / one:.1f}; try {told}")
