@@ -85,6 +85,7 @@ lint: setup
 # README and docs as a site, to be opened at $(DOCS_OUT)/index.html; a warning is a failure
 docs: setup
 	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going -c docs . $(DOCS_OUT)
+	@echo "open $(DOCS_OUT)/index.html"
 
 # fails where an import goes in a circle or up
 graph: setup

@@ -168,6 +168,11 @@ def test_bad_input_is_refused(q, k, v, error, message):
         condensed_attention(q, k, v, LAYOUT)
 
 
+def test_a_layout_of_another_type_is_refused():
+    with pytest.raises(TypeError, match=r"layout is <class 'list'>, expected a CondensedLayout"):
+        condensed_attention(Q, Q, Q, [3, 1])  # lengths, as a first try might pass them
+
+
 def test_implementations_that_cannot_run_are_refused(monkeypatch):
     with pytest.raises(RuntimeError, match="impl='triton' cannot run: q has head dim 8, its"):
         condensed_attention(Q, Q, Q, LAYOUT, impl="triton")

@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = check(recipe, sources)
         newest = checkpoint.newest_valid(recipe.output) if rank() == 0 else None
         resume = from_first(newest)
+        disable_progress_bar()  # of every checkpoint's single shard
         model, processor = load(recipe, resume, empty=recipe.shard and rank() > 0)
         prepare(model, recipe)
         ranks = rank(), world()
@@ -139,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if stop.asked and not stopping:  # since the last step, which is saved
             raise SystemExit(0)
         if stopping:
-            say(f"stopped; the same command goes on from {recipe.output}")
+            below = "; torchrun may print a traceback of its own below"
+            below = below if torch.distributed.is_torchelastic_launched() else ""
+            say(f"stopped; the same command goes on from {recipe.output}{below}")
         else:
             retrieved = None
             if has_scores:
@@ -263,7 +266,6 @@ def prepare(model: BTokModel, recipe: Recipe) -> None:
     Raises:
         ValueError: an attention that cannot run here, or more than the device has memory for.
     """
-    disable_progress_bar()  # of every checkpoint's single shard
     if recipe.freeze_vision and (tower := model.family.tower(model.backbone)) is not None:
         tower.requires_grad_(False)
     model.attention = recipe.attention

@@ -243,6 +243,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: floa
             raise ValueError(
                 f"{name}: {label} has stride {tensor.stride(-1)} in its last dimension, expected 1"
             )
+    if not isinstance(layout, CondensedLayout):
+        raise TypeError(f"{name}: layout is {type(layout)}, expected a CondensedLayout")
     if layout.device != q.device:
         raise TypeError(
             f"{name}: layout is on {layout.device}, q on {q.device}; use layout.to(device)"
