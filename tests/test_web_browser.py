@@ -19,6 +19,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="without Playwrig
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser here: {', '.join(NAMES)}")
+PATIENT = 300_000  # milliseconds, for machines that are slow
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -44,6 +45,7 @@ def browser():
 def opened(browser, address, **options):
     """A page; an error on its console, a dialog or a request to elsewhere fails the test."""
     context = browser.new_context(**{"viewport": DESKTOP, **options})
+    context.set_default_timeout(PATIENT)
     page, wrong = context.new_page(), []
     page.on("console", lambda said: said.type in ("error", "warning") and wrong.append(said.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -212,6 +214,7 @@ def test_more_goes_on_at_what_is_new(browser, place):
 
 def test_a_server_that_is_gone_is_said(browser, place):
     context = browser.new_context()
+    context.set_default_timeout(PATIENT)
     page = context.new_page()
     page.goto(place[0])
     page.click("#more")
@@ -300,6 +303,7 @@ def test_a_hostile_name_is_a_name(browser, place):
 def test_what_goes_wrong_is_said(browser, place):
     """The console tells of answers that are errors, too."""
     context = browser.new_context()
+    context.set_default_timeout(PATIENT)
     page = context.new_page()
     page.goto(f"{place[0]}?near=nothing")
     page.wait_for_selector("#status:has-text('the index has no such item')")

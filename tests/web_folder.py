@@ -53,4 +53,4 @@ def served(checkpoint: Path, folder: Path, *options: str) -> Iterator[tuple[str,
         yield found[1], int(found[2])
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)
