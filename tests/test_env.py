@@ -200,7 +200,7 @@ def test_secrets_and_names_are_not_shown(tmp_path, monkeypatch, capsys):
         ("HF_ENDPOINT", "https://me:abc123@hub/x"),
         ("HF_HOME", f"{home}/cache"),
         ("HF_HUB_CACHE", f"{home}2/cache"),
-        ("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_ada.l"),
+        ("TORCHINDUCTOR_CACHE_DIR", "cache/torchinductor_ada.l"),
         ("TOKENIZERS_PARALLELISM", "false"),
         ("TRITON_X", "a\nb"),
         ("OMP_NUM_THREADS", "3"),
@@ -214,7 +214,7 @@ def test_secrets_and_names_are_not_shown(tmp_path, monkeypatch, capsys):
         "HF_ENDPOINT=https://hub/x",
         "HF_HOME=~/cache",
         f"HF_HUB_CACHE={home}2/cache",  # another's
-        "TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor_(user)",
+        "TORCHINDUCTOR_CACHE_DIR=cache/torchinductor_(user)",
         "TOKENIZERS_PARALLELISM=false",
         "TRITON_X=a\\nb",
         "OMP_NUM_THREADS=3",

@@ -133,9 +133,9 @@ def _weights(s, row_max, row_sum, last, scale_log2, BLOCK_N: gl.constexpr, MASKE
 
 
 @gluon.jit
-def _keys_of(k_s, buffer, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+def block(buffers, at, ROWS: gl.constexpr, BLOCK_D: gl.constexpr):
     """One buffer without the dimensions that only TMA needs."""
-    return k_s.index(buffer).reshape([BLOCK_N, BLOCK_D])
+    return buffers.index(at).reshape([ROWS, BLOCK_D])
 
 
 @gluon.jit
@@ -154,10 +154,10 @@ def _attend(
     mbarrier.wait(k_full.index(k_at), j // BUFFERS & 1)
     if PING_PONG:
         mbarrier.wait(turn.index(OWN), j & 1)
-    k = _keys_of(k_s, k_at, BLOCK_N, BLOCK_D)
+    k = block(k_s, k_at, BLOCK_N, BLOCK_D)
     s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(v_at), (j - 1) // BUFFERS & 1)
-    v = _keys_of(v_s, v_at, BLOCK_N, BLOCK_D)
+    v = block(v_s, v_at, BLOCK_N, BLOCK_D)
     acc = warpgroup_mma(p, v, acc, is_async=True)
     if PING_PONG:
         mbarrier.arrive(turn.index(1 - OWN))
@@ -183,6 +183,30 @@ def packed_offsets(
 
 
 @gluon.jit
+def packed_rows(
+    X, stride_t, stride_h, head, row, begin, G: gl.constexpr, ROWS: gl.constexpr,
+    BLOCK_D: gl.constexpr, lines: gl.constexpr,
+):  # fmt: skip
+    """Where packed rows from `begin` on of a tile that starts at `row` lie in X [T, H, D]:
+    pointers [ROWS, BLOCK_D]."""
+    base = X + (row + begin // G).to(gl.int64) * stride_t + head.to(gl.int64) * G * stride_h
+    offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, lines))
+    offsets = packed_offsets(begin, stride_t, stride_h, G, ROWS, gl.SliceLayout(1, lines))
+    return base + (offsets[:, None] + offs_d[None, :])
+
+
+@gluon.jit
+def packed_mask(
+    begin, rows, D: gl.constexpr, ROWS: gl.constexpr, BLOCK_D: gl.constexpr, lines: gl.constexpr
+):
+    """bool [ROWS, BLOCK_D]: which of `packed_rows` a tile of that many packed rows has."""
+    mask = (begin + gl.arange(0, ROWS, gl.SliceLayout(1, lines)) < rows)[:, None]
+    if BLOCK_D != D:
+        mask = mask & (gl.arange(0, BLOCK_D, gl.SliceLayout(0, lines))[None, :] < D)
+    return mask
+
+
+@gluon.jit
 def _consume(
     Q, OUT, LSE, TILES,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_lh,
@@ -199,21 +223,14 @@ def _consume(
     of_scores: gl.constexpr = gl.SliceLayout(1, scores)
     of_result: gl.constexpr = gl.SliceLayout(1, result)
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
-    of_lines: gl.constexpr = gl.SliceLayout(1, lines)
     head, begin, row, rows, key, _, whole, masked = work_item(
         TILES, KV_HEADS, TILE, G, BLOCK_M, BLOCK_N, APART
     )
     begin += OWN * ROWS
-    offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, lines))
-    mask = (begin + gl.arange(0, ROWS, of_lines) < rows)[:, None]
-    if BLOCK_D != D:
-        mask = mask & (offs_d[None, :] < D)
-    token = (row + begin // G).to(gl.int64)
-    first_head = head.to(gl.int64) * G
-    q_base = Q + token * stride_qt + first_head * stride_qh
-    q_offsets = packed_offsets(begin, stride_qt, stride_qh, G, ROWS, of_lines)
+    mask = packed_mask(begin, rows, D, ROWS, BLOCK_D, lines)
+    of_q = packed_rows(Q, stride_qt, stride_qh, head, row, begin, G, ROWS, BLOCK_D, lines)
     q = q_s.index(OWN)
-    q.store(gl.load(q_base + (q_offsets[:, None] + offs_d[None, :]), mask=mask, other=0.0))
+    q.store(gl.load(of_q, mask=mask, other=0.0))
     fence_async_shared()
     gl.barrier()
 
@@ -228,7 +245,7 @@ def _consume(
     mbarrier.wait(k_full.index(0), 0)
     if PING_PONG:
         mbarrier.wait(turn.index(OWN), 0)
-    k = _keys_of(k_s, 0, BLOCK_N, BLOCK_D)
+    k = block(k_s, 0, BLOCK_N, BLOCK_D)
     s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if PING_PONG:
         mbarrier.arrive(turn.index(1 - OWN))
@@ -258,7 +275,7 @@ def _consume(
         )  # fmt: skip
     v_at = (blocks - 1) % BUFFERS
     mbarrier.wait(v_full.index(v_at), (blocks - 1) // BUFFERS & 1)
-    acc = warpgroup_mma(p, _keys_of(v_s, v_at, BLOCK_N, BLOCK_D), acc, is_async=True)
+    acc = warpgroup_mma(p, block(v_s, v_at, BLOCK_N, BLOCK_D), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
 
     # made again, as registers that live through the loops spill
@@ -266,18 +283,13 @@ def _consume(
         TILES, KV_HEADS, TILE, G, BLOCK_M, BLOCK_N, APART
     )
     begin += OWN * ROWS
-    mask = (begin + gl.arange(0, ROWS, of_lines) < rows)[:, None]
-    if BLOCK_D != D:
-        mask = mask & (offs_d[None, :] < D)
-    first_head = head.to(gl.int64) * G
     lse_base = LSE + head.to(gl.int64) * stride_lh + row.to(gl.int64) * G
     packed = begin + gl.arange(0, ROWS, of_scores)
     gl.store(lse_base + packed, row_max + gl.log2(row_sum), mask=packed < rows)
     out = acc / gl.convert_layout(row_sum, of_result)[:, None]
-    out_base = OUT + (row + begin // G).to(gl.int64) * stride_ot + first_head * stride_oh
-    out_offsets = packed_offsets(begin, stride_ot, stride_oh, G, ROWS, of_lines)
+    of_out = packed_rows(OUT, stride_ot, stride_oh, head, row, begin, G, ROWS, BLOCK_D, lines)
     out = gl.convert_layout(out.to(OUT.dtype.element_ty), lines)
-    gl.store(out_base + (out_offsets[:, None] + offs_d[None, :]), out, mask=mask)
+    gl.store(of_out, out, mask=packed_mask(begin, rows, D, ROWS, BLOCK_D, lines))
 
 
 @gluon.jit(do_not_specialize=["stride_lh"])
@@ -300,19 +312,14 @@ def _forward_kernel(
         return
     if keys <= 0:  # rows of no sequence
         offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, lines))
-        offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, lines))
-        mask = begin + offs_m < rows
-        base = OUT + (row + begin // G).to(gl.int64) * stride_ot
-        base += head.to(gl.int64) * G * stride_oh
-        offsets = packed_offsets(begin, stride_ot, stride_oh, G, BLOCK_M, gl.SliceLayout(1, lines))
         gl.store(
-            base + (offsets[:, None] + offs_d[None, :]),
+            packed_rows(OUT, stride_ot, stride_oh, head, row, begin, G, BLOCK_M, BLOCK_D, lines),
             gl.zeros([BLOCK_M, BLOCK_D], OUT.dtype.element_ty, lines),
-            mask=mask[:, None] & (offs_d[None, :] < D),
+            mask=packed_mask(begin, rows, D, BLOCK_M, BLOCK_D, lines),
         )
         lse_base = LSE + head.to(gl.int64) * stride_lh + row.to(gl.int64) * G + begin
         nothing = gl.full([BLOCK_M], -INF, gl.float32, gl.SliceLayout(1, lines))
-        gl.store(lse_base + offs_m, nothing, mask=mask)
+        gl.store(lse_base + offs_m, nothing, mask=begin + offs_m < rows)
         return
     plain: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(Q.dtype.element_ty, [2, ROWS, BLOCK_D], plain)

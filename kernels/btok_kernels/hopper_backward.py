@@ -31,19 +31,15 @@ from .condensed_attention_hopper import (
     DENSE,
     INF,
     LOG2E,
+    block,
     boxes,
     keys_apart,
-    packed_offsets,
+    packed_mask,
+    packed_rows,
     produce,
     work_item,
 )
 from .layout import TILE
-
-
-@gluon.jit
-def _block(buffers, at, ROWS: gl.constexpr, BLOCK_D: gl.constexpr):
-    """One buffer without the dimensions that only TMA needs."""
-    return buffers.index(at).reshape([ROWS, BLOCK_D])
 
 
 @gluon.jit
@@ -57,12 +53,12 @@ def _gather_keys(
     before = (j - 1) % BUFFERS
     zeros = gl.zeros([q.shape[0], BLOCK_N], gl.float32, scores)
     mbarrier.wait(k_full.index(at), j // BUFFERS & 1)
-    k = _block(k_s, at, BLOCK_N, BLOCK_D)
+    k = block(k_s, at, BLOCK_N, BLOCK_D)
     s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(at), j // BUFFERS & 1)
-    v = _block(v_s, at, BLOCK_N, BLOCK_D)
+    v = block(v_s, at, BLOCK_N, BLOCK_D)
     dp = warpgroup_mma(do, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    dq = warpgroup_mma(ds, _block(k_s, before, BLOCK_N, BLOCK_D), dq, is_async=True)
+    dq = warpgroup_mma(ds, block(k_s, before, BLOCK_N, BLOCK_D), dq, is_async=True)
     s = warpgroup_mma_wait(2, deps=[s])
     p = gl.exp2(s * scale_log2 - lse[:, None])  # [rows, BLOCK_N]
     dp = warpgroup_mma_wait(1, deps=[dp])
@@ -98,24 +94,16 @@ def _consume_keys(
         TILES, KV_HEADS, TILE, G, BLOCK_M, BLOCK_N, APART
     )
     begin += OWN * ROWS
-    offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, lines))
-    mask = (begin + gl.arange(0, ROWS, of_lines) < rows)[:, None]
-    if BLOCK_D != D:
-        mask = mask & (offs_d[None, :] < D)
-    token = (row + begin // G).to(gl.int64)
-    first_head = head.to(gl.int64) * G
-    offsets = packed_offsets(begin, stride_qt, stride_qh, G, ROWS, of_lines)
-    base = Q + token * stride_qt + first_head * stride_qh
+    mask = packed_mask(begin, rows, D, ROWS, BLOCK_D, lines)
+    of_q = packed_rows(Q, stride_qt, stride_qh, head, row, begin, G, ROWS, BLOCK_D, lines)
     q = q_s.index(OWN)
-    q.store(gl.load(base + (offsets[:, None] + offs_d[None, :]), mask=mask, other=0.0))
-    offsets = packed_offsets(begin, stride_dot, stride_doh, G, ROWS, of_lines)
-    base = DO + token * stride_dot + first_head * stride_doh
-    d_out = gl.load(base + (offsets[:, None] + offs_d[None, :]), mask=mask, other=0.0)
+    q.store(gl.load(of_q, mask=mask, other=0.0))
+    of_d_out = packed_rows(DO, stride_dot, stride_doh, head, row, begin, G, ROWS, BLOCK_D, lines)
+    d_out = gl.load(of_d_out, mask=mask, other=0.0)
     do = do_s.index(OWN)
     do.store(d_out)
-    offsets = packed_offsets(begin, stride_ot, stride_oh, G, ROWS, of_lines)
-    base = OUT + token * stride_ot + first_head * stride_oh
-    out = gl.load(base + (offsets[:, None] + offs_d[None, :]), mask=mask, other=0.0)
+    of_out = packed_rows(OUT, stride_ot, stride_oh, head, row, begin, G, ROWS, BLOCK_D, lines)
+    out = gl.load(of_out, mask=mask, other=0.0)
     delta_lines = gl.sum(out.to(gl.float32) * d_out.to(gl.float32), 1)  # [ROWS]
     statistics = head.to(gl.int64) * stride_lh + row.to(gl.int64) * G
     packed = begin + gl.arange(0, ROWS, of_lines)
@@ -130,10 +118,10 @@ def _consume_keys(
     dq = gl.zeros([ROWS, BLOCK_D], gl.float32, result)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, scores)
     mbarrier.wait(k_full.index(0), 0)
-    k = _block(k_s, 0, BLOCK_N, BLOCK_D)
+    k = block(k_s, 0, BLOCK_N, BLOCK_D)
     s = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(0), 0)
-    v = _block(v_s, 0, BLOCK_N, BLOCK_D)
+    v = block(v_s, 0, BLOCK_N, BLOCK_D)
     dp = warpgroup_mma(do, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     p = gl.exp2(s * scale_log2 - lse[:, None])
@@ -161,7 +149,7 @@ def _consume_keys(
             dq, ds, q, do, lse, delta, k_s, v_s, k_full, k_empty, v_full, v_empty, j, position,
             scale_log2, BLOCK_N, BLOCK_D, BUFFERS, False,
         )  # fmt: skip
-    k = _block(k_s, (blocks - 1) % BUFFERS, BLOCK_N, BLOCK_D)
+    k = block(k_s, (blocks - 1) % BUFFERS, BLOCK_N, BLOCK_D)
     dq = warpgroup_mma(ds, k, dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=[dq])
 
@@ -169,13 +157,9 @@ def _consume_keys(
         TILES, KV_HEADS, TILE, G, BLOCK_M, BLOCK_N, APART
     )
     begin += OWN * ROWS
-    mask = (begin + gl.arange(0, ROWS, of_lines) < rows)[:, None]
-    if BLOCK_D != D:
-        mask = mask & (offs_d[None, :] < D)
-    base = DQ + (row + begin // G).to(gl.int64) * stride_gt + head.to(gl.int64) * G * stride_gh
-    offsets = packed_offsets(begin, stride_gt, stride_gh, G, ROWS, of_lines)
+    of_dq = packed_rows(DQ, stride_gt, stride_gh, head, row, begin, G, ROWS, BLOCK_D, lines)
     grad = gl.convert_layout((dq * scale).to(DQ.dtype.element_ty), lines)
-    gl.store(base + (offsets[:, None] + offs_d[None, :]), grad, mask=mask)
+    gl.store(of_dq, grad, mask=packed_mask(begin, rows, D, ROWS, BLOCK_D, lines))
 
 
 @gluon.jit(do_not_specialize=["stride_lh"])
@@ -196,19 +180,14 @@ def _dq_kernel(
         return
     if keys <= 0:  # rows of no sequence
         offs_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, lines))
-        offs_d = gl.arange(0, BLOCK_D, gl.SliceLayout(0, lines))
-        mask = begin + offs_m < rows
-        base = DQ + (row + begin // G).to(gl.int64) * stride_gt
-        base += head.to(gl.int64) * G * stride_gh
-        offsets = packed_offsets(begin, stride_gt, stride_gh, G, BLOCK_M, gl.SliceLayout(1, lines))
         gl.store(
-            base + (offsets[:, None] + offs_d[None, :]),
+            packed_rows(DQ, stride_gt, stride_gh, head, row, begin, G, BLOCK_M, BLOCK_D, lines),
             gl.zeros([BLOCK_M, BLOCK_D], DQ.dtype.element_ty, lines),
-            mask=mask[:, None] & (offs_d[None, :] < D),
+            mask=packed_mask(begin, rows, D, BLOCK_M, BLOCK_D, lines),
         )
         statistics = head.to(gl.int64) * stride_lh + row.to(gl.int64) * G + begin
         nothing = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, lines))
-        gl.store(DELTA + statistics + offs_m, nothing, mask=mask)
+        gl.store(DELTA + statistics + offs_m, nothing, mask=begin + offs_m < rows)
         return
     plain: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(Q.dtype.element_ty, [2, BLOCK_M // 2, BLOCK_D], plain)
@@ -333,10 +312,10 @@ def _gather_rows(
     zeros = gl.zeros([KEYS, BLOCK_M], gl.float32, scores)
     mbarrier.wait(q_full.index(at), j // BUFFERS & 1)
     lse = lse_s.index(at).load(of_rows)
-    q = _block(q_s, at, BLOCK_M, BLOCK_D)
+    q = block(q_s, at, BLOCK_M, BLOCK_D)
     st = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(do_full.index(at), j // BUFFERS & 1)
-    do = _block(do_s, at, BLOCK_M, BLOCK_D)
+    do = block(do_s, at, BLOCK_M, BLOCK_D)
     dpt = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
     st = warpgroup_mma_wait(1, deps=[st])
     pt = gl.exp2(st * scale_log2 - lse[None, :])  # [KEYS, BLOCK_M]
