@@ -42,7 +42,7 @@ from btok.tools import pictures
 from btok.tools.calibrate import Calibrate, calibrate
 from btok.tools.check_server import BOUND, compare, report
 from btok.tools.command_line import load, parse
-from btok.tools.encode_folder import Encode, bring_up_to_date
+from btok.tools.encode_folder import Encode, bring_up_to_date, listed
 from btok.tools.env import Env, describe_machine
 from btok.tools.evaluate import Evaluate, evaluate
 from btok.tools.export import export
@@ -52,6 +52,7 @@ from btok.tools.merge import Merge, merge
 from btok.tools.mine import Mine, mine
 from btok.tools.rows import item_name
 from btok.tools.run_report import Report, write_report
+from btok.tools.sinks import is_index
 from btok.tools.web.serve import Serve, serve
 from btok_kernels.ranks import rank
 
@@ -266,10 +267,13 @@ def describe(command: Describe) -> None:
 
 def encode(command: Encode) -> None:
     """Bring an index up to date and, for a search, print what is nearest."""
-    searched = isinstance(command, Search)
     query = asked(command) if isinstance(command, Search) else Side()
     where = command.where if isinstance(command, Search) else None
-    index = bring_up_to_date(command, searched, where)
+    if isinstance(command, Search) and command.folder.is_dir() and not is_index(command.index):
+        raise ValueError(
+            f"output is {command.index}, which encode makes; expected an index to search"
+        )
+    index = bring_up_to_date(command, listed(command), where)
     if isinstance(command, Search) and index is not None and rank() == 0:
         if not command.rescore and not index.several:
             raise ValueError(

@@ -12,7 +12,6 @@ import tyro
 from btok.inputs import KINDS
 from btok.tools.command_line import load
 from btok.tools.folder import Listing, list_files, update
-from btok.tools.sinks import is_index
 
 if TYPE_CHECKING:
     from btok.encoder import BTokEncoder
@@ -88,7 +87,7 @@ def listed(command: Encode) -> Listing:
 
 def bring_up_to_date(
     command: Encode,
-    searched: bool = False,
+    found: Listing,
     where: str | None = None,
     encoder: BTokEncoder | None = None,
 ) -> Index | None:
@@ -96,7 +95,7 @@ def bring_up_to_date(
 
     Args:
         command: the settings.
-        searched: the output has to be an index.
+        found: what `listed` gave.
         where: a condition that is looked at before anything is encoded.
         encoder: of the command's checkpoint, where that is loaded already.
 
@@ -104,12 +103,9 @@ def bring_up_to_date(
         The index, if the output is one.
 
     Raises:
-        ValueError: a setting that fits no other or not what is there, a folder without files.
+        ValueError: a setting that fits no other or not what is there.
     """
-    output = command.index
-    if searched and command.folder.is_dir() and not is_index(output):
-        raise ValueError(f"output is {output}, which encode makes; expected an index to search")
-    found, root = listed(command), command.folder.resolve()
+    output, root = command.index, command.folder.resolve()
     if command.clip is not None and not 0.1 <= command.clip < math.inf:
         raise ValueError(f"clip is {command.clip}, expected at least 0.1 seconds")
     settings = command.instruction, command.batch_tokens, command.storage, where, command.clip

@@ -119,7 +119,7 @@ def no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-# what `bench/hopper.py` found on a device; none is shipped until one has been measured
+# what `bench/bench_hopper.py` found on a device; none is shipped until one has been measured
 HOPPER_RESULTS = Path(__file__).with_name("hopper.json")
 
 

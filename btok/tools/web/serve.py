@@ -69,7 +69,7 @@ def serve(command: Serve) -> None:
     with bound(command.host, command.port) as listening:
         encoder = load(command.checkpoint)
         if command.update:
-            index = bring_up_to_date(command, True, encoder=encoder)
+            index = bring_up_to_date(command, found, encoder=encoder)
             assert index is not None  # `is_index`
         else:
             index = Index.open(command.index, encoder)
