@@ -20,13 +20,13 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench.driver import Target, standing_in
 from bench.harness import Call, Contest, wall_seconds
 from bench.peers import attention_inputs
 from btok_kernels import condensed_attention as op
 from btok_kernels import condensed_attention_triton as kernels
 from btok_kernels import launch, start
 from btok_kernels.layout import CondensedLayout
+from tests.compiled.driver import Target, standing_in
 
 ARCH, HEADS, KEY_HEADS, DIM = 90, 12, 2, 128
 SOURCE, TARGET = (50, 40, 61, 47, 55, 52, 58, 43), (9, 7, 12, 6, 8, 10, 5, 9)

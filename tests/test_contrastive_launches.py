@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from bench.driver import Target
+from tests.compiled.driver import Target
 from btok_kernels import contrastive_loss as op, contrastive_loss_triton as kernels, launch
 
 seen = []

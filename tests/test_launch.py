@@ -144,8 +144,8 @@ def test_auto_says_once_why_it_passed_one_over(caplog):
 
 def test_batches_of_other_sizes_compile_nothing_anew():
     """Rows and capacities that are 1, divisible by 16, and neither; on a driver alone."""
-    from bench.driver import recorded_launches
     from btok_kernels import condensed_attention_triton as op
+    from tests.compiled.driver import recorded_launches
 
     seen = set()
     with recorded_launches(90) as launches:

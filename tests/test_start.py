@@ -21,9 +21,9 @@ from triton import knobs  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from bench import bench_host as host  # noqa: E402
-from bench.driver import Target  # noqa: E402
 from btok_kernels import start as module  # noqa: E402
 from btok_kernels.start import Constants, start  # noqa: E402
+from tests.compiled.driver import Target  # noqa: E402
 
 
 @triton.jit

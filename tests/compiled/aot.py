@@ -35,10 +35,10 @@ import triton
 from triton import knobs
 from triton.backends.nvidia.compiler import get_ptxas
 
-from bench.driver import Launch, recorded_launches
 from btok_kernels import launch
 from btok_kernels.condensed_attention import HEAD_DIMS
 from tests.compiled import sass
+from tests.compiled.driver import Launch, recorded_launches
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB of a block
 DEFAULT_ARCHS = (80, 90, 100, 120)  # of the last two no machine code is read

@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
-from bench.driver import Target
 from btok_kernels import condensed_attention, contrastive_loss, late_interaction, launch
+from tests.compiled.driver import Target
 from tests.compiled.machine import Machine
 from tests.compiled.memory import Global
 from tests.compiled.ptx import parse

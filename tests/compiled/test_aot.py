@@ -241,7 +241,7 @@ def test_host_code_that_starts_a_compiled_kernel_is_recorded(tmp_path):
 import torch
 import triton
 import triton.language as tl
-from bench.driver import recorded_launches
+from tests.compiled.driver import recorded_launches
 
 @triton.jit
 def _double_kernel(X, N, BLOCK_N: tl.constexpr):
