@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
 
 import pytest
 import torch
+from helpers import gloo, spawn
 
 from btok.objective import Losses
 from train import log as module
 from train.log import TrainLog, peak_flops
 from train.recipes import Recipe
+from train.sampler import Skipped
 from train.step import StepResult
 
 RECIPE = Recipe(caption_steps=2, reading_steps=0, steps=2, group_size=4, groups_per_batch=2)
@@ -148,3 +151,58 @@ def test_one_rank_speaks(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(module, "rank", lambda: 1)
     told(dataclasses.replace(RECIPE, output=tmp_path), 3, pytest.fail)
     assert capsys.readouterr() == ("", "") and not (tmp_path / "log.jsonl").exists()
+
+
+def unreadable(*ats):
+    return [Skipped(source, f"set {source}", row, f"cut at {row}") for source, row in ats]
+
+
+def skipped_of(recipe):
+    """The counts that a run's log has."""
+    lines = (recipe.output / "log.jsonl").read_text().splitlines()
+    return [json.loads(line).get("skipped", 0) for line in lines]
+
+
+def test_a_pair_that_cannot_be_read_counts_once_however_often_it_is_drawn(tmp_path, capsys):
+    """As it does in a run that was stopped, which tells of it again."""
+    drawn = [unreadable((0, 3)), unreadable((0, 3), (1, 3)), [], unreadable((1, 3), (0, 3))] * 9
+    recipe = dataclasses.replace(RECIPE, output=tmp_path, max_skipped=2)
+    for first in (0, 2, 1, 3):
+        state = [(), [[0, 3]], [(0, 3), (1, 3)], [[0, 3], [1, 3]]][first]
+        with TrainLog(recipe, first, state) as log:
+            for step, found in enumerate(drawn[first:], first):
+                log.count_skipped(found)
+                log.write(step, False, RESULT, 0.5, 3.0)
+            assert sorted(log.unreadable) == [(0, 3), (1, 3)]
+        assert skipped_of(recipe) == [1, *[2] * 35]
+        lines = capsys.readouterr().err.splitlines()
+        told = sorted(line for line in lines if "cut" in line)
+        assert told == ["set 0, row 3: cut at 3", "set 1, row 3: cut at 3"]
+    said = r"^3 pairs could not be read, over max_skipped 2; "
+    with TrainLog(recipe, 36, [[0, 3], [1, 3]]) as log, pytest.raises(ValueError, match=said):
+        log.count_skipped(unreadable((1, 4)))
+
+
+def skip_on_a_rank(rank, folder):
+    """Both ranks have a pair in one step, then each has the other's."""
+    turns = [[[(0, 1)], [(0, 1)]], [[(0, 2)], []], [[], [(0, 2), (1, 7)]], [[(1, 7)], [(0, 1)]]]
+    recipe = dataclasses.replace(RECIPE, output=folder, max_skipped=3)
+    with (
+        gloo(folder, rank, 2),
+        open(folder / f"{rank}.err", "w") as file,
+        contextlib.redirect_stderr(file),
+        TrainLog(recipe, 0) as log,
+    ):
+        for step, parts in enumerate(turns):
+            log.count_skipped(unreadable(*parts[rank]))
+            log.write(step, False, RESULT, 0.5, 3.0)
+        assert sorted(log.unreadable) == [(0, 1), (0, 2), (1, 7)]
+        with pytest.raises(ValueError, match=r"^4 pairs could not be read"):
+            log.count_skipped(unreadable(*[(1, 8)] * rank))
+
+
+def test_all_ranks_hold_what_any_of_them_could_not_read(tmp_path):
+    spawn(skip_on_a_rank, (tmp_path,), nprocs=2)
+    assert skipped_of(dataclasses.replace(RECIPE, output=tmp_path)) == [1, 2, 3, 3]
+    told = [(tmp_path / f"{rank}.err").read_text() for rank in (0, 1)]
+    assert [said.count("cut at") for said in told] == [4, 0]

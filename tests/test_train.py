@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -574,12 +575,13 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
     words = "--lora-rank 2 --group-size 8 --groups-per-batch 2 --negatives batch --muon-rate 0"
     words += " --caption-steps 0 --steps 6 --warmup-steps 1 --checkpoint-every 2 --workers 1"
     words += " --chunk-tokens 150 --gradcache true --checkpoint-activations true"
+    words += " --max-skipped 1"  # of 96 pairs that are drawn four are the one that is cut
     command = ["--model", str(model), "--data", str(data), *words.split()]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*command, "--output", str(whole)]) == 0
     assert capsys.readouterr().err.count("pairs, row 5: ValueError: image") == 1
     rows = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert 0 < rows[-1]["skipped"] < 6 and all(row["contrastive"] > 0 for row in rows)
+    assert rows[-1]["skipped"] == 1 and all(row["contrastive"] > 0 for row in rows)
 
     def stopping(model, recipe, pairs, microbatches, step, *more):
         if step == 2:
@@ -590,6 +592,7 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
         patch.setattr("train.main.train_step", stopping)
         assert main([*command, "--output", str(parts)]) == 0
     assert (parts / "checkpoint-3").is_dir() and not (parts / "checkpoint-4").exists()
+    older = shutil.copytree(parts, tmp_path / "older")
     assert main([*command, "--output", str(parts)]) == 0
     a, b = (load_file(f / "checkpoint-6" / "adapter_model.safetensors") for f in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -597,6 +600,14 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
     rows = [[json.loads(line) | {"seconds": 0} for line in log] for log in logs]
     assert rows[0] == rows[1]
     assert BTokEncoder.from_pretrained(parts / "checkpoint-6").encode(["number 3"]).shape == (1, 64)
+    state, manifest = (older / "checkpoint-3" / f for f in ("trainer.json", "manifest.json"))
+    assert json.loads(state.read_text()) == {"step": 3, "processes": 1, "unreadable": [[0, 5]]}
+    state.write_text('{"step": 3, "processes": 1, "skipped": 70}')  # as before pairs were kept
+    digests = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(digests | {state.name: sha256(state)}))
+    assert main([*command, "--output", str(older)]) == 0
+    c = load_file(older / "checkpoint-6" / "adapter_model.safetensors")
+    assert all(torch.equal(a[k], c[k]) for k in a)
     noted = json.loads((parts / "run.json").read_text())
     assert [start["step"] for start in noted["starts"]] == [0, 3]
     assert noted["changed"]["lora_rank"] == [0, 2]
@@ -604,7 +615,7 @@ def test_adapters_on_data_of_ones_own(tmp_path, capsys, monkeypatch):
     assert "Finished: 6 of 6 steps." in report and "6 steps in 2 starts" in report
 
     assert main([*command, "--output", str(tmp_path / "none"), "--max-skipped", "0"]) == 2
-    assert "1 pairs could not be read, over max_skipped 0" in capsys.readouterr().err
+    assert "1 pairs could not be read, over max_skipped 0; mend" in capsys.readouterr().err
     config = parts / "config.json"
     settings = json.loads(config.read_text())
     ((*entry, digest, _),) = settings["data sets"]

@@ -64,7 +64,7 @@ class Checkpoints:
         optimizers: Mapping[str, torch.optim.Optimizer],
         state: dict[str, Any],
     ) -> None:
-        """Begin `run/checkpoint-<step>`, `state` (JSON scalars) included; the one before is over.
+        """Begin `run/checkpoint-<step>`, `state` (as JSON) included; the one before is over.
 
         Raises:
             OSError: as `commit`.
@@ -89,7 +89,7 @@ class Checkpoints:
                     f"{kind}.{i}": x for i, own in enumerate(drawn) for kind, x in own.items()
                 }
                 save_file(states, self.draft / "rng.safetensors")
-                trainer = json.dumps({"step": step, **state}, indent=2) + "\n"
+                trainer = json.dumps({"step": step, **state}) + "\n"
                 (self.draft / "trainer.json").write_text(trainer)
             except Exception as error:  # for a full disk safetensors and tokenizers have their own
                 self.error = error

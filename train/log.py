@@ -7,15 +7,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from btok.files import printable
-from btok_kernels.ranks import rank, world
+from btok_kernels.ranks import gather, rank, world
 from train.checkpoint import unwritable
 from train.parallel import total_over_ranks
 from train.recipes import Recipe
@@ -51,7 +52,7 @@ class TrainLog:
     Args:
         recipe: the run's; with its `tensorboard` the numbers go to `<output>/tensorboard` too.
         first: the step that the run begins or goes on with.
-        skipped: pairs that could not be read before it.
+        unreadable: pairs that could not be read before it, by data set (from 0) and row.
         demonstrate: called on rank 0 with whether the phase is captioning; a line that goes with
             each of those, which are then on terminals, too.
 
@@ -63,12 +64,12 @@ class TrainLog:
         self,
         recipe: Recipe,
         first: int,
-        skipped: int = 0,
+        unreadable: Iterable[Sequence[int]] = (),
         demonstrate: Callable[[bool], str] | None = None,
     ) -> None:
         self.path = recipe.output / "log.jsonl"
-        self.skipped, self.most = skipped, recipe.max_skipped
-        self.told = set[str]()
+        self.unreadable, self.most = {(s, row) for s, row in unreadable}, recipe.max_skipped
+        self.told = set[tuple[int, int]]()  # by this start of the run
         self.began, self.pairs, self.tokens, self.flops = time.perf_counter(), 0, 0, 0.0
         self.restores = recipe.reconstruction_weight > 0
         self.peak = peak_flops(recipe) * world()
@@ -97,20 +98,26 @@ class TrainLog:
             self.board = SummaryWriter(str(recipe.output / "tensorboard"), purge_step=first)
 
     def count_skipped(self, found: Sequence[Skipped]) -> None:
-        """Tell what this rank could not read, each pair once, and count it on all ranks.
+        """Count what the ranks could not read, and tell it on rank 0: each pair once, however often
+        and by whichever rank it is drawn. Every rank then holds the pairs of all.
 
         Raises:
-            ValueError: more than the recipe's `max_skipped`.
+            ValueError: more pairs than the recipe's `max_skipped`.
         """
-        for pair in found:
-            told = printable(f"{pair.dataset}, row {pair.row}: {pair.reason}")
-            if told not in self.told:
-                self.told.add(told)
+        new = [pair for pair in found if (pair.source, pair.row) not in self.told]
+        if not total_over_ranks(len(new)):  # nearly always, and cheaper than to gather
+            return
+        for pair in chain.from_iterable(gather(new)):
+            at = pair.source, pair.row
+            if rank() == 0 and at not in self.told:
+                told = printable(f"{pair.dataset}, row {pair.row}: {pair.reason}")
                 tqdm.write(told, file=sys.stderr)
-        self.skipped += round(total_over_ranks(len(found)))
-        if self.skipped > self.most:
+            self.told.add(at)
+        self.unreadable |= self.told
+        if (count := len(self.unreadable)) > self.most:
             raise ValueError(
-                f"{self.skipped} pairs could not be read, over max_skipped {self.most}"
+                f"{count} pairs could not be read, over max_skipped {self.most}; mend them or give "
+                "a higher --max-skipped, and the run goes on"
             )
 
     def write(
@@ -123,7 +130,7 @@ class TrainLog:
         if self.restores and not captioning:
             row |= {"reconstruction": float(result.losses.reconstruction)}
         row |= {"ntp": float(result.losses.ntp), "learning_rate": rate, "gradient_norm": norm}
-        row |= {"skipped": self.skipped} if self.skipped else {}
+        row |= {"skipped": len(self.unreadable)} if self.unreadable else {}
         if rank() != 0:
             return
         seconds = time.perf_counter() - self.began

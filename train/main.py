@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoints = checkpoint.Checkpoints(recipe.output)
         model.train()
         stop.in_step, stopping = True, False
-        with TrainLog(recipe, first, saved.get("skipped", 0), demonstrate) as log:
+        # older versions kept a number of draws, which does not say of which pairs
+        with TrainLog(recipe, first, saved.get("unreadable", ()), demonstrate) as log:
             for step, (number, data) in enumerate(chain(captions, drawn), first):
                 captioning = step < before
                 phase = recipe.captions if captioning else recipe
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stopping = parallel.total_over_ranks(stop.asked) > 0
                 checkpoints.commit()
                 if stopping or done == recipe.total_steps or done % recipe.checkpoint_every == 0:
-                    state = {"processes": world(), "skipped": log.skipped}
+                    state = {"processes": world(), "unreadable": sorted(log.unreadable)}
                     checkpoints.save(done, model, processor, optimizers, state)
                 if stopping:
                     break

@@ -66,7 +66,7 @@ class Recipe:
     workers: int = 0
     """Processes that read and decode ahead of each training process."""
     max_skipped: int = 100
-    """Pairs that may turn out unreadable before the run stops."""
+    """Pairs that may turn out unreadable, each counted once, before the run stops."""
     ntp_side: Literal["positive", "query", "both", "none"] | None = None
     """Side to generate, in place of each data set's own."""
     target_positions: TargetPositions = "reference"

@@ -80,8 +80,10 @@ def _order(length: int, seed: int, source: int, epoch: int) -> np.ndarray:
 
 
 class Skipped(NamedTuple):
-    """A row that cannot be read, so that another one stands in for it."""
+    """A row that cannot be read, so that another one stands in for it: its data set by number (from
+    0, in the run's order) and name, the row's number there, and why."""
 
+    source: int
     dataset: str
     row: int
     reason: str
@@ -192,12 +194,12 @@ class TrainSet(Dataset[Step]):
                     raise
                 except Exception as error:  # plug-ins of PIL raise nearly anything
                     reason = one_line(f"{type(error).__name__}: {error}")
-                    skipped.append(Skipped(self.sources[which].name, row, reason))
+                    skipped.append(Skipped(which, self.sources[which].name, row, reason))
                     continue
                 # pictures stay behind: what goes to the trainer is pickled
                 query, positive = Side(pair.query.text), Side(pair.positive.text)
                 return replace(pair, query=query, positive=positive, negatives=()), row, found
-            name, row, reason = skipped[-1]
+            _, name, row, reason = skipped[-1]
             raise ValueError(f"data set {name}: too little of it can be read; row {row}: {reason}")
 
         found = [read(number, place) for number, place in self.mine[first:last]]
