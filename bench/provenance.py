@@ -17,8 +17,6 @@ from btok.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("btok", "kernels", "train")
-FORMAT_VERSION = 2  # of a file of contests
-PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pillow")
 
 
 def output_of(*command: str) -> str:
@@ -67,36 +65,5 @@ def digest_of_code(*more: str) -> str:
     return total.hexdigest()
 
 
-@cache
-def surroundings(*more: str, packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
-    """Of a study's run; the commit is that of the code it runs.
-
-    Args:
-        more: files of that code besides the folders in `CODE`.
-        packages: whose versions count.
-    """
-    paths, here = ("--", *CODE, *more), machine()
-    device = f"CPU {here['cpu'] or ''}".strip() if here["device"] == "cpu" else here["device"]
-    return {
-        "code": digest_of_code(*more),
-        "commit": (output_of("git", "log", "-1", "--format=%H", *paths) or "unknown")
-        + (" with uncommitted changes" if output_of("git", "status", "-s", *paths) else ""),
-        "device": f"{device}, {here['threads']} threads",
-        "versions": versions(packages),
-    }
-
-
 def versions_line(found: Mapping[str, str]) -> str:
     return "- versions: " + ", ".join(f"{name} {number}" for name, number in found.items())
-
-
-def facts(settings: Mapping[str, Any], of_commit: str = "") -> str:
-    """What `surroundings` says, as a page has it."""
-    of = f"- commit: {settings['commit']}{of_commit}\n- device: {settings['device']}\n"
-    return of + versions_line(settings["versions"])
-
-
-def facts_of(settings: Mapping[str, Any], command: str) -> str:
-    """The head of a study's page."""
-    of_commit = f"; sha256 of its sources {settings['code'][:16]}..."
-    return f"- command: `{command} --page FOLDER`\n" + facts(settings, of_commit)

@@ -19,9 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, canvas, log_axis
-from bench.provenance import facts
 from bench.report import table
 from btok.files import write_text
+from examples.provenance import facts
 from examples.smollm2.runs import read
 from examples.studies.common import draw, said
 

@@ -39,7 +39,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.provenance import facts_of, surroundings
 from bench.report import table
 from btok.data.records import Side
 from btok.data.sources import open_source
@@ -50,6 +49,7 @@ from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tools import command_line
 from btok.tools.pictures import SheetRow, contact_sheet, drawable, loss_curve
+from examples.provenance import facts_of, surroundings
 from examples.smollm2 import fetch
 from examples.smollm2.runs import measures, ranks
 from examples.smollm2.tower import NUM_BTOKS, Lite0, assemble

@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bench.plots import BLUE, GREEN, ORANGE, PALE, canvas, log_axis
-from bench.provenance import facts_of
 from bench.report import table
 from btok.files import write_json, write_text
+from examples.provenance import facts_of
 from examples.studies.common import interval
 
 STEM = "smollm2-probes"

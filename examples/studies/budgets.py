@@ -23,10 +23,10 @@ from typing import Annotated, Any
 import tyro
 
 from bench.harness import duel, settle_allocator
-from bench.provenance import surroundings
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import write_json
+from examples.provenance import surroundings
 from examples.studies import common
 from examples.studies.budgets_page import write_page
 from examples.studies.common import Study, Variant

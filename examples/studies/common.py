@@ -28,12 +28,13 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from bench.plots import BLUE, GREY, ORANGE, PALE, canvas
-from bench.provenance import ROOT, facts_of, surroundings
+from bench.provenance import ROOT
 from bench.report import table
 from btok.data.mixture import PUBLIC
 from btok.encoder import BTokEncoder
 from btok.files import rename, write_json, write_text
 from btok.tools import command_line
+from examples.provenance import facts_of, surroundings
 from train import main as training
 from train.pocket.evaluation import evaluate
 from train.recipes import Recipe

@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from bench.bench_inference import DTYPE, SHAPE, Shape, multiply_adds, predicted, prepared
 from bench.harness import duel, settle_allocator
 from bench.plots import BLUE, GREEN, ORANGE, PALE, PURPLE, RED, TEAL, canvas, log_axis
-from bench.provenance import facts_of, surroundings
 from bench.report import table
 from btok.files import write_json, write_text
+from examples.provenance import facts_of, surroundings
 from examples.studies.common import parse
 
 PROG, STEM = "examples/studies/efficiency.py", "studies-efficiency"

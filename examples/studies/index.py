@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import plots
-from bench.provenance import facts, surroundings
 from bench.report import table
 from btok.encoder import BTokEncoder
 from btok.files import write_json
@@ -35,6 +34,7 @@ from btok.tools.folder import list_files, update
 from btok.tools.index import Index
 from btok.tools.rows import Row
 from btok.tools.tables import compressed
+from examples.provenance import facts, surroundings
 from examples.studies.common import parse
 from train.pocket.model import build
 

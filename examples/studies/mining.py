@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.provenance import facts, surroundings
 from bench.report import table
 from btok.encoder import BTokEncoder
 from btok.files import sha256, write_json
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_tokenizer
+from examples.provenance import facts, surroundings
 from examples.studies.common import parse
 from train.pocket.data import texts
 from train.pocket.model import make_tokenizer

@@ -14,9 +14,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bench.provenance import facts
 from bench.report import table
 from btok.files import write_text
+from examples.provenance import facts
 from examples.smollm2.page import Results
 from examples.smollm2.runs import read
 from examples.studies.common import said

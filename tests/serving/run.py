@@ -41,7 +41,6 @@ from serving.server import (
 )
 from snippets import blocks
 
-from bench.provenance import surroundings
 from bench.report import table
 from btok import BTokEncoder, Side
 from btok.adapters import Lora
@@ -51,6 +50,7 @@ from btok.model import BTokModel
 from btok.packing import pack
 from btok.processing import Processor
 from btok.tools import check_server
+from examples.provenance import surroundings
 from examples.smollm2.fetch import backbone, default_cache
 from train import main as training
 
