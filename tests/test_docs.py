@@ -333,8 +333,7 @@ def test_no_link_is_dead(tmp_path):
 
 def flags() -> set[str]:
     """What our commands take, and the other programs' that the pages name."""
-    kinds = [Recipe, *(getattr(kind, "__origin__", kind) for kind in cli.Command.__args__)]
-    found = [field for kind in kinds for field in fields(kind)]
+    found = [field for kind in (Recipe, *cli.COMMANDS.values()) for field in fields(kind)]
     named = [field.name for field in found]
     named += [f"no_{field.name}" for field in found if field.type in (bool, "bool")]
     of_pytest = re.findall(r"(?<!\S)--[\w-]+", help_of_pytest())
@@ -344,7 +343,6 @@ def flags() -> set[str]:
 def test_what_the_text_names_is_there():
     """Files, targets of make, recipes, commands and flags in code between backquotes."""
     known, targets = flags(), (ROOT / "Makefile").read_text()
-    commands = re.findall(r"subcommand\(\"([\w-]+)\"\)", Path(cli.__file__).read_text())
     wrong, seen = [], 0
     for page in {*PAGES, ROOT / "CONTRIBUTING.md"} - {ROOT / "docs/files.md"}:
         text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
@@ -359,7 +357,7 @@ def test_what_the_text_names_is_there():
             if words[0] == "make" and len(words) > 1:
                 checks.append((code, bool(re.search(rf"^{words[1]}:", targets, re.M))))
             if words[:3] == ["python", "-m", "btok"] and re.match("[a-z]", " ".join(words[3:])):
-                checks.append((code, words[3] in commands))
+                checks.append((code, words[3] in cli.COMMANDS))
             if re.fullmatch(r"(btok|vlm2vec)-[\w]+-\d+b", code):
                 checks.append((code, code in RECIPES))
             seen += len(checks)

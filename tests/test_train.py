@@ -427,16 +427,37 @@ SMALL = ["--muon-rate", "0", "--caption-steps", "0", "--eval-queries", "0"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stepz", "3"], "--stepz"),
+        (
+            ["--steppz", "3"],
+            "'--steppz' is no option of python train/main.py; did you mean --steps or --ntp",
+        ),
         (["--steps", "many"], "many"),
         (["--temperature", "0"], "temperature is 0.0, expected above 0"),
         (["--learning-rate", "nan"], "learning_rate is nan"),
         (["--num-btoks", "0", "--pooling", "btok"], "K = 0 needs pooling 'last' or 'mean'"),
         (["--eval-queries", "10"], "eval_queries is 10"),
-        (["pockett"], "recipe is 'pockett', expected one of ['btok-qwen2_5vl-7b', "),
+        (["pockett"], "recipe is 'pockett'; did you mean pocket? expected one of pocket, btok-"),
+        (["elsewhere"], "recipe is 'elsewhere'; expected one of pocket, btok-"),
         (["--model", "no/such/folder"], "no/such/folder"),
-        (["--shard", "true"], "shard is true and muon_rate is 3.0: Muon needs whole matrices"),
-        (["--shard", "true", *SMALL, "--lora-rank", "8"], "lora_rank is 8: what trains is small"),
+        (
+            ["--shard", "true"],
+            "shard is true and muon_rate is 3.0: Muon needs whole matrices; shard",
+        ),
+        (["--shard", "true"], "; add --muon-rate 0 --caption-steps 0 --eval-queries 0\n"),
+        (
+            ["--data", "a"],
+            "error: data is a and caption_steps is 600: that phase is for the pocket",
+        ),
+        (["--data", "a", "--tasks", "image"], "benchmark's; add --caption-steps 0 --tasks all\n"),
+        (["--data", "b/" * 99, "--shard", "true"], f"data is {('b/' * 99)[:-1]} and caption_steps"),
+        (
+            ["--data", "a", "--shard", "true"],
+            "; add --muon-rate 0 --caption-steps 0 --eval-queries",
+        ),
+        (
+            ["--shard", "true", *SMALL, "--lora-rank", "8"],
+            "lora_rank is 8: what trains is small, and the same on every GPU; add --lora-rank 0\n",
+        ),
         (["--shard", "true", *SMALL], "shard is true with 1 processes and replicas 1, expected"),
         (["--replicas", "2"], "replicas is 2, which needs shard"),
         (["--max-pixels", "9"], "max_pixels is 9, expected at least the model's lowest"),

@@ -196,11 +196,12 @@ def parse(argv: list[str]) -> Recipe:
     """
     name = recipe_name(argv)
     if name not in RECIPES:
-        raise ValueError(f"recipe is '{name}', expected one of {sorted(RECIPES)}")
+        near = command_line.meant(name, RECIPES)
+        raise ValueError(f"recipe is '{name}'{near} expected one of {', '.join(RECIPES)}")
     argv = argv[argv[:1] == [name] :]
     argv = [{"true": "True", "false": "False"}.get(word, word) for word in argv]
     options = {"default": RECIPES[name], "config": (tyro.conf.FlagConversionOff,)}
-    return command_line.parse(Recipe, argv, "train/main.py", **options)
+    return command_line.parse(Recipe, argv, "python train/main.py", **options)
 
 
 def check(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:

@@ -160,14 +160,6 @@ class Recipe:
         if not (0 <= self.lora_dropout < 1 and 0 <= self.final_rate <= 1 and 0 < self.beta2 < 1):
             had = f"{self.lora_dropout}, {self.final_rate}, {self.beta2}"
             raise ValueError(f"lora_dropout, final_rate and beta2 are {had}, expected from 0 to 1")
-        for wrong, reason in (
-            (self.lora_rank, "lora_rank is {}: what trains is small, and the same on every GPU"),
-            (self.muon_rate, "muon_rate is {}: Muon needs whole matrices; give 0"),
-            (self.caption_steps, "caption_steps is {}: only training proper is, give 0"),
-            (self.eval_queries, "eval_queries is {}: evaluate its checkpoints, and give 0"),
-        ):
-            if self.shard and wrong:
-                raise ValueError(f"shard is true and {reason.format(wrong)}")
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} is {value}, expected a finite number")
@@ -176,16 +168,31 @@ class Recipe:
             raise ValueError(f"replicas is {self.replicas}, which needs shard")
         if 0 < self.eval_queries < 40:
             raise ValueError(f"eval_queries is {self.eval_queries}, expected 0 or at least 40")
-        if self.data is not None and self.caption_steps:
-            raise ValueError(
-                f"caption_steps is {self.caption_steps} with data {self.data}; that phase is for "
-                "the pocket benchmark, expected 0"
-            )
-        if self.data is not None and self.tasks != "all":
-            raise ValueError(
-                f"tasks is '{self.tasks}' with data {self.data}; those are the pocket benchmark's, "
-                "expected 'all'"
-            )
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Sharding and data of one's own, beside which others must be off: all of them at once."""
+        shard: dict[str, tuple[Any, str]] = {
+            "lora_rank": (0, "what trains is small, and the same on every GPU"),
+            "muon_rate": (0, "Muon needs whole matrices"),
+            "caption_steps": (0, "that phase is not sharded"),
+            "eval_queries": (0, "evaluate its checkpoints"),
+        }
+        data: dict[str, tuple[Any, str]] = {
+            "caption_steps": (0, "that phase is for the pocket benchmark"),
+            "tasks": ("all", "those are the pocket benchmark's"),
+        }
+        said, flags = [], dict[str, None]()
+        for given, what, others in (
+            (self.shard, "shard is true", shard),
+            (self.data is not None, f"data is {self.data}", data),
+        ):
+            for name, (expected, why) in others.items():
+                if given and (had := getattr(self, name)) != expected:
+                    said.append(f"{what} and {name} is {had}: {why}")
+                    flags[f"--{name.replace('_', '-')} {expected}"] = None
+        if said:
+            raise ValueError(f"{'; '.join(said)}; add {' '.join(flags)}")
 
     def _check_nested(self) -> None:
         """Budgets with K behind them, and what needs bottleneck rows, or a part."""

@@ -149,7 +149,7 @@ class TrainSet(Dataset[Step]):
             if len(source) < recipe.group_size:
                 raise ValueError(
                     f"data set {source.name} has {len(source)} rows, expected at least a group's "
-                    f"{recipe.group_size}"
+                    f"{recipe.group_size}; add rows, or give a lower --group-size"
                 )
         if len({source.negatives for source in sources}) > 1:
             had = ", ".join(f"{source.name} {source.negatives}" for source in sources)

@@ -134,20 +134,20 @@ class CheckServer:
     api_key: str | None = None
 
 
-Command = (
-    Annotated[Encode, tyro.conf.subcommand("encode")]
-    | Annotated[Search, tyro.conf.subcommand("search")]
-    | Annotated[Serve, tyro.conf.subcommand("serve")]
-    | Annotated[Describe, tyro.conf.subcommand("index")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[CheckServer, tyro.conf.subcommand("check-server")]
-    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
-    | Annotated[Evaluate, tyro.conf.subcommand("eval")]
-    | Annotated[Mine, tyro.conf.subcommand("mine")]
-    | Annotated[Merge, tyro.conf.subcommand("merge")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Env, tyro.conf.subcommand("env")]
-)
+COMMANDS: dict[str, type] = {
+    "encode": Encode,
+    "search": Search,
+    "serve": Serve,
+    "index": Describe,
+    "export": Export,
+    "check-server": CheckServer,
+    "calibrate": Calibrate,
+    "eval": Evaluate,
+    "mine": Mine,
+    "merge": Merge,
+    "report": Report,
+    "env": Env,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         if several:
             store, number, count = next(dist.rendezvous("env://"))
-        command = parse(Command, argv, "python -m btok")
+        command = parse(COMMANDS, argv, "python -m btok")
         if several:
             # before the group: see `join` in train/parallel.py
             import torch.distributed.nn.functional  # noqa: F401

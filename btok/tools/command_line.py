@@ -3,39 +3,99 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Annotated, Any, Union, get_type_hints
 
 import torch
 import tyro
 
 from btok.encoder import BTokEncoder
 
+FOREIGN = "Unrecognized options: "  # what tyro does not know
+
 
 def parse(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
     """What a command line describes.
 
     Args:
-        kind: a dataclass, or a union of those that are subcommands.
-        argv: the arguments.
+        kind: a dataclass, or by name those that are commands.
+        argv: the arguments; of commands the first is the name of one.
         prog: how the program is called, for its help.
         options: for `tyro.cli`.
 
     Raises:
-        ValueError: an unknown, missing or wrong argument.
+        ValueError: an unknown command, an unknown, missing or wrong argument.
         SystemExit: help was asked for, and is printed.
     """
-    said = io.StringIO()
+    if isinstance(kind, Mapping):
+        name = next(iter(argv), "")
+        if name in ("-h", "--help"):
+            named = [Annotated[own, tyro.conf.subcommand(at)] for at, own in kind.items()]
+            kind = Union[tuple(named)]  # noqa: UP007
+        elif name in kind:
+            kind, argv, prog = kind[name], argv[1:], f"{prog} {name}"
+        else:
+            had = f"{name!r} is no command{meant(name, kind)}" if name else "expected a command;"
+            raise ValueError(f"{had} `{prog} --help` shows all")
+    said, asks = io.StringIO(), {"-h", "--help"} & {*argv}
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), contextlib.nullcontext() if asks else wide():
             return tyro.cli(kind, args=argv, prog=prog, **options)
     except SystemExit as stop:
         if not stop.code:
             raise
-        _, *lines = said.getvalue().splitlines()  # below the title of a box
-        raise ValueError(" ".join(line.strip("─│╰╯ ") for line in lines)) from None
+        # below the title of a box, whose lines are dashes where the terminal has no others
+        _, *lines = (line.strip("│ ") for line in said.getvalue().splitlines())
+        lines = [line for line in lines if line.strip("─╭╮╰╯-")]
+        raise ValueError(wrong(kind, lines, prog)) from None
+
+
+def wrong(kind: Any, said: Sequence[str], prog: str) -> str:
+    """What is wrong with a command line of a dataclass, by what tyro says of it, in a line."""
+    if not said[0].startswith(FOREIGN):
+        said = [line for line in said if not line.startswith("For full help")]
+        said = [line for line in said if line != f"{prog} --help"]
+        return " ".join(said).removeprefix(f"Error parsing {kind.__name__}: ")
+    words = said[0].removeprefix(FOREIGN).split(", ")
+    if flag := next((word for word in words if word.startswith("-")), None):
+        near = meant(flag, option_names(kind))
+        return f"{flag!r} is no option of {prog}{near} `{prog} --help` shows all"
+    return (
+        f"{words[0]!r} is an argument too many for {prog}; words that belong together need quotes"
+    )
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """What to say after a mistyped word: what is most like it, if anything."""
+    near = difflib.get_close_matches(word, list(known), 2)
+    return f"; did you mean {' or '.join(near)}?" if near else ";"
+
+
+def option_names(kind: type) -> Iterator[str]:
+    """The options of a dataclass, as a command line has them."""
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        marks = getattr(hints[field.name], "__metadata__", ())
+        if tyro.conf.Positional not in marks:
+            renamed = (name for mark in marks if (name := getattr(mark, "name", None)))
+            yield f"--{next(renamed, field.name.replace('_', '-'))}"
+
+
+@contextlib.contextmanager
+def wide() -> Iterator[None]:
+    """A terminal that no line is too long for: a box would cut words and paths in two."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(1 << 20)
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def load(checkpoint: str, **settings: Any) -> BTokEncoder:
