@@ -17,7 +17,8 @@ IN_GGUF = "is in GGUF; `python -m btok export {} FOLDER` makes a plain checkpoin
 def find(name_or_path: str | Path, name: str) -> Path | None:
     """Where a checkpoint's file lies on this machine; None where it has none.
 
-    ValueError where there is a file in place of a checkpoint, or nothing.
+    ValueError where there is a file in place of a checkpoint, or nothing; OSError where the hub
+    does not have it or does not answer.
     """
     from transformers.utils.hub import cached_file
 
@@ -29,10 +30,25 @@ def find(name_or_path: str | Path, name: str) -> Path | None:
             f"the checkpoint {name_or_path} is a file, expected a folder or a hub id; a pickled "
             "one can run code and is not loaded: write it with save_pretrained"
         )
-    if not path.is_dir() and len(path.parts) > 2:
-        raise ValueError(f"the checkpoint {name_or_path} is no folder that is there, and no hub id")
-    found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
+    if not path.is_dir() and (len(path.parts) > 2 or str(name_or_path)[:1] in (".", "~", "/")):
+        raise ValueError(f"the checkpoint {name_or_path} does not exist, and is no hub id")
+    with asked_for(name_or_path):
+        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None
+
+
+@contextmanager
+def asked_for(name_or_path: str | Path) -> Iterator[None]:
+    """Where transformers looks for a checkpoint: an OSError says that it is not on this machine."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name_or_path).is_dir():
+            raise
+        raise OSError(
+            f"the checkpoint {name_or_path} does not exist here, and the hub does not give it: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def read_json(name_or_path: str | Path, name: str) -> Any:
@@ -46,6 +62,32 @@ def read_json(name_or_path: str | Path, name: str) -> Any:
         return json.loads(found.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # the latter for thousands of brackets
         raise ValueError(f"{found} is no JSON ({error}); write the checkpoint again") from error
+
+
+def what_is(path: Path) -> str:
+    """What there is at a path, to be said after its name."""
+    return "is a folder" if path.is_dir() else "is a file" if path.exists() else "does not exist"
+
+
+def must_be(kind: str, argument: str, path: Path, expected: str = "") -> None:
+    """A ValueError, which says what there is instead, unless a path is of a kind.
+
+    Args:
+        kind: "file" or "folder".
+        argument: what the path is of.
+        expected: what it should be; by default the kind.
+    """
+    if not (path.is_dir() if kind == "folder" else path.is_file()):
+        expected = expected or f"a {kind}"
+        raise ValueError(f"{argument} is {path}, which {what_is(path)}; expected {expected}")
+
+
+def may_be_folder(argument: str, path: Path) -> None:
+    """A ValueError where a file is in the way of a folder that is to be made, or added to."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        had = "which is a file" if there == path else f"and {there} is a file"
+        raise ValueError(f"{argument} is {path}, {had}; expected a folder")
 
 
 def sha256(path: str | Path) -> str:

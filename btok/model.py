@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from btok import adapters
 from btok.config import CONFIG_NAME, BTokConfig, check_choice
 from btok.families import family_of, named_family
-from btok.files import IN_GGUF, find, read_json, sha256
+from btok.files import IN_GGUF, asked_for, find, read_json, sha256
 from btok.gated_mlp import use_gated_mlps
 from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
@@ -131,7 +131,8 @@ class BTokModel(nn.Module):
                 f"BTokModel: {name_or_path if lora else base} has adapters already and takes no "
                 "others; merge them with `python -m btok export` first"
             )
-        config, _ = transformers.PreTrainedConfig.get_config_dict(weights)
+        with asked_for(weights):
+            config, _ = transformers.PreTrainedConfig.get_config_dict(weights)
         if not config and (found := sorted(Path(weights).glob("*.gguf"))):
             raise ValueError(f"BTokModel: the checkpoint {weights} {IN_GGUF.format(found[0])}")
         kind = str(config.get("model_type"))  # no auto class: a checkpoint's own code stays out

@@ -92,8 +92,8 @@ def test_pairs_are_told_from_sides_by_the_first_row(checkpoint, tmp_path, capsys
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["gone", "sides.jsonl"], "checkpoint is gone, expected a folder to write into"),
-        (["mine", "gone.jsonl"], "No such file or directory: 'gone.jsonl'"),
+        (["gone", "sides.jsonl"], "checkpoint is gone, which does not exist; expected a folder"),
+        (["mine", "gone.jsonl"], "inputs is gone.jsonl, which does not exist; expected a"),
         (["mine", "a.txt"], "inputs is a.txt, expected a folder or a .jsonl file"),
         (["mine", "empty"], "inputs is empty, which has no file that can be encoded"),
         (["mine", "none.jsonl"], "data set none: rows is 0, expected at least 1"),

@@ -498,7 +498,7 @@ def test_a_contact_sheet(checkpoint, folder, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["encode", "MODEL", "no/such"], "folder is no/such, expected a folder"),
+        (["encode", "MODEL", "no/such"], "folder is no/such, which does not exist; expected"),
         (
             ["encode", "MODEL", "EMPTY"],
             "has no file that can be encoded; expected one ending in .txt .md",
@@ -511,7 +511,7 @@ def test_a_contact_sheet(checkpoint, folder, tmp_path, capsys, monkeypatch):
         (["serch", "MODEL", "MINE"], "serch"),
         (["search", "MODEL", "MINE"], "query is empty, expected words or an --image"),
         (["search", "MODEL", "MINE", "x", "--top", "0"], "top is 0, expected at least 1"),
-        (["search", "MODEL", "MINE", "x", "--image", "no.png"], "image is no.png, expected a file"),
+        (["search", "MODEL", "MINE", "x", "--image", "no.png"], "image is no.png, which does not"),
         (
             ["search", "MODEL", "MINE", "x", "--where", "colour = 3"],
             "where is 'colour = 3', which is no condition",

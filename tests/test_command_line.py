@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from helpers import tiny_checkpoint
 
 from btok.tools.cli import COMMANDS, main
 from btok.tools.command_line import option_names
+from train.main import main as train
 
 ALL = "`python -m btok --help` shows all"
 OF_SEARCH = "`python -m btok search --help` shows all"
@@ -86,3 +88,86 @@ def test_it_ends_with_2():
     command = [sys.executable, "-m", "btok", "serch"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: 'serch' is no command; did")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A checkpoint, an empty folder, a file, and a mixture of what does not exist."""
+    folder = tmp_path_factory.mktemp("places")
+    tiny_checkpoint(folder / "model")
+    (folder / "empty").mkdir()
+    (folder / "folder/.btok").mkdir(parents=True)
+    (folder / "file").write_text("a text")
+    (folder / "gone.toml").write_text('[[dataset]]\npath = "gone.jsonl"\n')
+    return folder
+
+
+GONE, FILE = "which does not exist; expected", "which is a file; expected"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("encode model gone", f"folder is gone, {GONE} a folder"),
+        ("encode model file", f"folder is file, {FILE} a folder"),
+        ("search model gone x", f"folder is gone, {GONE} a folder"),
+        ("search model empty x --image gone.png", f"image is gone.png, {GONE} a file"),
+        (
+            "search model empty x --image empty",
+            "image is empty, which is a folder; expected a file",
+        ),
+        ("serve model gone", f"folder is gone, {GONE} a folder"),
+        ("index gone", f"index is gone, {GONE} one that `python -m btok encode` makes"),
+        ("index file", f"index is file, {FILE} one that `python -m btok encode` makes"),
+        ("index empty", "index is empty, which holds none that `python -m btok encode` makes"),
+        (
+            "index folder",
+            "index is folder, which holds none that `python -m btok encode` makes; "
+            "did you mean folder/.btok?",
+        ),
+        ("export gone out", f"export: checkpoint is gone, {GONE} a folder"),
+        ("export file out", f"export: checkpoint is file, {FILE} a folder"),
+        ("export gone.gguf out", f"export: checkpoint is gone.gguf, {GONE} a file"),
+        ("export model file", f"export: out is file, {FILE} a folder"),
+        ("merge gone model --weights 0.5 0.5 --output out", f"merge: checkpoint is gone, {GONE}"),
+        ("merge model model --weights 0.5 0.5 --output file", f"merge: output is file, {FILE}"),
+        ("check-server http://localhost:1 ./gone", "the checkpoint ./gone does not exist, and is"),
+        ("check-server http://localhost:1 gone", "the checkpoint gone does not exist here, and "),
+        ("calibrate gone file", f"checkpoint is gone, {GONE} a folder to write into"),
+        ("calibrate model gone.jsonl", f"inputs is gone.jsonl, {GONE} a folder or a .jsonl file"),
+        ("mine model gone.jsonl --output out", f"mine: pairs is gone.jsonl, {GONE} a .jsonl file"),
+        ("eval model mmeb-v2 --data gone", f"data is gone, {GONE} MMEB-V2's folder, which --fetch"),
+        ("eval model mmeb-v2 --data empty --compare gone", f"compare is gone, {GONE} a file"),
+        ("report gone", f"run is gone, {GONE} the folder of a run or of an evaluation"),
+        ("report file", f"run is file, {FILE} the folder of a run or of an evaluation"),
+        ("report empty --output empty", "output is empty, which is a folder; expected a file"),
+        (
+            "report empty --output gone/x.html",
+            f"output is gone/x.html, whose folder is gone, {GONE}",
+        ),
+        ("train --data gone.jsonl", f"data is gone.jsonl, {GONE} a file .jsonl, .parquet or .toml"),
+        ("train --data gone", f"data is gone, {GONE} a file .jsonl, .parquet or .toml"),
+        ("train --data file", f"data is file, {FILE} one that ends in .jsonl or .parquet"),
+        ("train --data gone.toml", "gone.toml, data set 1: path is gone.jsonl, which does not"),
+        ("train --model ./gone", "the checkpoint ./gone does not exist, and is no hub id"),
+        (
+            "train --model gone",
+            "the checkpoint gone does not exist here, and the hub does not give",
+        ),
+        ("train --output file", f"output is file, {FILE} a folder"),
+        ("train --output file/run", "output is file/run, and "),
+    ],
+)
+def test_a_path_of_nothing_or_of_another_kind_says_so(
+    places, tmp_path, capsys, monkeypatch, words, line
+):
+    monkeypatch.chdir(places)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command, *rest = words.split()
+    if command == "train":
+        rest += ["--caption-steps", "0"]
+        rest += ["--output", str(tmp_path / "run")] * ("--output" not in rest)
+    assert (train(rest) if command == "train" else main([command, *rest])) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}") and said.count("\n") == 1, said
+    assert not {"out", "run"} & {path.name for path in (*places.iterdir(), *tmp_path.iterdir())}

@@ -279,7 +279,7 @@ def edited(name, **changes):
             {},
             "pickled ones can run code and are not loaded: write it again with save_pretrained",
         ),
-        (shutil.rmtree, {}, "mine is no folder that is there, and no hub id"),
+        (shutil.rmtree, {}, "mine does not exist, and is no hub id"),
         (
             lambda folder: [shutil.rmtree(folder), torch.save({}, folder)],
             {},

@@ -97,7 +97,7 @@ def test_a_search_by_words_and_by_picture_finds_the_right_one_first(folder, trai
 def test_a_mistake_is_told_in_a_line(folder, tmp_path, trained, capsys):
     with pytest.raises(SystemExit, match=r"^error: .* has no pictures, expected files ending in"):
         run(capsys, "search_pictures.py", tmp_path, "green", trained[1])
-    with pytest.raises(SystemExit, match=r"^error: the checkpoint a/b/c is no folder"):
+    with pytest.raises(SystemExit, match=r"^error: the checkpoint a/b/c does not exist"):
         run(capsys, "search_pictures.py", folder, "green", "a/b/c")
     with pytest.raises(SystemExit, match=r"^error: .*nothing\.jsonl"):
         run(capsys, "finetune_lora.py", folder / "train.jsonl", tmp_path / "nothing.jsonl")

@@ -113,7 +113,7 @@ def test_what_cannot_become_a_checkpoint_is_refused(tmp_path, capsys):
     assert main(["export", str(tmp_path / "tiny.gguf"), str(tmp_path / "full")]) == 2
     assert "full is not empty; name a new folder" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none.gguf"), str(tmp_path / "out")]) == 2
-    assert "none.gguf is no file" in capsys.readouterr().err
+    assert "none.gguf, which does not exist; expected a file" in capsys.readouterr().err
 
 
 def test_a_gguf_file_in_place_of_a_checkpoint_is_told_with_what_to_do(tmp_path):

@@ -250,7 +250,7 @@ def test_checkpoints_that_differ(two, tmp_path, capsys):
         assert message in refused(capsys, tmp_path, [a, folder]), folder
     assert "checkpoints has 1, expected at least 2" in refused(capsys, tmp_path, [a], (1,))
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ValueError, match="out is not empty; name a new folder"):
+    with pytest.raises(ValueError, match="out, which is a file; expected a folder"):
         merge(two, (0.5, 0.5), tmp_path / "out")
 
 

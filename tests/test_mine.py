@@ -462,7 +462,7 @@ def test_files_that_do_not_fit(checkpoint, tmp_path, capsys):
         ([a, b, "--output", tmp_path / "h"], "pairs has two files a.jsonl, expected different"),
         ([tmp_path / "a.csv", *out], "a.csv, expected .jsonl files"),
         ([a, "--output", a], "is a file of pairs, expected another one"),
-        ([tmp_path / "gone.jsonl", *out], "No such file"),
+        ([tmp_path / "gone.jsonl", *out], "gone.jsonl, which does not exist; expected a"),
         ([wrong, *out], "wrong.jsonl:2: it has no positive"),
     ):
         assert message in refused(capsys, checkpoint, *arguments)

@@ -300,8 +300,8 @@ def test_the_command_writes_the_file(run, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     for words, message in (
         ([str(tmp_path / "empty")], "which has none of config.json"),
-        ([str(tmp_path / "gone"), "--output", str(tmp_path / "y.html")], "which has none of"),
-        ([str(run), "--output", str(tmp_path / "no/x.html")], "in a folder that is there"),
+        ([str(tmp_path / "gone"), "--output", str(tmp_path / "y.html")], "which does not exist"),
+        ([str(run), "--output", str(tmp_path / "no/x.html")], "/no, which does not exist"),
         ([str(run), "--output", str(tmp_path)], "expected a file"),
     ):
         assert main(["report", *words]) == 2

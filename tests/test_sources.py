@@ -444,9 +444,12 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="data set empty: rows is 0, expected at least 1"):
         open_source(tmp_path / "empty.jsonl")
-    with pytest.raises(ValueError, match=r"neither \.jsonl nor \.parquet"):
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(ValueError, match=r"a file; expected one that ends in \.jsonl or \.parquet"):
         open_source(tmp_path / "a.csv")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        FileNotFoundError, match=r"data is .*gone\.jsonl, which does not exist; exp"
+    ):
         open_source(tmp_path / "gone.jsonl")
 
 

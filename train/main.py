@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from btok.data.mixture import load_mixture
 from btok.data.sources import Source
 from btok.evaluation.runner import Retrieved, format_table
-from btok.files import one_line, printable, write_json
+from btok.files import may_be_folder, one_line, printable, write_json
 from btok.kernels import CondensedLayout, condensed_attention
 from btok.model import BTokModel
 from btok.tools import command_line, env, pictures
@@ -222,6 +222,7 @@ def check(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
         ]
         for s in sources
     ]
+    may_be_folder("output", recipe.output)
     config = recipe.output / "config.json"
     saved = json.loads(config.read_text()) if config.exists() else settings
     saved = {**Recipe().described(), **saved}  # of before there was a setting

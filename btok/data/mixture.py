@@ -41,6 +41,7 @@ from btok.data.sources import (
 )
 
 TEXTS = "path public folder name root ntp_side query_instruction positive_instruction"
+KINDS = "a file .jsonl, .parquet or .toml (a mixture), or a folder of the paper's data sets"
 SETTINGS: dict[str, Any] = dict.fromkeys(TEXTS.split(), str)
 SETTINGS |= {"weight": int | float, "rows": int, "negatives": int}
 
@@ -63,7 +64,14 @@ def load_mixture(path: str | Path) -> list[Source]:
     """
     path = Path(path)
     if path.is_dir():
-        return [open_public(name, path) for name in PUBLIC]
+        try:
+            return [open_public(name, path) for name in PUBLIC]
+        except OSError as error:
+            raise OSError(
+                f"data is {path}, a folder, which is for the paper's public data sets; {error}"
+            ) from error
+    if not path.exists() and path.suffix != ".parquet":  # which may be a pattern
+        raise FileNotFoundError(f"data is {path}, which does not exist; expected {KINDS}")
     if path.suffix != ".toml":
         return [open_source(path)]
     try:
@@ -87,7 +95,10 @@ def load_mixture(path: str | Path) -> list[Source]:
         if "public" in table:
             source = open_public(folder=path.parent / table.pop("folder", ""), **table)
         else:
-            source = open_source(table.pop("path"), **table)
+            own = table.pop("path")
+            if not own.exists() and own.suffix != ".parquet":
+                raise FileNotFoundError(f"{where}: path is {own}, which does not exist")
+            source = open_source(own, **table)
         if source.name in made:
             raise ValueError(f"{where}: name is {source.name!r}, as that of another")
         made[source.name] = source

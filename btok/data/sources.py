@@ -23,7 +23,7 @@ import numpy as np
 
 from btok.data.jsonl import JsonLines, Kind, Row
 from btok.data.records import NTP_SIDES, NtpSide, Pair, Side
-from btok.files import by_numbers, one_line
+from btok.files import by_numbers, one_line, what_is
 from btok.inputs import FRAMES, IMAGES, LATEST, Page, as_side
 from btok.inputs.documents import at_page
 
@@ -173,6 +173,9 @@ def open_source(
 
     found: Rows
     if path and path.suffix == ".jsonl":
+        if not path.is_file():
+            had = f"data is {path}, which {what_is(path)}"
+            raise FileNotFoundError(f"{had}; expected a file of JSON objects, one a line")
         lines = JsonLines(path, rows, " ".join([schema.name, *schema.columns]), check)
         for kind, line in lines.kinds.items():
             try:
@@ -181,7 +184,9 @@ def open_source(
                 raise ValueError(f"{path}:{line}: {error}") from error
         found, digest = lines, lines.digest
     elif path and path.suffix != ".parquet":
-        raise ValueError(f"data set {name}: {path} is neither .jsonl nor .parquet")
+        raise ValueError(
+            f"data is {path}, which {what_is(path)}; expected one that ends in .jsonl or .parquet"
+        )
     else:
         where = f"data set {name}"
         try:

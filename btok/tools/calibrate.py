@@ -15,7 +15,7 @@ from btok.calibration import LEAST, Calibration
 from btok.data.jsonl import Row
 from btok.data.records import Pair
 from btok.data.sources import PAIRS, PARTS, Schema, open_source
-from btok.files import printable
+from btok.files import must_be, printable
 from btok.tools.command_line import load
 from btok.tools.folder import as_input, describe, list_files
 from btok_kernels.ranks import world
@@ -58,8 +58,7 @@ def calibrate(command: Calibrate) -> None:
         raise ValueError(f"quantile is {command.quantile}, expected above 0 and at most 1")
     if command.count < 0:
         raise ValueError(f"count is {command.count}, expected at least 0, which is all")
-    if not command.checkpoint.is_dir():
-        raise ValueError(f"checkpoint is {command.checkpoint}, expected a folder to write into")
+    must_be("folder", "checkpoint", command.checkpoint, "a folder to write into")
     if world() > 1:
         raise ValueError(f"calibrate is one process's work, started were {world()}")
     inputs = of_folder(command) if command.inputs.is_dir() else of_rows(command)
@@ -88,6 +87,7 @@ def of_folder(command: Calibrate) -> Iterator[Any]:
 
 def of_rows(command: Calibrate) -> Iterator[Any]:
     """Both sides of pairs, or the sides of a file of these."""
+    must_be("file", "inputs", command.inputs, "a folder or a .jsonl file")
     if command.inputs.suffix != ".jsonl":
         raise ValueError(f"inputs is {command.inputs}, expected a folder or a .jsonl file")
     pairs = are_pairs(command.inputs)

@@ -35,10 +35,10 @@ import torch.distributed as dist
 import tyro
 
 from btok.data.records import Side
-from btok.files import one_line, printable
+from btok.files import must_be, one_line, printable
 from btok.inputs import Page, as_side, rgb_array, with_frames
 from btok.inputs.documents import at_page
-from btok.tools import pictures
+from btok.tools import old_index, pictures
 from btok.tools.calibrate import Calibrate, calibrate
 from btok.tools.check_server import BOUND, compare, report
 from btok.tools.command_line import load, parse
@@ -248,8 +248,15 @@ def run(
 
 def describe(command: Describe) -> None:
     """What an index holds."""
-    from btok.tools.index import Index
+    from btok.tools.index import Index, is_there
 
+    folder, makes = Path(command.index), "`python -m btok encode` makes"
+    if "://" not in command.index:
+        must_be("folder", "index", folder, f"one that {makes}")
+        if not is_there(command.index) and not (folder / old_index.MANIFEST).exists():
+            near = folder / ".btok"
+            near_by = f"; did you mean {near}?" if near.is_dir() else ""
+            raise ValueError(f"index is {folder}, which holds none that {makes}{near_by}")
     index = Index.open(command.index)
     if command.build is not None:
         print(f"{printable(command.index)}: {said_of_recall(index.build(command.build))}")
@@ -299,8 +306,7 @@ def asked(command: Search) -> Side:
         pictures.drawable(command.picture)
     if command.image is not None:
         image = at_page(command.image)
-        if not (image.path if isinstance(image, Page) else image).is_file():
-            raise ValueError(f"image is {command.image}, expected a file")
+        must_be("file", "image", image.path if isinstance(image, Page) else image)
         query = as_side(image)
     return replace(query, text="\n".join(filter(None, (command.query, query.text))))
 

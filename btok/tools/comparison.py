@@ -17,7 +17,7 @@ import numpy as np
 from btok.encoder import BTokEncoder
 from btok.evaluation import mmeb_v2
 from btok.evaluation.metrics import mean_interval, published_name
-from btok.files import one_line, write_json
+from btok.files import must_be, one_line, write_json
 from btok.tools import pictures
 
 FIXED = "-fixed"  # what the leaderboard adds to the names of two sets that were wrong at first
@@ -57,7 +57,8 @@ def read(path: str) -> list[Published]:
     ValueError for a file that is none of these.
     """
     file: Any = files("btok.evaluation") / "mmeb_v2_published.json"
-    file = file if path == "published" else Path(path)
+    if path != "published":
+        must_be("file", "compare", file := Path(path))
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(found, list):

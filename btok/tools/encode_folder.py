@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from btok.files import must_be
 from btok.inputs import KINDS
 from btok.tools.command_line import load
 from btok.tools.folder import Listing, list_files, update
@@ -71,8 +72,7 @@ def listed(command: Encode) -> Listing:
     Raises:
         ValueError: no folder, or none with a file that can be embedded.
     """
-    if not command.folder.is_dir():
-        raise ValueError(f"folder is {command.folder}, expected a folder")
+    must_be("folder", "folder", command.folder)
     output = command.index
     own = [] if "://" in output else [Path(output), Path(f"{output}.parts")]
     found = list_files(command.folder.resolve(), *own, *filter(None, [command.staging]))

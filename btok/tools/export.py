@@ -10,6 +10,7 @@ import torch
 
 from btok import adapters
 from btok.config import CONFIG_NAME
+from btok.files import may_be_folder, must_be
 from btok.model import BTokModel
 from btok.processing import Processor
 
@@ -19,6 +20,7 @@ RUN = ("model", "manifest", "trainer", "btok_calibration")
 
 def refuse_used(out: Path) -> None:
     """A ValueError where what is to be written would meet other files."""
+    may_be_folder("export: out", out)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"export: {out} is not empty; name a new folder")
 
@@ -42,6 +44,7 @@ def export(folder: str | Path, out: str | Path, bound: float | None = None) -> f
             `out` stays empty.
     """
     folder, out = Path(folder), Path(out)
+    must_be("folder", "export: checkpoint", folder)
     if not (folder / CONFIG_NAME).exists():
         raise ValueError(f"export: {folder} has no {CONFIG_NAME}, so it was never trained here")
     refuse_used(out)

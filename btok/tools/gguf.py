@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from btok.families import named_family
-from btok.files import one_line, rename
+from btok.files import must_be, one_line, rename
 from btok.tools.export import refuse_used
 
 
@@ -38,8 +38,7 @@ def export_gguf(gguf: str | Path, out: str | Path) -> None:
         ImportError: without the package gguf, which is the extra `btok[gguf]`.
     """
     gguf, out = Path(gguf), Path(out)
-    if not gguf.is_file():
-        raise ValueError(f"export: {gguf} is no file")
+    must_be("file", "export: checkpoint", gguf)
     refuse_used(out)
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"export: {gguf} is read by gguf; pip install 'btok[gguf]'")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from btok import adapters
 from btok.config import CONFIG_NAME
-from btok.files import read_json, rename, sha256, write_json
+from btok.files import may_be_folder, must_be, read_json, rename, sha256, write_json
 from btok.model import model_digest
 from btok.tools.evaluate import DECIDING
 from btok.tools.export import RUN
@@ -83,7 +83,8 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], output: s
     if not abs(sum(weights) - 1) <= NEAR:  # fsum would raise where a sum is too large
         said = " + ".join(map(str, weights))
         raise ValueError(f"merge: weights is {said} = {sum(weights)}, expected 1 in sum")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    may_be_folder("merge: output", out)
+    if out.exists() and any(out.iterdir()):
         raise ValueError(f"merge: output {out} is not empty; name a new folder")
     if out.resolve() == Path.cwd():  # it is replaced, and a shell in it would see nothing
         raise ValueError(f"merge: output is {out}, the folder this runs in; name a new folder")
@@ -116,6 +117,7 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], output: s
 def check(folders: Sequence[Path]) -> bool:
     """Whether checkpoints are adapters; a ValueError where they differ in more than weights."""
     for folder in folders:
+        must_be("folder", "merge: checkpoint", folder)
         if not (folder / CONFIG_NAME).exists():
             raise ValueError(f"merge: {folder} has no {CONFIG_NAME}, so it was never trained here")
     bases = [adapters.base_of(folder) for folder in folders]

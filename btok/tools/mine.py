@@ -34,7 +34,7 @@ from btok.config import check_choice
 from btok.data.records import Side
 from btok.data.sources import Source, open_source
 from btok.encoder import BTokEncoder
-from btok.files import one_line, rename, sha256, write_json
+from btok.files import must_be, one_line, rename, sha256, write_json
 from btok.tools.command_line import load
 from btok.tools.evaluate import files_digest
 from btok.tools.neighbours import ROWS, Blocks, mixed, nearest
@@ -152,6 +152,7 @@ def places(command: Mine) -> list[tuple[Source, Path]]:
     for path in command.pairs:
         if path.suffix != ".jsonl":
             raise ValueError(f"mine: pairs has {path}, expected .jsonl files")
+        must_be("file", "mine: pairs", path, "a .jsonl file")
         output = command.output if one else command.output / path.name
         if output in (before for _, before in found):
             raise ValueError(f"mine: pairs has two files {path.name}, expected different names")

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from btok.files import by_numbers, one_line, printable, write_text
+from btok.files import by_numbers, must_be, one_line, printable, write_text
 from btok.tools.run_curves import Curve, Log, curves, finite, read_log
 
 TEMPLATE = "run_report.html.j2"
@@ -158,8 +158,10 @@ def write_report(run: Path, output: Path | None = None) -> Path:
         ValueError: a folder without a run; an output that is a folder or in none.
     """
     path = run / "report.html" if output is None else output
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"output is {path}, expected a file in a folder that is there")
+    must_be("folder", "run", run, "the folder of a run or of an evaluation")
+    if path.is_dir():
+        raise ValueError(f"output is {path}, which is a folder; expected a file")
+    must_be("folder", f"output is {path}, whose folder", path.parent)
     write_text(path, render(read_run(run)))
     return path
 
