@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import bench_hopper as contest
+from bench.harness import Contest
 from btok_kernels import condensed_attention as op
 from btok_kernels import launch
 from btok_kernels.layout import TILE, CondensedLayout
@@ -125,6 +128,76 @@ def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
     assert "takes 'sdpa', not 'hopper': the device is sm_80, it needs sm_90" in message
 
 
+@pytest.fixture
+def tuned(monkeypatch):
+    """BTOK_AUTOTUNE=1: titles of what was searched, where the last candidate wins, and what ran."""
+    kernels = pytest.importorskip("btok_kernels.condensed_attention_triton")
+    seen = SimpleNamespace(titles=[], ran=[], kernels=kernels)
+
+    def search(title, default, candidates, run):
+        seen.titles.append(title)
+        run(candidates[-1])
+        return candidates[-1]
+
+    def forward(q, k, v, tiles, scale, hopper=False):
+        seen.ran.append(("forward", hopper))
+        return torch.zeros_like(q), q.new_zeros(0)
+
+    def backward(d_out, q, k, v, out, lse, tiles, scale, hopper=False):
+        seen.ran.append(("backward", hopper))
+        return q, k, v
+
+    monkeypatch.setattr(kernels, "_forward", forward)
+    monkeypatch.setattr(kernels, "_backward", backward)
+    monkeypatch.setattr(launch, "search", search)
+    monkeypatch.setattr(launch, "faster", {})
+    monkeypatch.setenv("BTOK_AUTOTUNE", "1")
+    return seen
+
+
+def test_a_search_of_auto_takes_the_faster(tuned):
+    q, k, v = tensors()
+    for _ in range(2):
+        op.condensed_attention(q, k, v, LAYOUT)
+    assert tuned.titles == ["attention ('forward', 90, 64, torch.bfloat16)"], "once"
+    assert tuned.ran == [("forward", True)] * 3
+    tuned.ran.clear()
+    op.condensed_attention(q.requires_grad_(), k, v, LAYOUT)
+    assert tuned.titles[1:] == ["attention ('forward and backward', 90, 64, torch.bfloat16)"]
+    assert tuned.ran == [("forward", True), ("backward", True), ("forward", True)]
+    with torch.no_grad():
+        op.condensed_attention(q, k, v, LAYOUT)
+    assert len(tuned.titles) == 2
+    launch.faster.update(dict.fromkeys(launch.faster, "triton"))
+    op.condensed_attention(q, k, v, LAYOUT)
+    assert tuned.ran[-1] == ("forward", False)
+
+
+def test_what_is_asked_for_or_alone_is_not_timed_beside_another(tuned, monkeypatch):
+    q, k, v = tensors()
+    op.condensed_attention(q, k, v, LAYOUT, impl="triton")
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "architecture", lambda device: 80)
+        op.condensed_attention(q, k, v, LAYOUT)
+    with monkeypatch.context() as patch:
+        patch.delenv("BTOK_AUTOTUNE")
+        op.condensed_attention(q, k, v, LAYOUT)
+    assert not tuned.titles
+
+
+class Onlooker(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_searched_where_a_compiler_or_a_mode_looks_on(tuned):
+    with Onlooker():
+        op.condensed_attention(*tensors(), LAYOUT)
+    compiled = torch.compile(op.condensed_attention, backend="eager", fullgraph=True)
+    compiled(*tensors(), LAYOUT)
+    assert not tuned.titles
+
+
 def test_a_contest_decides_from_which_length_on():
     def cases(won, dim=128, direction=None, **others):
         """`won`: lengths at which these kernels take less than the plain ones, surely."""
@@ -152,7 +225,6 @@ def test_a_contest_decides_from_which_length_on():
 def tiny(monkeypatch):
     """Short sequences, and another implementation under the name."""
     monkeypatch.setattr(contest, "ROWS", 64)
-    monkeypatch.setattr(contest, "prepared", contest.prepared.__wrapped__)
     monkeypatch.setattr(op, "no_triton", lambda device, dtype: "not here")
     monkeypatch.setitem(contest.PEERS, "hopper", contest.PEERS["sdpa"])
     monkeypatch.setitem(contest.PEERS, "triton", contest.PEERS["sdpa"])
@@ -180,8 +252,9 @@ def test_wrong_attention_is_not_timed(tiny, monkeypatch):
         return lambda q, k, v: 1.1 * attend(q, k, v)
 
     monkeypatch.setitem(contest.PEERS, "hopper", wrong)
-    with pytest.raises(AssertionError, match="wrong result of hopper"):
-        contest.bench_hopper(None, 64, 32, "triton", "forward")
+    judge = Contest(None, SimpleNamespace(getoption=lambda name: 1))  # nothing that could time
+    with pytest.raises(AssertionError, match="wrong result of ours"):
+        contest.bench_hopper(judge, 64, 32, "triton", "forward")
 
 
 def test_the_contest_is_skipped_where_the_kernels_cannot_run(tiny, monkeypatch):

@@ -74,6 +74,84 @@ def test_the_search_keeps_the_fastest_that_runs(monkeypatch, capsys, timed):
     assert len(ran) == count + 1, "searched once"
 
 
+@pytest.mark.parametrize(("kernel", "dim"), launch.HOPPER)
+def test_the_search_of_a_kernel_for_hopper_times_the_neighbours_that_fit(kernel, dim):
+    candidates = launch.hopper_candidates(kernel, dim)
+    config = launch.HOPPER[kernel, dim]
+    assert config in candidates and len(set(candidates)) == len(candidates) > 5
+    for other in candidates:
+        assert launch.hopper_shared(kernel, dim, other) <= 232448  # of a block on sm_90
+        assert (other.block_m, other.block_n) in {
+            (config.block_m, config.block_n),
+            (config.block_m // 2, 128) if kernel == "dkdv" else (128, config.block_n // 2),
+        }
+        assert other.registers == config.registers and 2 <= other.stages <= 4
+    turns = {other.ping_pong for other in candidates}
+    assert turns == ({False, True} if kernel == "forward" else {False})
+
+
+def test_what_is_found_for_hopper_is_kept_by_kernel_head_dim_and_dtype(monkeypatch, timed):
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(launch, "found_hopper", {})
+    ran = []
+
+    def run(config):
+        ran.append(config)
+        return float(config.stages == 2) + config.block_n
+
+    q = torch.zeros(4, 2, 64, dtype=torch.float16)
+    launch.hopper("dq", q, run)
+    assert ran == [launch.HOPPER["dq", 64]], "without BTOK_AUTOTUNE nothing is searched"
+    monkeypatch.setenv("BTOK_AUTOTUNE", "1")
+    launch.hopper("dq", q, run)
+    fastest = launch.HopperConfig(128, 32, 3, False, 240)
+    assert launch.found_hopper == {("dq", 90, 64, torch.float16): fastest} and ran[-1] == fastest
+    count = len(ran)
+    launch.hopper("dq", q, run)
+    assert len(ran) == count + 1, "searched once"
+    launch.hopper("dq", q.bfloat16(), run)
+    launch.hopper("dq", torch.zeros(4, 2, 128, dtype=torch.float16), run)
+    launch.hopper("forward", q, run)
+    assert len(launch.found_hopper) == 4
+
+
+def test_the_faster_implementation_is_kept(monkeypatch, timed, capsys):
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(launch, "faster", {})
+    q = torch.zeros(4, 2, 64, dtype=torch.float16)
+    assert launch.implementation(q, True, {"triton": 2.0, "hopper": 1.0}.get) == "hopper"
+    printed = capsys.readouterr().out.splitlines()
+    assert "forward and backward" in printed[0] and printed[1].split() == ["1.0000", "hopper"]
+    assert launch.implementation(q, False, {"triton": 1.0, "hopper": 2.0}.get) == "triton"
+    assert launch.implementation(q, True, lambda impl: 1 / 0) == "hopper", "asked once"
+
+
+def test_nothing_is_searched_into_a_cuda_graph(monkeypatch):
+    """There the default runs, or what was found before."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(launch, "search", None)
+    monkeypatch.setenv("BTOK_AUTOTUNE", "1")
+    for name in ("found", "found_hopper", "found_contrastive", "faster"):
+        monkeypatch.setattr(launch, name, {})
+    q = torch.zeros(4, 2, 64, dtype=torch.float16)
+    ran = []
+    launch.attention("dq", q, ran.append)
+    launch.hopper("dq", q, ran.append)
+    ran += [launch.contrastive("sums", q[0], (), ran.append), launch.implementation(q, True, len)]
+    assert ran == [
+        launch.attention_config("dq", 64, q.dtype, 90),
+        launch.HOPPER["dq", 64],
+        launch.contrastive_config("sums", q.dtype, 90),
+        "triton",
+    ]
+    assert not (launch.found or launch.found_hopper or launch.found_contrastive or launch.faster)
+    launch.found_hopper["dq", 90, 64, q.dtype] = found = ran[1]._replace(stages=3)
+    launch.hopper("dq", q, ran.append)
+    assert ran[-1] == found
+
+
 def test_a_default_that_does_not_run_is_searched_around(timed, capsys):
     def run(config):
         if config == "default":

@@ -25,7 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import INSTALLED, Reasons, always, choose, hopper_wins, no_hopper, no_triton
+from .launch import (
+    INSTALLED,
+    Reasons,
+    always,
+    autotuned,
+    choose,
+    hopper_wins,
+    no_hopper,
+    no_triton,
+)
 from .layout import TILE, CondensedLayout, Half
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)  # of the Triton kernels
@@ -155,8 +164,11 @@ def condensed_attention(
         RuntimeError: an `impl` that cannot run on these tensors.
     """
     _check(q, k, v, layout, scale)
-    chosen = choose("condensed_attention", impl, *implementations(q, k, v, len(layout)))
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    reasons, order = implementations(q, k, v, len(layout))
+    if impl == "auto" and not torch.compiler.is_compiling() and autotuned(q.device):
+        order = (*_faster(q, k, v, layout, scale), *order)
+    chosen = choose("condensed_attention", impl, reasons, order)
     if chosen in ("triton", "hopper"):
         from .condensed_attention_triton import attention  # imports triton
 
@@ -188,6 +200,18 @@ def implementations(
     }
     order = ("triton", "sdpa") if q.is_cuda else ("sdpa",)
     return reasons, ("hopper", *order) if hopper_wins(q, sequences) else order
+
+
+def _faster(
+    q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float
+) -> tuple[str, ...]:
+    """Which of "triton" and "hopper" BTOK_AUTOTUNE=1 finds the faster on these tensors; nothing
+    where one of them cannot run."""
+    if _no_triton(q, k, v) or no_hopper(q, k, v):
+        return ()
+    from .condensed_attention_triton import faster
+
+    return faster(q, k, v, layout.tiles, scale)
 
 
 def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -18,7 +18,7 @@ end of any range of rows such an outside, so that no row of a neighbour, which m
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import launch
 from .layout import TILE
+from .start import Constants, start
 
 DENSE = torch.contiguous_format
 LOG2E = 1.4426950408889634
@@ -372,7 +373,7 @@ class Rows(NamedTuple):
 
 
 @lru_cache(256)
-def _descriptor(rows: Rows, block: int, block_d: int) -> TensorDescriptor:
+def _descriptor(rows: Rows, block: int) -> TensorDescriptor:
     """Of boxes of `block` rows of one head that end where a range of rows does.
 
     Two dimensions more, of 2^34 elements less a row and of a row, reach the row at which the range
@@ -383,18 +384,33 @@ def _descriptor(rows: Rows, block: int, block_d: int) -> TensorDescriptor:
     """
     _, heads, dim = rows.shape
     stride_t, stride_h, _ = rows.strides
-    return TensorDescriptor(
+    described = TensorDescriptor(
         rows,
         [0x7FFF0000, 0x7FFF0000, BILLION.value, heads, dim],
         [(1 << 34) - stride_t, stride_t, stride_t, stride_h, 1],
-        [1, 1, block, 1, block_d],
+        [1, 1, block, 1, triton.next_power_of_2(dim)],
         gl.NVMMASharedLayout(128, 16, 5),
     )
+    described.compiled_for = described.__mangle__()  # of `start`
+    return described
 
 
-def boxes(tensor: Tensor, block: int, block_d: int) -> TensorDescriptor:
+def boxes(tensor: Tensor, block: int) -> TensorDescriptor:
+    """The tensor map of `tensor` [T, H, D] for copies of `block` rows of a head."""
     rows = Rows(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-    return _descriptor(rows, block, block_d)
+    return _descriptor(rows, block)
+
+
+@cache
+def constants(
+    heads: int, key_heads: int, dim: int, columns: int, config: launch.HopperConfig, **others: int
+) -> Constants:
+    """What is compiled into a kernel, and with how many warps; tiles have 4 or 6 columns."""
+    return Constants(
+        G=heads // key_heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BUFFERS=config.stages, APART=columns == 6,
+        REGISTERS=config.registers, num_warps=4, **others,
+    )  # fmt: skip
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -402,18 +418,19 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tup
     what `condensed_attention_triton._forward` returns."""
     out = empty_like(q, memory_format=DENSE)
     (rows, heads, dim), key_heads = q.shape, k.shape[1]
-    groups = heads // key_heads
-    lse = empty((key_heads, rows, groups), dtype=torch.float32, device=q.device)
-    config = launch.HOPPER["forward", dim]
-    block_d = triton.next_power_of_2(dim)
-    with launch.on(q.device):
-        _forward_kernel[(tiles.shape[1] * (TILE * heads // config.block_m),)](
-            q, boxes(k, config.block_n, block_d), boxes(v, config.block_n, block_d), out, lse,
-            tiles,
+    lse = empty((key_heads, rows, heads // key_heads), dtype=torch.float32, device=q.device)
+
+    def run(config: launch.HopperConfig) -> None:
+        start(
+            _forward_kernel, (tiles.shape[1] * (TILE * heads // config.block_m),),
+            constants(
+                heads, key_heads, dim, tiles.shape[2], config,
+                TILE=TILE, PING_PONG=config.ping_pong,
+            ),
+            q, boxes(k, config.block_n), boxes(v, config.block_n), out, lse, tiles,
             *q.stride()[:2], *out.stride()[:2], lse.stride(0),
             key_heads, scale * LOG2E,
-            TILE=TILE, G=groups, D=dim, BLOCK_D=block_d, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, BUFFERS=config.stages, APART=tiles.shape[2] == 6,
-            PING_PONG=config.ping_pong, REGISTERS=config.registers, num_warps=4,
         )  # fmt: skip
+
+    launch.hopper("forward", q, run)
     return out, lse

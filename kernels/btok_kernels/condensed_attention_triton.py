@@ -677,3 +677,18 @@ def attention(
     if not torch.is_grad_enabled():
         return _forward(q, k, v, tiles, float(scale), hopper)[0]
     return _Eager.apply(q, k, v, tiles, float(scale), hopper)
+
+
+def faster(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[str, ...]:
+    """Which of "triton" and "hopper" a search finds the faster on these tensors, with the backward
+    where autograd will want it; nothing where more than autograd sees the op."""
+    if not _is_eager(q, k, v, tiles):
+        return ()
+    backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+
+    def run(impl: str) -> None:
+        out, lse = _forward(q, k, v, tiles, scale, impl == "hopper")
+        if backward:
+            _backward(out, q, k, v, out, lse, tiles, scale, impl == "hopper")
+
+    return (launch.implementation(q, backward, run),)

@@ -13,7 +13,6 @@ with those that see it, as NaN in V may in the forward; never those of another s
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor, empty_like
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,6 +32,7 @@ from .condensed_attention_hopper import (
     LOG2E,
     block,
     boxes,
+    constants,
     keys_apart,
     packed_mask,
     packed_rows,
@@ -40,6 +40,7 @@ from .condensed_attention_hopper import (
     work_item,
 )
 from .layout import TILE
+from .start import start
 
 
 @gluon.jit
@@ -451,28 +452,30 @@ def backward(
         d_out = d_out.contiguous()
     dq, dk, dv, delta = (empty_like(t, memory_format=DENSE) for t in (q, k, v, lse))
     (_, heads, dim), key_heads = q.shape, k.shape[1]
-    groups, block_d = heads // key_heads, triton.next_power_of_2(dim)
+    capacity, columns = tiles.shape[1:]
     scales = scale, scale * LOG2E
-    apart = tiles.shape[2] == 6
-    with launch.on(q.device):
-        config = launch.HOPPER["dq", dim]
-        _dq_kernel[(tiles.shape[1] * (TILE * heads // config.block_m),)](
-            q, boxes(k, config.block_n, block_d), boxes(v, config.block_n, block_d),
+
+    def dq_(config: launch.HopperConfig) -> None:
+        start(
+            _dq_kernel, (capacity * (TILE * heads // config.block_m),),
+            constants(heads, key_heads, dim, columns, config, TILE=TILE),
+            q, boxes(k, config.block_n), boxes(v, config.block_n),
             out, d_out, lse, delta, dq, tiles,
             *q.stride()[:2], *out.stride()[:2], *d_out.stride()[:2], *dq.stride()[:2],
             lse.stride(0),
             key_heads, *scales,
-            TILE=TILE, G=groups, D=dim, BLOCK_D=block_d, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, BUFFERS=config.stages, APART=apart,
-            REGISTERS=config.registers, num_warps=4,
         )  # fmt: skip
-        config = launch.HOPPER["dkdv", dim]
-        _dkdv_kernel[(tiles.shape[1] * key_heads,)](
-            boxes(q, config.block_m, block_d), boxes(k, TILE, block_d), boxes(v, TILE, block_d),
-            boxes(d_out, config.block_m, block_d), lse, delta, dk, dv, tiles,
+
+    def dkdv(config: launch.HopperConfig) -> None:
+        start(
+            _dkdv_kernel, (capacity * key_heads,),
+            constants(heads, key_heads, dim, columns, config),
+            boxes(q, config.block_m), boxes(k, TILE), boxes(v, TILE), boxes(d_out, config.block_m),
+            lse, delta, dk, dv, tiles,
             *dk.stride()[:2], lse.stride(0),
-            tiles.shape[1], key_heads, *scales,
-            G=groups, D=dim, BLOCK_D=block_d, BLOCK_M=config.block_m, BLOCK_N=TILE,
-            BUFFERS=config.stages, APART=apart, REGISTERS=config.registers, num_warps=4,
+            capacity, key_heads, *scales,
         )  # fmt: skip
+
+    launch.hopper("dq", q, dq_)
+    launch.hopper("dkdv", q, dkdv)
     return dq, dk, dv

@@ -259,7 +259,10 @@ HOPPER: dict[tuple[str, int], HopperConfig] = {
     }.items()
 }
 _ATTENTION_INTERPRETED = Config(32, 16, 1, 1)  # small, so that short tests have many blocks
-found: dict[tuple[str, int, int, torch.dtype], Config] = {}  # by BTOK_AUTOTUNE=1
+# by BTOK_AUTOTUNE=1
+found: dict[tuple[Any, ...], Config] = {}
+found_hopper: dict[tuple[Any, ...], HopperConfig] = {}
+faster: dict[tuple[Any, ...], str] = {}  # of "triton" and "hopper"
 
 
 @functools.cache
@@ -281,20 +284,88 @@ def attention(kernel: str, q: Tensor, run: Callable[[Config], object]) -> None:
     arch = architecture(q.device)
     config = attention_config(kernel, q.shape[2], q.dtype, arch)
     with on(q.device):
-        if autotuned() and arch:
+        if autotuned(q.device):
             key = (kernel, arch, q.shape[2], q.dtype)
-            if key not in found:
-                blocks = (16, 32, 64) if q.dtype == torch.float32 else (32, 64, 128)
-                grid = itertools.product(blocks, blocks, (4, 8), (1, 2, 3))
-                candidates = list(itertools.starmap(Config, grid))
-                found[key] = search(f"attention {key}", config, candidates, run)
-            config = found[key]
+            others = functools.partial(_attention_candidates, q.dtype)
+            config = _kept(found, key, f"attention {key}", config, others, run)
         run(config)
 
 
-def autotuned() -> bool:
+def _attention_candidates(dtype: torch.dtype) -> list[Config]:
+    blocks = (16, 32, 64) if dtype == torch.float32 else (32, 64, 128)
+    return list(itertools.starmap(Config, itertools.product(blocks, blocks, (4, 8), (1, 2, 3))))
+
+
+def hopper(kernel: str, q: Tensor, run: Callable[[HopperConfig], object]) -> None:
+    """The same for a kernel of `condensed_attention_hopper`; the search times the neighbours of the
+    table's configuration."""
+    config = HOPPER[kernel, q.shape[2]]
+    with on(q.device):
+        if autotuned(q.device):
+            key = (kernel, architecture(q.device), q.shape[2], q.dtype)
+            others = functools.partial(hopper_candidates, kernel, q.shape[2])
+            config = _kept(found_hopper, key, f"hopper attention {key}", config, others, run)
+        run(config)
+
+
+def hopper_candidates(kernel: str, head_dim: int) -> list[HopperConfig]:
+    """Configurations beside the table's: blocks of half the size, two to four places for copies,
+    turns or none.
+
+    Two consumers have 128 rows or keys, and their registers are all that there are; of blocks of
+    double the size these spill.
+    """
+    config = HOPPER[kernel, head_dim]
+    copied = "block_m" if kernel == "dkdv" else "block_n"
+    size = getattr(config, copied)
+    turns = (True, False) if kernel == "forward" else (False,)
+    candidates = [
+        config._replace(**{copied: block, "stages": stages, "ping_pong": ping_pong})
+        for block, stages, ping_pong in itertools.product((size // 2, size), (2, 3, 4), turns)
+    ]
+    return [x for x in candidates if hopper_shared(kernel, head_dim, x) <= 227 << 10]
+
+
+def hopper_shared(kernel: str, head_dim: int, config: HopperConfig) -> int:
+    """Bytes of shared memory that a block of a kernel for Hopper takes, at most 1 KiB too many."""
+    row = 2 * (64 if head_dim == 64 else 128)
+    copied = config.block_m if kernel == "dkdv" else config.block_n
+    own = 128 if kernel == "forward" else 2 * 128
+    statistics = 8 * copied * config.stages if kernel == "dkdv" else 0
+    # what is left: results on their way to memory, and barriers
+    return row * (own + 2 * copied * config.stages) + statistics + (16 << 10) + 256
+
+
+def implementation(q: Tensor, backward: bool, run: Callable[[str], object]) -> str:
+    """Which of "triton" and "hopper" is the faster attention over q [T, Hq, D].
+
+    The first call for an architecture, head dim and dtype, alone or with its backward, times both
+    on its own tensors by `run`, prints their times, and the faster is kept in `faster`.
+    """
+    ways = "forward and backward" if backward else "forward"
+    key = (ways, architecture(q.device), q.shape[2], q.dtype)
+    with on(q.device):
+        return _kept(faster, key, f"attention {key}", "triton", lambda: ["hopper"], run)
+
+
+def autotuned(device: torch.device) -> bool:
     """Whether the first launch of each kind searches its configuration."""
-    return os.environ.get("BTOK_AUTOTUNE") == "1"
+    return os.environ.get("BTOK_AUTOTUNE") == "1" and architecture(device) > 0
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _kept(
+    kept: dict[tuple[Any, ...], C], key: tuple[Any, ...], title: str, default: C,
+    candidates: Callable[[], Iterable[C]], run: Callable[[C], object],
+) -> C:  # fmt: skip
+    """What `search` found for a key; it is asked once. While a CUDA graph is captured it is not, as
+    its trials would go into the graph: there an unknown key takes the default."""
+    if key not in kept and not _capturing():
+        kept[key] = search(title, default, candidates(), run)
+    return kept.get(key, default)
 
 
 def search(title: str, default: C, candidates: Iterable[C], run: Callable[[C], object]) -> C:
@@ -305,7 +376,7 @@ def search(title: str, default: C, candidates: Iterable[C], run: Callable[[C], o
         default: the configuration that would be taken without a search; it is timed first.
         candidates: what else to time. One that raises (it needs too much shared memory, or the
             compiler gave up) is left out, and the default may be such a one.
-        run: launches with a configuration; its results must not depend on it.
+        run: launches with a configuration; its results must not depend on it, but for rounding.
 
     Raises:
         RuntimeError: no configuration runs; the last one's error is its cause.
@@ -420,15 +491,11 @@ def contrastive(
     """
     arch = architecture(query.device)
     config = contrastive_config(kernel, query.dtype, arch)
-    if not (arch and autotuned()):
+    if not autotuned(query.device):
         return config
     key = (kernel, arch, query.shape[1], query.dtype, *options)
-    if key not in found_contrastive:
-        title = f"contrastive_loss {key}"
-        found_contrastive[key] = search(
-            title, config, _contrastive_candidates(kernel, config), trial
-        )
-    return found_contrastive[key]
+    others = functools.partial(_contrastive_candidates, kernel, config)
+    return _kept(found_contrastive, key, f"contrastive_loss {key}", config, others, trial)
 
 
 def _contrastive_candidates(kernel: str, config: dict[str, int]) -> list[dict[str, int]]:

@@ -101,8 +101,8 @@ class CondensedLayout:
         num_rows: T, the packed rows; those of no sequence see nothing.
         device: where the index tensors live.
         max_sequences: what `tiles` has room for; None for these. Layouts of equal `num_rows` and
-            `max_sequences` have `tiles` of one shape: a captured CUDA graph serves another layout
-            after `captured.tiles.copy_(other.tiles)`.
+            `max_sequences`, all with budgets or all without, have `tiles` of one shape: a captured
+            CUDA graph serves another layout after `captured.tiles.copy_(other.tiles)`.
 
     Attributes:
         tiles: int32 [2, C, 4], what the Triton kernels take their blocks from: row tiles (first

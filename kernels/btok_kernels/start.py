@@ -7,6 +7,7 @@ finds what that compiled by a key of its own:
     a tensor     its dtype, and whether its address divides by 16
     an integer   whether it is 1, whether it divides by 16; itself beyond 32 bits
     a float      nothing
+    a tensor map what Triton compiles of it, which it has as `compiled_for`
     constants    themselves
 
 A key may be finer than Triton's, never coarser: code that was compiled for other arguments reads
@@ -46,10 +47,10 @@ def start(kernel: Any, grid: tuple[int, ...], constants: Constants, *arguments: 
     """`kernel[grid](*arguments, **constants)` on the current device and stream.
 
     Launches that something looks into (the interpreter, a profiler's hook, a debugging mode) are
-    made so, as are those with an argument that is neither a tensor nor a number.
+    made so, as are those with an argument of another kind than these.
 
     Args:
-        kernel: a `triton.jit` function whose constants come last.
+        kernel: a `triton.jit` or `gluon.jit` function whose constants come last.
         grid: programs in one to three dimensions.
         constants: a value of every parameter behind the arguments; options.
         arguments: of the other parameters, in their order.
@@ -81,8 +82,8 @@ def _unobserved(kernel: Any) -> bool:
     runtime = knobs.runtime
     return (
         KNOWN
-        and type(kernel) is JITFunction  # not the interpreter's
-        and JITFunction.run is _RUN
+        and isinstance(kernel, JITFunction)  # not the interpreter's
+        and type(kernel).run is _RUN
         and not kernel.pre_run_hooks
         and not getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
         and not getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
@@ -116,6 +117,8 @@ def _key(constants: Constants, arguments: Sequence[Any]) -> tuple[Any, ...] | No
             add(not x.data_ptr() & 15)
         elif kind is float:
             add(kind)
+        elif (compiled_for := getattr(x, "compiled_for", None)) is not None:
+            add(compiled_for)
         else:
             return None
     return tuple(key)
