@@ -10,13 +10,15 @@ query head forward, 10 D more backward; `predicted` is the share of pairs that t
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import DEVICE, Contest, check
+from bench.harness import DEVICE, Contest
 from bench.peers import PEERS, Attention, attention_inputs, filled, kept_pairs, mixes, truth
 from btok_kernels.layout import CondensedLayout
 
@@ -38,49 +40,62 @@ DIRECTIONS = ("forward", "forward + backward")
 
 
 @cache
-def prepared(mix: str) -> tuple[CondensedLayout, list[Tensor], list[Tensor]]:
-    """The layout; q, k, v and the gradient of the output; what they should give."""
-    layout = LAYOUTS[mix].to(DEVICE)
-    inputs = attention_inputs(layout, HEADS, KEY_HEADS, DIM, DTYPE)
+def prepared(
+    layout: CondensedLayout, dim: int = DIM, dtype: torch.dtype = DTYPE
+) -> tuple[CondensedLayout, list[Tensor], list[Tensor]]:
+    """The layout on the device; q, k, v and the gradient of the output; what they should give."""
+    layout = layout.to(DEVICE)
+    inputs = attention_inputs(layout, HEADS, KEY_HEADS, dim, dtype)
     return layout, inputs, truth(layout, *inputs)
+
+
+def hold(
+    contest: Contest,
+    case: str,
+    names: tuple[str, str],
+    layout: CondensedLayout,
+    direction: str,
+    dim: int = DIM,
+    dtype: torch.dtype = DTYPE,
+    makers: Mapping[str, Callable[[CondensedLayout], Attention]] = PEERS,
+    **facts: Any,
+) -> None:
+    """A contest between two of `makers`, ours first, in one direction."""
+    layout, (q, k, v, grad), expected = prepared(layout, dim, dtype)
+    backward = direction == "forward + backward"
+
+    def step(attention: Attention) -> list[Tensor]:
+        with torch.set_grad_enabled(backward):
+            out = attention(q, k, v)
+        return [out, *torch.autograd.grad(out, (q, k, v), grad)] if backward else [out]
+
+    if DEVICE == "cuda":
+        torch.compiler.reset()  # beyond some shapes it would run what it has not compiled
+    ours, theirs = (cache(partial(makers[name], layout)) for name in names)
+    moved = [q, k, v, q] + ([q, q, k, v] if backward else [])  # out is as large as q
+    contest(
+        "condensed attention",
+        f"{case}, {direction}",
+        names[1],
+        lambda: step(ours()),
+        lambda: step(theirs()),
+        dtype=dtype,
+        flops=(14 if backward else 4) * dim * HEADS * kept_pairs(layout),
+        bytes=sum(tensor.nbytes for tensor in moved),
+        expected=expected,
+        tolerance=TOLERANCE,
+        rows=layout.num_rows,
+        sequences=len(layout),
+        direction=direction,
+        impl=names[0],
+        dim=dim,
+        **facts,
+    )
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("mix", "peer"), CASES)
 def bench_condensed_attention(contest: Contest, mix: str, peer: str, direction: str) -> None:
-    layout, (q, k, v, grad), expected = prepared(mix)
-    backward = direction == "forward + backward"
-
-    def step(attend: Attention) -> list[Tensor]:
-        with torch.set_grad_enabled(backward):
-            out = attend(q, k, v)
-        return [out, *torch.autograd.grad(out, (q, k, v), grad)] if backward else [out]
-
-    ours = PEERS[OURS](layout)
-    check(OURS, step(ours), expected, TOLERANCE)
-    if DEVICE == "cuda":
-        torch.compiler.reset()  # beyond some shapes it would run what it has not compiled
-    try:
-        theirs = PEERS[peer](layout)
-        results = step(theirs)
-    except Exception as error:
-        pytest.skip(f"{peer} cannot run: {type(error).__name__}: {error}"[:200])
-    check(peer, results, expected, TOLERANCE)
-    del results
-    pairs = kept_pairs(layout)
-    moved = [q, k, v, q] + ([q, q, k, v] if backward else [])  # out is as large as q
-    contest(
-        "condensed attention",
-        f"{mix}, {direction}",
-        peer,
-        lambda: step(ours),
-        lambda: step(theirs),
-        dtype=DTYPE,
-        flops=(14 if backward else 4) * DIM * HEADS * pairs,
-        bytes=sum(tensor.nbytes for tensor in moved),
-        predicted=pairs / layout.num_rows**2 if peer == "dense mask" else None,
-        rows=layout.num_rows,
-        sequences=len(layout),
-        direction=direction,
-        impl=OURS,
-    )
+    layout = LAYOUTS[mix]
+    share = kept_pairs(layout) / layout.num_rows**2 if peer == "dense mask" else None
+    hold(contest, mix, (OURS, peer), layout, direction, predicted=share)

@@ -2,15 +2,18 @@
 
 On a CPU the chunked way in fp32 on 4,096 rows of 256; ROWS=8192 takes so many, DIM=32 as wide ones.
 On a GPU the Triton way in bf16 on 4k to 128k rows of 1,536; third parties' kernels, which may hang
-or crash, come last. Both results are first checked against fp32 torch.
+or crash, come last. Late interaction, of rows of several tokens of 128: on a CPU 512 rows of 8,
+LATE_ROWS=8192 TOKENS=16 takes so many; on a GPU 2k to 8k rows of 16. Both results are first checked
+against plain torch in fp32.
 
-Operations are those of three matrix products, query @ key.T and its two gradients'; both directions
-need no others, whatever an implementation does. Bytes are the inputs and the gradients, once each.
+Operations are those of three matrix products, query @ key.T and its two gradients' (of late
+interaction over all pairs of tokens, though of the gradients' terms all but one in L are 0); both
+directions need no others, whatever an implementation does. Bytes are the inputs and the gradients,
+once each.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -24,17 +27,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bench.harness import DEVICE, Contest, check
+from bench.harness import DEVICE, Contest
+from bench.peers import chunked_late_interaction, searched
 from btok.kernels import contrastive_loss
 from btok_kernels import launch
 
 if DEVICE == "cuda":
     OURS, DTYPE, DIM, TOLERANCE = "triton", torch.bfloat16, 1536, 2e-2
     SIZES = [1 << n for n in range(12, 18)]
+    TOKENS, LATE_SIZES = 16, [1 << n for n in range(11, 14)]
 else:
     OURS, DTYPE, TOLERANCE = "chunked", torch.float32, 1e-4
     DIM = int(os.environ.get("DIM", 256))
     SIZES = [int(os.environ.get("ROWS", 4096))]
+    TOKENS = int(os.environ.get("TOKENS", 8))
+    LATE_SIZES = [int(os.environ.get("LATE_ROWS", 512))]
+LATE_DIM = 128
 TAU = 0.02
 DIRECTIONS = ("one direction", "both directions")
 Loss = Callable[[Tensor, Tensor, bool], Tensor]  # query, key, whether both directions
@@ -109,6 +117,10 @@ def compiled(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
     return compiler(len(query), bidirectional)(query, key, bidirectional)
 
 
+def late_torch(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
+    return chunked_late_interaction(query, key, TAU, bidirectional)
+
+
 FOREIGN = {"liger_kernel": liger, "cut_cross_entropy": cut_cross_entropy, "inf_cl": inf_cl}
 
 
@@ -126,25 +138,18 @@ if shutil.which("c++"):
     PEERS["torch.compile"] = compiled
 if hasattr(F, "linear_cross_entropy"):
     PEERS["linear_cross_entropy"] = linear_cross_entropy
-CASES = [(peer, rows) for peer in PEERS for rows in SIZES]
 if DEVICE == "cuda":
-    foreign = {name: loss for name, loss in FOREIGN.items() if importlib.util.find_spec(name)}
-    CASES += [(name, rows) for name in foreign for rows in SIZES]
-    PEERS |= foreign
+    PEERS |= {"searched": searched(ours()), **FOREIGN}
 
 
-def random_pairs(*shape: int) -> tuple[Tensor, Tensor]:
+@cache
+def inputs(*shape: int) -> tuple[Tensor, Tensor]:
     """Unit rows, query and key, with a loss of 1 to 8."""
     g = torch.Generator().manual_seed(0)
     key = F.normalize(torch.randn(shape, generator=g), dim=-1)
     query = F.normalize(key + 4 * F.normalize(torch.randn(shape, generator=g), dim=-1), dim=-1)
     query, key = (x.to(DEVICE, DTYPE).requires_grad_() for x in (query, key))
     return query, key
-
-
-@cache
-def inputs(rows: int) -> tuple[Tensor, Tensor]:
-    return random_pairs(rows, DIM)
 
 
 def step(loss_of: Loss, query: Tensor, key: Tensor, bidirectional: bool) -> list[Tensor]:
@@ -154,38 +159,45 @@ def step(loss_of: Loss, query: Tensor, key: Tensor, bidirectional: bool) -> list
 
 
 @cache
-def truth(rows: int, bidirectional: bool) -> list[Tensor]:
+def truth(shape: tuple[int, ...], bidirectional: bool) -> list[Tensor]:
     """By plain torch in fp32, on the host."""
-    query, key = (x.detach().float().requires_grad_() for x in inputs(rows))
-    return [x.cpu() for x in step(chunked_torch, query, key, bidirectional)]
+    query, key = (x.detach().float().requires_grad_() for x in inputs(*shape))
+    loss = chunked_torch if len(shape) == 2 else late_torch
+    return [x.cpu() for x in step(loss, query, key, bidirectional)]
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("peer", "rows"), CASES)
-def bench_contrastive_loss(contest: Contest, peer: str, rows: int, direction: str) -> None:
+def hold(
+    contest: Contest, bench: str, peer: str, theirs: Loss, shape: tuple[int, ...], direction: str
+) -> None:
+    """A contest with one peer in one direction; query and key have `shape`, [N, D] or [N, K, D]."""
     bidirectional = direction == "both directions"
-    query, key = inputs(rows)
-    expected = truth(rows, bidirectional)
-    we = partial(step, ours(), query, key, bidirectional)
-    check(OURS, we(), expected, TOLERANCE)
-    they = partial(step, PEERS[peer], query, key, bidirectional)
-    try:
-        results = they()
-    except Exception as error:
-        pytest.skip(f"{peer} cannot run: {type(error).__name__}: {error}"[:200])
-    check(peer, results, expected, TOLERANCE)
-    del results
+    query, key = inputs(*shape)
+    rows, *tokens, dim = shape
     contest(
-        "contrastive loss",
-        f"{rows} rows, {direction}",
+        bench,
+        f"{rows} rows{''.join(f' of {n}' for n in tokens)}, {direction}",
         peer,
-        we,
-        they,
+        *(partial(step, loss, query, key, bidirectional) for loss in (ours(), theirs)),
         dtype=DTYPE,
-        flops=3 * 2 * rows * rows * DIM,
+        flops=3 * 2 * (query.numel() // dim) ** 2 * dim,
         bytes=2 * (query.nbytes + key.nbytes),
+        expected=truth(shape, bidirectional),
+        tolerance=TOLERANCE,
         rows=rows,
-        dim=DIM,
+        dim=dim,
         direction=direction,
         impl=OURS,
     )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("peer", "rows"), [(peer, rows) for peer in PEERS for rows in SIZES])
+def bench_contrastive_loss(contest: Contest, peer: str, rows: int, direction: str) -> None:
+    hold(contest, "contrastive loss", peer, PEERS[peer], (rows, DIM), direction)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("rows", LATE_SIZES)
+def bench_late_interaction(contest: Contest, rows: int, direction: str) -> None:
+    shape = rows, TOKENS, LATE_DIM
+    hold(contest, "late interaction", "chunked torch", late_torch, shape, direction)

@@ -15,7 +15,6 @@ forward and both ways: the whole interval of their time over the plain ones' is 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from functools import cache
@@ -27,43 +26,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.harness import DEVICE, Contest, check
-from bench.peers import PEERS, Attention, attention_inputs, kept_pairs, truth
+from bench.bench_condensed_attention import DIRECTIONS, hold
+from bench.harness import DEVICE, Contest
+from bench.peers import PEERS, Attention
+from bench.report import WINS
 from btok_kernels import launch
-from btok_kernels.condensed_attention import _two_calls
-from btok_kernels.layout import CondensedLayout, Half
+from btok_kernels.layout import CondensedLayout
 
-HEADS, KEY_HEADS, ROWS, BTOKS = 12, 2, 1 << 14, 4
+ROWS, BTOKS = 1 << 14, 4
 LENGTHS, DIMS = (256, 512, 1024, 2048, 4096, 8192), (128, 64)
-DIRECTIONS = ("forward", "forward + backward")
 RIVALS = ("triton", "without turns", "two varlen calls", "flex", "flash-attn")
-WINS = 0.97  # of the plain kernels' time
 
 
+@cache
 def layout_of(length: int) -> CondensedLayout:
     """Sequences of one length, ROWS rows in all."""
     target, count = length // 8, ROWS // length
     return CondensedLayout.from_lengths([length - target - BTOKS] * count, [target] * count, BTOKS)
-
-
-@cache
-def prepared(length: int, dim: int) -> tuple[CondensedLayout, list[Tensor], list[Tensor]]:
-    """The layout; q, k, v and the gradient of the output; what they should give."""
-    layout = layout_of(length).to(DEVICE)
-    inputs = attention_inputs(layout, HEADS, KEY_HEADS, dim, torch.bfloat16)
-    return layout, inputs, truth(layout, *inputs)
-
-
-def flash(layout: CondensedLayout) -> Attention:
-    """FlashAttention on [x ; B] rows, then on target rows with [B ; T] keys."""
-    from flash_attn import flash_attn_varlen_func
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, half: Half) -> Tensor:
-        longest = max(half.row_lens), max(half.key_lens)
-        ends = half.row_ends, half.key_ends
-        return flash_attn_varlen_func(q, k, v, *ends, *longest, causal=True)  # from the right
-
-    return lambda q, k, v: _two_calls(q, k, v, layout, attend)
 
 
 def without_turns(layout: CondensedLayout) -> Attention:
@@ -85,55 +64,26 @@ def bench_hopper(contest: Contest, dim: int, length: int, rival: str, direction:
     small = torch.empty(1, 1, dim, dtype=torch.bfloat16, device=DEVICE)
     if reason := launch.no_hopper(small, small, small):
         pytest.skip(reason)
-    if rival == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
-        pytest.skip("flash_attn is not installed")
-    layout, (q, k, v, grad), expected = prepared(length, dim)
-    backward = direction == "forward + backward"
-
-    def step(attend: Attention) -> list[Tensor]:
-        with torch.set_grad_enabled(backward):
-            out = attend(q, k, v)
-        return [out, *torch.autograd.grad(out, (q, k, v), grad)] if backward else [out]
-
-    makers = {**PEERS, "without turns": without_turns, "flash-attn": flash}
-    ours, theirs = PEERS["hopper"](layout), makers[rival](layout)
-    check("hopper", step(ours), expected, 1e-2)
-    check(rival, step(theirs), expected, 1e-2)
-    moved = [q, k, v, q] + ([q, q, k, v] if backward else [])
-    contest(
-        "condensed attention",
-        f"hopper, D {dim}, length {length}, {direction}",
-        rival,
-        lambda: step(ours),
-        lambda: step(theirs),
-        dtype=torch.bfloat16,
-        flops=(14 if backward else 4) * dim * HEADS * kept_pairs(layout),
-        bytes=sum(tensor.nbytes for tensor in moved),
-        rows=layout.num_rows,
-        sequences=len(layout),
-        direction=direction,
-        impl="hopper",
-        dim=dim,
-        length=length,
-    )
+    makers = {**PEERS, "without turns": without_turns}
+    what = f"hopper, D {dim}, length {length}", ("hopper", rival), layout_of(length), direction
+    hold(contest, *what, dim, torch.bfloat16, makers, length=length)
 
 
 def decided(cases: list[dict[str, Any]]) -> dict[str, int | None]:
     """By head dim the least length from which on the kernels beat the plain ones, forward and both
     ways, or None. What was not timed, or failed, is not beaten."""
     won = {
-        (case["dim"], case["length"], case["direction"]): case["interval"][1] < WINS
+        (case["dim"], case["length"], case["direction"])
         for case in cases
-        if case.get("impl") == "hopper" and case["peer"] == "triton"
+        if case.get("impl") == "hopper" and case["peer"] == "triton" and case["interval"][1] < WINS
     }
     found: dict[str, int | None] = {}
     for dim in DIMS:
-        least = None
+        found[str(dim)] = None
         for length in reversed(LENGTHS):
-            if not all(won.get((dim, length, direction)) for direction in DIRECTIONS):
+            if not won >= {(dim, length, direction) for direction in DIRECTIONS}:
                 break
-            least = length
-        found[str(dim)] = least
+            found[str(dim)] = length
     return found
 
 

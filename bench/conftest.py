@@ -2,13 +2,12 @@
 
 `--keep FILE` writes the results after every contest, skips what FILE has of this commit on this
 machine, and notes what could not be timed: a run that was stopped goes on. The file has the
-machine, the versions, the commit, the roofs, the peers that are not installed, and the contests;
-nothing that names the machine's user or host.
+machine, the versions, the commit, the roofs, what was found for launches, and the contests; nothing
+that names the machine's user or host.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -22,20 +21,22 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.harness import DEVICE, Contest, roof
-from bench.provenance import FORMAT_VERSION, digest_of_code, machine, output_of, versions
+from bench.provenance import digest_of_code, machine, output_of, versions
+from bench.report import FORMAT_VERSION, HEADER, row
 from btok.files import write_json
+from btok_kernels import launch
 
-# module -> what its benchmark would compare with; `pip install .[bench]` brings those that install
-PEERS = {
-    "xformers": "condensed attention",
-    "liger_kernel": "contrastive loss",
-    "cut_cross_entropy": "contrastive loss",
-    "inf_cl": "contrastive loss",
-}
-PACKAGES = ("btok", "torch", "triton", "transformers", "numpy", "xformers", "liger-kernel")
-HEADER = (
-    f"{'':19}  {'case':33}  {'peer':22} pairs  {'ratio (quartiles)':22}  {'95 %':13}  predicted"
-    f"  {'ours, ms':>10}  {'MiB':>8}  {'peer':>8}"
+PACKAGES = (
+    "btok",
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "xformers",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "inf-cl",
+    "flash-attn",
 )
 
 
@@ -44,60 +45,62 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    kept = config.getoption("keep", None)
-    config.stash[KEPT] = Kept(kept) if kept else None
+    config.stash[KEPT] = Kept(config.getoption("keep", None))
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     kept = config.stash[KEPT]
-    return (
-        f"keep: {kept.path}, of which {len(kept.found)} contests are gone on with" if kept else None
-    )
-
-
-@pytest.fixture(scope="session")
-def lines(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """Of the table, shown after the last case."""
-    table: list[str] = []
-    yield table
-    if not table:
-        return
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n", HEADER, *table, sep="\n")
-        print("peers that are not installed:", ", ".join(missing()) or "none")
+    if kept.path is None:
+        return None
+    return f"keep: {kept.path}, of which {len(kept.found)} contests are gone on with"
 
 
 @pytest.fixture
-def contest(
-    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, lines: list[str]
-) -> Iterator[Contest]:
+def contest(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Iterator[Contest]:
     """See `bench.harness.Contest`."""
     kept, name = request.config.stash[KEPT], request.node.nodeid
-    if kept and not kept.begin(name):
+    if not kept.begin(name):
         pytest.skip("kept")
-    yield Contest(benchmark, request.config, lines)
-    if kept and benchmark.extra_info:
+    yield Contest(benchmark, request.config)
+    if benchmark.extra_info:
         kept.put(name, benchmark.extra_info)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Any:
+def pytest_runtest_makereport(item: pytest.Function) -> Any:
     report = yield
-    kept = item.config.stash[KEPT]
-    if kept and report.when == "call" and not report.passed:
+    if "contest" in item.fixturenames and report.when == "call" and not report.passed:
         said = report.longrepr[2] if report.skipped else report.longrepr.reprcrash.message
-        kept.put(item.nodeid, {"error": said.partition("\n")[0][:200]})
+        item.config.stash[KEPT].put(item.nodeid, {"error": said.partition("\n")[0][:200]})
         if DEVICE == "cuda":
             torch.cuda.synchronize()  # after a fault in a kernel nothing runs: leave the rest
     return report
 
 
-class Kept:
-    """The file of `--keep`, which is whole after every contest."""
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of this run's contests."""
+    timed = [case for case in config.stash[KEPT].held if "error" not in case]
+    if not timed:
+        return
+    rows = [["bench", *HEADER], *([case["bench"], *row(case)] for case in timed)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    terminalreporter.section("contests")
+    for cells in rows:
+        line = "  ".join(map(str.ljust, cells, widths))
+        terminalreporter.write_line(line.rstrip())
 
-    def __init__(self, path: Path) -> None:
+
+class Kept:
+    """The contests, and the file of `--keep`, which is whole after every one.
+
+    Args:
+        path: of the file, or None for none.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self.path, self.found = path, {}
-        if path.exists():
+        self.held: list[dict[str, Any]] = []  # in this run
+        if path is not None and path.exists():
             try:
                 before = json.loads(path.read_text())
                 cases = {case["id"]: case for case in before["cases"] + before["errors"]}
@@ -111,26 +114,31 @@ class Kept:
         took the process along, is not."""
         begun = self.found.get(name, {"begun": 0}).get("begun", 2)
         if begun < 2:
-            self.put(name, {"error": "did not end", "begun": begun + 1})
+            self.write({"id": name, "error": "did not end", "begun": begun + 1})
         return begun < 2
 
     def put(self, name: str, case: dict[str, Any]) -> None:
-        self.found[name] = {"id": name, **case}
-        if os.environ.get("RANK", "0") == "0":
-            errors = [each for each in self.found.values() if "error" in each]
-            timed = [each for each in self.found.values() if "error" not in each]
-            dtypes = sorted({case["dtype"] for case in timed if case["flops"]})
-            roofs = {name: roof(getattr(torch, name))._asdict() for name in dtypes}
-            found = {"roofs": roofs, "cases": timed, "errors": errors}
-            write_json(self.path, {**about(), **commit(), **found})
+        self.held.append(case)
+        self.write({"id": name, **case})
+
+    def write(self, case: dict[str, Any]) -> None:
+        self.found[case["id"]] = case
+        if self.path is None or os.environ.get("RANK", "0") != "0":
+            return
+        errors = [each for each in self.found.values() if "error" in each]
+        timed = [each for each in self.found.values() if "error" not in each]
+        dtypes = sorted({case["dtype"] for case in timed if case["flops"]})
+        roofs = {name: roof(getattr(torch, name))._asdict() for name in dtypes}
+        searched = {
+            f"{name} {key}": str(config)
+            for name in ("found", "found_hopper", "found_contrastive", "faster")
+            for key, config in getattr(launch, name).items()
+        }
+        found = {"roofs": roofs, "found": searched, "cases": timed, "errors": errors}
+        write_json(self.path, {**about(), **commit(), **found})
 
 
-KEPT = pytest.StashKey[Kept | None]()
-
-
-def missing() -> dict[str, str]:
-    """Peers that are not installed, and what they would be compared with."""
-    return {name: what for name, what in PEERS.items() if not importlib.util.find_spec(name)}
+KEPT = pytest.StashKey[Kept]()
 
 
 @cache
@@ -144,7 +152,6 @@ def about() -> dict[str, Any]:
         "code": digest_of_code("bench"),
         "machine": machine(),
         "versions": versions(PACKAGES) | cuda | driver,
-        "missing": missing(),
     }
 
 

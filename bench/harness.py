@@ -141,20 +141,6 @@ def check(
         assert error <= tolerance, f"wrong result of {name}, off by {error:.1e}: not timed"
 
 
-class Turns(NamedTuple):
-    """What two contestants took: seconds of each pair, and the peak of memory of each, ours first.
-
-    Ratios are ours over the peer's.
-    """
-
-    times: tuple[list[float], list[float]]
-    memory: tuple[int, int]
-
-    @property
-    def ratios(self) -> list[float]:
-        return [our / their for our, their in zip(*self.times, strict=True)]
-
-
 def _plainly(before: Call, target: Call, rounds: int) -> None:
     for _ in range(rounds):
         before()
@@ -171,7 +157,7 @@ def in_turns(
     pairs: int | None = None,
     clock: Clock = seconds,
     loop: Loop = _plainly,
-) -> Turns:
+) -> dict[str, Any]:
     """Time two calls, whose results have been checked.
 
     Args:
@@ -179,6 +165,11 @@ def in_turns(
         pairs: how many instead, where several processes must agree.
         clock: the seconds of a call.
         loop: calls its first argument before its second, so many times.
+
+    Returns:
+        `ratio`, ours over the peer's, the median over `pairs`, its `quartiles` and the median's
+        `interval`; of ours, and with `peer_` before it of theirs, `seconds` (lower quartile,
+        median, upper quartile) and the peak of `memory` in bytes.
     """
     calls = (ours, theirs)
     memory = peak(ours), peak(theirs)  # and warms up
@@ -199,27 +190,18 @@ def in_turns(
     loop(before, partial(turn, 0), pairs)
     if len(times[1]) < pairs:
         turn(1)
-    return Turns(times, memory)
-
-
-def duel(today: Call, other: Call, most: float = 0.5) -> dict[str, Any]:
-    """Figures of two calls in turns: `ratio` is the other's time over today's.
-
-    Args:
-        today, other: what is called, their results checked before.
-        most: seconds that the pairs may take, but there are seven at least, and at most 101.
-
-    Returns:
-        `ratio`, the median over pairs, its 95 % `interval`, `pairs`, and of both (today's first)
-        the median `ms` and the peak `mib`.
-    """
-    found = in_turns(other, today, most=most)
+    ratios = [our / their for our, their in zip(*times, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    took, they_took = (statistics.quantiles(each, n=4) for each in times)
     return {
-        "ratio": statistics.median(found.ratios),
-        "interval": median_interval(found.ratios),
-        "pairs": len(found.ratios),
-        "ms": [1e3 * statistics.median(each) for each in found.times[::-1]],
-        "mib": [size / 2**20 for size in found.memory[::-1]],
+        "pairs": pairs,
+        "ratio": ratio,
+        "quartiles": [low, high],
+        "interval": median_interval(ratios),
+        "seconds": took,
+        "peer_seconds": they_took,
+        "memory": memory[0],
+        "peer_memory": memory[1],
     }
 
 
@@ -229,16 +211,13 @@ class Contest:
     Args:
         benchmark: pytest-benchmark's fixture; it times ours.
         config: pytest's, for `--benchmark-min-rounds` and `--benchmark-max-time`.
-        lines: the table, a line per contest.
     """
 
-    def __init__(
-        self, benchmark: BenchmarkFixture, config: pytest.Config, lines: list[str]
-    ) -> None:
-        self.benchmark, self.lines = benchmark, lines
+    def __init__(self, benchmark: BenchmarkFixture, config: pytest.Config) -> None:
+        self.benchmark = benchmark
         settle_allocator()
-        names = ("min_rounds", "max_time")
-        self.least, self.most = (float(config.getoption(f"benchmark_{n}")) for n in names)
+        least, most = (config.getoption(f"benchmark_{name}") for name in ("min_rounds", "max_time"))
+        self.bounds: dict[str, Any] = {"most": float(most), "least": int(least), "limit": 10**6}
 
     def __call__(
         self,
@@ -252,55 +231,54 @@ class Contest:
         flops: float | None = None,
         bytes: float | None = None,
         predicted: float | None = None,
+        expected: Iterable[Tensor] | None = None,
+        tolerance: float = 0.0,
         pairs: int | None = None,
         clock: Clock = seconds,
         **facts: Any,
     ) -> None:
-        """Time both, whose results have been checked.
+        """Time both, once their results are right; skip a peer that cannot run.
 
         Args:
             flops: operations that our result needs.
             bytes: that it needs to read and write, once each.
             predicted: the ratio by arithmetic.
+            expected, tolerance: of `check`; without, the results have been checked.
             pairs, clock: see `in_turns`.
             facts: what else to write down.
+
+        Raises:
+            AssertionError: a wrong result.
         """
+        if expected is not None:
+            expected = [*expected]
+            check("ours", ours(), expected, tolerance)
+            check(peer, self.results_of(peer, theirs), expected, tolerance)
 
         def loop(before: Call, target: Call, rounds: int) -> None:
             self.benchmark.pedantic(target, setup=before, rounds=rounds)
 
-        bounds: dict[str, Any] = {"most": self.most, "least": int(self.least), "limit": 10**6}
-        found = in_turns(ours, theirs, pairs=pairs, clock=clock, loop=loop, **bounds)
-        low, ratio, high = statistics.quantiles(found.ratios, n=4)
-        interval = median_interval(found.ratios)
-        took, they_took = (statistics.quantiles(each, n=4) for each in found.times)
-        best = roof(dtype) if flops else Roof(1, 1)
+        found = in_turns(ours, theirs, pairs=pairs, clock=clock, loop=loop, **self.bounds)
+        best, second = roof(dtype) if flops else Roof(1, 1), found["seconds"][1]
         self.benchmark.group = f"{bench}: {case}, {peer}"
         self.benchmark.extra_info |= {
             "bench": bench,
             "case": case,
             "peer": peer,
-            "pairs": len(found.ratios),
-            "ratio": ratio,
-            "quartiles": [low, high],
-            "interval": interval,
+            **found,
             "predicted": predicted,
-            "seconds": took,
-            "peer_seconds": they_took,
-            "memory": found.memory[0],
-            "peer_memory": found.memory[1],
             "flops": flops,
             "bytes": bytes,
-            "share_of_flops": flops and flops / took[1] / best.flops,
-            "share_of_bytes": bytes and bytes / took[1] / best.bytes,
+            "share_of_flops": flops and flops / second / best.flops,
+            "share_of_bytes": bytes and bytes / second / best.bytes,
             "dtype": str(dtype).removeprefix("torch."),
             **facts,
         }
-        spread = f"{ratio:.3f} ({low:.3f} - {high:.3f})"
-        sure = "{:.3f} - {:.3f}".format(*interval)
-        expected = "" if predicted is None else f"{predicted:.3f}"
-        mega = "  ".join(f"{m / 2**20:8.1f}" for m in found.memory)
-        self.lines.append(
-            f"{bench:19.19}  {case:33.33}  {peer:22.22}{len(found.ratios):6}  {spread:22}"
-            f"  {sure:13}  {expected:9}  {1e3 * took[1]:10.2f}  {mega}"
-        )
+
+    def results_of(self, peer: str, call: Call) -> Any:
+        import pytest
+
+        try:
+            return call()
+        except Exception as error:
+            pytest.skip(f"{peer} cannot run: {type(error).__name__}: {error}"[:200])

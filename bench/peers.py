@@ -8,16 +8,18 @@ A peer of the attention takes the layout, prepares what a training step would pr
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from btok_kernels.condensed_attention import condensed_attention
-from btok_kernels.layout import CondensedLayout
+from btok_kernels.condensed_attention import _two_calls, condensed_attention
+from btok_kernels.layout import CondensedLayout, Half
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 BTOKS = 4
@@ -98,6 +100,11 @@ def ours(layout: CondensedLayout, impl: str) -> Attention:
     return lambda q, k, v: condensed_attention(q, k, v, layout, impl=impl)
 
 
+def searched(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same under BTOK_AUTOTUNE=1: its first call searches the fastest launches."""
+    return mock.patch.dict(os.environ, BTOK_AUTOTUNE="1")(call)
+
+
 def dense(layout: CondensedLayout) -> Attention:
     """torch's fused attention given the T x T mask."""
     rows = torch.arange(layout.num_rows, device=layout.device)
@@ -152,6 +159,18 @@ def flex(layout: CondensedLayout) -> Attention:
     return attend
 
 
+def flash(layout: CondensedLayout) -> Attention:
+    """FlashAttention on [x ; B] rows, then on target rows with [B ; T] keys."""
+    from flash_attn import flash_attn_varlen_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, half: Half) -> Tensor:
+        longest = max(half.row_lens), max(half.key_lens)
+        ends = half.row_ends, half.key_ends
+        return flash_attn_varlen_func(q, k, v, *ends, *longest, causal=True)  # from the right
+
+    return lambda q, k, v: _two_calls(q, k, v, layout, attend)
+
+
 def chunked_late_interaction(
     query: Tensor, key: Tensor, tau: float, bidirectional: bool, rows: int = 0
 ) -> Tensor:
@@ -181,6 +200,7 @@ def chunked_late_interaction(
 
 PEERS: dict[str, Callable[[CondensedLayout], Attention]] = {
     "triton": lambda layout: ours(layout, "triton"),
+    "searched": lambda layout: searched(ours(layout, "triton")),
     "hopper": lambda layout: ours(layout, "hopper"),
     "sdpa": lambda layout: ours(layout, "sdpa"),
     "xformers": lambda layout: ours(layout, "xformers"),
@@ -188,4 +208,5 @@ PEERS: dict[str, Callable[[CondensedLayout], Attention]] = {
     "per segment": per_segment,
     "two varlen calls": lambda layout: ours(layout, "varlen"),
     "flex": flex,
+    "flash-attn": flash,
 }

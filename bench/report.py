@@ -1,8 +1,7 @@
-"""What the benchmarks found: a page, a comparison of two files; and the pocket benchmark's table.
+"""What the benchmarks found, as a page, and two files of it compared.
 
 python bench/report.py page RESULTS.json [--out FOLDER]           a Markdown page and its plots
 python bench/report.py compare OLD.json NEW.json                  status 1 where NEW is worse
-python bench/report.py pocket bench/results/pocket-seed*.json     the `metrics.json` of some runs
 
 RESULTS.json is what `pytest bench/ --benchmark-only --keep RESULTS.json` writes. A ratio is our
 time over the peer's, the median over pairs: below 1 ours is faster.
@@ -12,17 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-import numpy as np
+from bench.provenance import versions_line
 
-from bench.plots import BENCHES, PLOTS, Case, Results, groups
-from bench.provenance import FORMAT_VERSION, versions_line
-
+FORMAT_VERSION = 2  # of a file of contests
+BENCHES = (  # in the order of the page
+    "condensed attention",
+    "contrastive loss",
+    "inference",
+    "training step",
+    "corpus encoding",
+    "late interaction",
+    "launching",
+)
 MEMORY_NOISE = 1 << 20  # bytes by which a resident set moves on its own
 WINS, LEAST_MIB = 0.97, 16  # a ratio that is a gain; MiB between two peaks that make a difference
 RULE = (
@@ -31,23 +38,8 @@ RULE = (
     f" {LEAST_MIB} MiB. What wins somewhere and loses nowhere takes the other's place; of two ways"
     " between which a rule chooses, one that only loses is deleted."
 )
-
-
-def pocket_table(files: list[str]) -> str:
-    """Scores of several runs as a Markdown table: a column per run, and their mean."""
-    runs = [json.loads(Path(file).read_text()) for file in files]
-    if len({run["data_digest"] for run in runs}) != 1:
-        raise ValueError("the runs were scored on different data")
-    seeds = [f"seed {run['settings']['seed']}" for run in runs]
-    lines = [["task", "metric", "chance", "floor", *seeds, "mean", "hard only"]]
-    figures: list[list[float]] = []
-    for name, row in runs[0]["tasks"].items():
-        scores = [run["tasks"][name]["score"] for run in runs]
-        hard = [run["tasks"][name]["hard_only"] for run in runs]
-        figures.append([row["chance"], row["floor"], *scores, np.mean(scores), np.mean(hard)])
-        lines.append([name, row["metric"], *(f"{x:.1f}" for x in figures[-1])])
-    means = [f"**{x:.1f}**" for x in np.mean(figures, axis=0)]
-    return table(*lines, ["**mean**", "", *means])
+Case = dict[str, Any]
+Results = dict[str, Any]
 
 
 class ResultsError(ValueError):
@@ -76,6 +68,14 @@ def load(path: Path) -> Results:
     return results
 
 
+def groups(cases: Iterable[Case], *keys: str) -> dict[tuple[str, ...], list[Case]]:
+    """Cases by some fields' values, in the order of first appearance."""
+    found: dict[tuple[str, ...], list[Case]] = {}
+    for case in cases:
+        found.setdefault(tuple(case.get(key, "") for key in keys), []).append(case)
+    return found
+
+
 def table(*rows: list[str]) -> str:
     """In Markdown; the first row is the header."""
     lines = [[cell.replace("|", r"\|") for cell in row] for row in rows]
@@ -91,30 +91,25 @@ def mebibytes(memory: int | None) -> str:
     return "" if memory is None else f"{memory / 2**20:.2f}"
 
 
-def results_table(cases: list[Case]) -> str:
-    """One bench's contests in Markdown: times in ms, memory in MiB."""
-    header = ["case", "peer", "ratio (quartiles)", "median's 95 %", "speed-up", "predicted"]
-    header += ["ours, ms", "peer, ms", "ours, MiB", "peer, MiB", "share of the roof", "pairs"]
-    rows = [header]
-    for case in cases:
-        share, of = max((case[f"share_of_{of}"] or 0, of) for of in ("flops", "bytes"))
-        rows.append(
-            [
-                case["case"],
-                case["peer"],
-                spread(case),
-                "{:.3f} - {:.3f}".format(*case["interval"]),
-                f"{1 / case['ratio']:.2f}",
-                "" if case["predicted"] is None else f"{case['predicted']:.3f}",
-                f"{1e3 * case['seconds'][1]:.3f}",
-                f"{1e3 * case['peer_seconds'][1]:.3f}",
-                mebibytes(case["memory"]),
-                mebibytes(case["peer_memory"]),
-                f"{100 * share:.1f} % of {of}/s" if share else "",
-                str(case["pairs"]),
-            ]
-        )
-    return table(*rows)
+HEADER = ["case", "peer", "ratio (quartiles)", "median's 95 %", "speed-up", "predicted", "ours, ms"]
+HEADER += ["peer, ms", "ours, MiB", "peer, MiB", "share of the roof", "pairs"]
+
+
+def row(case: Case) -> list[str]:
+    """A contest under `HEADER`: times in ms, memory in MiB."""
+    share, of = max((case[f"share_of_{of}"] or 0, of) for of in ("flops", "bytes"))
+    return [
+        case["case"],
+        case["peer"],
+        spread(case),
+        "{:.3f} - {:.3f}".format(*case["interval"]),
+        f"{1 / case['ratio']:.2f}",
+        "" if case["predicted"] is None else f"{case['predicted']:.3f}",
+        *(f"{1e3 * case[whose][1]:.3f}" for whose in ("seconds", "peer_seconds")),
+        *(mebibytes(case[whose]) for whose in ("memory", "peer_memory")),
+        f"{100 * share:.1f} % of {of}/s" if share else "",
+        str(case["pairs"]),
+    ]
 
 
 def outcome(case: Case) -> int:
@@ -133,56 +128,34 @@ def verdict(cases: list[Case]) -> str:
 
     Where a rule takes one of the two from case to case, a case says in `chosen` which.
     """
-    outcomes, names = (
-        [outcome(case) for case in cases],
-        {1: cases[0]["peer"], -1: cases[0]["today"]},
-    )
-    wins, losses = outcomes.count(1), outcomes.count(-1)
-    rule = "chosen" in cases[0]
-    if wins and not losses:
+    names = {1: cases[0]["peer"], -1: cases[0]["today"]}
+    won = {case["case"]: outcome(case) for case in cases}
+    rule, somewhere = "chosen" in cases[0], set(won.values()) - {0}
+    if somewhere == {1}:
         return f"delete {names[-1]}" if rule else "replace"
-    if losses and not wins and rule:
+    if somewhere == {-1} and rule:
         return f"delete {names[1]}"
-    wrong = [
-        case["case"]
-        for case, won in zip(cases, outcomes, strict=True)
-        if rule and won and case["chosen"] != names[won]
-    ]
+    chosen = {case["case"]: case.get("chosen") for case in cases}
+    wrong = [case for case, who in won.items() if rule and who and chosen[case] != names[who]]
     return f"keep; the choice is wrong for {'; '.join(wrong)}" if wrong else "keep"
 
 
 def answers(cases: list[Case]) -> str:
-    """A line per decision in Markdown.
-
-    Between two ways every case has a line, as the crossing is what is asked for; of a choice with
-    many alternatives only the one that would replace it by most, or the one that came nearest.
-    """
+    """A line per contest and one per decision in Markdown."""
     rows = [["question", "today", "alternative", "ratio (95 %)", "cases", "verdict"]]
 
     def add(some: list[Case], on: str, decided: str) -> None:
-        ratio = np.exp(np.mean([np.log(case["ratio"]) for case in some]))
+        mean = math.prod(case["ratio"] for case in some) ** (1 / len(some))
         low, high = (f(case["interval"][i] for case in some) for i, f in ((0, min), (1, max)))
-        first, figures = some[0], f"{ratio:.3f} ({low:.3f} - {high:.3f})"
-        rows.append([first["bench"], first["today"], first["peer"], figures, on, decided])
+        names = [some[0][key] for key in ("bench", "today", "peer")]
+        rows.append([*names, f"{mean:.3f} ({low:.3f} - {high:.3f})", on, decided])
 
-    for (_bench,), asked in groups(cases, "bench").items():
-        by_peer = [*groups(asked, "peer").values()]
-        if asked[0]["kind"] == "ways":
-            for case in asked:
-                mib = "{:.0f}, {:.0f} MiB".format(
-                    case["memory"] / 2**20, case["peer_memory"] / 2**20
-                )
-                won = {1: f"{case['peer']} wins", -1: f"{case['today']} wins", 0: "tie"}
-                add([case], f"{case['case']} ({mib})", won[outcome(case)])
-            add(asked, f"all {len(asked)}", verdict(asked))
-            continue
-        most = max(map(len, by_peer))  # one that fails somewhere replaces nothing
-        whole = [some for some in by_peer if len(some) == most]
-        # the highest ratio is the fastest alternative's
-        best = max(
-            whole, key=lambda some: (verdict(some) != "keep", np.prod([c["ratio"] for c in some]))
-        )
-        add(best, f"{len(best)} of {len(best)}, best of {len(by_peer)}", verdict(best))
+    for asked in groups(cases, "bench").values():
+        for case in asked:
+            mib = ", ".join(f"{case[of] / 2**20:.0f}" for of in ("memory", "peer_memory"))
+            won = {1: f"{case['peer']} wins", -1: f"{case['today']} wins", 0: "tie"}
+            add([case], f"{case['case']} ({mib} MiB)", won[outcome(case)])
+        add(asked, f"all {len(asked)}", verdict(asked))
     return table(*rows)
 
 
@@ -215,31 +188,38 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
         table(["roof", "GFLOP/s", "GB/s"], *roofs),
         *(f"![{plot}]({quote(f'{stem}-{plot}.png')})" for plot in plots),
     ]
-    asked = [case for case in results["cases"] if "kind" in case]
-    timed = [case for case in results["cases"] if "kind" not in case]
+    asked = [case for case in results["cases"] if "today" in case]
     if asked:
         dry = "Of a dry run on a CPU: no answers. " if machine["device"] == "cpu" else ""
         parts += ["## Questions", dry + RULE, answers(asked)]
-    for (bench,), cases in groups(timed, "bench").items():
+    for (bench,), cases in groups(timed(results), "bench").items():
         faster = sum(case["interval"][1] < 1 for case in cases)
         slower = sum(case["interval"][0] > 1 for case in cases)
         parts += [
             f"## {bench}",
             f"The median's interval is below 1 in {faster} of {len(cases)}, above 1 in {slower}.",
-            results_table(cases),
+            table(HEADER, *map(row, cases)),
         ]
     if errors := results.get("errors"):
         parts += ["## Not timed", "\n".join(f"- {case['id']}: {case['error']}" for case in errors)]
-    missing = (f"- {name}: {bench}" for name, bench in results["missing"].items())
-    parts += ["## Peers that are not installed", "\n".join(missing) or "None."]
+    if found := results.get("found"):
+        lines = (f"- {kernel}: {launch}" for kernel, launch in found.items())
+        parts += ["## What the search for launches found", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def timed(results: Results) -> list[Case]:
+    """The contests that ask nothing."""
+    return [case for case in results["cases"] if "today" not in case]
 
 
 def write_page(path: Path, folder: Path) -> None:
     """A results file's FOLDER/STEM.md and, beside it, STEM-PLOT.png."""
+    from bench.plots import PLOTS  # what only times needs no matplotlib
+
     results = load(path)
-    timed = [case for case in results["cases"] if "kind" not in case]
-    figures = {name: plot({**results, "cases": timed}) for name, plot in PLOTS.items() if timed}
+    cases = timed(results)
+    figures = {name: plot({**results, "cases": cases}) for name, plot in PLOTS.items() if cases}
     drawn = {name: figure for name, figure in figures.items() if figure}
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
@@ -260,38 +240,37 @@ def compare(old: Results, new: Results, threshold: float = 0.1) -> tuple[str, li
     Raises:
         ResultsError: they are of two machines, or have no case in common.
     """
-    machines = [results["machine"] for results in (old, new)]
-    for fact in ("device", "cpu", "threads") if machines[0]["device"] == "cpu" else ("device",):
-        before, after = (machine[fact] for machine in machines)
+    for fact in ("device", "cpu", "threads") if old["machine"]["device"] == "cpu" else ("device",):
+        before, after = (results["machine"][fact] for results in (old, new))
         if before != after:
             raise ResultsError(f"not comparable: {fact} was {before}, is {after}")
-    sides = [groups(results["cases"], "bench", "case", "peer") for results in (old, new)]
-    for names, cases in chain(*(side.items() for side in sides)):
-        if len(cases) > 1:
-            raise ResultsError(f"not comparable: two cases are {', '.join(names)}")
+    keys = "bench", "case", "peer"
+    sides = [groups(results["cases"], *keys) for results in (old, new)]
+    if twice := [key for side in sides for key, cases in side.items() if len(cases) > 1]:
+        raise ResultsError(f"not comparable: two cases are {', '.join(twice[0])}")
     both = [key for key in sides[1] if key in sides[0]]
     if not both:
         raise ResultsError("not comparable: no case in common")
-    header = ["bench", "case", "peer", "old ratio", "new ratio", "change"]
-    rows, regressions = [[*header, "old MiB", "new MiB"]], []
+    rows = [[*keys, "old ratio", "new ratio", "change", "old MiB", "new MiB"]]
+    regressions = []
     for key in both:
         (before,), (after,) = (side[key] for side in sides)
-        growth = after["ratio"] / before["ratio"] - 1
+        ratios = [spread(case) for case in (before, after)]
         sizes = [mebibytes(case["memory"]) for case in (before, after)]
-        rows.append([*key, spread(before), spread(after), f"{growth:+.1%}", *sizes])
-        where = ", ".join(key)
+        growth = after["ratio"] / before["ratio"] - 1
+        rows.append([*key, *ratios, f"{growth:+.1%}", *sizes])
+        where = f"regression: {', '.join(key)}"
         if growth > threshold and after["quartiles"][0] > before["quartiles"][1]:
-            regressions.append(f"regression: {where}: ratio {spread(before)} -> {spread(after)}")
+            regressions.append(f"{where}: ratio {' -> '.join(ratios)}")
         if None in (before["memory"], after["memory"]):
             continue
-        extra = after["memory"] - before["memory"]
-        if extra > max(MEMORY_NOISE, threshold * before["memory"]):
-            regressions.append(f"regression: {where}: memory {sizes[0]} -> {sizes[1]} MiB")
+        bound = max(MEMORY_NOISE, threshold * before["memory"])
+        if after["memory"] - before["memory"] > bound:
+            regressions.append(f"{where}: memory {' -> '.join(sizes)} MiB")
     parts = [table(*rows)]
     for name, side, other in (("old", *sides), ("new", *sides[::-1])):
-        alone = [f"- {', '.join(key)}" for key in side if key not in other]
-        if alone:
-            parts.append("\n".join([f"Only in the {name} file:", "", *alone]))
+        if alone := [f"- {', '.join(key)}" for key in side if key not in other]:
+            parts += [f"Only in the {name} file:", "\n".join(alone)]
     return "\n\n".join(parts), regressions
 
 
@@ -306,22 +285,17 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("old", type=Path)
     command.add_argument("new", type=Path)
     command.add_argument("--threshold", type=float, default=0.1, help="relative (default: 0.1)")
-    command = commands.add_parser("pocket", help="the table of several runs")
-    command.add_argument("metrics", nargs="+")
     args = parser.parse_args(arguments)
     try:
         if args.command == "page":
             write_page(args.results, args.out or args.results.parent)
-        elif args.command == "compare":
-            text, regressions = compare(load(args.old), load(args.new), args.threshold)
-            print("\n".join([text, *([""] * bool(regressions)), *regressions]))
-            return int(bool(regressions))
-        else:
-            print(pocket_table(args.metrics))
+            return 0
+        text, regressions = compare(load(args.old), load(args.new), args.threshold)
     except (OSError, ResultsError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    return 0
+    print("\n".join([text, *([""] * bool(regressions)), *regressions]))
+    return int(bool(regressions))
 
 
 if __name__ == "__main__":

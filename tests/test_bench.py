@@ -18,11 +18,12 @@ from test_layout import allowed_by_loops
 
 from bench import bench_condensed_attention as attention
 from bench import bench_contrastive_loss as contrastive
-from bench import bench_late_interaction as late
 from bench import harness, peers
 from btok.kernels import CondensedLayout, condensed_attention
+from examples.duel import duel
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = CondensedLayout.from_lengths([9, 0, 30], [5, 3, 0], 2)
 
 
 class Benchmark:
@@ -37,28 +38,18 @@ class Benchmark:
             target()
 
 
-def held(ours, theirs, **options):
-    """What a contest writes down, and its line."""
-    lines = []
+def contest_of(benchmark):
+    """A contest; of None one that nothing wrong gets past."""
     settings = {"benchmark_min_rounds": 5, "benchmark_max_time": 0.01}
+    return harness.Contest(benchmark, SimpleNamespace(getoption=settings.get))
+
+
+def held(ours, theirs, **options):
+    """What a contest writes down."""
     benchmark = Benchmark()
-    contest = harness.Contest(benchmark, SimpleNamespace(getoption=settings.get), lines)
     options = {"dtype": torch.float32, "flops": 1e6, "bytes": 1e3} | options
-    contest("a bench", "a case", "a peer", ours, theirs, **options)
-    return benchmark.extra_info, *lines
-
-
-class Recorder:
-    """In the place of a contest: what it was given, and that both calls run."""
-
-    def __call__(self, bench, case, peer, ours, theirs, **facts):
-        self.names, self.facts = (bench, case, peer), facts
-        self.results = [ours(), theirs()]
-
-
-def never(*names, **facts):
-    """In its place where nothing may be timed."""
-    raise RuntimeError(f"{names} was timed")
+    contest_of(benchmark)("a bench", "a case", "a peer", ours, theirs, **options)
+    return benchmark.extra_info
 
 
 @pytest.mark.parametrize(
@@ -71,25 +62,23 @@ def test_the_medians_interval_is_the_sign_tests(count, ranks):
 
 
 def test_the_ratio_is_ours_over_the_peers():
-    found, line = held(lambda: time.sleep(0.01), lambda: time.sleep(0.03), predicted=1 / 3, rows=7)
+    found = held(lambda: time.sleep(0.01), lambda: time.sleep(0.03), predicted=1 / 3, rows=7)
     low, high = found["quartiles"]
     assert 0.1 < found["ratio"] < 0.6
     assert low <= found["ratio"] <= high
     assert found["interval"][0] <= found["ratio"] <= found["interval"][1]
     assert 0.01 <= found["seconds"][1] < found["peer_seconds"][1]
-    assert found["share_of_flops"] > 0 and found["share_of_bytes"] > 0
     best = harness.roof(torch.float32)
     assert best.flops > 1e8 and best.bytes > 1e8
-    shares = found["share_of_flops"] * best.flops
-    assert shares == pytest.approx(1e6 / found["seconds"][1])
+    assert found["share_of_flops"] * best.flops == pytest.approx(1e6 / found["seconds"][1])
+    assert found["share_of_bytes"] * best.bytes == pytest.approx(1e3 / found["seconds"][1])
     facts = ("bench", "case", "peer", "pairs", "dtype", "predicted", "rows")
     assert [found[f] for f in facts] == ["a bench", "a case", "a peer", 5, "float32", 1 / 3, 7]
-    assert all(text in line for text in ("a bench", "a case", "a peer", f"{found['ratio']:.3f}"))
 
 
 def test_both_take_turns_and_begin_every_other_pair():
     calls = []
-    held(lambda: calls.append("o"), lambda: calls.append("p"), predicted=None)
+    held(lambda: calls.append("o"), lambda: calls.append("p"))
     calls = calls[2:]  # those whose memory was measured
     pairs = ["".join(calls[at : at + 2]) for at in range(0, len(calls), 2)]
     assert pairs[0] == "op"  # the warm-up
@@ -98,20 +87,19 @@ def test_both_take_turns_and_begin_every_other_pair():
 
 
 def test_a_duel_takes_turns_and_times_the_other_over_today(monkeypatch):
-    clock, calls = [0.0], []
+    clock = [0.0]
 
-    def call(name, seconds):
-        calls.append(name)
-        clock[0] += seconds
+    def taking(seconds):
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
 
     monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(harness, "peak", lambda run: 3 << 20)
-    found = harness.duel(lambda: call("today", 0.1), lambda: call("other", 0.2))
+    found = duel(taking(0.1), taking(0.2))
     assert found["ratio"] == pytest.approx(2) and found["pairs"] == 7
     assert found["interval"] == pytest.approx((2, 2))
     assert found["ms"] == pytest.approx([100, 200])
     assert found["mib"] == [3, 3]
-    assert harness.duel(lambda: call("today", 1e-3), lambda: call("other", 1e-3))["pairs"] == 101
+    assert duel(taking(1e-3), taking(1e-3))["pairs"] == 101
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's memory is read from /proc")
@@ -123,7 +111,7 @@ def test_memory_is_the_peak_of_a_call_with_its_results():
         take(96)
         return take(64)
 
-    found, _ = held(lambda: take(64), two_then_one)
+    found = held(lambda: take(64), two_then_one)
     assert abs(found["memory"] / 2**20 - 64) < 6.4
     assert abs(found["peer_memory"] / 2**20 - 96) < 9.6
     assert harness.peak(lambda: None) < 1 << 20
@@ -152,11 +140,18 @@ def test_what_is_kept_of_a_run_that_is_cut_off(tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "--benchmark-only"]
     command += ["--keep", "found.json", "--benchmark-max-time=0.01", "test_some.py"]
     found = []
-    for status in (1, 1, 0):
-        run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    for args, status in (([], 1), ([], 1), ([], 0), (["--keep", "other.json", "-k", "1"], 0)):
+        run = subprocess.run(
+            [*command, *args], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
         assert run.returncode == status, run.stdout + run.stderr
-        assert f"of which {3 * bool(found)} contests are gone on with" in run.stdout
+        kept = 0 if args else 3 * bool(found)
+        assert f"of which {kept} contests are gone on with" in run.stdout
         found.append(json.loads((tmp_path / "found.json").read_text()))
+    head, row = run.stdout.partition("= contests =")[2].splitlines()[1:3]
+    assert head.split()[:3] == ["bench", "case", "peer"] and row.startswith(
+        "a bench  a case  a peer"
+    )
     assert platform.node() not in (tmp_path / "found.json").read_text()
     content = found[-1]
     assert set(content["machine"]) == {"device", "cpu", "cores", "threads"}
@@ -170,124 +165,98 @@ def test_what_is_kept_of_a_run_that_is_cut_off(tmp_path):
     assert errors == {"2": "ValueError: wrong result: not timed", "3": "did not end"}
 
 
-@pytest.fixture
-def layout(monkeypatch):
-    tiny = CondensedLayout.from_lengths([9, 0, 30], [5, 3, 0], 2)
-    monkeypatch.setitem(attention.LAYOUTS, "tiny", tiny)
-    monkeypatch.setattr(attention, "prepared", attention.prepared.__wrapped__)
-    return tiny
-
-
 @pytest.mark.parametrize("direction", attention.DIRECTIONS)
 @pytest.mark.parametrize("peer", ["dense mask", "per segment"])
-def test_attention_is_given_to_the_contest(layout, peer, direction):
-    contest = Recorder()
-    attention.bench_condensed_attention(contest, "tiny", peer, direction)
-    assert contest.names == ("condensed attention", f"tiny, {direction}", peer)
-    ours, theirs = contest.results
-    assert len(ours) == len(theirs) == (1 if direction == "forward" else 4)
+def test_attention_is_given_to_the_contest(monkeypatch, peer, direction):
+    monkeypatch.setitem(attention.LAYOUTS, "tiny", TINY)
+    benchmark = Benchmark()
+    attention.bench_condensed_attention(contest_of(benchmark), "tiny", peer, direction)
+    found = benchmark.extra_info
+    names = ["condensed attention", f"tiny, {direction}", peer]
+    assert [found[name] for name in ("bench", "case", "peer")] == names
     products, rows = (2, 2) if direction == "forward" else (7, 4)  # products, tensors as large as q
-    facts, dim = contest.facts, attention.DIM
-    pairs = sum(int(row) - int(first) + 1 for row, first in enumerate(layout.row_first))
-    assert facts["flops"] == products * 2 * dim * attention.HEADS * pairs
-    elements = rows * layout.num_rows * dim * (attention.HEADS + attention.KEY_HEADS)
-    assert facts["bytes"] == elements * attention.DTYPE.itemsize
-    assert (facts["rows"], facts["sequences"]) == (layout.num_rows, 3)
+    pairs, dim = int(allowed_by_loops(TINY).sum()), attention.DIM
+    assert found["flops"] == products * 2 * dim * attention.HEADS * pairs
+    elements = rows * TINY.num_rows * dim * (attention.HEADS + attention.KEY_HEADS)
+    assert found["bytes"] == elements * attention.DTYPE.itemsize
+    assert (found["rows"], found["sequences"]) == (TINY.num_rows, 3)
+    assert found["predicted"] == (pairs / TINY.num_rows**2 if peer == "dense mask" else None)
 
 
 @pytest.mark.parametrize("what", ["output", "gradient"])
 @pytest.mark.parametrize("whose", ["ours", "the peer's"])
-def test_wrong_attention_is_not_timed(layout, monkeypatch, whose, what):
-    right = peers.condensed_attention
+def test_wrong_attention_is_not_timed(monkeypatch, whose, what):
+    right, name = peers.ours(TINY, "sdpa"), attention.OURS if whose == "ours" else "dense mask"
 
-    def wrong(q, k, v, layout, impl):
-        out = right(q, k, v, layout, impl=impl)
-        if impl == "reference":
-            return out
-        change = out if what == "output" else out - out.detach()
-        return out + 2 * attention.TOLERANCE * change
+    def wrong(q, k, v):
+        out = right(q, k, v)
+        return out + 2 * attention.TOLERANCE * (out if what == "output" else out - out.detach())
 
     direction = "forward + backward" if what == "gradient" else "forward"
-    name, peer = attention.OURS, "dense mask"
-    if whose == "ours":
-        monkeypatch.setattr(peers, "condensed_attention", wrong)
-    else:
-        name = peer
-        made = lambda layout: lambda q, k, v: wrong(q, k, v, layout, "sdpa")  # noqa: E731
-        monkeypatch.setitem(attention.PEERS, peer, made)
-    with pytest.raises(AssertionError, match=f"wrong result of {name}, .*: not timed"):
-        attention.bench_condensed_attention(never, "tiny", peer, direction)
+    monkeypatch.setitem(attention.LAYOUTS, "tiny", TINY)
+    monkeypatch.setitem(attention.PEERS, name, lambda layout: wrong)
+    who = "ours" if whose == "ours" else "dense mask"
+    with pytest.raises(AssertionError, match=f"wrong result of {who}, .*: not timed"):
+        attention.bench_condensed_attention(contest_of(None), "tiny", "dense mask", direction)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it may run there")
-def test_a_peer_that_cannot_run_is_skipped(layout):
+def test_a_peer_that_cannot_run_is_skipped():
     with pytest.raises(pytest.skip.Exception, match="xformers cannot run: RuntimeError"):
-        attention.bench_condensed_attention(never, "tiny", "xformers", "forward")
+        attention.hold(contest_of(None), "tiny", ("sdpa", "xformers"), TINY, "forward")
 
 
-def test_truth_and_kept_pairs_agree_with_the_mask(layout):
-    q, k, v, grad = peers.attention_inputs(layout, 4, 2, 8, torch.float32)
-    out = condensed_attention(q, k, v, layout, impl="reference")
+def test_truth_and_kept_pairs_agree_with_the_mask():
+    q, k, v, grad = peers.attention_inputs(TINY, 4, 2, 8, torch.float32)
+    out = condensed_attention(q, k, v, TINY, impl="reference")
     expected = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-    for got, wanted in zip(peers.truth(layout, q, k, v, grad), expected, strict=True):
+    for got, wanted in zip(peers.truth(TINY, q, k, v, grad), expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-6)
-    assert peers.kept_pairs(layout) == int(allowed_by_loops(layout).sum())
+    assert peers.kept_pairs(TINY) == int(allowed_by_loops(TINY).sum())
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_is_given_the_right_rows(layout, monkeypatch):
+def test_flex_attention_is_given_the_right_rows(monkeypatch):
     """Not compiled, which takes CUDA."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    q, k, v = (x.detach() for x in peers.attention_inputs(layout, 4, 2, 16, torch.float32)[:3])
-    expected = condensed_attention(q, k, v, layout, impl="reference")
-    assert torch.allclose(peers.flex(layout)(q, k, v), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("peer", ["eager", "chunked torch", "linear_cross_entropy"])
-def test_the_peers_of_the_loss_run_and_are_right(peer):
-    if peer not in contrastive.PEERS:
-        pytest.skip("this torch has none")
-    for direction in contrastive.DIRECTIONS:
-        contest = Recorder()
-        contrastive.bench_contrastive_loss(contest, peer, 70, direction)
-        assert contest.names == ("contrastive loss", f"70 rows, {direction}", peer)
+    q, k, v = (x.detach() for x in peers.attention_inputs(TINY, 4, 2, 16, torch.float32)[:3])
+    expected = condensed_attention(q, k, v, TINY, impl="reference")
+    assert torch.allclose(peers.flex(TINY)(q, k, v), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", contrastive.DIRECTIONS)
-@pytest.mark.parametrize("whose", ["ours", "the peer's"])
-def test_a_wrong_contrastive_loss_is_not_timed(monkeypatch, whose, direction):
-    right, eager = contrastive.contrastive_loss, contrastive.eager
-    factor = 1 + 2 * contrastive.TOLERANCE
-
-    def wrong(query, key, **options):
-        return right(factor * query, key, **options)
-
-    name = contrastive.OURS if whose == "ours" else "eager"
-    if whose == "ours":
-        monkeypatch.setattr(contrastive, "contrastive_loss", wrong)
-    else:
-        monkeypatch.setitem(contrastive.PEERS, name, lambda query, *x: eager(factor * query, *x))
+@pytest.mark.parametrize("peer", ["eager", "chunked torch", "linear_cross_entropy", "late"])
+@pytest.mark.parametrize("wrong", [None, "ours", "peer"])
+def test_a_loss_is_timed_where_it_is_right_alone(monkeypatch, peer, direction, wrong):
+    if peer not in (*contrastive.PEERS, "late"):
+        pytest.skip("this torch has none")
+    shape = (20, 3, 16) if peer == "late" else (70, 16)
+    theirs = contrastive.late_torch if peer == "late" else contrastive.PEERS[peer]
+    contrastive.truth(shape, direction == "both directions")  # of what is not made wrong
+    ours, more = contrastive.ours(), 1 + 2 * contrastive.TOLERANCE
+    made = {"ours": ours, "peer": theirs}
+    if wrong:
+        right = made[wrong]
+        made[wrong] = lambda query, *others: right(more * query, *others)
+    monkeypatch.setattr(contrastive, "ours", lambda: made["ours"])
+    benchmark = Benchmark()
+    options = "a bench", "a peer", made["peer"], shape, direction
+    if wrong is None:
+        contrastive.hold(contest_of(benchmark), *options)
+        rows, *tokens, dim = shape
+        found, products = benchmark.extra_info, 6 * (rows * (tokens or [1])[0]) ** 2
+        assert found["case"].startswith(f"{rows} rows") and found["flops"] == products * dim
+        return
+    name = "ours" if wrong == "ours" else "a peer"
     with pytest.raises(AssertionError, match=f"wrong result of {name}, .*: not timed"):
-        contrastive.bench_contrastive_loss(never, "eager", 70, direction)
-
-
-@pytest.mark.parametrize("direction", late.DIRECTIONS)
-@pytest.mark.parametrize("whose", ["ours", "peer"])
-def test_a_wrong_late_interaction_is_not_timed(monkeypatch, whose, direction):
-    right = getattr(late, whose)
-    late.truth(20, direction == "both directions")  # made by the peer, and kept
-    wrong = lambda query, *x: right((1 + 2 * contrastive.TOLERANCE) * query, *x)  # noqa: E731
-    monkeypatch.setattr(late, whose, wrong)
-    name = late.OURS if whose == "ours" else late.PEER
-    with pytest.raises(AssertionError, match=f"wrong result of {name}, .*: not timed"):
-        late.bench_late_interaction(never, 20, direction)
+        contrastive.hold(contest_of(None), *options)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_the_peer_of_late_interaction_is_the_reference(rows):
-    query, key = late.inputs(20)
+    query, key = contrastive.inputs(20, 3, 16)
     for bidirectional in (False, True):
-        options = {"temperature": late.TAU, "bidirectional": bidirectional, "impl": "reference"}
-        want = late.contrastive_loss(query, key, **options)
-        got = peers.chunked_late_interaction(query, key, late.TAU, bidirectional, rows)
+        options = {"temperature": 0.02, "bidirectional": bidirectional, "impl": "reference"}
+        want = contrastive.contrastive_loss(query, key, **options)
+        got = peers.chunked_late_interaction(query, key, 0.02, bidirectional, rows)
         assert abs(got - want) < contrastive.TOLERANCE

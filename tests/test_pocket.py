@@ -5,6 +5,7 @@
 that made them.
 """
 
+import json
 import re
 import sys
 import types
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from train.pocket import data as pocket
+from train.pocket import table
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="needs the demo extra")
 
@@ -418,3 +420,29 @@ def test_errors_name_what_is_wrong(monkeypatch):
     )
     with pytest.raises(ImportError, match=r"sources of numpy: pip install \"btok\[demo\]\""):
         pocket._pages.__wrapped__()
+
+
+def score_file(folder, seed, score, digest="a"):
+    row = {"metric": "hit@1", "chance": 10.0, "floor": 25.0, "score": score, "hard_only": score + 1}
+    tasks = {"I-CLS": row, "I-QA": row | {"score": score + 20}}
+    path = folder / f"{seed}-{digest}.json"
+    path.write_text(json.dumps({"tasks": tasks, "settings": {"seed": seed}, "data_digest": digest}))
+    return str(path)
+
+
+def test_the_table_of_runs_has_a_column_for_each_and_the_means(tmp_path, capsys):
+    assert table.main([score_file(tmp_path, 0, 40.0), score_file(tmp_path, 1, 50.0)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| task | metric | chance | floor | seed 0 | seed 1 | mean | hard only |"
+    assert lines[2] == "| I-CLS | hit@1 | 10.0 | 25.0 | 40.0 | 50.0 | 45.0 | 46.0 |"
+    assert lines[3] == "| I-QA | hit@1 | 10.0 | 25.0 | 60.0 | 70.0 | 65.0 | 46.0 |"
+    bold = " | ".join(f"**{x}**" for x in ("10.0", "25.0", "50.0", "60.0", "55.0", "46.0"))
+    assert lines[4:] == [f"| **mean** |  | {bold} |"]
+
+
+def test_runs_on_other_data_and_no_scores_make_no_table(tmp_path, capsys):
+    (tmp_path / "bad.json").write_text("{}")
+    for other, why in ((score_file(tmp_path, 1, 50.0, "b"), "different data"), ("none", "none")):
+        assert table.main([score_file(tmp_path, 0, 40.0), other]) == 2
+        assert why in capsys.readouterr().err
+    assert table.main([str(tmp_path / "bad.json")]) == 2

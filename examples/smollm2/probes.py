@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.bench_inference import Shape, predicted
-from bench.harness import duel, settle_allocator
+from bench.harness import settle_allocator
 from btok import adapters
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
@@ -45,6 +45,7 @@ from btok.model import BTokModel, model_digest
 from btok.packing import Sample, group_by_tokens, pack
 from btok.processing import Processor
 from btok.tools import command_line
+from examples.duel import duel
 from examples.provenance import surroundings
 from examples.smollm2 import pairs
 from examples.smollm2.fetch import backbone, default_cache

@@ -22,10 +22,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from bench.harness import duel, settle_allocator
+from bench.harness import settle_allocator
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import write_json
+from examples.duel import duel
 from examples.provenance import surroundings
 from examples.studies import common
 from examples.studies.budgets_page import write_page

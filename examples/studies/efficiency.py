@@ -25,10 +25,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bench.bench_inference import DTYPE, SHAPE, Shape, multiply_adds, predicted, prepared
-from bench.harness import duel, settle_allocator
+from bench.harness import settle_allocator
 from bench.plots import BLUE, GREEN, ORANGE, PALE, PURPLE, RED, TEAL, canvas, log_axis
 from bench.report import table
 from btok.files import write_json, write_text
+from examples.duel import duel
 from examples.provenance import facts_of, surroundings
 from examples.studies.common import parse
 
