@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from btok import adapters
+from btok.bars import without_bars
 from btok.config import CONFIG_NAME, BTokConfig, check_choice
 from btok.families import family_of, named_family
 from btok.files import IN_GGUF, asked_for, find, read_json, sha256
@@ -100,6 +102,7 @@ class BTokModel(nn.Module):
         lora: adapters.Lora | None = None,
         dtype: Any = "auto",
         empty: bool = False,
+        show_progress: bool = False,
         **settings: Any,
     ) -> BTokModel:
         """Load a checkpoint or adapters of ours, or a stock one and give it bottleneck tokens.
@@ -114,6 +117,7 @@ class BTokModel(nn.Module):
                 `name_or_path` has, if any.
             dtype: of the weights, as transformers takes it.
             empty: on the device meta, without weights, for who gets them from elsewhere.
+            show_progress: transformers' own bar while weights are read; downloads have theirs.
             settings: `pooling` and the others of `btok.config.BTokConfig`; left out or None for the
                 checkpoint's own, or the defaults ("last" pooling where K = 0).
 
@@ -147,7 +151,9 @@ class BTokModel(nn.Module):
                 with torch.device("meta"):
                     backbone = architecture._from_config(config, dtype=dtype)
             else:
-                backbone = architecture.from_pretrained(weights, dtype=dtype, use_safetensors=True)
+                with nullcontext() if show_progress else without_bars():
+                    given = {"dtype": dtype, "use_safetensors": True}
+                    backbone = architecture.from_pretrained(weights, **given)
         except OSError as error:
             raise ValueError(
                 f"BTokModel: {weights} gives no safetensors weights ({error}); pickled ones "
@@ -197,7 +203,8 @@ class BTokModel(nn.Module):
         if adapted:
             adapters.save(self.backbone, folder, state)
         else:
-            self.backbone.save_pretrained(folder, state_dict=state)
+            with without_bars():
+                self.backbone.save_pretrained(folder, state_dict=state)
             mark_architecture(folder, self.settings, self.family.architecture, plain)
         self.settings.save(folder, config.model_type)
         write_modules(folder, self.settings, config.get_text_config().hidden_size, plain)

@@ -584,6 +584,7 @@ def test_export_merges_adapters(tmp_path, checkpoint, capsys):
     assert BTokModel.from_pretrained(tmp_path / "out").btok_token_ids
     assert main(["export", str(tmp_path / "lora"), str(tmp_path / "out")]) == 2
     assert "is not empty; name a new folder" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "other")]) == 2
     assert "has no btok_config.json, so it was never trained here" in capsys.readouterr().err
 

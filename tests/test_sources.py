@@ -448,7 +448,7 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ValueError, match=r"a file; expected one that ends in \.jsonl or \.parquet"):
         open_source(tmp_path / "a.csv")
     with pytest.raises(
-        FileNotFoundError, match=r"data is .*gone\.jsonl, which does not exist; exp"
+        FileNotFoundError, match=r"data is .*gone\.jsonl, which does not exist"
     ):
         open_source(tmp_path / "gone.jsonl")
 

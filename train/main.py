@@ -24,7 +24,6 @@ if not __package__:  # run as a file: make the folder above importable
 import torch
 import tyro
 from torch import nn
-from transformers.utils.logging import disable_progress_bar
 
 from btok.data.mixture import load_mixture
 from btok.data.sources import Source
@@ -70,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = check(recipe, sources)
         newest = checkpoint.newest_valid(recipe.output) if rank() == 0 else None
         resume = from_first(newest)
-        disable_progress_bar()  # of every checkpoint's single shard
         model, processor = load(recipe, resume, empty=recipe.shard and rank() > 0)
         prepare(model, recipe)
         ranks = rank(), world()

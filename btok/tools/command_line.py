@@ -102,9 +102,6 @@ def load(checkpoint: str, **settings: Any) -> BTokEncoder:
     """The encoder of a checkpoint, on this process's GPU where there is one; settings as
     `BTokEncoder.from_pretrained` takes them.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # of a checkpoint's shards
     encoder = BTokEncoder.from_pretrained(checkpoint, **settings)
     if torch.cuda.is_available():
         encoder.model.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")

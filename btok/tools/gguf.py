@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from btok.bars import without_bars
 from btok.families import named_family
 from btok.files import must_be, one_line, rename
 from btok.tools.export import refuse_used
@@ -52,7 +53,8 @@ def export_gguf(gguf: str | Path, out: str | Path) -> None:
     architecture = getattr(transformers, family.architecture)
     with _reading(gguf):
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **given)
-        loaded = architecture.from_pretrained(gguf.parent, dtype=torch.float32, **given)
+        with without_bars():
+            loaded = architecture.from_pretrained(gguf.parent, dtype=torch.float32, **given)
     # a model that was loaded from GGUF counts as quantised, which transformers does not save
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "model_type"):
@@ -63,7 +65,8 @@ def export_gguf(gguf: str | Path, out: str | Path) -> None:
     plain.tie_weights()
     draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        plain.save_pretrained(draft)
+        with without_bars():
+            plain.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         rename(draft, out)
     finally:
