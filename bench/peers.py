@@ -75,24 +75,16 @@ def attention_inputs(
 
 
 def truth(layout: CondensedLayout, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
-    """O, dQ, dK and dV in fp32, a sequence and a key head at a time so that the scores fit."""
+    """O, dQ, dK and dV in fp32, a sequence at a time so that the scores fit."""
     inputs = [t.detach().float().requires_grad_() for t in (q, k, v)]
-    out = torch.zeros_like(inputs[0])
-    grads = [torch.zeros_like(t) for t in inputs]
-    groups = q.shape[1] // k.shape[1]
+    found = []
     for start, first, border, end in layout.bounds.tolist():
         bounds = torch.tensor([[0, first - start, border - start, end - start]], dtype=torch.int32)
         alone = CondensedLayout(bounds, end - start, layout.device)
-        for head in range(k.shape[1]):
-            query_heads = slice(head * groups, (head + 1) * groups)
-            at = [(slice(start, end), h) for h in (query_heads, *[slice(head, head + 1)] * 2)]
-            parts = qs, ks, vs = [t[where] for t, where in zip(inputs, at, strict=True)]
-            result = condensed_attention(qs, ks, vs, alone, impl="reference")
-            found = torch.autograd.grad(result, parts, grad[at[0]].float())
-            out[at[0]] = result.detach()
-            for total, where, part in zip(grads, at, found, strict=True):
-                total[where] = part
-    return [out, *grads]
+        out = condensed_attention(*(t[start:end] for t in inputs), alone, impl="reference")
+        grads = torch.autograd.grad(out, inputs, grad[start:end].float())
+        found.append([out.detach(), *(t[start:end] for t in grads)])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 def ours(layout: CondensedLayout, impl: str) -> Attention:

@@ -21,7 +21,6 @@ PURPLE, BROWN, RED = (0.55, 0.30, 0.65), (0.55, 0.36, 0.20), (0.80, 0.20, 0.30)
 TEAL, GREY = (0.25, 0.65, 0.70), (0.45, 0.45, 0.45)
 PALE = (0.94, 0.94, 0.94)
 COLOURS = dict(zip(BENCHES, (BLUE, ORANGE, GREEN, PURPLE, BROWN, TEAL, RED), strict=True))
-PEERS = (ORANGE, GREEN, PURPLE, BROWN, RED, TEAL, GREY)
 # between the sides on which cases that follow each other, as they often lie together, have numbers
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 ONE_TWO_FIVE = np.outer(10.0 ** np.arange(-6, 10), (1, 2, 5)).ravel()
@@ -129,38 +128,4 @@ def contests_plot(results: Results) -> Figure:
     return figure
 
 
-def overhead_plot(results: Results) -> Figure | None:
-    """Inference of one input: the ratio over its length, and over K, with its 95 % interval."""
-    single = [c for c in results["cases"] if c["bench"] == "inference" and len(c["lengths"]) == 1]
-    last = [c for c in single if c["lengths"] == [512] and c["peer"] == "packed last token"]
-    panels = {"input tokens, K = 4": [(c["lengths"][0], c) for c in single if c["num_btoks"] == 4]}
-    if len(last) > 1:
-        panels["bottleneck tokens K, 512 input tokens"] = [(c["num_btoks"], c) for c in last]
-    if not single:
-        return None
-    colours = dict(zip((peer for (peer,) in groups(single, "peer")), cycle(PEERS)))
-    figure = canvas(4.2)
-    row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for axes, (name, points) in zip(row, panels.items(), strict=True):
-        points.sort(key=lambda point: point[0])
-        for peer, colour in colours.items():
-            x = [size for size, case in points if case["peer"] == peer]
-            line = [case for _, case in points if case["peer"] == peer]
-            bounds = np.array([case["interval"] for case in line]).reshape(-1, 2)
-            axes.fill_between(x, *bounds.T, color=colour, alpha=0.2, lw=0)
-            axes.plot(x, [case["ratio"] for case in line], "o-", ms=4, color=colour, label=peer)
-            predicted = [case["predicted"] or math.nan for case in line]
-            axes.plot(x, predicted, "--", lw=1, color=colour)
-        sizes = sorted({size for size, _ in points})
-        log_axis(axes, "x", sizes, sizes)
-        axes.axhline(1, color="black", lw=0.8)
-        axes.set_xlabel(name)
-    ratio_axis(row[0], "y", (x for c in single for x in (*c["interval"], c["predicted"] or 1)))
-    row[0].set_ylabel("our time over the peer's")
-    row[0].plot([], [], "k--", lw=1, label="predicted")
-    keys = row[0].get_legend_handles_labels()
-    figure.legend(*keys, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
-    return figure
-
-
-PLOTS = {"roofline": roofline_plot, "contests": contests_plot, "overhead": overhead_plot}
+PLOTS = {"roofline": roofline_plot, "contests": contests_plot}
