@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -363,6 +364,12 @@ def test_scores_are_kept_and_taken_again_only_of_the_same(checkpoint, data, tmp_
     assert set(metrics["tasks"]) == {*names} and metrics["overall"] is None
     assert len(metrics["missing"]) == 69 and set(metrics["meta_tasks"].values()) == {None}
     assert "no mean: 69 sets are missing, as ImageNet-1K" in said.out
+    last = said.out.splitlines()[-1]
+    words = shlex.split(last.partition("python -m btok ")[2].partition(" makes")[0])
+    assert words == ["report", str(output)] and cli.main(words) == 0  # as the last line says
+    page = (output / "report.html").read_text()
+    assert all(name in page for name in names)
+    capfd.readouterr()
     row = metrics["tasks"]["ViDoRe_arxivqa"]
     encoder = BTokEncoder.from_pretrained(checkpoint)
     files = evaluate.files_digest(encoder)

@@ -447,9 +447,7 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "a.csv").touch()
     with pytest.raises(ValueError, match=r"a file; expected one that ends in \.jsonl or \.parquet"):
         open_source(tmp_path / "a.csv")
-    with pytest.raises(
-        FileNotFoundError, match=r"data is .*gone\.jsonl, which does not exist"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"data is .*gone\.jsonl, which does not exist"):
         open_source(tmp_path / "gone.jsonl")
 
 

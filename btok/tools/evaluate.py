@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -159,6 +160,8 @@ def evaluate(command: Evaluate) -> None:
     if command.submission is not None:
         name = command.model_name or Path(command.checkpoint).name
         comparison.submit(result, command.submission, name, encoder)
+    folder = shlex.quote(str(command.output))
+    print(f"scores are in {command.output}; python -m btok report {folder} makes a page of them")
 
 
 def chosen(tasks: str) -> list[str]:
