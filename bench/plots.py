@@ -14,13 +14,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from bench.report import BENCHES, Case, Results, groups
+from bench.report import Results, groups
 
 BLUE, ORANGE, GREEN = (0.20, 0.40, 0.65), (0.93, 0.50, 0.15), (0.10, 0.60, 0.25)
 PURPLE, BROWN, RED = (0.55, 0.30, 0.65), (0.55, 0.36, 0.20), (0.80, 0.20, 0.30)
 TEAL, GREY = (0.25, 0.65, 0.70), (0.45, 0.45, 0.45)
 PALE = (0.94, 0.94, 0.94)
-COLOURS = dict(zip(BENCHES, (BLUE, ORANGE, GREEN, PURPLE, BROWN, TEAL, RED), strict=True))
+COLOURS = (BLUE, ORANGE, BROWN, GREEN, PURPLE, TEAL, RED, GREY)
 # between the sides on which cases that follow each other, as they often lie together, have numbers
 GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 ONE_TWO_FIVE = np.outer(10.0 ** np.arange(-6, 10), (1, 2, 5)).ravel()
@@ -53,10 +53,10 @@ def ratio_axis(axes: Axes, name: str, values: Iterable[float]) -> None:
     log_axis(axes, name, step * np.arange(1, 200) if close else ONE_TWO_FIVE, values)
 
 
-def factors(case: Case) -> list[float]:
-    """The peer's time over ours: lower quartile, median, upper quartile."""
-    low, high = case["quartiles"]
-    return [1 / high, 1 / case["ratio"], 1 / low]
+def colours(results: Results) -> dict[str, Any]:
+    """By bench, the same in every picture."""
+    benches = [bench for (bench,) in groups(results["cases"], "bench")]
+    return dict(zip(benches, cycle(COLOURS)))
 
 
 def roofline_plot(results: Results) -> Figure | None:
@@ -64,11 +64,11 @@ def roofline_plot(results: Results) -> Figure | None:
     cases = groups((c for c in results["cases"] if c["flops"]), "bench", "case")
     if not cases:
         return None
-    points = []
+    points, colour_of = [], colours(results)
     for (bench, _case), contests in cases.items():
         flops, moved = contests[0]["flops"], contests[0]["bytes"]
         second = statistics.median(contest["seconds"][1] for contest in contests)
-        points.append((flops / moved, flops / second, COLOURS.get(bench, GREY)))
+        points.append((flops / moved, flops / second, colour_of[bench]))
     roofs = results["roofs"].items()
     across = [*(roof["flops"] / roof["bytes"] for _, roof in roofs), *(x for x, _, _ in points)]
     x = np.geomspace(min(across) / 3, max(across) * 3, 200)
@@ -94,7 +94,7 @@ def roofline_plot(results: Results) -> Figure | None:
 
 def contests_plot(results: Results) -> Figure:
     """Two bars per contest: the peer's time over ours, and the peak of its memory over ours."""
-    benches = groups(results["cases"], "bench")
+    benches, colour_of = groups(results["cases"], "bench"), colours(results)
     figure = canvas(0.8 + 0.17 * (len(results["cases"]) + 2 * len(benches)))
     time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     names, shown, y = {}, {time: [1.0], memory: [1.0]}, 0
@@ -103,12 +103,13 @@ def contests_plot(results: Results) -> Figure:
         for case in cases:
             y += 1
             names[y] = f"{case['case']}, {case['peer']}"
-            bars = {time: factors(case)}
+            low, high = case["quartiles"]
+            bars = {time: [1 / high, 1 / case["ratio"], 1 / low]}
             if case["memory"] and case["peer_memory"]:
                 bars[memory] = [case["peer_memory"] / case["memory"]]
             for axes, factor in bars.items():
                 middle = factor[len(factor) // 2]
-                axes.barh(y, middle - 1, 0.72, left=1, color=COLOURS.get(bench, GREY))
+                axes.barh(y, middle - 1, 0.72, left=1, color=colour_of[bench])
                 axes.plot([factor[0], factor[-1]], [y, y], color="black", lw=1)
                 place = axes.get_yaxis_transform()
                 axes.text(1.01, y, f"{middle:.2f}", transform=place, va="center", fontsize=7)

@@ -21,15 +21,6 @@ from urllib.parse import quote
 from bench.provenance import versions_line
 
 FORMAT_VERSION = 2  # of a file of contests
-BENCHES = (  # in the order of the page
-    "condensed attention",
-    "contrastive loss",
-    "inference",
-    "training step",
-    "corpus encoding",
-    "late interaction",
-    "launching",
-)
 MEMORY_NOISE = 1 << 20  # bytes by which a resident set moves on its own
 WINS, LEAST_MIB = 0.97, 16  # a ratio that is a gain; MiB between two peaks that make a difference
 RULE = (
@@ -47,18 +38,16 @@ class ResultsError(ValueError):
 
 
 def load(path: Path) -> Results:
-    """The content of a results file, its cases in the order of the page.
+    """The content of a results file.
 
     Raises:
         ResultsError: the file is missing, cut off or of another format, or no page can be made of
             it.
     """
-    order = {bench: i for i, bench in enumerate(BENCHES)}
     try:
         results = json.loads(path.read_text())
         if results["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version is {results['format_version']}, not {FORMAT_VERSION}")
-        results["cases"].sort(key=lambda case: order.get(case["bench"], len(order)))
         page(results, path.stem, ())
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
