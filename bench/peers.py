@@ -192,7 +192,6 @@ def chunked_late_interaction(
 
 PEERS: dict[str, Callable[[CondensedLayout], Attention]] = {
     "triton": lambda layout: ours(layout, "triton"),
-    "searched": lambda layout: searched(ours(layout, "triton")),
     "hopper": lambda layout: ours(layout, "hopper"),
     "sdpa": lambda layout: ours(layout, "sdpa"),
     "xformers": lambda layout: ours(layout, "xformers"),
@@ -201,4 +200,5 @@ PEERS: dict[str, Callable[[CondensedLayout], Attention]] = {
     "two varlen calls": lambda layout: ours(layout, "varlen"),
     "flex": flex,
     "flash-attn": flash,
+    "searched": lambda layout: searched(ours(layout, "triton")),
 }
