@@ -9,7 +9,7 @@ have to start the same kernels on arguments of the same kinds before they are ti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import cache, partial
 from typing import Any
 from unittest import mock
@@ -26,45 +26,33 @@ from btok_kernels import condensed_attention as op
 from btok_kernels import condensed_attention_triton as kernels
 from btok_kernels import launch, start
 from btok_kernels.layout import CondensedLayout
-from tests.compiled.driver import Target, standing_in
+from tests.compiled.driver import Idle, standing_in
 
 ARCH, HEADS, KEY_HEADS, DIM = 90, 12, 2, 128
 SOURCE, TARGET = (50, 40, 61, 47, 55, 52, 58, 43), (9, 7, 12, 6, 8, 10, 5, 9)
 
 
-class Idle(Target):
-    """Starts nothing; gives `launched` what a launch would start."""
-
-    def __init__(self, arch: int) -> None:
-        super().__init__(arch)
-        self.launched: list[Any] | None = None
-
-    @property
-    def launcher_cls(self) -> Any:
-        return partial(partial, self.launch)
-
-    def launch(self, source: Any, metadata: Any, *started: Any) -> None:
-        if self.launched is not None:
-            x, y, z, _, _, _, _, _, _, *arguments = started
-            kinds = [(a.dtype, a.stride()) if isinstance(a, Tensor) else a for a in arguments]
-            self.launched.append((metadata.hash, (x, y, z), kinds))
-
-
 idle = cache(Idle)  # one: what is compiled keeps its launcher
 
 
-def calls() -> dict[str, Callable[[], Any]]:
-    """By direction, on a small packed batch."""
+def attention(direction: str) -> Call:
+    """On a small packed batch."""
     layout = CondensedLayout.from_lengths(SOURCE, TARGET, 4)
     q, k, v, d_out = attention_inputs(layout, HEADS, KEY_HEADS, DIM, torch.bfloat16)
 
-    def forward() -> Tensor:
-        return op.condensed_attention(q, k, v, layout, impl="triton")
+    def call() -> Any:
+        out = op.condensed_attention(q, k, v, layout, impl="triton")
+        return out if direction == "forward" else torch.autograd.grad(out, (q, k, v), d_out)
 
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(forward(), (q, k, v), d_out)
+    return call
 
-    return {"forward": forward, "forward + backward": both}
+
+def kinds_of(launches: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Which kernels on which grids, and of what kinds their arguments are."""
+    return [
+        (name, grid, [(a.dtype, a.stride()) if isinstance(a, Tensor) else a for a in arguments])
+        for name, grid, _, arguments in launches
+    ]
 
 
 def plain(call: Call) -> None:
@@ -79,14 +67,14 @@ def plain(call: Call) -> None:
 @pytest.mark.skipif(launch.interpreted(), reason="the interpreter launches nothing")
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 def bench_host(contest: Contest, direction: str) -> None:
-    ours = calls()[direction]
+    ours = attention(direction)
     no_reason = mock.patch.object(op, "no_triton", lambda device, dtype: None)
     with standing_in(ARCH, idle) as device, no_reason:
         taken = []
         for call in (ours, ours, partial(plain, ours)):
             device.launched = []
             call()
-            taken.append(device.launched)
+            taken.append(kinds_of(device.launched))
         device.launched = None
         assert taken[1] and taken[0] == taken[1] == taken[2], f"{direction}: not the same launches"
         names = "launching", f"condensed attention, {direction}", "plain launches"

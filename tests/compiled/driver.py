@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -85,6 +86,22 @@ class Target(DriverBase):
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+class Idle(Target):
+    """Takes down what each launch would start, where `launched` is a list."""
+
+    launched: list[tuple[str, tuple[int, ...], int, tuple[Any, ...]]] | None = None
+
+    @property
+    def launcher_cls(self) -> Any:
+        return partial(partial, self.launch)
+
+    def launch(self, source: Any, metadata: Any, *started: Any) -> None:
+        """Its kernel's hash, the grid, the stream and the arguments."""
+        if self.launched is not None:
+            x, y, z, stream, _, _, _, _, _, *arguments = started
+            self.launched.append((metadata.hash, (x, y, z), stream, tuple(arguments)))
 
 
 @contextmanager
