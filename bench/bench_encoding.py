@@ -1,202 +1,272 @@
-"""BTokEncoder.encode, from a user's texts and pictures to vectors, beside simpler loops.
+"""Embedding with bottleneck tokens beside simpler ways, on the same random weights.
 
-padded batches  as VLM2Vec embeds, on the same weights: the inputs in the order given, through the
-                same Processor a batch of 16 at a time, padded; transformers' forward with torch's
-                attention, the last layer in full, the last token; without the logits
-one by one      encode itself, on one input at a time
+"inference" goes from lists of token ids to unit vectors: packing and padding are timed, tokenizing
+is not. A case is so many inputs of so many tokens, or a set of mixed lengths, log-uniform.
 
-Three inputs of four are texts, the rest pictures, arrays and PIL's in turn; their lengths in tokens
-are log-uniform and in random order. On a GPU the model is Qwen2-VL-2B's shape in bf16; on a CPU it
-is a twelfth as wide, in fp32, language model and vision tower, with all their layers. The weights
-are random. Operations are twice the multiply-adds of vision tower and language model, the last
-layer's for the K rows alone; `predicted` is the ratio of multiply-adds.
+ours               BTokModel with K bottleneck tokens: packed rows, the last layer for the K rows
+                   alone
+padded last token  as VLM2Vec embeds: transformers' forward with torch's attention on the inputs in
+                   the order given, padded in batches of 16 as its evaluation scripts have it, the
+                   last layer in full; without the logits, which it makes and nothing needs
+packed last token  BTokModel with K = 0: packed rows, the last layer for the last row alone
+full last layer    ours with the last layer for all rows
+
+"corpus encoding" goes from a user's inputs to vectors with BTokEncoder.encode. Three inputs of four
+are texts, the rest pictures, arrays and PIL's in turn, of log-uniform lengths in random order.
+
+padded batches     padded last token, through the same Processor a batch at a time
+one by one         encode itself, on one input at a time
+
+Gradients are off as BTokEncoder (inference mode) and VLM2Vec's scripts (no_grad) have it. On a GPU
+the model is Qwen2-VL-2B's shape in bf16. On a CPU it is a twelfth as wide, in fp32, with all layers
+of language model and vision tower, since with fewer the last one's shortcut would save more;
+LONGEST=8192 adds longer inputs, WIDTH=256 makes the language model a sixth as wide, where less of
+the time goes into Python. Operations are twice the multiply-adds; `predicted` is their ratio.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bench import bench_inference
-from bench.bench_inference import BATCH, SHAPE, K, Shape, multiply_adds
 from bench.harness import DEVICE, Contest
-from bench.models import byte_tokenizer, pooled_of_padded, random_qwen2_vl
+from bench.models import SPECIAL, Shape, Tower, byte_tokenizer, random_qwen2_vl
 from btok.encoder import BTokEncoder
-from btok.families.qwen_images import TEMPORAL_PATCH, QwenImageProcessor
 from btok.inputs import as_side
 from btok.model import BTokModel
 from btok.processing import Processor
-from btok.vision import by_name, vision_of
+from btok.vision import join
 
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+BATCH = 16  # inputs that are padded together
+K = 4
+PATCH, MERGE = 14, 2  # pixels of a patch's side, patches of a token's
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # rounding moves a bf16 vector by 0.05
 
-
-class Tower(NamedTuple):
-    """A Qwen2-VL vision tower; 2B's by default."""
-
-    embed: int = 1280
-    heads: int = 16
-    layers: int = 32
-    patch: int = 14  # pixels
-    merge: int = 2
-    mlp_ratio: int = 4
-
-
-class Corpus(NamedTuple):
-    """How many inputs, and the tokens of a text and of a picture, [least, most]."""
-
-    inputs: int
-    text: tuple[int, int]
-    image: tuple[int, int]
-
-
-PEERS = ("padded batches", "one by one")
+PEERS = ("padded last token", "packed last token")
+LENGTHS = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
 if DEVICE == "cuda":
-    DTYPE, TOWER, CORPUS = torch.bfloat16, Tower(), Corpus(128, (32, 4096), (64, 1280))
+    DTYPE, SHAPE, TOWER = torch.bfloat16, Shape(), Tower()
+    # alone, most of an input's time goes into launching: so a batch, too, that one packed row holds
+    SIZES = [f"{n}x{length}" for length in LENGTHS for n in {1, min(BATCH, 15360 // length)}]
+    MIXED = (64, (64, 8192))  # inputs; fewest and most tokens
+    CORPUS = (128, (32, 4096), (64, 1280))  # inputs; tokens of a text, of a picture
 else:
-    DTYPE, TOWER, CORPUS = torch.float32, Tower(112, 4), Corpus(32, (16, 128), (16, 64))
+    width = int(os.environ.get("WIDTH", 128))  # a multiple of 64
+    longest = int(os.environ.get("LONGEST", 1024))
+    DTYPE, SHAPE, TOWER = torch.float32, Shape(width, 4, 1, width * 93 // 16, 2000), Tower(112, 4)
+    SIZES = [f"1x{n}" for n in LENGTHS if n <= longest] + ["16x64"]
+    MIXED = (16, (64, 512))
+    CORPUS = (32, (16, 128), (16, 64))
+CASES = [(size, K, peer) for size in [*SIZES, "mixed"] for peer in PEERS]
+CASES += [("1x512", k, "packed last token") for k in (1, 2, 8, 16)]
+CASES += [(size, K, "full last layer") for size in ("1x64", "1x512", "16x64")]
 
 
-class Encoders:
-    """Random weights behind ours with K bottleneck tokens, with none, and stock transformers."""
+class Contestants:
+    """One backbone's random weights behind ours with K bottleneck tokens, ours with none, and stock
+    transformers. They take samples as a processor gives them: token ids, and maybe pixels.
+    """
 
-    def __init__(self, shape: Shape, tower: Tower, device: str, dtype: torch.dtype) -> None:
-        self.processor = Processor(byte_tokenizer(), patch_size=tower.patch)
-        images = self.processor.image_processor
-        assert isinstance(images, QwenImageProcessor)
-        vision = {
-            "depth": tower.layers,
-            "embed_dim": tower.embed,
-            "num_heads": tower.heads,
-            "mlp_ratio": tower.mlp_ratio,
-            "patch_size": tower.patch,
-            "spatial_merge_size": tower.merge,
-            "initializer_range": tower.embed**-0.5,
-        }
-        ids = {
-            "image_token_id": images.pads["image"],
-            "video_token_id": images.pads["video"],
-            "vision_start_token_id": images.start,
-            "vision_end_token_id": images.end,
-        }
-        backbone = random_qwen2_vl(shape, vision, device, dtype, **ids).eval()
+    def __init__(
+        self, shape: Shape, tower: Tower, device: str, dtype: torch.dtype, num_btoks: int = K
+    ) -> None:
+        backbone = random_qwen2_vl(shape, tower, device, dtype).eval()
         self.stock = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
-        self.btoks = list(range(shape.vocabulary - K, shape.vocabulary))
-        model = BTokModel.from_backbone(backbone, btok_token_ids=self.btoks).eval()
-        self.btok = BTokEncoder(model, self.processor)
-        model = BTokModel.from_backbone(backbone, btok_token_ids=(), pooling="last").eval()
-        self.last = BTokEncoder(model, self.processor)
+        self.processor = Processor(byte_tokenizer())
+        self.btok_ids = range(shape.vocab_size - num_btoks, shape.vocab_size)
 
-    def ours(self, inputs: Sequence[Any]) -> np.ndarray:
-        """[N, D], unit norm."""
-        return self.btok.encode(inputs, show_progress=False)
+        def ours(btok_ids: Sequence[int], **settings: str) -> BTokEncoder:
+            model = BTokModel.from_backbone(backbone, btok_token_ids=btok_ids, **settings)
+            return BTokEncoder(model.eval(), self.processor)
 
-    def one_by_one(self, inputs: Sequence[Any]) -> np.ndarray:
-        return np.concatenate([self.ours([value]) for value in inputs])
+        self.btok, self.last = ours(self.btok_ids), ours((), pooling="last")
+        self.full = ours(self.btok_ids, last_layer="full")
 
     @torch.no_grad()
-    def padded(self, inputs: Sequence[Any], btoks: Sequence[int] = ()) -> np.ndarray:
+    def padded(self, samples: Iterable[Mapping[str, Any]], btok_ids: Sequence[int] = ()) -> Tensor:
         """Transformers' own: of [x ; B] the mean of B's rows, or of x the last row, [N, D]."""
-        pooled, device, rows = [], self.stock.device, max(len(btoks), 1)
-        for at in range(0, len(inputs), BATCH):
-            samples = [by_name(self.processor(as_side(v))) for v in inputs[at : at + BATCH]]
-            ids = [torch.cat([s["input_ids"], torch.tensor(btoks).long()]) for s in samples]
-            vision = {}
-            if seen := [s for s in samples if "pixel_values" in s]:
-                for key in ("pixel_values", "image_grid_thw"):
-                    vision[key] = torch.cat([s[key] for s in seen]).to(device)
-                pictures = pad_sequence(ids, batch_first=True) == self.stock.config.image_token_id
-                vision["mm_token_type_ids"] = pictures.int().to(device)
-            pooled.append(pooled_of_padded(self.stock.model, ids, rows, **vision))
-        return F.normalize(torch.cat(pooled), dim=-1).cpu().numpy()
+        btoks, rows = torch.tensor(btok_ids).long(), len(btok_ids) or 1
+        pooled, samples = [], iter(samples)
+        while batch := list(islice(samples, BATCH)):
+            ids = [torch.cat([torch.as_tensor(each["input_ids"]), btoks]) for each in batch]
+            padded = pad_sequence(ids, batch_first=True)
+            mask = pad_sequence([torch.ones_like(tokens) for tokens in ids], batch_first=True)
+            inputs: dict[str, Any] = {"input_ids": padded, "attention_mask": mask}
+            for pictures in join([shown for each in batch for shown in each.get("vision", ())]):
+                inputs["mm_token_type_ids"] = (padded == self.stock.config.image_token_id).int()
+                inputs["image_grid_thw"] = pictures.grid
+                inputs["pixel_values"] = pictures.as_floats().pixels
+            inputs = {key: tensor.to(self.stock.device) for key, tensor in inputs.items()}
+            states = self.stock.model(**inputs, use_cache=False).last_hidden_state
+            last = mask.sum(1, keepdim=True) + torch.arange(-rows, 0)  # [n, rows]
+            pooled.append(states[torch.arange(len(batch))[:, None], last].float().mean(1))
+        return F.normalize(torch.cat(pooled), dim=-1).cpu()
 
-    def check(self, peer: str, inputs: Sequence[Any], alone: np.ndarray) -> None:
-        """Fail unless ours are those of each [x ; B] alone, and the peer's what they should be."""
-        results = {"ours": (self.ours(inputs), alone)}
-        if peer == "one by one":
-            results[peer] = (self.one_by_one(inputs), alone)
-        else:
-            last = self.last.encode(inputs, show_progress=False)
-            results[peer] = (self.padded(inputs), last)
-        for name, (got, want) in results.items():
-            error = float(np.linalg.norm(got - want, axis=1).max())
-            right = error <= TOLERANCES[self.stock.dtype]
-            assert right, f"wrong result of {name}, off by {error:.1e}: not timed"
+    def alone(self, samples: Iterable[Mapping[str, Any]]) -> Tensor:
+        """What ours with K should give, [N, D]: transformers' own of each [x ; B] by itself."""
+        return torch.cat([self.padded([sample], self.btok_ids) for sample in samples])
+
+    def check(self, name: str, vectors: Any, want: Tensor) -> None:
+        """An AssertionError where a vector is not what it should be."""
+        error = float((torch.as_tensor(vectors) - want).norm(dim=-1).max())
+        right = error <= TOLERANCES[self.stock.dtype]
+        assert right, f"wrong result of {name}, off by {error:.1e}: not timed"
 
 
-def user_inputs(corpus: Corpus, unit: int) -> list[Any]:
-    """Texts and pictures, the latter of `unit` ** 2 pixels a token."""
+def multiply_adds(
+    shape: Shape, lengths: Sequence[int], pooled: int | None = None, causal: bool = True
+) -> int:
+    """Of the language model's layers, for sequences of so many rows.
+
+    Args:
+        pooled: how many rows of each the last layer is for, keys and values aside; None for all.
+        causal: half of attention's square, or all of it, as where torch is given a mask tensor.
+    """
+    width, depth = shape.hidden_size, shape.num_hidden_layers
+    key_width = width // shape.num_attention_heads * shape.num_key_value_heads
+    keys = 2 * width * key_width  # and values
+    others = 2 * width**2 + 3 * width * shape.intermediate_size
+
+    def layer(length: int, rows: int) -> int:
+        pairs = rows * length - (rows * (rows - 1) // 2 if causal else 0)
+        return length * keys + rows * others + 2 * width * pairs
+
+    return sum((depth - 1) * layer(n, n) + layer(n, pooled or n) for n in lengths)
+
+
+def vision_multiply_adds(tower: Tower, hidden_size: int, patches: Iterable[int]) -> int:
+    """Of the vision tower, for pictures of so many patches and a language model so wide."""
+    width = tower.embed_dim
+    of_patch = 2 * 3 * PATCH**2 * width  # its pixels, which stand for two frames
+    of_patch += tower.depth * 12 * width**2  # an MLP is four times as wide
+    of_patch += MERGE**2 * width**2 + width * hidden_size  # the merger, over a token's patches
+    return sum(n * of_patch + tower.depth * 2 * width * n**2 for n in patches)
+
+
+def predicted(shape: Shape, peer: str, lengths: Sequence[int], num_btoks: int = K) -> float:
+    """The ratio of our multiply-adds to the peer's."""
+    longer = [n + num_btoks for n in lengths]
+    ours = multiply_adds(shape, longer, pooled=num_btoks)
+    if peer == "full last layer":
+        return ours / multiply_adds(shape, longer)
+    if peer == "packed last token":
+        return ours / multiply_adds(shape, lengths, pooled=1)
+    batches = [lengths[at : at + BATCH] for at in range(0, len(lengths), BATCH)]
+    padded = [multiply_adds(shape, [max(b)] * len(b), causal=len(set(b)) == 1) for b in batches]
+    return ours / sum(padded)
+
+
+def log_uniform(rng: random.Random, bounds: tuple[int, int]) -> float:
+    return math.exp(rng.uniform(*map(math.log, bounds)))
+
+
+def user_inputs(count: int, text: tuple[int, int], image: tuple[int, int]) -> list[Any]:
+    """Texts and pictures of fewest and most tokens."""
     rng, pixels = random.Random(0), np.random.default_rng(0)
-
-    def size(bounds: tuple[int, int]) -> float:
-        return math.exp(rng.uniform(*map(math.log, bounds)))
-
     inputs: list[Any] = []
-    for i in range(corpus.inputs):
+    for i in range(count):
         if i % 4:
-            inputs.append("".join(rng.choices("etaoins ", k=round(size(corpus.text)))))
+            inputs.append("".join(rng.choices("etaoins ", k=round(log_uniform(rng, text)))))
             continue
-        area, aspect = size(corpus.image) * unit**2, math.exp(rng.uniform(-0.7, 0.7))
-        shape = (round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect)), 3)
-        picture = pixels.integers(0, 256, shape, dtype=np.uint8)
+        area = log_uniform(rng, image) * (PATCH * MERGE) ** 2
+        aspect = math.exp(rng.uniform(-0.7, 0.7))
+        size = (round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect)), 3)
+        picture = pixels.integers(0, 256, size, dtype=np.uint8)
         inputs.append(picture if i % 8 else Image.fromarray(picture))
     rng.shuffle(inputs)
     return inputs
 
 
-def vision_multiply_adds(tower: Tower, hidden: int, patches: Iterable[int]) -> int:
-    """Of the vision tower, for pictures of so many patches and a language model so wide."""
-    embed, merged = tower.embed, tower.merge**2
-    of_patch = 3 * TEMPORAL_PATCH * tower.patch**2 * embed
-    of_patch += tower.layers * (4 + 2 * tower.mlp_ratio) * embed**2
-    of_patch += merged * embed**2 + embed * hidden  # the merger, over the patches of its token
-    return sum(n * of_patch + tower.layers * 2 * embed * n * n for n in patches)
+contestants = cache(Contestants)
 
 
 @cache
-def prepared() -> tuple[Encoders, list[Any], np.ndarray]:
-    """The encoders, what they are given, and what ours should make of it."""
-    encoders = Encoders(SHAPE, TOWER, DEVICE, DTYPE)
-    inputs = user_inputs(CORPUS, TOWER.patch * TOWER.merge)
-    alone = [encoders.padded([value], encoders.btoks) for value in inputs]
-    return encoders, inputs, np.concatenate(alone)
+def prepared(size: str, num_btoks: int = K) -> tuple[Contestants, list[dict[str, list[int]]]]:
+    """The contestants, and samples of random tokens that they embed rightly."""
+    four, rng = contestants(SHAPE, TOWER, DEVICE, DTYPE, num_btoks), random.Random(0)
+    if size == "mixed":
+        lengths = [round(log_uniform(rng, MIXED[1])) for _ in range(MIXED[0])]
+    else:
+        count, length = map(int, size.split("x"))
+        lengths = [length] * count
+    tokens = range(len(SPECIAL), SHAPE.vocab_size // 2)
+    samples = [{"input_ids": rng.choices(tokens, k=length)} for length in lengths]
+    alone = four.alone(samples)
+    four.check("btok", four.btok.encode_samples(samples)[0], alone)
+    four.check("full", four.full.encode_samples(samples)[0], alone)
+    four.check("last", four.last.encode_samples(samples)[0], four.padded(samples))
+    return four, samples
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def bench_encoding(contest: Contest, peer: str) -> None:
-    encoders, inputs, alone = prepared()
-    encoders.check(peer, inputs, alone)
-    samples = [encoders.processor(as_side(value)) for value in inputs]
+@pytest.mark.parametrize(("size", "num_btoks", "peer"), CASES)
+def bench_inference(contest: Contest, size: str, num_btoks: int, peer: str) -> None:
+    four, samples = prepared(size, num_btoks)
+    peers: dict[str, Callable[..., Any]] = {
+        "padded last token": four.padded,
+        "packed last token": four.last.encode_samples,
+        "full last layer": four.full.encode_samples,
+    }
     lengths = [len(sample["input_ids"]) for sample in samples]
-    patches = [n for sample in samples for v in vision_of(sample) for n in v.patches]
+    contest(
+        "inference",
+        f"{size}, K = {num_btoks}",
+        peer,
+        partial(four.btok.encode_samples, samples),
+        partial(peers[peer], samples),
+        dtype=DTYPE,
+        flops=2 * multiply_adds(SHAPE, [n + num_btoks for n in lengths], pooled=num_btoks),
+        bytes=sum(p.nbytes for p in four.stock.model.language_model.parameters()),
+        predicted=predicted(SHAPE, peer, lengths, num_btoks),
+        size=size,
+        num_btoks=num_btoks,
+        lengths=lengths,
+    )
+
+
+@pytest.mark.parametrize("peer", ["padded batches", "one by one"])
+def bench_encoding(contest: Contest, peer: str) -> None:
+    four, inputs = contestants(SHAPE, TOWER, DEVICE, DTYPE), user_inputs(*CORPUS)
+    sides = [as_side(value) for value in inputs]
+    samples = [four.processor(side) for side in sides]
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    patches = [n for sample in samples for shown in sample.get("vision", ()) for n in shown.patches]
     language = multiply_adds(SHAPE, [n + K for n in lengths], pooled=K)
-    vision = vision_multiply_adds(TOWER, SHAPE.hidden, patches)
-    expected = 1.0
-    if peer == "padded batches":
-        ratio = bench_inference.predicted(SHAPE, "padded last token", lengths)
-        expected = (language + vision) / (language / ratio + vision)
+    seeing = vision_multiply_adds(TOWER, SHAPE.hidden_size, patches)
+    ours, alone = partial(four.btok.encode, show_progress=False), four.alone(samples)
+    theirs: Callable[[], Any]
+    if peer == "one by one":
+        theirs = lambda: np.concatenate([ours([value]) for value in inputs])  # noqa: E731
+        want, expected = alone, 1.0
+    else:
+        theirs = lambda: four.padded(map(four.processor, sides))  # noqa: E731
+        want = torch.from_numpy(four.last.encode_samples(samples)[0])
+        ratio = predicted(SHAPE, "padded last token", lengths)
+        expected = (language + seeing) / (language / ratio + seeing)
+    four.check("ours", ours(inputs), alone)
+    four.check(peer, theirs(), want)
     contest(
         "corpus encoding",
         f"{len(inputs)} inputs",
         peer,
-        partial(encoders.ours, inputs),
-        partial(
-            {"padded batches": encoders.padded, "one by one": encoders.one_by_one}[peer], inputs
-        ),
+        partial(ours, inputs),
+        theirs,
         dtype=DTYPE,
-        flops=2 * (language + vision),
-        bytes=sum(p.nbytes for p in encoders.stock.model.parameters()),
+        flops=2 * (language + seeing),
+        bytes=sum(p.nbytes for p in four.stock.model.parameters()),
         predicted=expected,
         inputs=len(inputs),
         tokens=sum(lengths),

@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,33 +34,25 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import DEVICE, Contest
-from bench.models import random_qwen2_vl
+from bench.models import SPECIAL, Shape, Tower, random_qwen2_vl
 from btok import adapters
 from btok.data.records import NtpSide, Pair, Side
 from btok.data.samples import pair_samples
 from btok.model import BTokModel
 from btok.objective import Losses
-from btok.packing import Sample, pack
-from btok.vision import Vision
+from btok.packing import PackedBatch, Sample, pack
+from btok.vision import Vision, join
 from train.microbatches import Packing
 from train.recipes import Recipe
 from train.step import train_step
 
 K = 4
+AROUND: Any = SimpleNamespace(prefix_ids=(1, 7), suffix_ids=(2,))  # a target's own tokens
 
 
-class Shape(NamedTuple):
-    """A Qwen2-VL and a batch for it; 2B's by default."""
+class Batch(NamedTuple):
+    """Pairs of a step, and how they are passed through the model."""
 
-    hidden: int = 1536
-    heads: int = 12
-    key_heads: int = 2
-    mlp: int = 8960
-    layers: int = 28
-    vocabulary: int = 151936
-    vision: int = 1280
-    vision_heads: int = 16
-    depth: int = 32
     pairs: int = 64
     side: tuple[int, int] = (8, 32)  # of an image, in tokens
     text: tuple[int, int] = (4, 120)  # tokens
@@ -68,53 +60,42 @@ class Shape(NamedTuple):
     packed: int = 12  # that a packed pass has on average
 
 
-SMALL = Shape(
-    128, 4, 1, 744, 7, 12672, 112, 4, 8, pairs=8, side=(4, 16), text=(4, 60), chunk=4, packed=6
-)
-SHAPE, DTYPE = (Shape(), torch.bfloat16) if DEVICE == "cuda" else (SMALL, torch.float32)
+if DEVICE == "cuda":
+    DTYPE, SHAPE, TOWER, BATCH = torch.bfloat16, Shape(), Tower(), Batch()
+else:
+    DTYPE, SHAPE, TOWER = torch.float32, Shape(128, 4, 1, 744, 12672, 7), Tower(112, 4, 8)
+    BATCH = Batch(8, side=(4, 16), text=(4, 60), chunk=4, packed=6)
 # relative differences of the losses and of the gradients that rounding may make
 BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 0.1)}
 
+PADDED = "two padded passes"
 LEVERS: dict[str, dict[str, Any]] = {
     "without reused vision": {"reuse_vision": False},
     "without packing": {"chunk_tokens": 1},  # a sample a pass
     "without GradCache": {"gradcache": False, "chunk_tokens": None},
     "with checkpointing": {"checkpoint_activations": True},
 }
-PADDED = "two padded passes"
 
 
 class Contestants:
-    """One model's weights behind all, and a batch of pairs.
+    """One model's weights behind all, and a batch of pairs; adapters are fp32."""
 
-    Args:
-        shape: the model's and the batch's.
-        device, dtype: of the frozen weights; adapters are fp32.
-    """
-
-    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
-        vision = {
-            "depth": shape.depth,
-            "embed_dim": shape.vision,
-            "num_heads": shape.vision_heads,
-            "initializer_range": shape.vision**-0.5,
-        }
-        self.image = shape.vocabulary - K - 1  # the placeholder's id
-        ids = {"image_token_id": self.image, "video_token_id": self.image - 1}
-        backbone = random_qwen2_vl(shape, vision, device, dtype, **ids, tie_word_embeddings=True)
-        self.btoks = range(shape.vocabulary - K, shape.vocabulary)
-        adapters.attach(backbone, adapters.Lora(dropout=0.0), self.btoks, "random")
+    def __init__(
+        self, shape: Shape, tower: Tower, batch: Batch, device: str, dtype: torch.dtype
+    ) -> None:
+        backbone = random_qwen2_vl(shape, tower, device, dtype)
+        self.btok_ids = range(shape.vocab_size - K, shape.vocab_size)
+        adapters.attach(backbone, adapters.Lora(dropout=0.0), self.btok_ids, "random")
         for name, p in backbone.named_parameters():
             if "lora_B" in name:  # begins at zero, and A's gradients with it
                 torch.nn.init.normal_(p, std=0.02)
         self.stock = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()}).train()
         self.stock.set_attn_implementation("sdpa")
-        self.btok = BTokModel.from_backbone(backbone, btok_token_ids=self.btoks).train()
+        self.btok = BTokModel.from_backbone(backbone, btok_token_ids=self.btok_ids).train()
         self.trained = [p for p in backbone.parameters() if p.requires_grad]
-        self.processor = SimpleNamespace(prefix_ids=(2, 3), suffix_ids=(1,))
-        self.pairs, sides = make_pairs(shape, self.image)
-        self.samples = pair_samples(self.pairs, lambda side: sides[str(side.text)])
-        self.chunk = shape.chunk
+        self.pairs, self.samples = make_pairs(batch, backbone.config)
+        starts = range(0, len(self.samples), batch.chunk)
+        self.chunks = [self.samples[at : at + batch.chunk] for at in starts]
         rows = sum(len(source["input_ids"]) + K for source, _ in self.samples)
         self.recipe = Recipe(
             caption_steps=0,
@@ -122,188 +103,144 @@ class Contestants:
             negatives="batch",
             groups_per_batch=1,
             gradcache=True,
-            chunk_tokens=rows * shape.packed // len(self.samples),
+            chunk_tokens=rows * batch.packed // len(self.samples),
         )
-        of_target = {"prefix_ids": (2, 3), "suffix_ids": (1,), "backbone_config": backbone.config}
-        self.packing: dict[str, Any] = {**of_target, "btok_token_ids": self.btoks}
-        self.targets = pack(self.samples, **self.packing).num_targets
-
-    def zero(self) -> None:
-        for p in self.trained:
-            p.grad = None
 
     def ours(self, **changed: Any) -> Losses:
         """Packing and `train_step`; gradients are left in the parameters."""
-        self.zero()
+        self.btok.zero_grad()
         recipe = dataclasses.replace(self.recipe, **changed)
         self.btok.checkpoint_activations(recipe.checkpoint_activations)
-        processor: Any = self.processor
-        microbatches = Packing.of(self.btok, processor, recipe).microbatches(self.samples)
+        microbatches = Packing.of(self.btok, AROUND, recipe).microbatches(self.samples)
         return train_step(self.btok, recipe, self.pairs, microbatches, 0).losses
 
     def padded(self) -> Losses:
         """GradCache over padded chunks, in two passes each."""
-        self.zero()
-        count = len(self.samples)
-        chunks = [self.samples[at : at + self.chunk] for at in range(0, count, self.chunk)]
+        self.btok.zero_grad()
         with torch.no_grad():
-            parts = [self.encode([source for source, _ in chunk])[0] for chunk in chunks]
-        embeddings = torch.cat(parts).requires_grad_()
-        query, positive = embeddings.chunk(2)
+            embeddings = torch.cat([self.encode(chunk)[0] for chunk in self.chunks])
+        query, positive = embeddings.requires_grad_().chunk(2)
         own = torch.arange(len(query), device=query.device)
         contrastive = F.cross_entropy(query @ positive.T / self.recipe.temperature, own)
         contrastive.backward()
         assert embeddings.grad is not None
-        total = torch.zeros((), device=embeddings.device)
-        for chunk, grad in zip(chunks, embeddings.grad.split(self.chunk), strict=True):
-            part, kept = self.encode([source for source, _ in chunk], keep=True)
-            loss = (part * grad).sum()
+        gradients = embeddings.grad.split([len(chunk) for chunk in self.chunks])
+        targets = sum(target is not None for _, target in self.samples)
+        generative = torch.zeros_like(contrastive)
+        for chunk, gradient in zip(self.chunks, gradients, strict=True):
+            part, cache = self.encode(chunk, keep=True)
+            loss = (part * gradient).sum()
             if any(target is not None for _, target in chunk):
-                ntp = self.generate(chunk, kept) / self.targets
+                ntp = self.generate(chunk, cache) / targets
                 loss = loss + self.recipe.ntp_weight * ntp
-                total = total + ntp.detach()
+                generative += ntp.detach()
             loss.backward()
-        weighted = contrastive.detach() + self.recipe.ntp_weight * total
-        return Losses(weighted, contrastive.detach(), total, torch.zeros_like(total))
+        contrastive = contrastive.detach()
+        total = contrastive + self.recipe.ntp_weight * generative
+        return Losses(total, contrastive, generative, torch.zeros_like(total))
 
-    def see(self, sides: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Vision features of the sides' images, [tokens, D]."""
-        pixels, grids = (
-            torch.cat([side[k] for side in sides]) for k in ("pixel_values", "image_grid_thw")
-        )
-        with torch.no_grad():
-            found = self.stock.model.get_image_features(
-                pixels.to(self.stock.device, self.stock.dtype), grids.to(self.stock.device)
-            )
-        return torch.cat(tuple(found.pooler_output))
-
-    def forward(
-        self,
-        sides: Sequence[Any],
-        tokens: Sequence[Tensor],
-        places: Sequence[Tensor],
-        left: bool,
-        past: Any = None,
-        before: Tensor | None = None,
-        **options: Any,
-    ) -> Any:
-        """The stock language model on padded rows, with the vision features of `sides` in place.
-
-        Args:
-            tokens, places: ids [L] and positions [3, L] of each.
-            left: pad before the tokens, else behind them.
-            past, before: a KV cache and its mask [n, K].
+    def alone(self, sample: Sample) -> tuple[PackedBatch, Tensor]:
+        """A sample by itself, and of each of its rows what `forward` takes: 1, the token's id and
+        its three positions, [5, L].
         """
-        device, width = self.stock.device, max(map(len, tokens))
+        options = vars(AROUND) | {"backbone_config": self.stock.config}
+        batch = pack([sample], btok_token_ids=self.btok_ids, **options)
+        ids = batch.input_ids[None]
+        return batch, torch.cat([torch.ones_like(ids), ids, batch.position_ids])
 
-        def stack(parts: Sequence[Tensor]) -> Tensor:
-            pads = [
-                (width - part.shape[-1], 0) if left else (0, width - part.shape[-1])
-                for part in parts
-            ]
-            return torch.stack([F.pad(*each) for each in zip(parts, pads, strict=True)]).to(device)
-
-        ids = stack(tokens)
-        mask = stack([torch.ones_like(part) for part in tokens])
+    def forward(self, sides: Sequence[Any], rows: Sequence[Tensor], **cache: Any) -> Any:
+        """The stock language model on rows as of `alone`, padded on the left, with the vision
+        features of `sides` in place.
+        """
+        device, width = self.stock.device, max(row.shape[1] for row in rows)
+        padded = torch.stack([F.pad(row, (width - row.shape[1], 0)) for row in rows], 1).to(device)
+        mask, ids, positions = padded[0], padded[1], padded[2:]  # [n, width], [3, n, width]
         embeds = self.stock.get_input_embeddings()(ids)
-        having = [side for side in sides if "pixel_values" in side]
-        if having:
-            features = self.see(having).to(embeds.dtype)
-            embeds = embeds.masked_scatter((ids == self.image)[..., None], features)
+        for images in join([shown for side in sides for shown in side.get("vision", ())]):
+            assert images.pixels is not None
+            pixels = images.pixels.to(device, self.stock.dtype)
+            with torch.no_grad():
+                found = self.stock.model.get_image_features(pixels, images.grid.to(device))
+            features = torch.cat(found.pooler_output).to(embeds.dtype)
+            places = (ids == self.stock.config.image_token_id)[..., None]
+            embeds = embeds.masked_scatter(places, features)
+        if "past_key_values" in cache:  # of K rows, which all see
+            mask = F.pad(mask, (K, 0), value=1)
         return self.stock.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=mask if before is None else torch.cat([before, mask], dim=1),
-            position_ids=stack(places).transpose(0, 1),
-            past_key_values=past,
-            **options,
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, **cache
         )
 
-    def encode(
-        self, sources: Sequence[Mapping[str, Any]], keep: bool = False
-    ) -> tuple[Tensor, Any]:
+    def encode(self, chunk: Sequence[Sample], keep: bool = False) -> tuple[Tensor, Any]:
         """Unit vectors [n, D] and, to `keep` them, the bottleneck tokens' keys and values."""
         from transformers import DynamicCache
 
-        alone = [pack([(source, None)], **self.packing) for source in sources]
-        tokens, places = [b.input_ids for b in alone], [b.position_ids for b in alone]
-        output = self.forward(sources, tokens, places, left=True, use_cache=keep)
-        pooled = output.last_hidden_state[:, -K:].float().mean(1)
-        if not keep:
-            return F.normalize(pooled, dim=-1), None
-        kept = DynamicCache()
-        for index, layer in enumerate(output.past_key_values.layers):
-            kept.update(layer.keys[:, :, -K:], layer.values[:, :, -K:], index)
-        return F.normalize(pooled, dim=-1), kept
+        sources = [source for source, _ in chunk]
+        rows = [self.alone((source, None))[1] for source in sources]
+        output = self.forward(sources, rows, use_cache=keep)
+        cache = DynamicCache()
+        for index, layer in enumerate(output.past_key_values.layers if keep else ()):
+            cache.update(layer.keys[:, :, -K:], layer.values[:, :, -K:], index)
+        return F.normalize(output.last_hidden_state[:, -K:].float().mean(1), dim=-1), cache
 
-    def generate(self, chunk: Sequence[Sample], kept: Any) -> Tensor:
+    def generate(self, chunk: Sequence[Sample], cache: Any) -> Tensor:
         """The sum over samples of their mean loss per label."""
         some = [i for i, (_, target) in enumerate(chunk) if target is not None]
-        kept.batch_select_indices(torch.tensor(some, device=self.stock.device))
-        whole = [pack([chunk[i]], **self.packing) for i in some]
-        borders = [int(batch.layout.bounds[0, 2]) for batch in whole]
-        both = list(zip(whole, borders, strict=True))
-        tokens, places = (
-            [b.input_ids[n:] for b, n in both],
-            [b.position_ids[:, n:] for b, n in both],
-        )
-        before = torch.ones(len(some), K, dtype=torch.long, device=self.stock.device)
-        targets = [chunk[i][1] for i in some]
-        output = self.forward(targets, tokens, places, left=False, past=kept, before=before)
+        cache.batch_select_indices(torch.tensor(some, device=self.stock.device))
+        batches, rows = zip(*(self.alone(chunk[i]) for i in some), strict=True)
+        borders = [int(batch.layout.bounds[0, 2]) for batch in batches]
+        of_targets = [row[:, border:] for row, border in zip(rows, borders, strict=True)]
+        output = self.forward([chunk[i][1] for i in some], of_targets, past_key_values=cache)
         logits = self.stock.lm_head(output.last_hidden_state).float()  # [n, L, V]
-        found = [logits[i, (b.label_rows - n).to(logits.device)] for i, (b, n) in enumerate(both)]
-        labels = [batch.labels.to(logits.device) for batch in whole]
-        return torch.stack(list(map(F.cross_entropy, found, labels))).sum()
+        losses = []
+        for each, batch in zip(logits, batches, strict=True):
+            from_the_end = (batch.label_rows - len(batch.input_ids)).to(each.device)
+            losses.append(F.cross_entropy(each[from_the_end], batch.labels.to(each.device)))
+        return torch.stack(losses).sum()
 
-    def check(self, name: str, run: Callable[[], Losses], want: tuple[list[float], Tensor]) -> None:
-        """Fail unless losses and gradients are those of the baseline."""
-        losses, gradient = self.result(run)
-        bounds = BOUNDS[self.stock.dtype]
-        error = max(abs(x - y) / abs(y) for x, y in zip(losses, want[0], strict=True))
+    def result(self, run: Callable[[], Losses]) -> tuple[Tensor, Tensor]:
+        """The losses, and all gradients in one vector."""
+        losses = torch.stack(run()[:3])  # of no text to restore: the last is 0
+        return losses.detach(), torch.cat([p.grad.float().flatten() for p in self.trained])
+
+    def check(self, name: str, run: Callable[[], Losses], want: tuple[Tensor, Tensor]) -> None:
+        """An AssertionError unless losses and gradients are those of the baseline."""
+        (losses, gradients), bounds = self.result(run), BOUNDS[self.stock.dtype]
+        error = float(((losses - want[0]) / want[0]).abs().max())
         assert error <= bounds[0], f"wrong losses of {name}, off by {error:.1e}: not timed"
-        error = float((gradient - want[1]).norm() / want[1].norm())
+        error = float((gradients - want[1]).norm() / want[1].norm())
         assert error <= bounds[1], f"wrong gradients of {name}, off by {error:.1e}: not timed"
 
-    def result(self, run: Callable[[], Losses]) -> tuple[list[float], Tensor]:
-        """Losses, and all gradients in one vector."""
-        *losses, _restored = (float(loss) for loss in run())  # of no text: the last is 0
-        return losses, torch.cat([p.grad.float().flatten() for p in self.trained])
 
-
-def make_pairs(shape: Shape, image: int) -> tuple[list[Pair], dict[str, dict[str, Any]]]:
-    """Pairs, and their sides as a processor would give them, by the side's text."""
+def make_pairs(batch: Batch, config: Any) -> tuple[list[Pair], list[Sample]]:
+    """Random pairs for a model of this configuration, and their samples."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
-    sides: dict[str, dict[str, Any]] = {}
+    tokens = range(len(SPECIAL), config.text_config.vocab_size // 2)
+    sides: dict[str, dict[str, Any]] = {}  # by the text, as a processor would give them
 
     def side(name: str, has_image: bool, most: int) -> Side:
-        ids = rng.choices(range(4, shape.vocabulary // 2), k=rng.randint(shape.text[0], most))
-        processed: dict[str, Any] = {"input_ids": ids}
+        ids = rng.choices(tokens, k=rng.randint(batch.text[0], most))
+        sides[name] = {"input_ids": ids}
         if has_image:
-            height, width = (2 * rng.randint(*shape.side) for _ in range(2))  # patches
+            height, width = (2 * rng.randint(*batch.side) for _ in range(2))  # patches
             pixels = torch.randn(height * width, 3 * 2 * 14 * 14, generator=generator)
-            processed["pixel_values"] = pixels
-            processed["image_grid_thw"] = torch.tensor([[1, height, width]])
-            # as an object, so that the step knows one image where it stands twice
-            processed["vision"] = [Vision("image", processed["image_grid_thw"], pixels)]
-            processed["input_ids"] = [image] * (height * width // 4) + ids
-        sides[name] = processed
+            places = [config.image_token_id] * (height * width // 4)
+            image = Vision("image", torch.tensor([[1, height, width]]), pixels)
+            sides[name] = {"input_ids": places + ids, "vision": [image]}
         return Side(text=name)
 
-    sides_to_generate: dict[str, NtpSide] = {"question": "positive", "page": "query"}
-    pairs = []
-    for i in range(shape.pairs):
+    pairs, generated = [], dict[str, NtpSide](question="positive", page="query", text="none")
+    for i in range(batch.pairs):
         kind = ("question", "page")[i % 2] if i % 6 < 5 else "text"
-        query = side(f"query {i}", kind == "question", shape.text[1] // 2)
-        positive = side(f"positive {i}", kind == "page", shape.text[1])
-        of_text: NtpSide = "none" if i % 2 else "positive"
-        ntp_side = sides_to_generate.get(kind, of_text)
-        pairs.append(Pair(query, positive, [], "some", ntp_side, positive_id=str(i)))
-    return pairs, sides
+        query = side(f"query {i}", kind == "question", batch.text[1] // 2)
+        positive = side(f"positive {i}", kind == "page", batch.text[1])
+        pairs.append(Pair(query, positive, [], "some", generated[kind], positive_id=str(i)))
+    return pairs, pair_samples(pairs, lambda side: sides[str(side.text)])
 
 
 @cache
-def prepared() -> tuple[Contestants, tuple[list[float], Tensor], int]:
+def prepared() -> tuple[Contestants, tuple[Tensor, Tensor], int]:
     """The contestants, the baseline's result, and our step's operations."""
-    contestants = Contestants(SHAPE, DEVICE, DTYPE)
+    contestants = Contestants(SHAPE, TOWER, BATCH, DEVICE, DTYPE)
     with FlopCounterMode(display=False) as counter:
         contestants.ours()
     want = contestants.result(contestants.padded)
@@ -314,24 +251,20 @@ def prepared() -> tuple[Contestants, tuple[list[float], Tensor], int]:
 @pytest.mark.parametrize("peer", [PADDED, *LEVERS])
 def bench_training_step(contest: Contest, peer: str) -> None:
     contestants, want, flops = prepared()
-    theirs: Callable[[], Losses] = contestants.padded
-    if peer in LEVERS:
-        theirs = partial(contestants.ours, **LEVERS[peer])
+    with_lever = partial(contestants.ours, **LEVERS.get(peer, {}))
+    theirs = contestants.padded if peer == PADDED else with_lever
     contestants.check(peer, theirs, want)
-    frozen = sum(p.nbytes for p in contestants.stock.parameters())
-    tokens = sum(
-        len(side["input_ids"]) for sample in contestants.samples for side in sample if side
-    )
+    sides = [side for sample in contestants.samples for side in sample if side]
     contest(
         "training step",
-        f"{SHAPE.pairs} pairs",
+        f"{BATCH.pairs} pairs",
         peer,
         contestants.ours,
         theirs,
         dtype=DTYPE,
         flops=flops,
-        bytes=frozen,
-        pairs_in_batch=SHAPE.pairs,
-        tokens=tokens,
+        bytes=sum(p.nbytes for p in contestants.stock.parameters()),
+        pairs_in_batch=BATCH.pairs,
+        tokens=sum(len(side["input_ids"]) for side in sides),
         chunk_tokens=contestants.recipe.chunk_tokens,
     )

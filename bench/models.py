@@ -1,63 +1,53 @@
-"""What the benchmarks' contestants share: a Qwen2-VL of random weights, its padded forward, and a
-tokenizer for it.
-"""
+"""What the benchmarks' contestants share: Qwen2-VLs of random weights and a tokenizer for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+
+NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL = [f"<|{name}|>" for name in NAMES]  # the tokenizer's ids 0 to 6
 
 
-def random_qwen2_vl(
-    shape: Any, vision: dict[str, Any], device: str, dtype: torch.dtype, **options: Any
-) -> Any:
-    """The same weights for the same arguments.
+class Shape(NamedTuple):
+    """A language model, as transformers' configurations name it; Qwen2-VL-2B's by default."""
 
-    Args:
-        shape: has `hidden`, `heads`, `key_heads`, `mlp`, `layers` and `vocabulary` of the language
-            model.
-        vision: settings of the tower, but for its output's width.
-        options: of transformers' Qwen2VLConfig besides, such as token ids.
-    """
+    hidden_size: int = 1536
+    num_attention_heads: int = 12
+    num_key_value_heads: int = 2
+    intermediate_size: int = 8960
+    vocab_size: int = 151936
+    num_hidden_layers: int = 28
+
+
+class Tower(NamedTuple):
+    """A vision tower likewise."""
+
+    embed_dim: int = 1280
+    num_heads: int = 16
+    depth: int = 32
+
+
+def random_qwen2_vl(shape: Shape, tower: Tower, device: str, dtype: torch.dtype) -> Any:
+    """A Qwen2-VL in transformers, with the same weights for the same arguments."""
     from transformers import AutoModelForImageTextToText, Qwen2VLConfig
 
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
-    rope["mrope_section"] = [n * shape.hidden // shape.heads // 16 for n in (2, 3, 3)]
-    language = {
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.mlp,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.key_heads,
-        "rope_parameters": rope,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "initializer_range": shape.hidden**-0.5,  # so that attention is far from uniform
-    }
-    vision = vision | {"hidden_size": shape.hidden}
-    config = Qwen2VLConfig(text_config=language, vision_config=vision, **options)
+    head_dim = shape.hidden_size // shape.num_attention_heads
+    sections = [n * head_dim // 16 for n in (2, 3, 3)]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    # weights are so large that attention is far from uniform
+    language = shape._asdict() | {"initializer_range": shape.hidden_size**-0.5}
+    language |= {"rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 0}
+    vision = tower._asdict() | {"initializer_range": tower.embed_dim**-0.5}
+    vision |= {"hidden_size": shape.hidden_size}
+    ids = {"vision_start_token_id": 3, "vision_end_token_id": 4}
+    ids |= {"image_token_id": 5, "video_token_id": 6}
+    parts = {"text_config": language, "vision_config": vision}
+    config = Qwen2VLConfig(**parts, **ids, tie_word_embeddings=True)
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype)
-
-
-def pooled_of_padded(model: Any, ids: Sequence[Tensor], rows: int, **vision: Tensor) -> Tensor:
-    """The mean of each one's last `rows` rows, [N, D], by transformers' own forward of ids that are
-    padded to one length."""
-    mask = pad_sequence([torch.ones_like(tokens) for tokens in ids], batch_first=True)
-    states = model(
-        input_ids=pad_sequence(list(ids), batch_first=True).to(model.device),
-        attention_mask=mask.to(model.device),
-        use_cache=False,
-        **vision,
-    ).last_hidden_state
-    last = mask.sum(1, keepdim=True) + torch.arange(-rows, 0)  # [N, rows]
-    return states[torch.arange(len(ids))[:, None], last].float().mean(1)
 
 
 def byte_tokenizer() -> Any:
@@ -65,12 +55,9 @@ def byte_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names: tuple[str, ...] = ("endoftext", "im_start", "im_end")
-    names += ("vision_start", "vision_end", "image_pad", "video_pad")
-    special = [f"<|{name}|>" for name in names]
-    alphabet = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    alphabet = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0])
+    tokenizer.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0])

@@ -35,8 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bench_inference import Shape, predicted
+from bench.bench_encoding import predicted
 from bench.harness import settle_allocator
+from bench.models import Shape
 from btok import adapters
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
@@ -424,9 +425,7 @@ def overhead(folder: Path, options: Options) -> dict[str, Any]:
     settle_allocator()
     whole = command_line.load(str(folder), num_btoks=max(options.btoks)).model.eval()
     config = whole.backbone.config
-    heads = config.num_attention_heads, config.num_key_value_heads
-    others = config.intermediate_size, config.vocab_size, config.num_hidden_layers
-    shape = Shape(config.hidden_size, *heads, *others)
+    shape = Shape(*(getattr(config, name) for name in Shape._fields))
     last = BTokModel.from_backbone(whole.backbone, btok_token_ids=(), pooling="last").eval()
     generator = torch.Generator().manual_seed(0)
     cases = []
@@ -442,7 +441,7 @@ def overhead(folder: Path, options: Options) -> dict[str, Any]:
             ratio = predicted(shape, "packed last token", [tokens], number)
             cases.append({"tokens": tokens, "num_btoks": number, "modelled": ratio, **timed})
             print(f"  {tokens}, K = {number}: {timed['ratio']:.3f}", file=sys.stderr, flush=True)
-    return {"layers": shape.layers, "width": shape.hidden, "cases": cases}
+    return {"layers": shape.num_hidden_layers, "width": shape.hidden_size, "cases": cases}
 
 
 @torch.inference_mode()

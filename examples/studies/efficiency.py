@@ -4,7 +4,7 @@
 
 modelled   the ratio of multiply-adds of Qwen2-VL-2B's language model for one input of n tokens:
            n + K rows over n through all layers; and with the last layer for the pooled rows alone
-measured   the ratio of wall times on this machine of the model that `bench/bench_inference.py` has
+measured   the ratio of wall times on this machine of the model that `bench/bench_encoding.py` has
            for it, from a list of token ids to a unit vector, one input at a time; both sides run
            the last layer for the pooled rows alone, on the same random weights
 
@@ -24,8 +24,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bench.bench_inference import DTYPE, SHAPE, Shape, multiply_adds, predicted, prepared
+from bench.bench_encoding import DTYPE, SHAPE, multiply_adds, predicted, prepared
 from bench.harness import settle_allocator
+from bench.models import Shape
 from bench.plots import BLUE, GREEN, ORANGE, PALE, PURPLE, RED, TEAL, canvas, log_axis
 from bench.report import table
 from btok.files import write_json, write_text
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     settle_allocator()
-    shape = f"{SHAPE.layers} layers of width {SHAPE.hidden}, {str(DTYPE).removeprefix('torch.')}"
+    shape = f"{SHAPE.num_hidden_layers} layers of width {SHAPE.hidden_size}, "
+    shape += str(DTYPE).removeprefix("torch.")
     settings = surroundings() | {"seconds": options.seconds, "shape": shape}
     settings["load"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     cases = [case(n, k, options.seconds) for k in options.btoks for n in options.lengths]
@@ -76,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def case(tokens: int, num_btoks: int, most: float) -> dict[str, Any]:
     """What K bottleneck tokens cost over the last token, modelled and measured."""
-    contestants, inputs = prepared(f"1x{tokens}", num_btoks)  # checked
+    contestants, samples = prepared(f"1x{tokens}", num_btoks)  # checked
     last, ours = (
-        partial(contestants.packed, m, inputs) for m in (contestants.last, contestants.btok)
+        partial(each.encode_samples, samples) for each in (contestants.last, contestants.btok)
     )
     short, long = (multiply_adds(Shape(), [n]) for n in (tokens, tokens + num_btoks))
     found = {"tokens": tokens, "num_btoks": num_btoks, "flops": 2 * short, "modelled": long / short}
