@@ -538,11 +538,12 @@ def read_run(path: Path) -> Run:
 
 
 def other_run(folder: Path, arguments: list[str]) -> Run:
-    """The same with the Triton in `folder`; in bfloat16, as the others' code differs little."""
+    """The same with the Triton in `folder`; in bfloat16, as the others' code differs little, and in
+    float16 what is this Triton's alone."""
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch, "rows.json")
         found = [str(folder.resolve()), os.environ.get("PYTHONPATH", "")]
-        arguments = [*arguments, "--dtypes", "bfloat16", "--rows", str(rows)]
+        arguments = [*arguments, "--dtypes", "bfloat16", "float16", "--rows", str(rows)]
         subprocess.run(
             [sys.executable, "-m", "tests.compiled.aot", *arguments],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found))},
@@ -564,7 +565,10 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         same = dtype == "float32" or (dtype != "bfloat16" and not read)
         if same and arch != args.archs[0]:
             continue
-        if args.only in (None, "attention"):
+        ops = {args.only} if args.only else OPS.keys()
+        if args.rows and dtype == "float16":  # of another Triton: what only that one compiles
+            ops = ops & {"hopper"}
+        if "attention" in ops:
             few = [d for d in args.head_dims if d in ends] or args.head_dims
             every = read if dtype == "bfloat16" else dtype == "float32" and not args.rows
             dims = args.head_dims if every else few
@@ -575,15 +579,16 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
                 yield Job("attention", arch, dim, dtype, f"G{heads}")
             for dim in few if also_one else []:
                 yield Job("attention", arch, dim, dtype, "G6 budgets")
-        if args.only in (None, "hopper") and arch == 90 and dtype != "float32":
+        if "hopper" in ops and arch == 90 and dtype != "float32":
             dims = sorted({dim for _, dim in launch.HOPPER} & {*args.head_dims})
             for dim in dims if not launch.no_gluon() else []:
-                for variant in ("G6", "G1", "G6 budgets") if dim in ends else ("G6",):
+                several = dim in ends and dtype == "bfloat16"
+                for variant in ("G6", "G1", "G6 budgets") if several else ("G6",):
                     yield Job("hopper", arch, dim, dtype, f"{variant} hopper")
-        if args.only in (None, "contrastive"):
+        if "contrastive" in ops:
             for variant in ("none", "all"):
                 yield Job("contrastive", arch, 1536, dtype, variant)
-        if args.only in (None, "late"):
+        if "late" in ops:
             yield Job("late", arch, 128, dtype, "K16")
 
 

@@ -24,11 +24,12 @@ from triton.runtime import driver
 from btok_kernels import condensed_attention, contrastive_loss, late_interaction, launch
 from tests.compiled.driver import Target
 from tests.compiled.machine import Machine
-from tests.compiled.memory import Global
+from tests.compiled.memory import Fault, Global
 from tests.compiled.ptx import parse
 from tests.compiled.warpgroups import Warpgroups, tensor_map
 
 LANES_BYTES = 192 << 20  # of the registers of the thread blocks that are executed side by side
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # of a block, by compute capability
 
 program_of = cache(parse)
 
@@ -36,14 +37,33 @@ program_of = cache(parse)
 class Device:
     """What was executed, and what else a launch may touch."""
 
-    def __init__(self, rewrite: Mapping[str, Callable[[str], str]], seed: int) -> None:
+    def __init__(self, arch: int, rewrite: Mapping[str, Callable[[str], str]], seed: int) -> None:
         self.also: list[Tensor] = []  # tensors that kernels reach without being given them
-        self.rewrite, self.seed = rewrite, seed
+        self.arch, self.rewrite, self.seed = arch, rewrite, seed
+        self.captured: list[tuple[Any, ...]] = []  # launches, as a CUDA graph has them
         self.launched: Counter[str] = Counter()
         self.executed: Counter[tuple[str, str]] = Counter()  # (kernel, opcode): blocks
 
     def launch(self, kernel: CompiledKernel, grid: Sequence[int], arguments: Sequence[Any]) -> None:
-        """Execute a compiled kernel over a grid."""
+        """Execute a compiled kernel over a grid.
+
+        Raises:
+            Fault: anything undefined, or what the device refuses.
+        """
+        self.captured.append((kernel, grid, arguments))
+        self._execute(kernel, grid, arguments)
+
+    def replay(self) -> None:
+        """All launches again, as a CUDA graph replays them: the same code, grids, numbers, pointers
+        and tensor maps, on what now lies in memory."""
+        for launched in self.captured:
+            self._execute(*launched)
+
+    def _execute(
+        self, kernel: CompiledKernel, grid: Sequence[int], arguments: Sequence[Any]
+    ) -> None:
+        if (shared := kernel.metadata.shared) > SHARED_BYTES[self.arch]:
+            raise Fault(f"{kernel.name} takes {shared} bytes of shared memory")
         types = list(kernel.src.signature.values())
         given = [x for x, t in zip(arguments, types, strict=True) if t != "constexpr"]
         text = kernel.asm["ptx"]
@@ -91,7 +111,7 @@ def device(
         rewrite: changes of a kernel's PTX by its name: planted faults.
         seed: in which order the warpgroups of a block go on, and copies arrive.
     """
-    here = Device(rewrite or {}, seed)
+    here = Device(arch, rewrite or {}, seed)
 
     def starter(kernel: CompiledKernel) -> Callable[..., None]:
         def start(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from btok_kernels import launch
+
 ROOT = Path(__file__).resolve().parents[2]
 LOOP = {
     "instructions": 373,
@@ -232,6 +234,18 @@ def test_code_that_would_be_the_same_is_not_compiled_again():
     arguments |= {"head_dims": [64]}
     (job,) = aot.jobs(argparse.Namespace(**arguments))
     assert job == aot.Job("attention", 90, 64, "float32", "G1")
+
+
+def test_of_another_triton_float16_is_of_the_kernels_for_hopper_alone(monkeypatch):
+    from tests.compiled import aot
+
+    monkeypatch.setattr(launch, "no_gluon", lambda: None)
+    arguments = {"only": None, "head_dims": [64, 80, 256], "groups": None, "rows": Path("rows")}
+    arguments |= {"archs": [90], "dtypes": ["bfloat16", "float16"]}
+    half = [job for job in aot.jobs(argparse.Namespace(**arguments)) if job.dtype == "float16"]
+    assert half == [aot.Job("hopper", 90, dim, "float16", "G6 hopper") for dim in (64, 80)]
+    arguments |= {"only": "attention"}
+    assert {job.dtype for job in aot.jobs(argparse.Namespace(**arguments))} == {"bfloat16"}
 
 
 def test_host_code_that_starts_a_compiled_kernel_is_recorded(tmp_path):
