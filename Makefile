@@ -20,15 +20,18 @@ setup: .venv/ready
 
 # torch first and alone: the build pip has at hand decides what triton it needs
 .venv/ready: pyproject.toml constraints-cpu.txt
-	$(PYTHON) -m venv .venv
-	@echo "installing torch (the CPU build is 200 MB, PyPI's with CUDA several GB) ..."
-	$(BIN)/pip install --quiet torch==2.13.0
-	@echo "installing the rest (250 MB) ..."
-	$(BIN)/python -c "import sys, importlib.util as u; \
+	@echo "1 of 4: an environment in .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "2 of 4: torch (the CPU build is 200 MB, PyPI's with CUDA several GB)"
+	@$(BIN)/python tests/install.py torch==2.13.0
+	@echo "3 of 4: triton (190 MB), unless torch brought it"
+	@$(BIN)/python -c "import sys, importlib.util as u; \
 		sys.exit(sys.platform == 'linux' and not u.find_spec('triton'))" \
-		|| $(BIN)/pip install --quiet triton==3.6.0
-	$(BIN)/pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+		|| $(BIN)/python tests/install.py triton==3.6.0
+	@echo "4 of 4: btok and what it is developed with (350 MB)"
+	@$(BIN)/python tests/install.py --constraint constraints-cpu.txt --editable '.[dev]'
 	@touch $@
+	@echo "ready; source .venv/bin/activate to work in it"
 
 # one single-threaded process per core is faster than one process with two threads
 demo: setup
@@ -94,7 +97,7 @@ graph: setup
 bench: setup
 	@mkdir -p $(BENCH_OUT)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest bench/ --benchmark-only --keep $(BENCH_OUT)/bench.json
-	$(BIN)/python bench/report.py page $(BENCH_OUT)/bench.json
+	$(BIN)/python bench/report.py $(BENCH_OUT)/bench.json
 
 profile: setup
 	$(BIN)/python bench/breakdown.py --out $(PROFILE_OUT)
@@ -116,7 +119,7 @@ gpu: $(GPU_OUT)/tested
 	-timeout -k 5 90 $(PYTHON) -m torch.distributed.run --nproc-per-node gpu --no-python \
 		$(PYTHON) -m pytest -q $(CONTESTS) -k gather
 	-timeout -k 5 $(BUDGET) $(PYTHON) -m pytest -q $(CONTESTS)
-	$(PYTHON) bench/report.py page $(GPU_OUT)/gpu.json
+	$(PYTHON) bench/report.py $(GPU_OUT)/gpu.json
 
 $(GPU_OUT)/tested:
 	@$(PYTHON) -c "import torch; torch.cuda.is_available() or exit('gpu: torch sees no CUDA device')"

@@ -1,7 +1,6 @@
-"""What the benchmarks found, as a page, and two files of it compared.
+"""What the benchmarks found, as a Markdown page with its plots:
 
-python bench/report.py page RESULTS.json [--out FOLDER]           a Markdown page and its plots
-python bench/report.py compare OLD.json NEW.json                  status 1 where NEW is worse
+    python bench/report.py RESULTS.json [--out FOLDER]
 
 RESULTS.json is what `pytest bench/ --benchmark-only --keep RESULTS.json` writes. A ratio is our
 time over the peer's, the median over pairs: below 1 ours is faster.
@@ -21,7 +20,6 @@ from urllib.parse import quote
 from bench.provenance import versions_line
 
 FORMAT_VERSION = 2  # of a file of contests
-MEMORY_NOISE = 1 << 20  # bytes by which a resident set moves on its own
 WINS, LEAST_MIB = 0.97, 16  # a ratio that is a gain; MiB between two peaks that make a difference
 RULE = (
     "Ours is today's choice, the peer an alternative. A contest is won where the whole interval is"
@@ -34,7 +32,7 @@ Results = dict[str, Any]
 
 
 class ResultsError(ValueError):
-    """A results file that cannot be used, or two that cannot be compared."""
+    """A results file that cannot be used."""
 
 
 def load(path: Path) -> Results:
@@ -72,10 +70,6 @@ def table(*rows: list[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def spread(case: Case) -> str:
-    return "{:.3f} ({:.3f} - {:.3f})".format(case["ratio"], *case["quartiles"])
-
-
 def mebibytes(memory: int | None) -> str:
     return "" if memory is None else f"{memory / 2**20:.2f}"
 
@@ -90,7 +84,7 @@ def row(case: Case) -> list[str]:
     return [
         case["case"],
         case["peer"],
-        spread(case),
+        "{:.3f} ({:.3f} - {:.3f})".format(case["ratio"], *case["quartiles"]),
         "{:.3f} - {:.3f}".format(*case["interval"]),
         f"{1 / case['ratio']:.2f}",
         "" if case["predicted"] is None else f"{case['predicted']:.3f}",
@@ -216,75 +210,18 @@ def write_page(path: Path, folder: Path) -> None:
     (folder / f"{path.stem}.md").write_text(page(results, path.stem, drawn))
 
 
-def compare(old: Results, new: Results, threshold: float = 0.1) -> tuple[str, list[str]]:
-    """What became of each case's ratio and of our memory.
-
-    Args:
-        threshold: by how much, relatively, a ratio may grow, or a memory by more than a MiB. A
-            ratio whose quartiles overlap the old ones has not grown.
-
-    Returns:
-        The page in Markdown, and a line per regression.
-
-    Raises:
-        ResultsError: they are of two machines, or have no case in common.
-    """
-    for fact in ("device", "cpu", "threads") if old["machine"]["device"] == "cpu" else ("device",):
-        before, after = (results["machine"][fact] for results in (old, new))
-        if before != after:
-            raise ResultsError(f"not comparable: {fact} was {before}, is {after}")
-    keys = "bench", "case", "peer"
-    sides = [groups(results["cases"], *keys) for results in (old, new)]
-    if twice := [key for side in sides for key, cases in side.items() if len(cases) > 1]:
-        raise ResultsError(f"not comparable: two cases are {', '.join(twice[0])}")
-    both = [key for key in sides[1] if key in sides[0]]
-    if not both:
-        raise ResultsError("not comparable: no case in common")
-    rows = [[*keys, "old ratio", "new ratio", "change", "old MiB", "new MiB"]]
-    regressions = []
-    for key in both:
-        (before,), (after,) = (side[key] for side in sides)
-        ratios = [spread(case) for case in (before, after)]
-        sizes = [mebibytes(case["memory"]) for case in (before, after)]
-        growth = after["ratio"] / before["ratio"] - 1
-        rows.append([*key, *ratios, f"{growth:+.1%}", *sizes])
-        where = f"regression: {', '.join(key)}"
-        if growth > threshold and after["quartiles"][0] > before["quartiles"][1]:
-            regressions.append(f"{where}: ratio {' -> '.join(ratios)}")
-        if None in (before["memory"], after["memory"]):
-            continue
-        bound = max(MEMORY_NOISE, threshold * before["memory"])
-        if after["memory"] - before["memory"] > bound:
-            regressions.append(f"{where}: memory {' -> '.join(sizes)} MiB")
-    parts = [table(*rows)]
-    for name, side, other in (("old", *sides), ("new", *sides[::-1])):
-        if alone := [f"- {', '.join(key)}" for key in side if key not in other]:
-            parts += [f"Only in the {name} file:", "\n".join(alone)]
-    return "\n\n".join(parts), regressions
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 1 for a regression, 2 for files that cannot be used."""
+    """The exit status: 2 for a file that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("page", help="a Markdown page and its plots")
-    command.add_argument("results", type=Path)
-    command.add_argument("--out", type=Path, help="folder; by default that of the results")
-    command = commands.add_parser("compare", help="exit status 1 where NEW is worse than OLD")
-    command.add_argument("old", type=Path)
-    command.add_argument("new", type=Path)
-    command.add_argument("--threshold", type=float, default=0.1, help="relative (default: 0.1)")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--out", type=Path, help="folder; by default that of the results")
     args = parser.parse_args(arguments)
     try:
-        if args.command == "page":
-            write_page(args.results, args.out or args.results.parent)
-            return 0
-        text, regressions = compare(load(args.old), load(args.new), args.threshold)
+        write_page(args.results, args.out or args.results.parent)
     except (OSError, ResultsError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    print("\n".join([text, *([""] * bool(regressions)), *regressions]))
-    return int(bool(regressions))
+    return 0
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_the_interpreter_is_asked_the_questions(tmp_path):
     for command in (
         (*ask, "not gather"),
         (*torchrun, sys.executable, *ask, "gather"),
-        ("bench/report.py", "page", "found.json"),
+        ("bench/report.py", "found.json"),
     ):
         run = subprocess.run(
             [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True

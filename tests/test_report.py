@@ -33,18 +33,12 @@ def write(path, cases, **changes):
     return path
 
 
-def compared(tmp_path, capsys, old, new, *options, **changes):
-    """Exit status and output of `compare` for two lists of cases."""
-    files = write(tmp_path / "old.json", old), write(tmp_path / "new.json", new, **changes)
-    return report.main(["compare", *map(str, files), *options]), capsys.readouterr()
-
-
 def test_the_committed_pages_come_from_the_committed_results(tmp_path):
     """In a process of its own too; with pictures that are the same bytes in both."""
     for name in ("cpu", "cpu-inference"):
         report.write_page(COMMITTED / f"{name}.json", tmp_path)
         assert (tmp_path / f"{name}.md").read_text() == (COMMITTED / f"{name}.md").read_text()
-    command = [sys.executable, "bench/report.py", "page", str(COMMITTED / "cpu.json")]
+    command = [sys.executable, "bench/report.py", str(COMMITTED / "cpu.json")]
     command += ["--out", str(tmp_path / "new")]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     written = {file.name: file.read_bytes() for file in (tmp_path / "new").iterdir()}
@@ -59,7 +53,7 @@ def test_a_losing_case_is_a_row_like_any_other(tmp_path):
     changes = {"dirty": True, "commit": None, "found": {"a kernel": "a launch"}}
     changes["errors"] = [{"id": "some[1]", "error": "did not end"}]
     path = write(tmp_path / "a b.json", [lost, won], **changes)
-    assert report.main(["page", str(path)]) == 0
+    assert report.main([str(path)]) == 0
     text = (tmp_path / "a b.md").read_text()
     assert "The median's interval is below 1 in 1 of 2, above 1 in 1." in text
     row = "| 1x64, K = 4 | padded | 1.250 (1.212 - 1.288) | 1.225 - 1.275 | 0.80 | 1.500 | 10.000 |"
@@ -114,58 +108,6 @@ def test_the_interval_decides(ratios, facts, expected):
     assert report.answers(cases).endswith(f"| all 2 | {expected} |")
 
 
-def test_a_regression_is_named_and_fails(tmp_path, capsys):
-    old = [contest(1.0), contest(1.0, "other"), contest(1.0, "gone")]
-    new = [contest(1.2), contest(1.0, "other", memory=5 << 20), contest(2.0, "came")]
-    status, said = compared(tmp_path, capsys, old, new)
-    assert status == 1
-    rows = [line for line in said.out.splitlines() if line.startswith("| ")][2:]
-    row = "| corpus encoding | 1x64, K = 4 | padded | 1.000 (0.970 - 1.030) | 1.200 (1.164 - 1.236)"
-    assert rows[0] == f"{row} | +20.0% | 3.00 | 3.00 |" and len(rows) == 2
-    assert "Only in the old file:\n\n- corpus encoding, gone, padded\n" in said.out
-    assert "Only in the new file:\n\n- corpus encoding, came, padded\n" in said.out
-    assert [line for line in said.out.splitlines() if line.startswith("regression")] == [
-        "regression: corpus encoding, 1x64, K = 4, padded:"
-        " ratio 1.000 (0.970 - 1.030) -> 1.200 (1.164 - 1.236)",
-        "regression: corpus encoding, other, padded: memory 3.00 -> 5.00 MiB",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("ratio", "facts"),
-    [
-        (1.2, {"quartiles": [1.02, 1.4]}),  # overlaps the old 0.97 - 1.03
-        (1.09, {}),  # beyond the quartiles, but small
-        (0.7, {}),
-        (1.0, {"memory": None}),
-        (1.0, {"memory": (4 << 20) - 1}),  # a resident set's noise
-    ],
-)
-def test_noise_and_improvements_do_not_fail(tmp_path, capsys, ratio, facts):
-    status, said = compared(tmp_path, capsys, [contest(1.0)], [contest(ratio, **facts)])
-    assert status == 0 and "regression" not in said.out
-    worse = [contest(1.0)], [contest(1.2)]
-    assert compared(tmp_path, capsys, *worse, "--threshold", "0.25")[0] == 0
-    assert compared(tmp_path, capsys, *worse, "--threshold", "0.15")[0] == 1
-
-
-@pytest.mark.parametrize(
-    ("new", "change", "message"),
-    [
-        (1, {"machine": MACHINE | {"device": "a GPU"}}, "device was cpu, is a GPU"),
-        (1, {"machine": MACHINE | {"threads": 3}}, "threads was 2, is 3"),
-        (0, {}, "no case in common"),
-        (2, {}, "two cases are corpus encoding, 1x64, K = 4, padded"),
-    ],
-)
-def test_files_that_cannot_be_compared_are_refused_in_a_line(
-    tmp_path, capsys, new, change, message
-):
-    status, said = compared(tmp_path, capsys, [contest(1.0)], new * [contest(1.0)], **change)
-    assert status == 2 and said.out == "" and said.err == f"report: not comparable: {message}\n"
-
-
-@pytest.mark.parametrize("command", ["page", "compare"])
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -179,14 +121,11 @@ def test_files_that_cannot_be_compared_are_refused_in_a_line(
         (json.dumps(REAL | {"cases": [{"bench": "some"}]}).encode(), "(KeyError: "),
     ],
 )
-def test_a_file_that_is_no_results_file_is_refused_in_a_line(
-    tmp_path, capsys, command, content, message
-):
-    path, good = tmp_path / "bad.json", write(tmp_path / "good.json", [contest(1.0)])
+def test_a_file_that_is_no_results_file_is_refused_in_a_line(tmp_path, capsys, content, message):
+    path = tmp_path / "bad.json"
     if content is not None:
         path.write_bytes(content)
-    files = [path] if command == "page" else [good, path]
-    assert report.main([command, *map(str, files)]) == 2
+    assert report.main([str(path)]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1
     assert not list(tmp_path.glob("*.md"))
