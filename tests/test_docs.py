@@ -209,7 +209,7 @@ def collect(words: list[str]) -> None:
     for word in words:
         if word.startswith("-"):
             name = word.partition("=")[0]
-                assert re.search(rf"(?<!\S){name}\b", help_of_pytest()), f"pytest has no {word}"
+            assert re.search(rf"(?<!\S){name}\b", help_of_pytest()), f"pytest has no {word}"
         elif "/" in word:
             assert (ROOT / word).exists(), f"there is no {word}"
 
