@@ -33,18 +33,16 @@ def random_qwen2_vl(shape: Shape, tower: Tower, device: str, dtype: torch.dtype)
     """A Qwen2-VL in transformers, with the same weights for the same arguments."""
     from transformers import AutoModelForImageTextToText, Qwen2VLConfig
 
-    head_dim = shape.hidden_size // shape.num_attention_heads
-    sections = [n * head_dim // 16 for n in (2, 3, 3)]
+    width = shape.hidden_size
+    sections = [n * width // shape.num_attention_heads // 16 for n in (2, 3, 3)]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     # weights are so large that attention is far from uniform
-    language = shape._asdict() | {"initializer_range": shape.hidden_size**-0.5}
-    language |= {"rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 0}
-    vision = tower._asdict() | {"initializer_range": tower.embed_dim**-0.5}
-    vision |= {"hidden_size": shape.hidden_size}
-    ids = {"vision_start_token_id": 3, "vision_end_token_id": 4}
-    ids |= {"image_token_id": 5, "video_token_id": 6}
-    parts = {"text_config": language, "vision_config": vision}
-    config = Qwen2VLConfig(**parts, **ids, tie_word_embeddings=True)
+    language = shape._asdict() | {"rope_parameters": rope, "initializer_range": width**-0.5}
+    language |= {"bos_token_id": 0, "eos_token_id": 0}
+    vision = tower._asdict() | {"hidden_size": width, "initializer_range": tower.embed_dim**-0.5}
+    settings: dict[str, Any] = {"vision_start_token_id": 3, "vision_end_token_id": 4}
+    settings |= {"image_token_id": 5, "video_token_id": 6, "tie_word_embeddings": True}
+    config = Qwen2VLConfig(text_config=language, vision_config=vision, **settings)
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype)
