@@ -107,16 +107,6 @@ def inf_cl(query: Tensor, key: Tensor) -> Tensor:
     return cal_inf_loss(query, key, scale=torch.tensor(1 / TAU, device=query.device))
 
 
-@cache
-def compiler(rows: int, bidirectional: bool) -> Loss:
-    torch.compiler.reset()  # beyond some shapes it would run what it has not compiled
-    return torch.compile(eager, dynamic=False)
-
-
-def compiled(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
-    return compiler(len(query), bidirectional)(query, key, bidirectional)
-
-
 def late_torch(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
     return chunked_late_interaction(query, key, TAU, bidirectional)
 
@@ -135,7 +125,7 @@ def ours(chunk: Callable[..., int] = launch.contrastive_chunk, impl: str = OURS)
 
 PEERS: dict[str, Loss] = {"eager": eager, "chunked torch": chunked_torch}
 if shutil.which("c++"):
-    PEERS["torch.compile"] = compiled
+    PEERS["torch.compile"] = torch.compile(eager, dynamic=False)
 if hasattr(F, "linear_cross_entropy"):
     PEERS["linear_cross_entropy"] = linear_cross_entropy
 if DEVICE == "cuda":
@@ -171,6 +161,7 @@ def hold(
 ) -> None:
     """A contest with one peer in one direction; query and key have `shape`, [N, D] or [N, K, D]."""
     bidirectional = direction == "both directions"
+    torch.compiler.reset()  # beyond some shapes it would run what it has not compiled
     query, key = inputs(*shape)
     rows, *tokens, dim = shape
     contest(

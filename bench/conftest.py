@@ -134,8 +134,13 @@ class Kept:
             for name in ("found", "found_hopper", "found_contrastive", "faster")
             for key, config in getattr(launch, name).items()
         }
+        now = {
+            "when": datetime.now(UTC).isoformat(),
+            "dirty": bool(output_of("git", "status", "-s")),
+        }
+        now["commit"] = output_of("git", "rev-parse", "HEAD") or None
         found = {"roofs": roofs, "found": searched, "cases": timed, "errors": errors}
-        write_json(self.path, {**about(), **commit(), **found})
+        write_json(self.path, {**about(), **now, **found})
 
 
 KEPT = pytest.StashKey[Kept]()
@@ -152,12 +157,4 @@ def about() -> dict[str, Any]:
         "code": digest_of_code("bench"),
         "machine": machine(),
         "versions": versions(PACKAGES) | cuda | driver,
-    }
-
-
-def commit() -> dict[str, Any]:
-    return {
-        "when": datetime.now(UTC).isoformat(),
-        "commit": output_of("git", "rev-parse", "HEAD") or None,
-        "dirty": bool(output_of("git", "status", "--porcelain")),
     }

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import os
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from bench.bench_contrastive_loss import DIM, DIRECTIONS, DTYPE, TAU, inputs, ours, step, truth
 from bench.harness import DEVICE, Call, Contest
@@ -31,12 +32,13 @@ from btok_kernels.contrastive_loss import contrastive_loss_and_grad
 if DEVICE == "cuda":
     SIZES, TOLERANCE = [1 << n for n in range(12, 19)], 2e-2
     HELD = {"CONTRASTIVE_WORKSPACE": [1 << 15, 1 << 17], "CONTRASTIVE_PANEL": [1 << 13, 1 << 15]}
-    MLP_WIDTHS, MLP_ROWS = (1536, 8960), [512, 4096, 16384]  # of Qwen2-VL-2B
+    MLP = {"hidden_size": 1536, "intermediate_size": 8960}  # of Qwen2-VL-2B
+    MLP_ROWS = [512, 4096, 16384]
     RANK_ROWS = [512, 2048, 8192]
 else:
     SIZES, TOLERANCE = [16], 1e-4
     HELD = {"CONTRASTIVE_WORKSPACE": [16], "CONTRASTIVE_PANEL": [16]}
-    MLP_WIDTHS, MLP_ROWS = (32, 64), [8]
+    MLP, MLP_ROWS = {"hidden_size": 32, "intermediate_size": 64}, [8]
     RANK_ROWS = [8]
 TRUTH_ROWS = 1 << 14  # up to here the loss is checked against fp32, then the two against each other
 RANK_PAIRS = 15  # that all ranks agree on
@@ -106,23 +108,12 @@ def bench_workspace(contest: Contest, name: str, rows: int, times: float) -> Non
 @pytest.mark.parametrize("rows", MLP_ROWS)
 def bench_gated_mlps(contest: Contest, rows: int) -> None:
     """The MLP that writes over its gate against transformers' own, without gradients."""
-    width, inner = MLP_WIDTHS
-    shapes = {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
-    options: dict[str, Any] = {"bias": False, "device": DEVICE, "dtype": DTYPE}
-    layers = {name: nn.Linear(*shape, **options) for name, shape in shapes.items()}
-    gated = GatedMLP(SimpleNamespace(**layers, act_fn=nn.SiLU(), training=False))
-    x = torch.randn(rows, width, device=DEVICE).to(DTYPE)
-
-    @torch.no_grad()
-    def ours() -> list[Tensor]:
-        return [gated(x)]
-
-    @torch.no_grad()
-    def stock() -> list[Tensor]:
-        return [gated.down_proj(gated.act_fn(gated.gate_proj(x)) * gated.up_proj(x))]
-
-    choices = ("GatedMLP", ours), ("stock MLP", stock)
-    ask(contest, "MLPs at inference", f"{rows} rows", *choices, stock())
+    config = Qwen2Config(**MLP)
+    stock = Qwen2MLP(config).to(DEVICE, DTYPE).eval()
+    x = torch.randn(rows, config.hidden_size, device=DEVICE).to(DTYPE)
+    today, other = (torch.no_grad()(lambda mlp=mlp: [mlp(x)]) for mlp in (GatedMLP(stock), stock))
+    choices = ("GatedMLP", today), ("stock MLP", other)
+    ask(contest, "MLPs at inference", f"{rows} rows", *choices, other())
 
 
 @cache
