@@ -134,13 +134,11 @@ class Kept:
             for name in ("found", "found_hopper", "found_contrastive", "faster")
             for key, config in getattr(launch, name).items()
         }
-        now = {
-            "when": datetime.now(UTC).isoformat(),
-            "dirty": bool(output_of("git", "status", "-s")),
-        }
-        now["commit"] = output_of("git", "rev-parse", "HEAD") or None
-        found = {"roofs": roofs, "found": searched, "cases": timed, "errors": errors}
-        write_json(self.path, {**about(), **now, **found})
+        found: dict[str, Any] = {"when": datetime.now(UTC).isoformat(), "roofs": roofs}
+        found["commit"] = output_of("git", "rev-parse", "HEAD") or None
+        found["dirty"] = bool(output_of("git", "status", "--porcelain"))
+        found |= {"found": searched, "cases": timed, "errors": errors}
+        write_json(self.path, {**about(), **found})
 
 
 KEPT = pytest.StashKey[Kept]()

@@ -32,7 +32,7 @@ from btok_kernels.contrastive_loss import contrastive_loss_and_grad
 if DEVICE == "cuda":
     SIZES, TOLERANCE = [1 << n for n in range(12, 19)], 2e-2
     HELD = {"CONTRASTIVE_WORKSPACE": [1 << 15, 1 << 17], "CONTRASTIVE_PANEL": [1 << 13, 1 << 15]}
-    MLP = {"hidden_size": 1536, "intermediate_size": 8960}  # of Qwen2-VL-2B
+    MLP: dict[str, Any] = {"hidden_size": 1536, "intermediate_size": 8960}  # of Qwen2-VL-2B
     MLP_ROWS = [512, 4096, 16384]
     RANK_ROWS = [512, 2048, 8192]
 else:
