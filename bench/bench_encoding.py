@@ -48,10 +48,12 @@ from bench.models import SPECIAL, Shape, Tower, byte_tokenizer, random_qwen2_vl
 from btok.encoder import BTokEncoder
 from btok.inputs import as_side
 from btok.model import BTokModel
+from btok.packing import group_by_tokens
 from btok.processing import Processor
 from btok.vision import join
 
 BATCH = 16  # inputs that are padded together
+BUDGET = 16384  # packed rows at most, BTokEncoder's default
 K = 4
 PATCH, MERGE = 14, 2  # pixels of a patch's side, patches of a token's
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # rounding moves a bf16 vector by 0.05
@@ -88,13 +90,20 @@ class Contestants:
         self.stock = copy.deepcopy(backbone, {id(p): p for p in backbone.parameters()})
         self.processor = Processor(byte_tokenizer())
         self.btok_ids = range(shape.vocab_size - num_btoks, shape.vocab_size)
+        ours = partial(BTokModel.from_backbone, backbone)
+        self.btok = ours(btok_token_ids=self.btok_ids).eval()
+        self.full = ours(btok_token_ids=self.btok_ids, last_layer="full").eval()
+        self.last = ours(btok_token_ids=(), pooling="last").eval()
 
-        def ours(btok_ids: Sequence[int], **settings: str) -> BTokEncoder:
-            model = BTokModel.from_backbone(backbone, btok_token_ids=btok_ids, **settings)
-            return BTokEncoder(model.eval(), self.processor)
-
-        self.btok, self.last = ours(self.btok_ids), ours((), pooling="last")
-        self.full = ours(self.btok_ids, last_layer="full")
+    @torch.inference_mode()
+    def packed(self, model: BTokModel, samples: Sequence[Mapping[str, Any]]) -> Tensor:
+        """A model of ours, on rows that are filled as BTokEncoder fills them, [N, D]."""
+        order = sorted(range(len(samples)), key=lambda i: -len(samples[i]["input_ids"]))
+        lengths = [len(samples[i]["input_ids"]) + len(model.btok_token_ids) for i in order]
+        rows = [[order[at] for at in turn] for turn in group_by_tokens(lengths, BUDGET)]
+        batches = (model.pack([samples[i] for i in row]) for row in rows)
+        pooled = [model(batch.to(self.stock.device)).embeddings for batch in batches]
+        return torch.cat(pooled)[torch.tensor(order).argsort()]
 
     @torch.no_grad()
     def padded(self, samples: Iterable[Mapping[str, Any]], btok_ids: Sequence[int] = ()) -> Tensor:
@@ -114,7 +123,7 @@ class Contestants:
             states = self.stock.model(**inputs, use_cache=False).last_hidden_state
             last = mask.sum(1, keepdim=True) + torch.arange(-rows, 0)  # [n, rows]
             pooled.append(states[torch.arange(len(batch))[:, None], last].float().mean(1))
-        return F.normalize(torch.cat(pooled), dim=-1).cpu()
+        return F.normalize(torch.cat(pooled), dim=-1)
 
     def alone(self, samples: Iterable[Mapping[str, Any]]) -> Tensor:
         """What ours with K should give, [N, D]: transformers' own of each [x ; B] by itself."""
@@ -122,7 +131,7 @@ class Contestants:
 
     def check(self, name: str, vectors: Any, want: Tensor) -> None:
         """An AssertionError where a vector is not what it should be."""
-        error = float((torch.as_tensor(vectors) - want).norm(dim=-1).max())
+        error = float((torch.as_tensor(vectors).cpu() - want.cpu()).norm(dim=-1).max())
         right = error <= TOLERANCES[self.stock.dtype]
         assert right, f"wrong result of {name}, off by {error:.1e}: not timed"
 
@@ -206,27 +215,27 @@ def prepared(size: str, num_btoks: int = K) -> tuple[Contestants, list[dict[str,
     tokens = range(len(SPECIAL), SHAPE.vocab_size // 2)
     samples = [{"input_ids": rng.choices(tokens, k=length)} for length in lengths]
     alone = four.alone(samples)
-    four.check("btok", four.btok.encode_samples(samples)[0], alone)
-    four.check("full", four.full.encode_samples(samples)[0], alone)
-    four.check("last", four.last.encode_samples(samples)[0], four.padded(samples))
+    four.check("btok", four.packed(four.btok, samples), alone)
+    four.check("full", four.packed(four.full, samples), alone)
+    four.check("last", four.packed(four.last, samples), four.padded(samples))
     return four, samples
 
 
 @pytest.mark.parametrize(("size", "num_btoks", "peer"), CASES)
 def bench_inference(contest: Contest, size: str, num_btoks: int, peer: str) -> None:
     four, samples = prepared(size, num_btoks)
-    peers: dict[str, Callable[..., Any]] = {
-        "padded last token": four.padded,
-        "packed last token": four.last.encode_samples,
-        "full last layer": four.full.encode_samples,
+    peers = {
+        "padded last token": partial(four.padded, samples),
+        "packed last token": partial(four.packed, four.last, samples),
+        "full last layer": partial(four.packed, four.full, samples),
     }
     lengths = [len(sample["input_ids"]) for sample in samples]
     contest(
         "inference",
         f"{size}, K = {num_btoks}",
         peer,
-        partial(four.btok.encode_samples, samples),
-        partial(peers[peer], samples),
+        partial(four.packed, four.btok, samples),
+        peers[peer],
         dtype=DTYPE,
         flops=2 * multiply_adds(SHAPE, [n + num_btoks for n in lengths], pooled=num_btoks),
         bytes=sum(p.nbytes for p in four.stock.model.language_model.parameters()),
@@ -246,14 +255,15 @@ def bench_encoding(contest: Contest, peer: str) -> None:
     patches = [n for sample in samples for shown in sample.get("vision", ()) for n in shown.patches]
     language = multiply_adds(SHAPE, [n + K for n in lengths], pooled=K)
     seeing = vision_multiply_adds(TOWER, SHAPE.hidden_size, patches)
-    ours, alone = partial(four.btok.encode, show_progress=False), four.alone(samples)
+    ours = partial(BTokEncoder(four.btok, four.processor).encode, show_progress=False)
+    alone = four.alone(samples)
     theirs: Callable[[], Any]
     if peer == "one by one":
         theirs = lambda: np.concatenate([ours([value]) for value in inputs])  # noqa: E731
         want, expected = alone, 1.0
     else:
-        theirs = lambda: four.padded(map(four.processor, sides))  # noqa: E731
-        want = torch.from_numpy(four.last.encode_samples(samples)[0])
+        theirs = lambda: four.padded(map(four.processor, sides)).cpu()  # noqa: E731
+        want = four.packed(four.last, samples)
         ratio = predicted(SHAPE, "padded last token", lengths)
         expected = (language + seeing) / (language / ratio + seeing)
     four.check("ours", ours(inputs), alone)

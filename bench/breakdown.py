@@ -25,6 +25,7 @@ import train.microbatches
 import train.parallel
 from bench import bench_encoding, bench_training_step
 from bench.harness import DEVICE, wall_seconds
+from btok.encoder import BTokEncoder
 from btok.families import family_of
 from btok.inputs import as_side
 
@@ -117,7 +118,8 @@ def main() -> None:
 
     step, _, _ = bench_training_step.prepared()
     optimizer = torch.optim.AdamW(step.trained, lr=0.0)
-    encoder = bench_encoding.prepared("1x64")[0].btok
+    four, _ = bench_encoding.prepared("1x64")
+    encoder = BTokEncoder(four.btok, four.processor)
     inputs = bench_encoding.user_inputs(*bench_encoding.CORPUS)
     for owner, name, part in [*FUNCTIONS, (optimizer, "step", "optimizer")]:
         setattr(owner, name, labelled(part, getattr(owner, name)))

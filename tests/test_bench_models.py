@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from helpers import tiny_backbone
@@ -58,10 +57,10 @@ def test_multiply_adds_are_those_torch_counts(four):
         return [{"input_ids": [9] * length} for length in lengths]
 
     # 32 rows are not padded
-    counts = counted(four.btok.encode_samples, samples(32 - encoding.K))
-    assert counts == squares([32], pooled=encoding.K)
-    assert counted(four.last.encode_samples, samples(32)) == squares([32], pooled=1)
-    assert counted(four.full.encode_samples, samples(32 - encoding.K)) == squares([32])
+    with_btoks = samples(32 - encoding.K)
+    assert counted(four.packed, four.btok, with_btoks) == squares([32], pooled=encoding.K)
+    assert counted(four.packed, four.last, samples(32)) == squares([32], pooled=1)
+    assert counted(four.packed, four.full, with_btoks) == squares([32])
     assert counted(four.padded, samples(32)) == squares([32])
     assert counted(four.padded, samples(29, 5, 60, 1, 17)) == squares([60] * 5)
 
@@ -121,22 +120,24 @@ def test_all_embed_alike_and_are_timed(small, monkeypatch, dtype):
         assert (bench, case, ours, theirs) == ("corpus encoding", "20 inputs", 20, 20)
         assert (facts["inputs"], facts["images"]) == (20, 5)
     _, samples = encoding.prepared("mixed")
-    btok, last = (each.encode_samples(samples)[0] for each in (every.btok, every.last))
-    assert np.linalg.norm(btok - last, axis=1).min() > 0.1
+    apart = every.packed(every.btok, samples) - every.packed(every.last, samples)
+    assert apart.norm(dim=1).min() > 0.1
 
 
 @pytest.mark.parametrize("name", ["btok", "full", "last"])
 @pytest.mark.parametrize("how", ["order", "nan", "row"])
 def test_a_wrong_result_is_not_timed(small, four, monkeypatch, name, how):
-    right = getattr(four, name).encode_samples
+    right = four.packed
 
-    def wrong(samples):
+    def wrong(model, samples):
+        if model is not getattr(four, name):
+            return right(model, samples)
         if how == "row":  # of the token before
             samples = [{"input_ids": sample["input_ids"][:-1] or [7]} for sample in samples]
-        rows, tokens = right(samples)
-        return {"order": rows[::-1].copy(), "nan": rows * float("nan"), "row": rows}[how], tokens
+        rows = right(model, samples)
+        return {"order": rows.flip(0), "nan": rows * torch.nan, "row": rows}[how]
 
-    monkeypatch.setattr(getattr(four, name), "encode_samples", wrong)
+    monkeypatch.setattr(four, "packed", wrong)
     with pytest.raises(AssertionError, match=f"wrong result of {name}, .*: not timed"):
         encoding.bench_inference(never, "mixed", encoding.K, "padded last token")
 
@@ -161,16 +162,16 @@ def test_one_layers_wrong_mask_is_not_timed(small, monkeypatch):
 
 @pytest.mark.parametrize("whose", ["ours", "padded batches", "one by one"])
 def test_wrong_vectors_are_not_timed(small, four, monkeypatch, whose):
-    encode, padded = four.btok.encode, four.padded
+    encode, padded = encoding.BTokEncoder.encode, four.padded
     if whose == "padded batches":  # but those of one input, which ours are checked against
         monkeypatch.setattr(four, "padded", lambda inputs, *ids: padded(list(inputs)[::-1], *ids))
     else:
 
-        def wrong(inputs, **options):
+        def wrong(encoder, inputs, **options):
             alone = len(inputs) == 1
-            return encode(inputs, **options) + 1e-3 * (alone == (whose == "one by one"))
+            return encode(encoder, inputs, **options) + 1e-3 * (alone == (whose == "one by one"))
 
-        monkeypatch.setattr(four.btok, "encode", wrong)
+        monkeypatch.setattr(encoding.BTokEncoder, "encode", wrong)
     peer = "padded batches" if whose == "ours" else whose
     with pytest.raises(AssertionError, match=f"wrong result of {whose}, .*: not timed"):
         encoding.bench_encoding(never, peer)

@@ -80,7 +80,7 @@ def case(tokens: int, num_btoks: int, most: float) -> dict[str, Any]:
     """What K bottleneck tokens cost over the last token, modelled and measured."""
     contestants, samples = prepared(f"1x{tokens}", num_btoks)  # checked
     last, ours = (
-        partial(each.encode_samples, samples) for each in (contestants.last, contestants.btok)
+        partial(contestants.packed, m, samples) for m in (contestants.last, contestants.btok)
     )
     short, long = (multiply_adds(Shape(), [n]) for n in (tokens, tokens + num_btoks))
     found = {"tokens": tokens, "num_btoks": num_btoks, "flops": 2 * short, "modelled": long / short}
