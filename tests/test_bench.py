@@ -20,7 +20,6 @@ from bench import bench_condensed_attention as attention
 from bench import bench_contrastive_loss as contrastive
 from bench import harness, peers
 from btok.kernels import CondensedLayout, condensed_attention
-from examples.duel import duel
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = CondensedLayout.from_lengths([9, 0, 30], [5, 3, 0], 2)
@@ -84,22 +83,6 @@ def test_both_take_turns_and_begin_every_other_pair():
     assert pairs[0] == "op"  # the warm-up
     assert len(pairs) >= 6
     assert pairs[1:] == (["po", "op"] * len(pairs))[: len(pairs) - 1]
-
-
-def test_a_duel_takes_turns_and_times_the_other_over_today(monkeypatch):
-    clock = [0.0]
-
-    def taking(seconds):
-        return lambda: clock.__setitem__(0, clock[0] + seconds)
-
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(harness, "peak", lambda run: 3 << 20)
-    found = duel(taking(0.1), taking(0.2))
-    assert found["ratio"] == pytest.approx(2) and found["pairs"] == 7
-    assert found["interval"] == pytest.approx((2, 2))
-    assert found["ms"] == pytest.approx([100, 200])
-    assert found["mib"] == [3, 3]
-    assert duel(taking(1e-3), taking(1e-3))["pairs"] == 101
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process's memory is read from /proc")

@@ -18,7 +18,9 @@ import torch
 
 pytest.importorskip("sklearn.datasets", reason="needs the demo extra")
 
+from bench import harness
 from btok.model import BTokModel
+from examples.duel import duel
 from examples.smollm2 import budgets as smollm2_budgets
 from examples.studies import (
     ablations,
@@ -312,3 +314,19 @@ def test_what_an_index_costs(tmp_path):
     }
     with pytest.raises(RuntimeError, match="the exact search found"):
         index.judged(found, 10)
+
+
+def test_a_duel_takes_turns_and_times_the_other_over_today(monkeypatch):
+    clock = [0.0]
+
+    def taking(seconds):
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(harness, "peak", lambda run: 3 << 20)
+    found = duel(taking(0.1), taking(0.2))
+    assert found["ratio"] == pytest.approx(2) and found["pairs"] == 7
+    assert found["interval"] == pytest.approx((2, 2))
+    assert found["ms"] == pytest.approx([100, 200])
+    assert found["mib"] == [3, 3]
+    assert duel(taking(1e-3), taking(1e-3))["pairs"] == 101
