@@ -212,7 +212,7 @@ class Down(Target):
 
 
 def test_what_is_started_is_what_triton_itself_would_launch(compiled_anew, monkeypatch):
-    """With a tensor of another dtype, fewer places for copies, keys of a budget in between."""
+    """With tensors of another dtype, more places for copies, keys of a budget in between."""
     plain = []
     for kernel in compiled_anew:
 
