@@ -81,7 +81,8 @@ def truth(layout: CondensedLayout, q: Tensor, k: Tensor, v: Tensor, grad: Tensor
     for start, first, border, end in layout.bounds.tolist():
         bounds = torch.tensor([[0, first - start, border - start, end - start]], dtype=torch.int32)
         alone = CondensedLayout(bounds, end - start, layout.device)
-        out = condensed_attention(*(t[start:end] for t in inputs), alone, impl="reference")
+        some_q, some_k, some_v = (t[start:end] for t in inputs)
+        out = condensed_attention(some_q, some_k, some_v, alone, impl="reference")
         grads = torch.autograd.grad(out, inputs, grad[start:end].float())
         found.append([out.detach(), *(t[start:end] for t in grads)])
     return [torch.cat(parts) for parts in zip(*found, strict=True)]

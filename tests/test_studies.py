@@ -20,7 +20,6 @@ pytest.importorskip("sklearn.datasets", reason="needs the demo extra")
 
 from bench import harness
 from btok.model import BTokModel
-from examples.duel import duel
 from examples.smollm2 import budgets as smollm2_budgets
 from examples.studies import (
     ablations,
@@ -31,6 +30,7 @@ from examples.studies import (
     pooling,
     transfer,
 )
+from examples.studies.duel import duel
 from train.pocket import data, evaluation, source
 from train.pocket.model import build
 from train.recipes import RECIPES

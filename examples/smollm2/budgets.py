@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from bench.plots import BLUE, GREEN, GREY, ORANGE, PALE, canvas, log_axis
 from bench.report import table
 from btok.files import write_text
-from examples.provenance import facts
 from examples.smollm2.runs import read
 from examples.studies.common import draw, said
+from examples.studies.provenance import facts
 
 RUNS = Path(__file__).resolve().parents[2] / "bench" / "results" / "smollm2-budgets"
 SETS = {"wordnet": "a WordNet gloss -> its words", "debian": "a summary -> its description"}

@@ -49,10 +49,10 @@ from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tools import command_line
 from btok.tools.pictures import SheetRow, contact_sheet, drawable, loss_curve
-from examples.provenance import facts_of, surroundings
 from examples.smollm2 import fetch
 from examples.smollm2.runs import measures, ranks
 from examples.smollm2.tower import NUM_BTOKS, Lite0, assemble
+from examples.studies.provenance import facts_of, surroundings
 from train import main as training
 from train.microbatches import Packing
 from train.recipes import PAPER, Recipe

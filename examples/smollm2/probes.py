@@ -46,13 +46,13 @@ from btok.model import BTokModel, model_digest
 from btok.packing import Sample, group_by_tokens, pack
 from btok.processing import Processor
 from btok.tools import command_line
-from examples.duel import duel
-from examples.provenance import surroundings
 from examples.smollm2 import pairs
 from examples.smollm2.fetch import backbone, default_cache
 from examples.smollm2.probes_page import OF_RUN, PROBES, STEM, before, page, write_page
 from examples.smollm2.runs import PACKAGES, SIDES
 from examples.smollm2.study import RESULTS
+from examples.studies.duel import duel
+from examples.studies.provenance import surroundings
 
 PROG = "examples/smollm2/probes.py"
 CODE = tuple(f"examples/smollm2/{name}.py" for name in ("fetch", "pairs", "probes"))

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from bench.plots import BLUE, GREEN, ORANGE, PALE, canvas, log_axis
 from bench.report import table
 from btok.files import write_json, write_text
-from examples.provenance import facts_of
 from examples.studies.common import interval
+from examples.studies.provenance import facts_of
 
 STEM = "smollm2-probes"
 PROBES = ("recovery", "packing", "overhead", "attention")

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import sha256, write_json
-from examples.provenance import surroundings
 from examples.smollm2 import pairs
 from examples.smollm2.fetch import backbone
+from examples.studies.provenance import surroundings
 from examples.studies.views import dense, embed, views_of
 from train import main as training
 

@@ -26,11 +26,11 @@ from bench.harness import settle_allocator
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
 from btok.files import write_json
-from examples.duel import duel
-from examples.provenance import surroundings
 from examples.studies import common
 from examples.studies.budgets_page import write_page
 from examples.studies.common import Study, Variant
+from examples.studies.duel import duel
+from examples.studies.provenance import surroundings
 from examples.studies.views import embed, score, views_of
 from train.pocket import data
 

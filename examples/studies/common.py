@@ -34,7 +34,7 @@ from btok.data.mixture import PUBLIC
 from btok.encoder import BTokEncoder
 from btok.files import rename, write_json, write_text
 from btok.tools import command_line
-from examples.provenance import facts_of, surroundings
+from examples.studies.provenance import facts_of, surroundings
 from train import main as training
 from train.pocket.evaluation import evaluate
 from train.recipes import Recipe

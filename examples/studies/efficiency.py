@@ -30,9 +30,9 @@ from bench.models import Shape
 from bench.plots import BLUE, GREEN, ORANGE, PALE, PURPLE, RED, TEAL, canvas, log_axis
 from bench.report import table
 from btok.files import write_json, write_text
-from examples.duel import duel
-from examples.provenance import facts_of, surroundings
 from examples.studies.common import parse
+from examples.studies.duel import duel
+from examples.studies.provenance import facts_of, surroundings
 
 PROG, STEM = "examples/studies/efficiency.py", "studies-efficiency"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, TEAL)

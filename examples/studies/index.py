@@ -34,8 +34,8 @@ from btok.tools.folder import list_files, update
 from btok.tools.index import Index
 from btok.tools.rows import Row
 from btok.tools.tables import compressed
-from examples.provenance import facts, surroundings
 from examples.studies.common import parse
+from examples.studies.provenance import facts, surroundings
 from train.pocket.model import build
 
 BLOCK = 1 << 13
@@ -364,7 +364,7 @@ def picture(results: Mapping[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     sizes = [int(each) for each in results["sizes"]]
     shown = []
-    for name, colour in zip(SHOWN, (plots.BLUE, *plots.PEERS), strict=False):
+    for name, colour in zip(SHOWN, (plots.BLUE, *plots.COLOURS), strict=False):
         values = [each[name]["seconds"] for each in results["sizes"].values()]
         shown += values
         axes.plot(sizes, values, marker="o", color=colour, label=STEPS[name])

@@ -32,8 +32,8 @@ from btok.files import sha256, write_json
 from btok.model import BTokModel
 from btok.processing import Processor
 from btok.tokens import add_to_tokenizer
-from examples.provenance import facts, surroundings
 from examples.studies.common import parse
+from examples.studies.provenance import facts, surroundings
 from train.pocket.data import texts
 from train.pocket.model import make_tokenizer
 

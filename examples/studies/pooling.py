@@ -16,10 +16,10 @@ from pathlib import Path
 
 from bench.report import table
 from btok.files import write_text
-from examples.provenance import facts
 from examples.smollm2.page import Results
 from examples.smollm2.runs import read
 from examples.studies.common import said
+from examples.studies.provenance import facts
 
 SEEDS = (0, 1, 2)
 RUNS = Path(__file__).resolve().parents[2] / "bench" / "results" / "pooling"

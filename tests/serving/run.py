@@ -50,8 +50,8 @@ from btok.model import BTokModel
 from btok.packing import pack
 from btok.processing import Processor
 from btok.tools import check_server
-from examples.provenance import surroundings
 from examples.smollm2.fetch import backbone, default_cache
+from examples.studies.provenance import surroundings
 from train import main as training
 
 BOUND = 0.9999
