@@ -100,7 +100,7 @@ bench: setup
 	$(BIN)/python bench/report.py $(BENCH_OUT)/bench.json
 
 profile: setup
-	$(BIN)/python bench/breakdown.py --out $(PROFILE_OUT)
+	$(BIN)/python examples/studies/breakdown.py --out $(PROFILE_OUT)
 
 aot: setup .venv/triton-3.9/ready
 	$(BIN)/python -m tests.compiled.aot --also .venv/triton-3.9 --out bench/results/aot.md --check

@@ -492,7 +492,8 @@ def _ahead(batches: Iterator[_Batch]) -> Generator[_Batch, None, None]:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within; after it, whatever happened, each module's own mode again."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:  # it sets every module's mode, which takes longer than to look at them
+        model.eval()
     try:
         yield
     finally:

@@ -221,7 +221,7 @@ def test_variants_of_a_seed_see_the_same_batches_of_their_tasks():
         seen = Counter(data.TASKS[which] for step in range(8) for which, _ in drawn(some, step))
         assert {data.MODALITY[task] for task in seen} == {modality}
         assert set(seen.values()) == {16 // count}
-    with pytest.raises(ValueError, match="tasks is 'image' with data"):
+    with pytest.raises(ValueError, match="data is data and tasks is image: "):
         replace(RECIPES["btok-qwen2vl-2b"], tasks="image")
 
 

@@ -1,6 +1,6 @@
 """Where the time of a training step and of encoding goes, by part.
 
-    python bench/breakdown.py [--out runs/profile]
+    python examples/studies/breakdown.py [--out runs/profile]
 
 The models and inputs are those of bench_training_step.py and bench_encoding.py. It prints a table
 of milliseconds, forward and backward, and writes a trace of each into OUT, for Perfetto or
