@@ -327,7 +327,7 @@ def hopper_candidates(kernel: str, head_dim: int) -> list[HopperConfig]:
 
 
 def hopper_shared(kernel: str, head_dim: int, config: HopperConfig) -> int:
-    """Bytes of shared memory that a block of a kernel for Hopper takes, at most 1 KiB too many."""
+    """Bytes of shared memory that a block of a kernel for Hopper takes, at most 256 too many."""
     row = 2 * (64 if head_dim == 64 else 128)
     copied = config.block_m if kernel == "dkdv" else config.block_n
     own = 128 if kernel == "forward" else 2 * 128
