@@ -111,9 +111,6 @@ def late_torch(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
     return chunked_late_interaction(query, key, TAU, bidirectional)
 
 
-FOREIGN = {"liger_kernel": liger, "cut_cross_entropy": cut_cross_entropy, "inf_cl": inf_cl}
-
-
 def ours(chunk: Callable[..., int] = launch.contrastive_chunk, impl: str = OURS) -> Loss:
     def loss(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
         options: dict[str, Any] = {"temperature": TAU, "bidirectional": bidirectional}
@@ -129,7 +126,8 @@ if shutil.which("c++"):
 if hasattr(F, "linear_cross_entropy"):
     PEERS["linear_cross_entropy"] = linear_cross_entropy
 if DEVICE == "cuda":
-    PEERS |= {"searched": searched(ours()), **FOREIGN}
+    PEERS |= {"searched": searched(ours()), "liger_kernel": liger}
+    PEERS |= {"cut_cross_entropy": cut_cross_entropy, "inf_cl": inf_cl}
 
 
 @cache

@@ -50,9 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str | None:
     kept = config.stash[KEPT]
-    if kept.path is None:
-        return None
-    return f"keep: {kept.path}, of which {len(kept.found)} contests are gone on with"
+    said = f"keep: {kept.path}, of which {len(kept.found)} contests are gone on with"
+    return said if kept.path else None
 
 
 @pytest.fixture

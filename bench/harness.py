@@ -19,15 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from itertools import accumulate, chain, cycle, takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-
-if TYPE_CHECKING:
-    import pytest
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -82,19 +80,13 @@ def seconds(call: Call) -> float:
     if DEVICE != "cuda":
         return wall_seconds(call)
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _flushed().zero_()
+    torch.empty(256 << 20, dtype=torch.int8, device=DEVICE).zero_()  # larger than any L2 cache
     torch.cuda._sleep(1_000_000)
     before.record()
     call()
     after.record()
     synchronize()
     return before.elapsed_time(after) / 1e3
-
-
-@cache
-def _flushed() -> Tensor:
-    """Larger than any L2 cache."""
-    return torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
 
 
 def synchronize() -> None:
@@ -253,7 +245,12 @@ class Contest:
         if expected is not None:
             expected = [*expected]
             check("ours", ours(), expected, tolerance)
-            check(peer, self.results_of(peer, theirs), expected, tolerance)
+            try:
+                results = theirs()
+            except Exception as error:
+                pytest.skip(f"{peer} cannot run: {type(error).__name__}: {error}"[:200])
+            check(peer, results, expected, tolerance)
+            del results
 
         def loop(before: Call, target: Call, rounds: int) -> None:
             self.benchmark.pedantic(target, setup=before, rounds=rounds)
@@ -274,11 +271,3 @@ class Contest:
             "dtype": str(dtype).removeprefix("torch."),
             **facts,
         }
-
-    def results_of(self, peer: str, call: Call) -> Any:
-        import pytest
-
-        try:
-            return call()
-        except Exception as error:
-            pytest.skip(f"{peer} cannot run: {type(error).__name__}: {error}"[:200])

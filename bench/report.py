@@ -172,10 +172,11 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
         *(f"![{plot}]({quote(f'{stem}-{plot}.png')})" for plot in plots),
     ]
     asked = [case for case in results["cases"] if "today" in case]
+    timed = [case for case in results["cases"] if "today" not in case]
     if asked:
         dry = "Of a dry run on a CPU: no answers. " if machine["device"] == "cpu" else ""
         parts += ["## Questions", dry + RULE, answers(asked)]
-    for (bench,), cases in groups(timed(results), "bench").items():
+    for (bench,), cases in groups(timed, "bench").items():
         faster = sum(case["interval"][1] < 1 for case in cases)
         slower = sum(case["interval"][0] > 1 for case in cases)
         parts += [
@@ -191,17 +192,12 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def timed(results: Results) -> list[Case]:
-    """The contests that ask nothing."""
-    return [case for case in results["cases"] if "today" not in case]
-
-
 def write_page(path: Path, folder: Path) -> None:
     """A results file's FOLDER/STEM.md and, beside it, STEM-PLOT.png."""
     from bench.plots import PLOTS  # what only times needs no matplotlib
 
     results = load(path)
-    cases = timed(results)
+    cases = [case for case in results["cases"] if "today" not in case]
     figures = {name: plot({**results, "cases": cases}) for name, plot in PLOTS.items() if cases}
     drawn = {name: figure for name, figure in figures.items() if figure}
     folder.mkdir(parents=True, exist_ok=True)
