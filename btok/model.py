@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +19,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from btok import adapters
-from btok.bars import without_bars
 from btok.config import CONFIG_NAME, BTokConfig, check_choice
 from btok.families import family_of, named_family
 from btok.files import IN_GGUF, asked_for, find, read_json, sha256
 from btok.gated_mlp import use_gated_mlps
 from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
+from btok.loading import alone
 from btok.modules import mark_architecture, write_modules
 from btok.packing import PackedBatch, pack
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
@@ -107,6 +106,9 @@ class BTokModel(nn.Module):
     ) -> BTokModel:
         """Load a checkpoint or adapters of ours, or a stock one and give it bottleneck tokens.
 
+        Threads that load at once take turns, as transformers' own loading is of a whole process;
+        a model that is made without btok meanwhile has no turn.
+
         Args:
             name_or_path: a folder or a hub id, of a backbone in `btok.families.FAMILIES`. Neither
                 code that comes with a checkpoint nor pickled weights are ever loaded.
@@ -144,38 +146,20 @@ class BTokModel(nn.Module):
         saved = BTokConfig.load(name_or_path, kind, num_btoks, **settings)
         if base is not None and saved is None:
             raise ValueError(f"BTokModel: {name_or_path} has adapters but no {CONFIG_NAME}")
-        architecture = getattr(transformers, family.architecture)
-        try:
-            if empty:
-                config = architecture.config_class.from_pretrained(weights)
-                with torch.device("meta"):
-                    backbone = architecture._from_config(config, dtype=dtype)
-            else:
-                with nullcontext() if show_progress else without_bars():
-                    given = {"dtype": dtype, "use_safetensors": True}
-                    backbone = architecture.from_pretrained(weights, **given)
-        except OSError as error:
-            raise ValueError(
-                f"BTokModel: {weights} gives no safetensors weights ({error}); pickled ones "
-                "can run code and are not loaded: write it again with save_pretrained"
-            ) from error
-        except SafetensorError as error:
-            raise ValueError(
-                f"BTokModel: the weights of {weights} are cut short or damaged ({error}); copy "
-                "them again"
-            ) from error
-        if saved is None:
-            load = transformers.AutoTokenizer.from_pretrained
-            tokenizer = load(name_or_path, trust_remote_code=False)
-            ids = add_to_tokenizer(tokenizer, 4 if num_btoks is None else num_btoks)
-            add_to_embeddings(backbone, ids, init)
-            given = {name: value for name, value in settings.items() if value is not None}
-            given.setdefault("pooling", "btok" if ids else "last")
-            saved = BTokConfig(ids, **given)
-        if base is not None:
-            adapters.load(backbone, name_or_path, saved.btok_token_ids)
-        elif lora is not None:
-            adapters.attach(backbone, lora, saved.btok_token_ids, weights)
+        with alone(show_progress):
+            backbone = _backbone(weights, family.architecture, dtype, empty)
+            if saved is None:
+                load = transformers.AutoTokenizer.from_pretrained
+                tokenizer = load(name_or_path, trust_remote_code=False)
+                ids = add_to_tokenizer(tokenizer, 4 if num_btoks is None else num_btoks)
+                add_to_embeddings(backbone, ids, init)
+                given = {name: value for name, value in settings.items() if value is not None}
+                given.setdefault("pooling", "btok" if ids else "last")
+                saved = BTokConfig(ids, **given)
+            if base is not None:
+                adapters.load(backbone, name_or_path, saved.btok_token_ids)
+            elif lora is not None:
+                adapters.attach(backbone, lora, saved.btok_token_ids, weights)
         return cls(backbone, last_layer=last_layer, **vars(saved))
 
     def saved_state(self) -> dict[str, Tensor]:
@@ -203,7 +187,7 @@ class BTokModel(nn.Module):
         if adapted:
             adapters.save(self.backbone, folder, state)
         else:
-            with without_bars():
+            with alone():
                 self.backbone.save_pretrained(folder, state_dict=state)
             mark_architecture(folder, self.settings, self.family.architecture, plain)
         self.settings.save(folder, config.model_type)
@@ -376,6 +360,29 @@ class BTokModel(nn.Module):
         if not generated:
             return None, again
         return torch.where(batch.restored, 0, losses).sum() / generated, again
+
+
+def _backbone(weights: str | Path, name: str, dtype: Any, empty: bool) -> Any:
+    """The model of this class of transformers, with a checkpoint's weights or on meta."""
+    import transformers
+
+    architecture = getattr(transformers, name)
+    try:
+        if empty:
+            config = architecture.config_class.from_pretrained(weights)
+            with torch.device("meta"):
+                return architecture._from_config(config, dtype=dtype)
+        return architecture.from_pretrained(weights, dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(
+            f"BTokModel: {weights} gives no safetensors weights ({error}); pickled ones "
+            "can run code and are not loaded: write it again with save_pretrained"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"BTokModel: the weights of {weights} are cut short or damaged ({error}); copy "
+            "them again"
+        ) from error
 
 
 def shared_weights(module: nn.Module) -> list[list[str]]:

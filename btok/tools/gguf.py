@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from btok.bars import without_bars
 from btok.families import named_family
 from btok.files import must_be, one_line, rename
+from btok.loading import alone
 from btok.tools.export import refuse_used
 
 
@@ -51,21 +51,21 @@ def export_gguf(gguf: str | Path, out: str | Path) -> None:
         found, _ = transformers.PreTrainedConfig.get_config_dict(gguf.parent, **given)
     family = named_family(str(found.get("model_type")), f"export: the architecture of {gguf}")
     architecture = getattr(transformers, family.architecture)
-    with _reading(gguf):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **given)
-        with without_bars():
+    with alone():
+        with _reading(gguf):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **given)
             loaded = architecture.from_pretrained(gguf.parent, dtype=torch.float32, **given)
-    # a model that was loaded from GGUF counts as quantised, which transformers does not save
-    settings = loaded.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "model_type"):
-        settings.pop(key, None)
-    config = architecture.config_class(**settings)
-    plain = architecture._from_config(config, dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
-    plain.tie_weights()
+        # a model that was loaded from GGUF counts as quantised, which transformers does not save
+        settings = loaded.config.to_dict()
+        for key in ("quantization_config", "_name_or_path", "model_type"):
+            settings.pop(key, None)
+        config = architecture.config_class(**settings)
+        plain = architecture._from_config(config, dtype=torch.float32)
+        plain.load_state_dict(loaded.state_dict())
+        plain.tie_weights()
     draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        with without_bars():
+        with alone():
             plain.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         rename(draft, out)

@@ -1,16 +1,17 @@
-"""Weights are read and written without bars of transformers', which are as they were afterwards."""
+"""Weights are read and written a thread at a time, without transformers' bars, which come back."""
 
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Thread
 
 import pytest
-from helpers import tiny_checkpoint
+from helpers import tiny_backbone, tiny_checkpoint, tiny_tokenizer
 from transformers.utils import logging
 
 from btok import BTokEncoder
-from btok.bars import without_bars
+from btok.loading import alone
 from btok.model import BTokModel
 
 
@@ -66,24 +67,38 @@ def test_anothers_hook_is_asked_and_stays(checkpoint, capsys):
         assert logging.set_tqdm_hook(None) is hook
 
 
-def test_each_thread_has_its_own(capsys):
-    """One that ends first neither brings back the other's bars nor leaves its own away."""
+def test_a_hook_that_is_set_within_stays(capsys):
+    """Also one that asks the hook it replaced, long after that ended."""
+    asked = []
+
+    def hook(make, given, named):
+        asked.append(named.get("disable"))
+        return make(*given, **named) if replaced is None else replaced(make, given, named)
+
+    try:
+        with alone():
+            replaced = logging.set_tqdm_hook(hook)
+            assert replaced is not None and not drawn(capsys)
+        assert drawn(capsys) and asked == [None, None]
+    finally:
+        assert logging.set_tqdm_hook(None) is hook
+
+
+def test_bars_of_other_threads_are_drawn(capsys):
     at, lines = Barrier(2), {}
 
     def first():
-        with without_bars():
-            at.wait(60)  # the other is outside
-            at.wait(60)  # it has drawn
-            at.wait(60)  # it is within
-        at.wait(60)  # and this one no more
+        with alone(), alone():
+            at.wait(60)
+            at.wait(60)  # the other has drawn, and waits for its turn or soon will
+            lines["first"] = len(list(logging.tqdm(range(3), desc="first")))
 
     def second():
         at.wait(60)
         lines["outside"] = len(list(logging.tqdm(range(3), desc="outside")))
         at.wait(60)
-        with without_bars(), without_bars():
-            at.wait(60)
-            at.wait(60)
+        with alone():
+            assert "first" in lines
             lines["within"] = len(list(logging.tqdm(range(3), desc="within")))
 
     threads = [Thread(target=work) for work in (first, second)]
@@ -93,5 +108,26 @@ def test_each_thread_has_its_own(capsys):
         thread.join(120)
     sys.stderr.flush()
     said = capsys.readouterr().err
-    assert lines == {"outside": 3, "within": 3} and "outside" in said and "within" not in said
+    assert lines == {"first": 3, "outside": 3, "within": 3}
+    assert "outside" in said and "within" not in said and "first" not in said
     assert drawn(capsys) and logging.set_tqdm_hook(None) is None
+
+
+def test_threads_load_whole_models(checkpoint, tmp_path, capsys):
+    """Of a tied checkpoint and of a stock one, whose embeddings grow, the head is tied in all."""
+    stock = tmp_path / "stock"
+    tiny_backbone(vocab_size=114).save_pretrained(stock)
+    tiny_tokenizer().save_pretrained(stock)
+    capsys.readouterr()
+    ways = [lambda: BTokEncoder.from_pretrained(checkpoint).model] * 3
+    ways.append(lambda: BTokModel.from_pretrained(stock, num_btoks=8))
+    at = Barrier(len(ways))
+
+    def load(way):
+        at.wait(60)
+        return [way().backbone for _ in range(4)]
+
+    with ThreadPoolExecutor(len(ways)) as threads:
+        made = [backbone for some in threads.map(load, ways) for backbone in some]
+    assert len(made) == 16 and "MISSING" not in "".join(capsys.readouterr())
+    assert all(each.lm_head.weight is each.get_input_embeddings().weight for each in made)
