@@ -15,8 +15,8 @@ forward and both ways: the whole interval of their time over the plain ones' is 
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,4 +101,10 @@ def main(results: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description="what `auto` reads, of a file of contests")
+    for name in ("results", "out"):
+        parser.add_argument(name, type=Path)
+    try:
+        main(**vars(parser.parse_args()))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        parser.error(f"{type(error).__name__}: {error}")

@@ -26,18 +26,7 @@ from bench.report import FORMAT_VERSION, HEADER, row
 from btok.files import write_json
 from btok_kernels import launch
 
-PACKAGES = (
-    "btok",
-    "torch",
-    "triton",
-    "transformers",
-    "numpy",
-    "xformers",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "inf-cl",
-    "flash-attn",
-)
+PACKAGES = "btok torch triton transformers numpy xformers liger-kernel cut-cross-entropy flash-attn"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,6 +52,9 @@ def contest(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Iter
     yield Contest(benchmark, request.config)
     if benchmark.extra_info:
         kept.put(name, benchmark.extra_info)
+    elif "begun" in kept.found[name]:  # it was interrupted, and did neither hang nor crash
+        del kept.found[name]
+        kept.save()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -77,8 +69,8 @@ def pytest_runtest_makereport(item: pytest.Function) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The table of this run's contests."""
-    timed = [case for case in config.stash[KEPT].held if "error" not in case]
+    """The table of contests, those that are gone on with included."""
+    timed = [case for case in config.stash[KEPT].found.values() if "error" not in case]
     if not timed:
         return
     rows = [["bench", *HEADER], *([case["bench"], *row(case)] for case in timed)]
@@ -97,13 +89,16 @@ class Kept:
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self.found = path, {}
-        self.held: list[dict[str, Any]] = []  # in this run
-        if path is not None and path.exists():
+        self.path, self.found = path, dict[str, Any]()
+        if path is None:
+            return
+        if not path.parent.is_dir():
+            raise pytest.UsageError(f"--keep is {path}, and {path.parent} is no folder")
+        if path.exists():
             try:
                 before = json.loads(path.read_text())
                 cases = {case["id"]: case for case in before["cases"] + before["errors"]}
-            except (ValueError, LookupError, TypeError):
+            except (OSError, ValueError, LookupError, TypeError):
                 raise pytest.UsageError(f"--keep is {path}, which holds no such results") from None
             if all(before.get(key) == value for key, value in about().items()):
                 self.found = cases
@@ -113,15 +108,14 @@ class Kept:
         took the process along, is not."""
         begun = self.found.get(name, {"begun": 0}).get("begun", 2)
         if begun < 2:
-            self.write({"id": name, "error": "did not end", "begun": begun + 1})
+            self.put(name, {"error": "did not end", "begun": begun + 1})
         return begun < 2
 
     def put(self, name: str, case: dict[str, Any]) -> None:
-        self.held.append(case)
-        self.write({"id": name, **case})
+        self.found[name] = {"id": name, **case}
+        self.save()
 
-    def write(self, case: dict[str, Any]) -> None:
-        self.found[case["id"]] = case
+    def save(self) -> None:
         if self.path is None or os.environ.get("RANK", "0") != "0":
             return
         errors = [each for each in self.found.values() if "error" in each]
@@ -153,5 +147,5 @@ def about() -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "code": digest_of_code("bench"),
         "machine": machine(),
-        "versions": versions(PACKAGES) | cuda | driver,
+        "versions": versions(PACKAGES.split()) | cuda | driver,
     }

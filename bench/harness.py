@@ -125,10 +125,13 @@ def median_interval(sample: Sequence[float]) -> tuple[float, float]:
 def check(
     name: str, results: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float
 ) -> None:
-    """An AssertionError where a result's relative error is above `tolerance`; what one of the two
-    has more, gradients say, is not looked at."""
-    for got, want in zip(results, expected, strict=False):
-        got, want = (x.detach().float().cpu() for x in (got, want))
+    """An AssertionError where there is no result, or one's relative error is above `tolerance`;
+    what one of the two has more, gradients say, is not looked at."""
+    pairs = [*zip(results, expected, strict=False)]
+    assert pairs, f"no result of {name}: not timed"
+    for both in pairs:
+        got, want = (x.detach().float().cpu() for x in both)
+        assert got.shape == want.shape, f"wrong result of {name}, {got.shape}: not timed"
         error = float((got - want).norm() / want.norm())
         assert error <= tolerance, f"wrong result of {name}, off by {error:.1e}: not timed"
 

@@ -1,4 +1,4 @@
-"""The benchmark report's plots, of a results file that `bench.report.load` has checked."""
+"""The benchmark report's plots."""
 
 from __future__ import annotations
 

@@ -35,26 +35,6 @@ class ResultsError(ValueError):
     """A results file that cannot be used."""
 
 
-def load(path: Path) -> Results:
-    """The content of a results file.
-
-    Raises:
-        ResultsError: the file is missing, cut off or of another format, or no page can be made of
-            it.
-    """
-    try:
-        results = json.loads(path.read_text())
-        if results["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version is {results['format_version']}, not {FORMAT_VERSION}")
-        page(results, path.stem, ())
-    except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror}") from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise ResultsError(f"{path} is no results file of the benchmarks ({why})") from error
-    return results
-
-
 def groups(cases: Iterable[Case], *keys: str) -> dict[tuple[str, ...], list[Case]]:
     """Cases by some fields' values, in the order of first appearance."""
     found: dict[tuple[str, ...], list[Case]] = {}
@@ -146,7 +126,7 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
     """The Markdown page.
 
     Args:
-        results: of `load`.
+        results: what a results file holds.
         stem, plots: the pictures beside the page are STEM-PLOT.png.
     """
     machine, commit = results["machine"], results["commit"] or "unknown"
@@ -193,17 +173,31 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
 
 
 def write_page(path: Path, folder: Path) -> None:
-    """A results file's FOLDER/STEM.md and, beside it, STEM-PLOT.png."""
+    """A results file's FOLDER/STEM.md and, beside it, STEM-PLOT.png.
+
+    Raises:
+        ResultsError: the file is missing, cut off or of another format, or no page can be made of
+            it.
+    """
     from bench.plots import PLOTS  # what only times needs no matplotlib
 
-    results = load(path)
-    cases = [case for case in results["cases"] if "today" not in case]
-    figures = {name: plot({**results, "cases": cases}) for name, plot in PLOTS.items() if cases}
-    drawn = {name: figure for name, figure in figures.items() if figure}
+    try:
+        results = json.loads(path.read_text())
+        if results["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version is {results['format_version']}, not {FORMAT_VERSION}")
+        cases = [case for case in results["cases"] if "today" not in case]
+        figures = {name: plot({**results, "cases": cases}) for name, plot in PLOTS.items() if cases}
+        drawn = {name: figure for name, figure in figures.items() if figure}
+        text = page(results, path.stem, drawn)
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ResultsError(f"{path} is no results file of the benchmarks ({why})") from error
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         figure.savefig(folder / f"{path.stem}-{name}.png", metadata={"Software": None})
-    (folder / f"{path.stem}.md").write_text(page(results, path.stem, drawn))
+    (folder / f"{path.stem}.md").write_text(text)
 
 
 def main(arguments: list[str] | None = None) -> int:

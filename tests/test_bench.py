@@ -110,31 +110,49 @@ def test_some(contest, n):
         import os; os._exit(1)
     contest("a bench", "a case", "a peer", lambda: sum(range(10**5)), lambda: None,
             dtype=torch.float32, flops=1, bytes=2, rows=3)
+
+def test_stopped(contest):
+    raise KeyboardInterrupt
 """
+
+
+def hold_contests(folder, *arguments):
+    """`BENCH` in a process, the file of `--keep` and what was printed."""
+    (folder / "test_some.py").write_text(BENCH)
+    same = "import bench.conftest\nbench.conftest.digest_of_code = lambda *more: 'same'\n"
+    (folder / "conftest.py").write_text(same)  # whatever is edited meanwhile
+    env = {name: value for name, value in os.environ.items() if "PYTEST" not in name}  # xdist's
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "--benchmark-only"]
+    command += ["--benchmark-max-time=0.01", "test_some.py", "--keep", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("path", [".", "gone/found.json", "test_some.py/found.json"])
+def test_a_file_that_nothing_can_be_kept_in_is_refused_in_a_line(tmp_path, path):
+    run = hold_contests(tmp_path, path)
+    assert run.returncode == 4 and f"ERROR: --keep is {path}, " in run.stderr
+
+
+def test_a_contest_that_is_stopped_is_held_as_often_as_it_is_asked_for(tmp_path):
+    for _ in range(3):
+        run = hold_contests(tmp_path, "found.json", "-k", "stopped")
+        assert run.returncode == 2 and "of which 0 contests" in run.stdout
+        assert "KeyboardInterrupt" in run.stdout
+    assert json.loads((tmp_path / "found.json").read_text())["errors"] == []
 
 
 def test_what_is_kept_of_a_run_that_is_cut_off(tmp_path):
     """Machine, roofs, contests, but no host; nothing is timed again, nor what fails."""
-    (tmp_path / "test_some.py").write_text(BENCH)
-    same = "import bench.conftest\nbench.conftest.digest_of_code = lambda *more: 'same'\n"
-    (tmp_path / "conftest.py").write_text(same)  # whatever is edited meanwhile
-    env = {name: value for name, value in os.environ.items() if "PYTEST" not in name}  # xdist's
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "--benchmark-only"]
-    command += ["--keep", "found.json", "--benchmark-max-time=0.01", "test_some.py"]
     found = []
-    for args, status in (([], 1), ([], 1), ([], 0), (["--keep", "other.json", "-k", "1"], 0)):
-        run = subprocess.run(
-            [*command, *args], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
+    for status in (1, 1, 0):
+        run = hold_contests(tmp_path, "found.json", "-k", "not stopped")
         assert run.returncode == status, run.stdout + run.stderr
-        kept = 0 if args else 3 * bool(found)
-        assert f"of which {kept} contests are gone on with" in run.stdout
+        assert f"of which {3 * bool(found)} contests are gone on with" in run.stdout
         found.append(json.loads((tmp_path / "found.json").read_text()))
     head, row = run.stdout.partition("= contests =")[2].splitlines()[1:3]
-    assert head.split()[:3] == ["bench", "case", "peer"] and row.startswith(
-        "a bench  a case  a peer"
-    )
+    assert head.split()[:3] == ["bench", "case", "peer"]
+    assert row.startswith("a bench  a case  a peer")
     assert platform.node() not in (tmp_path / "found.json").read_text()
     content = found[-1]
     assert set(content["machine"]) == {"device", "cpu", "cores", "threads"}
@@ -187,6 +205,12 @@ def test_wrong_attention_is_not_timed(monkeypatch, whose, what):
 def test_a_peer_that_cannot_run_is_skipped():
     with pytest.raises(pytest.skip.Exception, match="xformers cannot run: RuntimeError"):
         attention.hold(contest_of(None), "tiny", ("sdpa", "xformers"), TINY, "forward")
+
+
+@pytest.mark.parametrize("results", [[], [torch.ones(1)], [torch.full((2,), torch.nan)]])
+def test_no_result_or_one_of_another_shape_is_none(results):
+    with pytest.raises(AssertionError, match=r"result of some.*: not timed"):
+        harness.check("some", results, [torch.ones(2)], 1.0)
 
 
 def test_truth_and_kept_pairs_agree_with_the_mask():

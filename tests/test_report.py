@@ -119,6 +119,9 @@ def test_the_interval_decides(ratios, facts, expected):
         (b'{"format_version": 1}', "format_version is 1, not 2"),
         (json.dumps(REAL | {"cases": [contest(1.0, ratio=0)]}).encode(), "(ZeroDivisionError: "),
         (json.dumps(REAL | {"cases": [{"bench": "some"}]}).encode(), "(KeyError: "),
+        (json.dumps(REAL | {"cases": [contest(1.0, bytes=0)]}).encode(), "(ZeroDivisionError: "),
+        (json.dumps(REAL | {"cases": [contest(1.0, flops="x")]}).encode(), "(TypeError: "),
+        (json.dumps(REAL | {"roofs": {}}).encode(), "(ValueError: "),
     ],
 )
 def test_a_file_that_is_no_results_file_is_refused_in_a_line(tmp_path, capsys, content, message):
@@ -137,7 +140,7 @@ def test_the_figures_of_readme_and_docs_are_those_of_the_pages():
         shown = re.findall(r"\d\.\d{3} \(\d\.\d{3} - \d\.\d{3}\)", text)
         assert len(shown) >= 6 and all(ratio in page for ratio in shown)
     speed, count = (ROOT / "docs" / "speed.md").read_text().splitlines(), 0
-    for case in report.load(COMMITTED / "cpu-inference.json")["cases"]:
+    for case in json.loads((COMMITTED / "cpu-inference.json").read_text())["cases"]:
         if case["case"][:2] == "1x":
             low, high = case["interval"]
             figures = f"{case['ratio']:.3f}, {low:.3f} - {high:.3f} | {case['predicted']:.3f} |"
