@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from btok.files import read_json, write_json
+from btok.files import checkpoint_in, must_be, must_be_checkpoint, read_json, write_json
 
 CONFIG_NAME = "btok_config.json"
 FORMAT_VERSION = 1
@@ -32,6 +32,17 @@ def check_choice(where: str, name: str, value: str, allowed: Sequence[str]) -> N
     """Raise a ValueError that names `name` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{where}: {name} is {value!r}, expected one of {tuple(allowed)}")
+
+
+def must_be_trained(argument: str, folder: Path) -> None:
+    """A ValueError unless a path is a checkpoint's folder that was saved by us."""
+    must_be("folder", argument, folder)
+    if not (folder / CONFIG_NAME).exists():
+        must_be_checkpoint(argument, folder)
+        raise ValueError(
+            f"{argument} is {folder}, which has no {CONFIG_NAME}, so it was never trained here"
+            f"{checkpoint_in(folder)}"
+        )
 
 
 def rising(numbers: Sequence[int]) -> bool:

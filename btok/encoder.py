@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from btok.calibration import COMMAND, Calibration, Measuring, cell_of, quantised
 from btok.config import CONFIG_NAME
-from btok.files import find
+from btok.files import checkpoint_in, find, must_be_checkpoint
 from btok.inputs import as_side, estimate_tokens, with_frames
 from btok.model import BTokModel, BTokOutput, model_digest
 from btok.packing import PackedBatch, pack
@@ -97,10 +97,12 @@ class BTokEncoder:
         found = find(name_or_path, "config.json")
         ours = find(name_or_path, CONFIG_NAME) is not None
         if found and not ours and settings.get("num_btoks") is None:
+            if (folder := Path(name_or_path)).is_dir():
+                must_be_checkpoint("BTokEncoder: checkpoint", folder)
             raise ValueError(
                 f"BTokEncoder: {name_or_path} has no {CONFIG_NAME}, so its bottleneck tokens would "
                 "be untrained; train it first (train/main.py), or use num_btoks=0, pooling='last' "
-                "for a model that embeds without them"
+                f"for a model that embeds without them{checkpoint_in(Path(name_or_path))}"
             )
         model = BTokModel.from_pretrained(name_or_path, **settings)
         processor = Processor.from_pretrained(name_or_path, len(model.btok_token_ids))

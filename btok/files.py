@@ -82,6 +82,22 @@ def must_be(kind: str, argument: str, path: Path, expected: str = "") -> None:
         raise ValueError(f"{argument} is {path}, which {what_is(path)}; expected {expected}")
 
 
+def must_be_checkpoint(argument: str, folder: Path) -> None:
+    """A ValueError for a folder without a model's `config.json`, as a run's, or another's."""
+    had = read_json(folder, "config.json")
+    if not had or (isinstance(had, dict) and had.get("model_type") is None):
+        lacks = "whose config.json is of no model" if had else "which has no config.json"
+        near = checkpoint_in(folder)
+        raise ValueError(f"{argument} is {folder}, {lacks}, so it is no checkpoint{near}")
+
+
+def checkpoint_in(folder: Path) -> str:
+    """What to say after a folder in place of a checkpoint: the newest in it, if it is a run's."""
+    steps = [path.parent.name.split("-")[1] for path in folder.glob("checkpoint-*/config.json")]
+    newest = max(filter(str.isdecimal, steps), key=int, default=None)
+    return "" if newest is None else f"; did you mean {folder / f'checkpoint-{newest}'}?"
+
+
 def may_be_folder(argument: str, path: Path) -> None:
     """A ValueError where a file is in the way of a folder that is to be made, or added to."""
     there = next(each for each in (path, *path.absolute().parents) if each.exists())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from btok import adapters
 from btok.config import CONFIG_NAME, BTokConfig, check_choice
 from btok.families import family_of, named_family
-from btok.files import IN_GGUF, asked_for, find, read_json, sha256
+from btok.files import IN_GGUF, asked_for, find, must_be_checkpoint, read_json, sha256
 from btok.gated_mlp import use_gated_mlps
 from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
@@ -141,6 +141,8 @@ class BTokModel(nn.Module):
             config, _ = transformers.PreTrainedConfig.get_config_dict(weights)
         if not config and (found := sorted(Path(weights).glob("*.gguf"))):
             raise ValueError(f"BTokModel: the checkpoint {weights} {IN_GGUF.format(found[0])}")
+        if (folder := Path(weights)).is_dir():
+            must_be_checkpoint("BTokModel: checkpoint", folder)
         kind = str(config.get("model_type"))  # no auto class: a checkpoint's own code stays out
         family = named_family(kind, f"BTokModel: the architecture of {weights}")
         saved = BTokConfig.load(name_or_path, kind, num_btoks, **settings)

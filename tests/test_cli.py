@@ -586,7 +586,7 @@ def test_export_merges_adapters(tmp_path, checkpoint, capsys):
     assert "is not empty; name a new folder" in capsys.readouterr().err
     (tmp_path / "none").mkdir()
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "other")]) == 2
-    assert "has no btok_config.json, so it was never trained here" in capsys.readouterr().err
+    assert "has no config.json, so it is no checkpoint" in capsys.readouterr().err
 
 
 def test_a_folder_is_searched_for_every_kind_of_input(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -98,16 +99,41 @@ def places(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "folder/.btok").mkdir(parents=True)
     (folder / "file").write_text("a text")
+    for name in ("trained/checkpoint-9", "trained/checkpoint-1000", "stock/checkpoint-8"):
+        shutil.copytree(folder / "model", folder / name)
+    for name in ("trained/checkpoint-2000", "trained/checkpoint-best"):
+        (folder / name).mkdir()
+    (folder / "trained/config.json").write_text('{"recipe": {"seed": 0}}')
+    (folder / "stock/config.json").write_text('{"model_type": "qwen2_vl"}')
     (folder / "gone.toml").write_text('[[dataset]]\npath = "gone.jsonl"\n')
     return folder
 
 
+NO_MODEL = "which has no config.json, so it is no checkpoint"
+RUN = "whose config.json is of no model, so it is no checkpoint; did you mean "
+RUN += "trained/checkpoint-1000?"
 GONE, FILE = "which does not exist; expected", "which is a file; expected"
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
+        ("search folder stock x", f"BTokModel: checkpoint is folder, {NO_MODEL}"),
+        ("encode empty stock", f"BTokModel: checkpoint is empty, {NO_MODEL}"),
+        ("search trained stock x", f"BTokEncoder: checkpoint is trained, {RUN}"),
+        ("search stock stock x", "BTokEncoder: stock has no btok_config.json, so its bottleneck"),
+        ("export trained out", f"export: checkpoint is trained, {RUN}"),
+        ("export empty out", f"export: checkpoint is empty, {NO_MODEL}"),
+        (
+            "export stock out",
+            "export: checkpoint is stock, which has no btok_config.json, so it was never trained "
+            "here; did you mean stock/checkpoint-8?",
+        ),
+        (
+            "merge model trained --weights 0.5 0.5 --output out",
+            f"merge: checkpoint is trained, {RUN}",
+        ),
+        ("train --model trained", f"BTokModel: checkpoint is trained, {RUN}"),
         ("encode model gone", f"folder is gone, {GONE} a folder"),
         ("encode model file", f"folder is file, {FILE} a folder"),
         ("search model gone x", f"folder is gone, {GONE} a folder"),

@@ -234,7 +234,7 @@ def test_checkpoints_that_differ(two, tmp_path, capsys):
     save_file({**state, norm: state[norm][:9].clone()}, shaped / "model.safetensors")
     save_file({k: v for k, v in state.items() if k != norm}, fewer / "model.safetensors")
     for folder, message in (
-        (tmp_path / "empty", "has no btok_config.json, so it was never trained here"),
+        (tmp_path / "empty", "has no config.json, so it is no checkpoint"),
         (other, "btok_config.json of"),
         (wide, "config.json of"),
         (half, "config.json of"),

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from btok import adapters
-from btok.config import CONFIG_NAME
-from btok.files import may_be_folder, must_be
+from btok.config import must_be_trained
+from btok.files import may_be_folder
 from btok.model import BTokModel
 from btok.processing import Processor
 
@@ -44,9 +44,7 @@ def export(folder: str | Path, out: str | Path, bound: float | None = None) -> f
             `out` stays empty.
     """
     folder, out = Path(folder), Path(out)
-    must_be("folder", "export: checkpoint", folder)
-    if not (folder / CONFIG_NAME).exists():
-        raise ValueError(f"export: {folder} has no {CONFIG_NAME}, so it was never trained here")
+    must_be_trained("export: checkpoint", folder)
     refuse_used(out)
     model = BTokModel.from_pretrained(folder).eval()
     config = model.backbone.config

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from btok import adapters
-from btok.config import CONFIG_NAME
-from btok.files import may_be_folder, must_be, read_json, rename, sha256, write_json
+from btok.config import CONFIG_NAME, must_be_trained
+from btok.files import may_be_folder, read_json, rename, sha256, write_json
 from btok.model import model_digest
 from btok.tools.evaluate import DECIDING
 from btok.tools.export import RUN
@@ -117,9 +117,7 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], output: s
 def check(folders: Sequence[Path]) -> bool:
     """Whether checkpoints are adapters; a ValueError where they differ in more than weights."""
     for folder in folders:
-        must_be("folder", "merge: checkpoint", folder)
-        if not (folder / CONFIG_NAME).exists():
-            raise ValueError(f"merge: {folder} has no {CONFIG_NAME}, so it was never trained here")
+        must_be_trained("merge: checkpoint", folder)
     bases = [adapters.base_of(folder) for folder in folders]
     first, base = folders[0], bases[0]
     for folder, other in zip(folders[1:], bases[1:], strict=True):
