@@ -42,6 +42,32 @@ LONG = "a-" * 90  # int() shows 200 characters
             "`python -m btok env --help` shows all",
         ),
         (
+            "search m --tpo 3",
+            f"'--tpo' is no option of python -m btok search; did you mean --top or --output? "
+            f"{OF_SEARCH}",
+        ),
+        (
+            "encode --ouptut x",
+            "'--ouptut' is no option of python -m btok encode; did you mean --output? "
+            "`python -m btok encode --help` shows all",
+        ),
+        (
+            "serve --prot=3",
+            "'--prot' is no option of python -m btok serve; did you mean --port or --host? "
+            "`python -m btok serve --help` shows all",
+        ),
+        (
+            "search --hlp",
+            "'--hlp' is no option of python -m btok search; did you mean --help or --clip? "
+            f"{OF_SEARCH}",
+        ),
+        (
+            "merge a b --weihgts 2 -1 --output x",
+            "'--weihgts' is no option of python -m btok merge; did you mean --weights? "
+            "`python -m btok merge --help` shows all",
+        ),
+        ("search m -x", f"'-x' is no option of python -m btok search; {OF_SEARCH}"),
+        (
             "search m f red seven",
             "'seven' is an argument too many for python -m btok search; words that belong together "
             "need quotes",
@@ -51,6 +77,31 @@ LONG = "a-" * 90  # int() shows 200 characters
 def test_a_mistyped_word_names_the_nearest(capsys, words, line):
     assert main(words.split()) == 2
     assert capsys.readouterr() == ("", f"error: {line}\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "search m --query_instruction x --no-rescore --exact",
+        "merge m --weights -1 2",
+        "search -- --tpo",
+    ],
+)
+def test_what_is_missing_is_said_where_no_option_is_mistyped(capsys, words):
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err.startswith("error: Missing")
+
+
+@pytest.mark.parametrize("command", [[], ["search"], ["train"]])
+def test_help_in_a_narrow_terminal_can_be_read(capsys, monkeypatch, command):
+    def asked_with(columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit):
+            train(["--help"]) if command == ["train"] else main([*command, "--help"])
+        assert os.environ["COLUMNS"] == str(columns)
+        return capsys.readouterr().out
+
+    assert asked_with(10) == asked_with(60) != asked_with(100)
 
 
 @pytest.mark.parametrize("columns", [None, "40"])

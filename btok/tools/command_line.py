@@ -6,8 +6,11 @@ import contextlib
 import difflib
 import io
 import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import takewhile
 from typing import Annotated, Any, Union, get_type_hints
 
 import torch
@@ -16,6 +19,9 @@ import tyro
 from btok.encoder import BTokEncoder
 
 FOREIGN = "Unrecognized options: "  # what tyro does not know
+OPTION = re.compile(r"--[^\s=]+|-[A-Za-z]\w*(?==|$)")  # and no negative number
+WIDTH = 1 << 20  # of a terminal that no line is too long for: a box cuts words and paths in two
+NARROW = 60  # of one that help can be read in
 
 
 def parse(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
@@ -42,8 +48,9 @@ def parse(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
             had = f"{name!r} is no command{meant(name, kind)}" if name else "expected a command;"
             raise ValueError(f"{had} `{prog} --help` shows all")
     said, asks = io.StringIO(), {"-h", "--help"} & {*argv}
+    width = max(NARROW, shutil.get_terminal_size().columns) if asks else WIDTH
     try:
-        with contextlib.redirect_stderr(said), contextlib.nullcontext() if asks else wide():
+        with contextlib.redirect_stderr(said), of_width(width):
             return tyro.cli(kind, args=argv, prog=prog, **options)
     except SystemExit as stop:
         if not stop.code:
@@ -51,19 +58,21 @@ def parse(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
         # below the title of a box, whose lines are dashes where the terminal has no others
         _, *lines = (line.strip("│ ") for line in said.getvalue().splitlines())
         lines = [line for line in lines if line.strip("─╭╮╰╯-")]
-        raise ValueError(wrong(kind, lines, prog)) from None
+        raise ValueError(wrong(kind, argv, lines, prog)) from None
 
 
-def wrong(kind: Any, said: Sequence[str], prog: str) -> str:
-    """What is wrong with a command line of a dataclass, by what tyro says of it, in a line."""
+def wrong(kind: Any, argv: Sequence[str], said: Sequence[str], prog: str) -> str:
+    """What is wrong with a command line of a dataclass, by what tyro says of it, in a line; but
+    first an option that there is none of, which may be why tyro misses another.
+    """
+    if flag := next(unknown(kind, argv), None):
+        near = meant(flag, (*option_names(kind), "--help"))
+        return f"{flag!r} is no option of {prog}{near} `{prog} --help` shows all"
     if not said[0].startswith(FOREIGN):
         said = [line for line in said if not line.startswith("For full help")]
         said = [line for line in said if line != f"{prog} --help"]
         return " ".join(said).removeprefix(f"Error parsing {kind.__name__}: ")
     words = said[0].removeprefix(FOREIGN).split(", ")
-    if flag := next((word for word in words if word.startswith("-")), None):
-        near = meant(flag, option_names(kind))
-        return f"{flag!r} is no option of {prog}{near} `{prog} --help` shows all"
     return (
         f"{words[0]!r} is an argument too many for {prog}; words that belong together need quotes"
     )
@@ -73,6 +82,16 @@ def meant(word: str, known: Iterable[str]) -> str:
     """What to say after a mistyped word: what is most like it, if anything."""
     near = difflib.get_close_matches(word, list(known), 2)
     return f"; did you mean {' or '.join(near)}?" if near else ";"
+
+
+def unknown(kind: type, argv: Sequence[str]) -> Iterator[str]:
+    """The words that look like options, and are none of a dataclass's."""
+    known = {*option_names(kind)}
+    for word in takewhile(lambda word: word != "--", argv):
+        if found := OPTION.match(word):
+            name = found[0].replace("_", "-")
+            if name not in known and f"--{name.removeprefix('--no-')}" not in known:
+                yield found[0]
 
 
 def option_names(kind: type) -> Iterator[str]:
@@ -86,10 +105,10 @@ def option_names(kind: type) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def wide() -> Iterator[None]:
-    """A terminal that no line is too long for: a box would cut words and paths in two."""
+def of_width(columns: int) -> Iterator[None]:
+    """Within, this is the terminal's width."""
     before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = str(1 << 20)
+    os.environ["COLUMNS"] = str(columns)
     try:
         yield
     finally:
