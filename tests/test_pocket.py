@@ -12,6 +12,7 @@ import types
 from collections import Counter
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -422,8 +423,11 @@ def test_errors_name_what_is_wrong(monkeypatch):
         pocket._pages.__wrapped__()
 
 
+SCORES = {"metric": "hit@1", "chance": 10.0, "floor": 25.0}
+
+
 def score_file(folder, seed, score, digest="a"):
-    row = {"metric": "hit@1", "chance": 10.0, "floor": 25.0, "score": score, "hard_only": score + 1}
+    row = SCORES | {"score": score, "hard_only": score + 1}
     tasks = {"I-CLS": row, "I-QA": row | {"score": score + 20}}
     path = folder / f"{seed}-{digest}.json"
     path.write_text(json.dumps({"tasks": tasks, "settings": {"seed": seed}, "data_digest": digest}))
@@ -446,3 +450,42 @@ def test_runs_on_other_data_and_no_scores_make_no_table(tmp_path, capsys):
         assert table.main([score_file(tmp_path, 0, 40.0), other]) == 2
         assert why in capsys.readouterr().err
     assert table.main([str(tmp_path / "bad.json")]) == 2
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("[1]", " has no data_digest"),
+        ("{}", " has no data_digest"),
+        ("{", " is no JSON"),
+        ("[" * 100_000, " is no JSON"),
+        ({"data_digest": None}, ": data_digest is None"),
+        ({"settings": [0]}, r": settings is \[0\]"),
+        ({"settings": {}}, " has no seed"),
+        ({"tasks": {}}, " has no tasks"),
+        ({"tasks": {"I-CLS": {"metric": "hit@1"}}}, " has no chance"),
+        ({"tasks": {"I-CLS": SCORES | {"score": "fifty"}}}, ": score is 'fifty'"),
+        ({"tasks": {"I-CLS": SCORES | {"score": True}}}, ": score is True"),
+    ],
+)
+def test_a_file_that_is_no_metrics_json_is_named_with_what_was_expected(
+    tmp_path, capsys, text, why
+):
+    good = score_file(tmp_path, 0, 40.0)
+    other = tmp_path / "other.json"
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(Path(good).read_text()) | text)
+    other.write_text(text)
+    assert table.main([good, str(other)]) == 2
+    said = capsys.readouterr().err
+    expected = "expected the metrics.json of a run of the pocket benchmark"
+    assert re.fullmatch(rf"table: {re.escape(str(other))}{why}.*, {expected}\n", said)
+
+
+def test_runs_of_other_tasks_make_no_table(tmp_path, capsys):
+    good = score_file(tmp_path, 0, 40.0)
+    run = json.loads(Path(good).read_text())
+    del run["tasks"]["I-QA"]
+    (tmp_path / "fewer.json").write_text(json.dumps(run))
+    assert table.main([good, str(tmp_path / "fewer.json")]) == 2
+    assert capsys.readouterr().err == "table: the runs were scored on different tasks\n"

@@ -145,7 +145,7 @@ def test_the_pocket_groups_are_as_they_were(processor):
     def fail(side):
         raise KeyError("no spare rows")
 
-    with pytest.raises(ValueError, match=r"too little of it can be read; row 0: KeyError: "):
+    with pytest.raises(ValueError, match=r"too little of it can be read .*; row 0: KeyError: "):
         train_set(RECIPE, fail)[0]
 
 
@@ -264,7 +264,7 @@ def test_a_bomb_a_wrong_line_and_a_processor_that_fails_are_skipped_too(
     def fail(side):
         raise KeyError("what PIL's plug-ins raise")
 
-    with pytest.raises(ValueError, match=r"too little of it can be read; row .*: KeyError: "):
+    with pytest.raises(ValueError, match=r"too little of it can be read .*; row .*: KeyError: "):
         TrainSet(RECIPE, fail, [texts])[0]
 
     def missing(side):
@@ -272,6 +272,104 @@ def test_a_bomb_a_wrong_line_and_a_processor_that_fails_are_skipped_too(
 
     with pytest.raises(ImportError, match="an extra"):
         TrainSet(RECIPE, missing, [texts])[0]
+
+
+def small_set(tmp_path, count, broken):
+    """Pairs with pictures, of which some cannot be read."""
+    rows = [{"query": f"see {i}", "positive": {"images": [f"s{i}.png"]}} for i in range(count)]
+    path = tmp_path / "small.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for i in range(count):
+        if i in broken:
+            (tmp_path / f"s{i}.png").write_bytes(b"no picture")
+        else:
+            Image.new("RGB", (8, 16), (i, 0, 0)).save(tmp_path / f"s{i}.png")
+    return open_source(path)
+
+
+def all_ranks(recipe, processor, source, step, world):
+    """(place among all ranks' pairs, row) in order, and what was skipped."""
+    found, skipped = [], []
+    for rank in range(world):
+        steps = TrainSet(recipe, processor, [source], rank, world)
+        for piece in range(steps.pieces):
+            part = steps[step, piece]
+            mine = steps.mine[piece * steps.piece :][: len(part.rows)]
+            found += zip(mine, part.rows, strict=True)
+            skipped += part.skipped
+    return sorted(found), sorted(skipped)
+
+
+@pytest.mark.parametrize("count", [4, 1])
+def test_where_a_step_covers_a_small_set_its_other_groups_stand_in(
+    tmp_path, processor, monkeypatch, count
+):
+    broken, size = {3, 7}, 14 if count == 1 else 8
+    source = small_set(tmp_path, 20, broken)
+    recipe = dataclasses.replace(RECIPE, groups_per_batch=count, group_size=size)
+    recipe = dataclasses.replace(recipe, negatives="batch", chunk_tokens=100)
+    alone, fell_back = TrainSet(recipe, processor, [source]), 0
+    for number in range(len(alone)):
+        step, groups = alone[number], alone.groups(number)
+        taken = {row for group in groups for row in group.rows.tolist()}
+        for which, group in enumerate(groups):
+            rows = step.rows[which * size :][:size]
+            bad = [place for place, row in enumerate(group.rows) if row in broken]
+            assert not broken & set(rows)
+            kept = [row for place, row in enumerate(rows) if place not in bad]
+            assert kept == [row for row in group.rows.tolist() if row not in broken]
+            if set(range(20)) - taken <= broken:  # no spares: in the group each is once
+                fell_back += len(bad)
+                assert len(set(rows)) == size
+        # in two groups of a step: the same positive, and no negative of itself
+        same = np.array(step.rows)[:, None] == np.array(step.rows)
+        ids = positive_ids(step.pairs)
+        assert np.array_equal(same, (ids[:, None] == ids).numpy())
+        assert broken & taken <= {skipped.row for skipped in step.skipped} <= broken
+    assert (fell_back > 0) == (count > 1)
+    expected = [alone[number] for number in range(len(alone))]
+    again = [step for _, step in load_steps(alone, 5, 2)]
+    assert [step.rows for step in again] == [step.rows for step in expected[5:]]
+    for piece, world in ((64, 2), (64, 3), (5, 1), (5, 4)):  # three ranks cut groups in two
+        monkeypatch.setattr("train.sampler.PIECE", piece)
+        for number, step in enumerate(expected):
+            rows, skipped = all_ranks(recipe, processor, source, number, world)
+            assert [row for _, row in rows] == step.rows
+            assert set(skipped) == set(step.skipped)
+
+
+def test_a_group_is_filled_while_there_are_as_many_rows_that_can_be_read(tmp_path, processor):
+    recipe = dataclasses.replace(RECIPE, groups_per_batch=4, group_size=8)
+    source = small_set(tmp_path, 17, set(range(9)))
+    steps = TrainSet(recipe, processor, [source])
+    for number in range(3):
+        rows = np.array(steps[number].rows).reshape(4, 8)
+        assert (rows >= 9).all()
+    source = small_set(tmp_path, 16, set(range(8)))
+    steps = TrainSet(recipe, processor, [source])  # no spares at all
+    for number in range(3):
+        rows = np.array(steps[number].rows).reshape(4, 8)
+        assert (np.sort(rows) == np.arange(8, 16)).all()
+    source = small_set(tmp_path, 16, set(range(9)))
+    with pytest.raises(
+        ValueError,
+        match=r"^data set small: too little of it can be read for a group of 8; mend its rows, or "
+        r"give a lower --group-size; row \d: ValueError: image .* cannot be read",
+    ):
+        TrainSet(recipe, processor, [source])[0]
+    TrainSet(dataclasses.replace(recipe, group_size=7), processor, [source])[0]
+
+
+def test_a_set_of_which_nothing_can_be_read_is_not_read_to_its_end(tmp_path):
+    source, tried = small_set(tmp_path, 200, ()), Counter()
+
+    def fail(side):
+        tried[str(side)] += 1
+        raise KeyError("nothing")
+
+    with pytest.raises(ValueError, match=r"too little of it can be read .* KeyError: 'nothing'"):
+        TrainSet(RECIPE, fail, [source])[0]
+    assert 1 + TRIES < len(tried) <= 1 + 2 * TRIES + COUNT * SIZE and set(tried.values()) == {1}
 
 
 def test_every_place_of_a_step_has_spares_of_its_own():

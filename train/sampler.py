@@ -14,9 +14,9 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from io import BytesIO
-from itertools import chain, islice, product
+from itertools import chain, islice, product, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +108,9 @@ class TrainSet(Dataset[Step]):
     `steps[i, p]` is the piece p of `pieces` of it.
 
     In the place of a row that cannot be read comes one of its data set that no group of the step
-    has, from the far end of the epoch: the same whatever the ranks. Its own turn comes as well.
+    has, from the far end of the epoch, and where none of those can be read one of the step's other
+    groups: the same whatever the ranks. Its own turn comes as well. A row that is in two groups of
+    a step is no negative of itself: both pairs have its `positive_id`.
 
     Args:
         recipe: the settings that `__getitem__` reads.
@@ -119,7 +121,7 @@ class TrainSet(Dataset[Step]):
 
     Raises:
         ValueError: a data set with fewer rows than a group; data sets with unequal numbers of hard
-            negatives. `steps[i]`: nothing that can be read in the place of a row.
+            negatives. `steps[i]`: a group with fewer rows that can be read than places.
     """
 
     def __init__(
@@ -173,34 +175,55 @@ class TrainSet(Dataset[Step]):
         if piece is not None:
             first = piece * self.piece
             last = min(last, first + self.piece)
-        recipe, groups, skipped = self.recipe, self.groups(step), list[Skipped]()
-        objective = recipe.objective
-        generate = objective.weight(step) > 0
+        groups, skipped = self.groups(step), list[Skipped]()
+        reasons = dict[
+            tuple[int, int], str
+        ]()  # why a row tried in this step fails; "": it does not
 
-        def process(side: Side) -> Any:
-            return self.processor(with_frames(side))
+        def attempt(number: int, place: int, row: int) -> tuple[Pair, int, list[Sample]] | None:
+            which = groups[number].source
+            if reasons.get((which, row)):
+                return None
+            try:
+                found = self._samples(which, row, step, number * self.recipe.group_size + place)
+            except (ImportError, MemoryError):
+                raise
+            except Exception as error:  # plug-ins of PIL raise nearly anything
+                reasons[which, row] = one_line(f"{type(error).__name__}: {error}")
+                return None
+            reasons[which, row] = ""
+            return found
+
+        def readable(number: int, place: int, row: int) -> bool:
+            which = groups[number].source
+            if (which, row) not in reasons:
+                attempt(number, place, row)
+            return not reasons[which, row]
+
+        @cache
+        def stand_ins(number: int) -> dict[int, int]:
+            return self._stand_ins(groups, number, partial(readable, number))
+
+        def skip(which: int, row: int) -> None:
+            if reason := reasons[which, row]:
+                skipped.append(Skipped(which, self.sources[which].name, row, reason))
 
         def read(number: int, place: int) -> tuple[Pair, int, list[Sample]]:
             for which, row in self._tries(groups, number, place):
-                try:
-                    pair = self.sources[which][row]
-                    found = pair_samples(
-                        [pair], process, ntp_side=recipe.ntp_side, generate=generate
-                    )
-                    if objective.reconstruction_weight:
-                        among = number * recipe.group_size + place
-                        found[:2] = self._restored(pair, found[:2], step, among)
-                except (ImportError, MemoryError):
-                    raise
-                except Exception as error:  # plug-ins of PIL raise nearly anything
-                    reason = one_line(f"{type(error).__name__}: {error}")
-                    skipped.append(Skipped(which, self.sources[which].name, row, reason))
-                    continue
-                # pictures stay behind: what goes to the trainer is pickled
-                query, positive = Side(pair.query.text), Side(pair.positive.text)
-                return replace(pair, query=query, positive=positive, negatives=()), row, found
+                if found := attempt(number, place, row):
+                    return found
+                skip(which, row)
+            row = stand_ins(number).get(place, -1)
+            if row >= 0 and (found := attempt(number, place, row)):
+                for other in takewhile(row.__ne__, self._others(groups, number)):
+                    skip(which, other)
+                return found
             _, name, row, reason = skipped[-1]
-            raise ValueError(f"data set {name}: too little of it can be read; row {row}: {reason}")
+            raise ValueError(
+                f"data set {name}: too little of it can be read for a group of "
+                f"{self.recipe.group_size}; mend its rows, or give a lower --group-size; "
+                f"row {row}: {reason}"
+            )
 
         found = [read(number, place) for number, place in self.mine[first:last]]
         pairs, rows, parts = zip(*found, strict=True)
@@ -213,6 +236,24 @@ class TrainSet(Dataset[Step]):
         ]
         budgets = self._budgets(step, self.mine[first:last], len(parts[0]))
         return Step(list(pairs), list(rows), ordered, skipped, places, budgets)
+
+    def _samples(
+        self, which: int, row: int, step: int, among: int
+    ) -> tuple[Pair, int, list[Sample]]:
+        """The pair of a data set's row, without what it shows, the row, and the pair's samples."""
+
+        def process(side: Side) -> Any:
+            return self.processor(with_frames(side))
+
+        pair, objective = self.sources[which][row], self.recipe.objective
+        found = pair_samples(
+            [pair], process, ntp_side=self.recipe.ntp_side, generate=objective.weight(step) > 0
+        )
+        if objective.reconstruction_weight:
+            found[:2] = self._restored(pair, found[:2], step, among)
+        # pictures stay behind: what goes to the trainer is pickled
+        query, positive = Side(pair.query.text), Side(pair.positive.text)
+        return replace(pair, query=query, positive=positive, negatives=()), row, found
 
     def _restored(
         self, pair: Pair, samples: Sequence[Sample], step: int, among: int
@@ -248,6 +289,41 @@ class TrainSet(Dataset[Step]):
         first = (number * len(rows) + place) * TRIES
         for turn in range(first, first + min(TRIES, len(spares))):
             yield which, int(spares[turn % len(spares)])
+
+    def _others(self, groups: Sequence[Group], number: int) -> list[int]:
+        """What may fill a place of a group of whose `_tries` none can be read: rows of its data set
+        that the group has not, first those that no group of the step has. All of them where
+        `_tries` were all there are of those, and else about as many as a step has: a large set in
+        which so many fail in a row has another fault."""
+        which, rows, order = groups[number]
+        taken = np.concatenate([group.rows for group in groups if group.source == which])
+        spare = ~np.isin(order, taken)
+        elsewhere = order[~spare & ~np.isin(order, rows)]
+        # else all groups of the step would take the same one
+        elsewhere = np.roll(elsewhere, -number * len(rows))
+        found: list[int] = np.concatenate([order[spare], elsewhere]).tolist()
+        return found[: TRIES + len(groups) * len(rows)]
+
+    def _stand_ins(
+        self, groups: Sequence[Group], number: int, readable: Callable[[int, int], bool]
+    ) -> dict[int, int]:
+        """Place -> row, of `_others`, for the places of a group of whose `_tries` none can be read;
+        no row twice. All places are looked at: a rank or a worker that has some of them must find
+        what one that has all would.
+
+        Args:
+            readable: of a place and a row of the group's data set.
+        """
+        others = self._others(groups, number)
+        if not any(readable(0, row) for row in others):
+            return {}  # before a whole group is read for nothing
+        filled = {}
+        for place in range(len(groups[number].rows)):
+            tried = (row for _, row in self._tries(groups, number, place))
+            filled[place] = next((row for row in tried if readable(place, row)), None)
+        empty = [place for place, row in filled.items() if row is None]
+        left = (row for row in others if readable(0, row) and row not in filled.values())
+        return dict(zip(empty, left, strict=False))
 
 
 def load_steps(
