@@ -106,6 +106,13 @@ def may_be_folder(argument: str, path: Path) -> None:
         raise ValueError(f"{argument} is {path}, {had}; expected a folder")
 
 
+def may_be_file(argument: str, path: Path) -> None:
+    """A ValueError where a folder, or a file for its folder, is in the way of a file."""
+    if path.is_dir():
+        raise ValueError(f"{argument} is {path}, which is a folder; expected a file")
+    may_be_folder(f"{argument} is {path}, whose folder", path.parent)
+
+
 def sha256(path: str | Path) -> str:
     """The digest of a file's content, in hexadecimal."""
     with open(path, "rb") as file:

@@ -156,6 +156,10 @@ def places(tmp_path_factory):
         (folder / name).mkdir()
     (folder / "trained/config.json").write_text('{"recipe": {"seed": 0}}')
     (folder / "stock/config.json").write_text('{"model_type": "qwen2_vl"}')
+    for name in ("file.parquet", "pairs.jsonl"):
+        (folder / name).write_text("{}\n")
+    for name in ("folder.npz", "folder.jsonl"):
+        (folder / name).mkdir()
     (folder / "gone.toml").write_text('[[dataset]]\npath = "gone.jsonl"\n')
     return folder
 
@@ -185,6 +189,26 @@ GONE, FILE = "which does not exist; expected", "which is a file; expected"
             f"merge: checkpoint is trained, {RUN}",
         ),
         ("train --model trained", f"BTokModel: checkpoint is trained, {RUN}"),
+        ("encode model stock --output file", f"output is file, {FILE} a folder"),
+        ("search model stock x --output file", f"output is file, {FILE} a folder"),
+        ("serve model stock --output file", f"output is file, {FILE} a folder"),
+        ("serve model stock --no-update --output file", f"output is file, {FILE} a folder"),
+        ("encode model stock --output file/x", "output is file/x, and "),
+        ("encode model stock --output file.parquet", f"output is file.parquet, {FILE} a folder"),
+        (
+            "encode model stock --output folder.npz",
+            "output is folder.npz, which is a folder; expected a file",
+        ),
+        (
+            "encode model stock --output file/x.npz",
+            f"output is file/x.npz, whose folder is file, {FILE} a folder",
+        ),
+        ("mine model pairs.jsonl --output file", f"mine: output is file, {FILE} a folder"),
+        (
+            "mine model pairs.jsonl --output folder.jsonl",
+            "mine: output is folder.jsonl, which is a folder; expected a file",
+        ),
+        ("eval model mmeb-v2 --data empty --output file", f"output is file, {FILE} a folder"),
         ("encode model gone", f"folder is gone, {GONE} a folder"),
         ("encode model file", f"folder is file, {FILE} a folder"),
         ("search model gone x", f"folder is gone, {GONE} a folder"),

@@ -13,6 +13,7 @@ from btok.files import must_be
 from btok.inputs import KINDS
 from btok.tools.command_line import load
 from btok.tools.folder import Listing, list_files, update
+from btok.tools.sinks import may_be_output
 
 if TYPE_CHECKING:
     from btok.encoder import BTokEncoder
@@ -70,10 +71,12 @@ def listed(command: Encode) -> Listing:
     """The files of a command's folder, but for what it keeps there itself.
 
     Raises:
-        ValueError: no folder, or none with a file that can be embedded.
+        ValueError: no folder, or none with a file that can be embedded; something else in the way
+            of the output.
     """
     must_be("folder", "folder", command.folder)
     output = command.index
+    may_be_output(output)
     own = [] if "://" in output else [Path(output), Path(f"{output}.parts")]
     found = list_files(command.folder.resolve(), *own, *filter(None, [command.staging]))
     if not found.paths:

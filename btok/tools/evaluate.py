@@ -28,7 +28,7 @@ from btok.config import CONFIG_NAME, Pooling
 from btok.data.records import RetrievalTask, Side
 from btok.encoder import BTokEncoder
 from btok.evaluation import mmeb_v2, records, runner
-from btok.files import find, must_be, read_json, sha256, write_json
+from btok.files import find, may_be_folder, must_be, read_json, sha256, write_json
 from btok.tools import comparison, pictures
 from btok.tools.command_line import load
 from btok.vectors import OPTIONS, VectorOptions
@@ -126,6 +126,7 @@ def evaluate(command: Evaluate) -> None:
         pictures.drawable(command.picture)
     if command.submission is not None and not command.submission.parent.is_dir():
         raise ValueError(f"submission is {command.submission}, in a folder that is not there")
+    may_be_folder("output", command.output)
     if not command.fetch:
         must_be("folder", "data", command.data, "MMEB-V2's folder, which --fetch makes")
         refuse_missing(names, command.data)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from btok.files import one_line
+from btok.files import may_be_folder, one_line
 from btok.tools import old_index, search, tables
 from btok.tools.lance_errors import WORDY, is_damage, named
 from btok.tools.lookup import Places
@@ -131,6 +131,8 @@ class Index:
             ValueError: none there, one that cannot be read, an address without credentials, an
                 encoder of another model.
         """
+        if "://" not in str(uri):
+            may_be_folder("uri", Path(uri))
         if "://" not in str(uri) and Path(uri, old_index.MANIFEST).exists():
             raise ValueError(
                 f"{uri} is an index of an older format; `python -m btok encode CHECKPOINT FOLDER "

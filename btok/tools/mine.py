@@ -34,7 +34,7 @@ from btok.config import check_choice
 from btok.data.records import Side
 from btok.data.sources import Source, open_source
 from btok.encoder import BTokEncoder
-from btok.files import must_be, one_line, rename, sha256, write_json
+from btok.files import may_be_file, may_be_folder, must_be, one_line, rename, sha256, write_json
 from btok.tools.command_line import load
 from btok.tools.evaluate import files_digest
 from btok.tools.neighbours import ROWS, Blocks, mixed, nearest
@@ -148,6 +148,7 @@ def places(command: Mine) -> list[tuple[Source, Path]]:
         raise ValueError(
             f"mine: output is {command.output} for {len(command.pairs)} files, expected a folder"
         )
+    (may_be_file if one else may_be_folder)("mine: output", command.output)
     found: list[tuple[Source, Path]] = []
     for path in command.pairs:
         if path.suffix != ".jsonl":

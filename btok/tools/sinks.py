@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btok.encoder import BTokEncoder
-from btok.files import one_line, whole
+from btok.files import may_be_file, may_be_folder, one_line, whole
 from btok.tools import old_index
 from btok.tools.rows import Encoded, Row, described, item_name, refuse_other, without_none
 from btok.vectors import VectorOptions, options_of
@@ -35,6 +35,13 @@ def is_index(output: str | Path) -> bool:
     return Path(output).suffix.lower() not in (NPZ, PARQUET)
 
 
+def may_be_output(output: str | Path) -> None:
+    """A ValueError where something else than an output of this name is in its way."""
+    if "://" not in str(output):
+        is_file = Path(output).suffix.lower() == NPZ
+        (may_be_file if is_file else may_be_folder)("output", Path(output))
+
+
 def fitted(
     encoder: BTokEncoder, output: str | Path, options: Mapping[str, Any] | None = None
 ) -> BTokEncoder:
@@ -44,7 +51,11 @@ def fitted(
         encoder: its own options are kept unless others are given.
         output: an index that is there has the vectors of its own options, where none are given.
         options: as `BTokEncoder.using` takes them; `multi_vector` True means both.
+
+    Raises:
+        ValueError: a file or a folder in the way of such an output.
     """
+    may_be_output(output)
     if options:
         encoder = encoder.using(**options)
     elif encoder.options == VectorOptions() and is_index(output):
@@ -296,8 +307,6 @@ class ParquetSink:
         self.schema = tables.schema_of(meta, dims, "float32")
         self.known: set[str] = set()
         self.asked = 0
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file, expected a folder of Parquet files")
         for path in sorted(folder.glob("*.parquet")):
             ids, schema = read_ids(path, meta)
             self.known.update(ids)
