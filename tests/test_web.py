@@ -294,6 +294,51 @@ def test_a_file_that_changes_meanwhile_is_not_given(checkpoint, folder, monkeypa
         assert len(asked(place, "/api/search", q="red")) == 3  # vectors are still there
 
 
+@pytest.mark.parametrize("what", ["the folder files", "the index .btok", "the index elsewhere"])
+def test_a_folder_that_goes_is_said_to_be_gone(
+    checkpoint, folder, monkeypatch, tmp_path, capsys, what
+):
+    """By all that reads it; and once it is back, as a disk may be, all is as it was."""
+    root, picture = tmp_path / "files", (folder / "red0.png").read_bytes()
+    root.mkdir()
+    shutil.copy(folder / "red0.png", root)
+    (root / "words.txt").write_text("some words")
+    elsewhere = tmp_path / "elsewhere"
+    options = ["--output", elsewhere] if what.endswith("elsewhere") else []
+    with page(monkeypatch, checkpoint, root, *options) as place:
+        ids = {hit["kind"]: hit["id"] for hit in asked(place, "/api/first")}
+        shown, text = (urlencode({"id": ids[kind]}) for kind in ("picture", "text"))
+        assert ask(place, f"/thumbnail?{shown}")[0] == 200  # which is kept
+        targets = ["/api/first", "/api/search?q=red", f"/api/near?{shown}", f"/api/item?{shown}"]
+        targets += [f"/thumbnail?{shown}", f"/file?{shown}", f"/text?{text}"]
+        capsys.readouterr()
+        gone = {"files": root, ".btok": root / ".btok", "elsewhere": elsewhere}[what.split()[-1]]
+        gone.rename(tmp_path / "taken out")
+        answers = [ask(place, target) for target in targets]
+        answers.append(ask(place, "/api/search", "POST", picture))
+        for status, _, said in answers:
+            assert status == 410 and json.loads(said) == {"detail": f"{what} is gone"}
+        assert ask(place, "/")[0] == ask(place, "/api/about")[0] == 200
+        assert capsys.readouterr().err == ""
+        (tmp_path / "taken out").rename(gone)
+        assert [ask(place, target)[0] for target in targets] == [200] * len(targets)
+
+
+def test_a_folder_that_goes_meanwhile_is_said_to_be_gone(checkpoint, folder, monkeypatch, tmp_path):
+    root = tmp_path / "files"
+    root.mkdir()
+    shutil.copy(folder / "red0.png", root)
+
+    def taken_out(*_):
+        root.rename(tmp_path / "taken out")
+        raise ValueError("its index cannot be read")
+
+    with page(monkeypatch, checkpoint, root) as place:
+        monkeypatch.setattr(Shelf, "search", taken_out)
+        status, _, said = ask(place, "/api/search?q=red")
+    assert status == 410 and json.loads(said) == {"detail": "the folder files is gone"}
+
+
 def test_another_site_gets_nothing(place):
     """Neither by a name that leads here, nor by a page that asks from elsewhere."""
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from socket import socket
@@ -70,6 +71,7 @@ def make_app(shelf: Shelf, about: dict[str, Any], names: Collection[str]) -> Fas
         names: by which the page may be called, besides any address. A page elsewhere whose name was
             made to lead here (DNS rebinding) is refused.
     """
+    tried = partial(_tried, shelf)
     # no pages of its own documentation: they load scripts from elsewhere
     app = FastAPI(title="btok", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -110,13 +112,13 @@ def make_app(shelf: Shelf, about: dict[str, Any], names: Collection[str]) -> Fas
 
     @app.get("/api/first")
     def first(kind: Kind = None, k: Count = 24) -> list[dict[str, Any]]:
-        return shelf.first(kind, k)
+        return tried(shelf.first, kind, k)
 
     @app.get("/api/search")
     def search(
         q: Annotated[str, Query(max_length=8192)] = "", kind: Kind = None, k: Count = 24
     ) -> list[dict[str, Any]]:
-        return _tried(shelf.search, q, b"", kind, k)
+        return tried(shelf.search, q, b"", kind, k)
 
     @app.post("/api/search")
     async def search_by_picture(
@@ -133,33 +135,33 @@ def make_app(shelf: Shelf, about: dict[str, Any], names: Collection[str]) -> Fas
                     raise HTTPException(413, f"the picture has more than {LARGEST >> 20} MiB")
         except ClientDisconnect:  # nobody reads the answer
             raise HTTPException(400, "the picture did not come whole") from None
-        return await run_in_threadpool(_tried, shelf.search, q, bytes(picture), kind, k)
+        return await run_in_threadpool(tried, shelf.search, q, bytes(picture), kind, k)
 
     @app.get("/api/near")
     def near(name: Name, kind: Kind = None, k: Count = 24) -> list[dict[str, Any]]:
-        return _tried(shelf.near, name, kind, k)
+        return tried(shelf.near, name, kind, k)
 
     @app.get("/api/item")
     def item(name: Name) -> dict[str, Any]:
-        return _tried(lambda: shelf.told(shelf.item(name)))
+        return tried(lambda: shelf.told(shelf.item(name)))
 
     @app.get("/thumbnail")
     def thumbnail(name: Name, size: Annotated[str, Query()] = "small") -> Response:
         if size not in SIZES:
             raise HTTPException(422, f"size is {size!r:.40}, expected one of {', '.join(SIZES)}")
-        shown = _tried(lambda: shelf.thumbnail(shelf.item(name), size))
+        shown = tried(lambda: shelf.thumbnail(shelf.item(name), size))
         if shown is None:
             raise HTTPException(404, "a text has no picture")
         return Response(shown.data, media_type=shown.media_type, headers=FOREVER)
 
     @app.get("/text")
     def text(name: Name) -> Response:
-        said = _tried(lambda: shelf.text(shelf.item(name)))
+        said = tried(lambda: shelf.text(shelf.item(name)))
         return PlainTextResponse(said.encode(errors="replace"), headers=SANDBOX)
 
     @app.get("/file")
     def file(name: Name) -> Response:
-        path = _tried(lambda: shelf.path(shelf.item(name)))
+        path = tried(lambda: shelf.path(shelf.item(name)))
         media = INLINE.get(path.suffix.lower())
         return FileResponse(
             path,
@@ -209,10 +211,15 @@ def _static(name: str) -> Callable[[], Response]:
     return send
 
 
-def _tried(work: Callable[..., Any], *arguments: Any) -> Any:
+def _tried(shelf: Shelf, work: Callable[..., Any], *arguments: Any) -> Any:
     """What a call returns, or why not as an answer in one line."""
     try:
-        return work(*arguments)
+        shelf.must_be_there()
+        try:
+            return work(*arguments)
+        except Exception:  # whatever is said of a folder that went meanwhile
+            shelf.must_be_there()
+            raise
     except KeyError:
         raise HTTPException(404, "the index has no such item") from None
     except PermissionError as error:

@@ -83,6 +83,13 @@ class Shelf:
         self.thumbnails: OrderedDict[tuple[str, str], Shown] = OrderedDict()
         self.streams = self._streams()
 
+    def must_be_there(self) -> None:
+        """A FileNotFoundError where the folder or its index is gone, as with a disk."""
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"the folder {printable(self.root.name)} is gone")
+        if "://" not in self.index.uri and not (index := Path(self.index.uri)).is_dir():
+            raise FileNotFoundError(f"the index {printable(index.name)} is gone")
+
     def counts(self) -> dict[str, int]:
         """How many items there are of each kind."""
         return {kind: self.index.count(self._among(kind)) for kind in ENDINGS}
