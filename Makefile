@@ -120,6 +120,7 @@ gpu: $(GPU_OUT)/tested
 		$(PYTHON) -m pytest -q $(CONTESTS) -k gather
 	-timeout -k 5 $(BUDGET) $(PYTHON) -m pytest -q $(CONTESTS)
 	$(PYTHON) bench/report.py $(GPU_OUT)/gpu.json
+	-$(PYTHON) bench/bench_hopper.py $(GPU_OUT)/gpu.json $(GPU_OUT)/hopper.json
 
 $(GPU_OUT)/tested:
 	@$(PYTHON) -c "import torch; torch.cuda.is_available() or exit('gpu: torch sees no CUDA device')"

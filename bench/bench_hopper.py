@@ -9,8 +9,9 @@ an eighth of each sequence targets. "without turns" are the same kernels, whose 
 when they like.
 
 hopper.json, put beside `btok_kernels/launch.py`, makes `auto` take these kernels on that device
-with that triton, from the mean length of sequences on from which they beat the plain ones here,
-forward and both ways: the whole interval of their time over the plain ones' is below 0.97.
+with that triton, for half as many rows or more, from the mean length of sequences on from which
+they beat the plain ones here, forward and both ways: the whole interval of their time over the
+plain ones' is below 0.97.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def main(results: Path, out: Path) -> None:
     least = decided(found["cases"])
     about = {key: found[key] for key in ("machine", "versions", "commit") if key in found}
     device, triton = found["machine"]["device"], found["versions"]["triton"]
-    decision = {"device": device, "triton": triton, "from_length": least, "about": about}
-    out.write_text(json.dumps(decision, indent=1) + "\n")
+    decision = {"device": device, "triton": triton, "from_rows": ROWS // 2, "from_length": least}
+    out.write_text(json.dumps(decision | {"about": about}, indent=1) + "\n")
     for dim, length in least.items():
         default = "the plain kernels" if length is None else f"hopper from length {length} on"
         print(f"head dim {dim}: the default should be {default}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -61,7 +59,7 @@ def test_what_it_cannot_run_on(monkeypatch):
 )
 def test_an_older_triton(monkeypatch, version, reason):
     monkeypatch.undo()
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(launch, "triton_version", lambda: version)
     monkeypatch.setitem(launch.INSTALLED, "triton", True)
     launch.no_gluon.cache_clear()
     try:
@@ -88,44 +86,99 @@ class OnDevice:
         self.shape = (rows, 4, dim)
 
 
-def test_auto_takes_it_where_a_results_file_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9.0")
+@pytest.fixture
+def results_file(monkeypatch, tmp_path):
+    """Writes what a device has found, or a text."""
+    monkeypatch.setattr(launch, "_device_name", lambda device: "a device")
+    monkeypatch.setattr(launch, "triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(launch, "HOPPER_RESULTS", tmp_path / "hopper.json")
+    found = {"device": "a device", "triton": "3.9.0", "from_rows": 3000}
+    found["from_length"] = {"128": 1000, "64": None}
 
-    def wins(rows, sequences, dim=128, **others):
-        path = tmp_path / "hopper.json"
-        results = {"device": "a device", "triton": "3.9.0", "from_length": {"128": 1000}} | others
-        path.write_text(json.dumps(results))
-        monkeypatch.setattr(launch, "HOPPER_RESULTS", path)
+    def write(**others):
+        text = others.get("text", json.dumps(found | others))
+        launch.HOPPER_RESULTS.write_text(text)
         launch._hopper_results.cache_clear()
-        return launch.hopper_wins(OnDevice(rows, dim), sequences)
 
-    try:
-        assert wins(4000, 4) and wins(1000, 0)
-        assert not wins(3999, 4)
-        assert not wins(4000, 4, dim=64)
-        assert not wins(4000, 4, device="another one")
-        assert not wins(4000, 4, triton="3.9.1")
-        monkeypatch.setattr(launch, "HOPPER_RESULTS", tmp_path / "none")
-        launch._hopper_results.cache_clear()
-        assert not launch.hopper_wins(OnDevice(4000, 128), 4)
-    finally:
-        launch._hopper_results.cache_clear()
+    launch._hopper_results.cache_clear()
+    yield write
+    launch._hopper_results.cache_clear()
+
+
+def wins(sequences, length, dim=128, rows=None):
+    layout = CondensedLayout.from_lengths([length - 8] * sequences, [4] * sequences, 4)
+    return launch.hopper_wins(OnDevice(rows or sequences * length, dim), layout)
+
+
+def test_auto_takes_it_where_a_results_file_says_so(results_file):
+    assert not wins(4, 1000)  # there is none
+    results_file()
+    assert wins(4, 1000) and wins(3, 1000)
+    assert not wins(5, 999)
+    assert not wins(2, 1400)  # of fewer rows than were timed
+    assert not wins(100, 20, rows=30000)  # rows of no sequence make none longer
+    assert not wins(4, 1000, dim=64) and not wins(4, 1000, dim=96)  # lost, not timed
+    assert not launch.hopper_wins(OnDevice(4000, 128), None)
+    for others in ({"device": "another one"}, {"triton": "3.9.1"}):
+        results_file(**others)
+        assert not wins(4, 1000)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"text": ""},
+        {"text": '{"device": "a device", "tri'},
+        {"text": "[1]"},
+        {"text": '{"device": "a device"}'},
+        {"from_length": {"128": "1000"}},
+        {"from_length": 7},
+        {"from_rows": None, "from_length": {"128": 1.5}},
+    ],
+)
+def test_a_damaged_results_file_is_passed_over_and_told_once(results_file, caplog, damaged):
+    results_file(**damaged)
+    assert not wins(4, 1000) and not wins(4, 1000)
+    (message,) = caplog.messages
+    assert "hopper.json is passed over, it has no results (" in message and "\n" not in message
+
+
+def test_what_auto_asks_for_and_cannot_have_is_told_once_a_kind(results_file, monkeypatch, caplog):
+    """An older triton, another architecture, head dims without kernels, strides."""
+    results_file(from_rows=0, from_length={"128": 0, "64": 0})
+    asks = launch.hopper_wins
+    there = lambda q, layout: asks(OnDevice(len(q), q.shape[2]), layout)  # noqa: E731
+    monkeypatch.setattr(op, "hopper_wins", there)
+    monkeypatch.setattr(launch, "_announced", set())
+
+    def told():
+        found = [message.partition("not 'hopper': ")[2] for message in caplog.messages]
+        caplog.clear()
+        return found
+
+    for dim in (32, 16, 32):
+        op.condensed_attention(*tensors(dim=dim), LAYOUT)
+    assert told() == ["q has head dim 32, its kernels take [64, 80, 96, 128]"]
+    for rows in (56, 60, 64):  # strides that name the number of rows
+        layout = CondensedLayout.from_lengths([40], [8], 4, num_rows=rows)
+        q, k = (torch.zeros(rows, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
+        v = torch.zeros(2, rows, 68, dtype=torch.bfloat16)[..., :64].transpose(0, 1)
+        op.condensed_attention(q, k, v, layout)
+    (message,) = told()
+    assert message.startswith("v has strides [68, ")
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "architecture", lambda device: 100)
+        op.condensed_attention(*tensors(), LAYOUT)
+        assert told() == ["the device is sm_100, it needs sm_90"]
+    monkeypatch.setattr(launch, "no_gluon", lambda: "triton is 3.6.0, it needs 3.9")
+    for _ in range(2):
+        op.condensed_attention(*tensors(), LAYOUT)
+    assert told() == ["triton is 3.6.0, it needs 3.9"]
 
 
 def test_no_results_are_shipped_yet():
     """Nothing is the default that no device has timed."""
     assert not launch.HOPPER_RESULTS.exists()
-
-
-def test_auto_falls_back_and_says_so_once(monkeypatch, caplog):
-    monkeypatch.setattr(op, "hopper_wins", lambda q, sequences: True)
-    monkeypatch.setattr(launch, "architecture", lambda device: 80)
-    caplog.set_level(logging.INFO, "btok_kernels")
-    for _ in range(2):
-        op.condensed_attention(*tensors(), LAYOUT)
-    (message,) = caplog.messages
-    assert "takes 'sdpa', not 'hopper': the device is sm_80, it needs sm_90" in message
 
 
 @pytest.fixture

@@ -165,8 +165,9 @@ def condensed_attention(
     """
     _check(q, k, v, layout, scale)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    reasons, order = implementations(q, k, v, len(layout))
-    if impl == "auto" and not torch.compiler.is_compiling() and autotuned(q.device):
+    scale = float(scale) if isinstance(scale, int) else scale  # or Triton compiles another kernel
+    reasons, order = implementations(q, k, v, layout)
+    if impl == "auto" and not torch.compiler.is_compiling() and autotuned(q.device) and len(q):
         order = (*_faster(q, k, v, layout, scale), *order)
     chosen = choose("condensed_attention", impl, reasons, order)
     if chosen in ("triton", "hopper"):
@@ -178,13 +179,13 @@ def condensed_attention(
 
 
 def implementations(
-    q: Tensor, k: Tensor, v: Tensor, sequences: int = 1
+    q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout | None = None
 ) -> tuple[Reasons, tuple[str, ...]]:
     """What could compute `condensed_attention` of these tensors, as `launch.choose` takes it.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D].
-        sequences: how many share the T rows.
+        layout: of the call, where it is known.
 
     Returns:
         By name why each cannot run, asked by a call, which gives None where it can; and the names
@@ -192,14 +193,14 @@ def implementations(
     """
     reasons: Reasons = {
         "triton": lambda: _no_triton(q, k, v),
-        "hopper": lambda: _no_triton(q, k, v) or no_hopper(q, k, v),
+        "hopper": lambda: _no_hopper(q, k, v),
         "sdpa": always,
         "varlen": lambda: _no_varlen(q),
         "xformers": lambda: _no_xformers(q),
         "reference": always,
     }
     order = ("triton", "sdpa") if q.is_cuda else ("sdpa",)
-    return reasons, ("hopper", *order) if hopper_wins(q, sequences) else order
+    return reasons, ("hopper", *order) if hopper_wins(q, layout) else order
 
 
 def _faster(
@@ -207,7 +208,7 @@ def _faster(
 ) -> tuple[str, ...]:
     """Which of "triton" and "hopper" BTOK_AUTOTUNE=1 finds the faster on these tensors; nothing
     where one of them cannot run."""
-    if _no_triton(q, k, v) or no_hopper(q, k, v):
+    if _no_hopper(q, k, v):
         return ()
     from .condensed_attention_triton import faster
 
@@ -227,6 +228,11 @@ def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
                 "must lie within 2^31 elements"
             )
     return no_triton(q.device, q.dtype)
+
+
+def _no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """With the head dims that its own kernels take, though the others' take more."""
+    return no_triton(q.device, q.dtype) or no_hopper(q, k, v) or _no_triton(q, k, v)
 
 
 def fits_32_bits(tensor: Tensor, groups: int) -> bool:

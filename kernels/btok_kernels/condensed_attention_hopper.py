@@ -372,7 +372,7 @@ class Rows(NamedTuple):
         return self.address
 
 
-@lru_cache(256)
+@lru_cache(1024)  # a backward of a layer asks for six
 def _descriptor(rows: Rows, block: int) -> TensorDescriptor:
     """Of boxes of `block` rows of one head that end where a range of rows does.
 
@@ -384,6 +384,11 @@ def _descriptor(rows: Rows, block: int) -> TensorDescriptor:
     """
     _, heads, dim = rows.shape
     stride_t, stride_h, _ = rows.strides
+    if rows.address % 16:  # of what torch.compile had traced with another
+        raise RuntimeError(
+            "condensed_attention: impl='hopper' was given a tensor that begins "
+            f"{rows.address % 16} bytes behind a multiple of 16, where its copies begin; clone it"
+        )
     described = TensorDescriptor(
         rows,
         [0x7FFF0000, 0x7FFF0000, BILLION.value, heads, dim],

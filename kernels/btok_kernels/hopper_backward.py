@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import launch
+from .condensed_attention import fits_32_bits
 from .condensed_attention_hopper import (
     BILLION,
     DENSE,
@@ -448,8 +449,9 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ [T, Hq, D], dK and dV [T, Hkv, D] in q's dtype."""
-    if d_out.stride(-1) != 1 or not launch.takes_tma(d_out):
-        d_out = d_out.contiguous()
+    groups = q.shape[1] // k.shape[1]
+    if d_out.stride(-1) != 1 or not launch.takes_tma(d_out) or not fits_32_bits(d_out, groups):
+        d_out = d_out.clone(memory_format=DENSE)  # `contiguous` might give it back as it is
     dq, dk, dv, delta = (empty_like(t, memory_format=DENSE) for t in (q, k, v, lse))
     (_, heads, dim), key_heads = q.shape, k.shape[1]
     capacity, columns = tiles.shape[1:]

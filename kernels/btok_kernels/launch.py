@@ -12,13 +12,17 @@ import itertools
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layout import CondensedLayout
 
 logger = logging.getLogger("btok_kernels")
 _announced: set[tuple[str, str]] = set()
@@ -55,8 +59,10 @@ def choose(op: str, impl: str, reasons: Reasons, order: tuple[str, ...]) -> str:
     if impl == "auto":
         name, reason_by_name = first_to_run(reasons, order)
         passed_over = "".join(f", not '{n}': {why}" for n, why in reason_by_name.items())
-        if not torch.compiler.is_compiling() and (op, name + passed_over) not in _announced:
-            _announced.add((op, name + passed_over))
+        # once for a kind of reason, whatever the sizes and strides that it names
+        said = op, re.sub(r"\d+", "", name + passed_over)
+        if not torch.compiler.is_compiling() and said not in _announced:
+            _announced.add(said)
             level = logging.WARNING if passed_over else logging.INFO
             logger.log(level, "%s: impl 'auto' takes '%s'%s", op, name, passed_over)
         return name
@@ -111,6 +117,8 @@ def no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.shape[0] >= 1 << 30:
         return f"q has {q.shape[0]} rows, it takes fewer than 2^30; pack fewer"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not has_address(tensor):
+            return f"{name} has no address, as in torch.func's transforms; its copies need one"
         if not takes_tma(tensor):
             return (
                 f"{name} has strides {list(tensor.stride())}; its copies take positive multiples "
@@ -123,23 +131,72 @@ def no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 HOPPER_RESULTS = Path(__file__).with_name("hopper.json")
 
 
+class HopperResults(NamedTuple):
+    """On which device and triton, from how many rows and by head dim from which mean length of
+    sequences on, the kernels of `condensed_attention_hopper` were the faster ones."""
+
+    device: str
+    triton: str
+    from_rows: int
+    from_length: dict[str, int | None]
+
+
 @functools.cache
-def _hopper_results() -> dict[str, Any]:
-    return json.loads(HOPPER_RESULTS.read_text()) if HOPPER_RESULTS.exists() else {}
+def _hopper_results() -> HopperResults | None:
+    """None where there is no file, or a damaged one, which is told."""
+    if not HOPPER_RESULTS.exists():
+        return None
+    try:
+        found = json.loads(HOPPER_RESULTS.read_text())
+        results = HopperResults(*(found[name] for name in HopperResults._fields))
+        lengths = [results.from_rows, *results.from_length.values()]
+        if not all(length is None or type(length) is int for length in lengths):
+            raise ValueError("lengths that are no whole numbers")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        logger.warning("%s is passed over, it has no results (%s)", HOPPER_RESULTS, why)
+        return None
+    return results
 
 
-def hopper_wins(q: Tensor, sequences: int) -> bool:
-    """Whether a device's results say that the kernels of `condensed_attention_hopper` are the
-    faster ones for q [T, Hq, D] of that many sequences: on this device and triton, for their mean
-    length. Under torch.compile, which would read the file at every trace, nothing does."""
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def hopper_wins(q: Tensor, layout: CondensedLayout | None) -> bool:
+    """Whether "auto" asks for the kernels of `condensed_attention_hopper`: a device's results say
+    that they are the faster ones for q [T, Hq, D] and as long sequences.
+
+    Where the results are of another kind of device, an older triton, or D has no such kernels,
+    "auto" asks too, and says why it cannot have them. Under torch.compile, which would read the
+    file at every trace, it never does.
+    """
     if torch.compiler.is_compiling() or q.device.type != "cuda":
         return False
     results = _hopper_results()
-    if not results or results["triton"] != importlib.metadata.version("triton"):
+    if results is None:
         return False
-    least = results["from_length"].get(str(q.shape[2]))
-    there = results["device"] == torch.cuda.get_device_name(q.device)
-    return there and least is not None and q.shape[0] >= least * max(sequences, 1)
+    dim = q.shape[2]
+    if no_gluon() or architecture(q.device) != 90 or ("forward", dim) not in HOPPER:
+        return True
+    if (results.triton, results.device) != (triton_version(), _device_name(q.device)):
+        return False
+    least = results.from_length.get(str(dim))
+    if least is None or layout is None or q.shape[0] < results.from_rows:
+        return False
+    return layout.mean_length >= least
+
+
+def has_address(tensor: Tensor) -> bool:
+    """Whether a tensor lies somewhere: those of torch.func's transforms do not, nor fake ones."""
+    if torch.compiler.is_compiling():
+        return True  # when the op runs it does
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def takes_tma(tensor: Tensor) -> bool:
@@ -151,11 +208,21 @@ def takes_tma(tensor: Tensor) -> bool:
 
 
 @functools.cache
+def triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # a build under another name
+        import triton
+
+        return triton.__version__
+
+
+@functools.cache
 def no_gluon() -> str | None:
     """Why this triton cannot compile what `condensed_attention_hopper` is written in."""
     if not INSTALLED["triton"]:
         return "triton is not installed"
-    version = importlib.metadata.version("triton")
+    version = triton_version()
     older = tuple(map(int, version.split(".")[:2])) < (3, 9)
     return f"triton is {version}, it needs 3.9" if older else None
 
@@ -284,7 +351,7 @@ def attention(kernel: str, q: Tensor, run: Callable[[Config], object]) -> None:
     arch = architecture(q.device)
     config = attention_config(kernel, q.shape[2], q.dtype, arch)
     with on(q.device):
-        if autotuned(q.device):
+        if autotuned(q.device) and len(q):
             key = (kernel, arch, q.shape[2], q.dtype)
             others = functools.partial(_attention_candidates, q.dtype)
             config = _kept(found, key, f"attention {key}", config, others, run)
@@ -301,7 +368,7 @@ def hopper(kernel: str, q: Tensor, run: Callable[[HopperConfig], object]) -> Non
     table's configuration."""
     config = HOPPER[kernel, q.shape[2]]
     with on(q.device):
-        if autotuned(q.device):
+        if autotuned(q.device) and len(q):
             key = (kernel, architecture(q.device), q.shape[2], q.dtype)
             others = functools.partial(hopper_candidates, kernel, q.shape[2])
             config = _kept(found_hopper, key, f"hopper attention {key}", config, others, run)

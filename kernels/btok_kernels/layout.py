@@ -239,6 +239,11 @@ class CondensedLayout:
         """N, the number of sequences."""
         return len(self.bounds)
 
+    @property
+    def mean_length(self) -> float:
+        """Rows of a sequence, on average, those between sequences included; 0 of none."""
+        return int(self.bounds[-1, 3]) / len(self) if len(self) else 0.0
+
     def sequences(self) -> list[list[int]]:
         """(start, first, last, border, end) of each; `last` is `border` where bounds have none."""
         return np.stack(self._columns(), 1).tolist()
