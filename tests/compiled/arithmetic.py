@@ -23,6 +23,7 @@ Run = Callable[[Active], object]
 BITS = {"b16", "b32", "b64"}
 INTEGERS = {"u16", "u32", "u64", "s16", "s32", "s64"}
 HALVES = {"f16", "f16x2", "bf16", "bf16x2"}
+PAIRS = {"u16x2", "s16x2"}
 
 
 def check(ins: Instruction, modifiers: Collection[str], kinds: Collection[str]) -> None:
@@ -102,15 +103,15 @@ ROUNDED = ("rn", "ftz")
 APPROXIMATE = ("approx", "ftz")  # computed better than asked
 LOGIC = {*BITS, "pred"}
 OPERATIONS = {
-    "add": Operation(np.add, 2, ROUNDED, {*INTEGERS, *HALVES, "f32", "f64"}),
+    "add": Operation(np.add, 2, ROUNDED, {*INTEGERS, *PAIRS, *HALVES, "f32", "f64"}),
     "sub": Operation(np.subtract, 2, ROUNDED, {*INTEGERS, *HALVES, "f32", "f64"}),
     "mul": Operation(np.multiply, 2, (*ROUNDED, "lo", "hi", "wide"), {*INTEGERS, *HALVES, "f32"}),
     "mad": Operation(_fused, 3, ("lo", "hi", "wide"), INTEGERS),
     "fma": Operation(_fused, 3, ROUNDED, {*HALVES, "f32"}),
     "div": Operation(_quotient, 2, (*ROUNDED, "full", "approx"), {*INTEGERS, "f32"}),
     "rem": Operation(lambda x, y: x - _quotient(x, y) * y, 2, (), INTEGERS),
-    "min": Operation(np.fmin, 2, ("ftz", "NaN"), {*INTEGERS, *HALVES, "f32"}),
-    "max": Operation(np.fmax, 2, ("ftz", "NaN"), {*INTEGERS, *HALVES, "f32"}),
+    "min": Operation(np.fmin, 2, ("ftz", "NaN"), {*INTEGERS, *PAIRS, *HALVES, "f32"}),
+    "max": Operation(np.fmax, 2, ("ftz", "NaN"), {*INTEGERS, *PAIRS, *HALVES, "f32"}),
     "neg": Operation(np.negative, 1, ("ftz",), {"s16", "s32", "s64", *HALVES, "f32"}),
     "abs": Operation(np.abs, 1, ("ftz",), {"s16", "s32", "s64", *HALVES, "f32"}),
     "and": Operation(np.bitwise_and, 2, (), LOGIC),
@@ -136,7 +137,9 @@ def _function(ins: Instruction) -> Callable:
     function = operation.function
     if modifiers & {"wide", "hi"}:
         function = _long_product(kind, "hi" in modifiers)
-    if kind in INTEGERS or "NaN" in modifiers:  # np.fmin and fmax take the other, where one is NaN
+    if (
+        kind in INTEGERS | PAIRS or "NaN" in modifiers
+    ):  # np.fmin and fmax take the other, where one is NaN
         function = {"min": np.minimum, "max": np.maximum}.get(ins.words[0], function)
     if "ftz" not in modifiers:
         return function
@@ -164,6 +167,8 @@ def arithmetic(machine: Machine, ins: Instruction) -> Run:
     op, kind, (to, *operands) = ins.words[0], ins.words[-1], ins.operands
     if kind in HALVES:
         return _packed(machine, ins)
+    if kind in PAIRS:
+        return _paired(machine, ins)
     function = _function(ins)
     kinds = [kind] * 3
     if op in ("shl", "shr"):
@@ -199,6 +204,24 @@ def _packed(machine: Machine, ins: Instruction) -> Run:
     def run(active: Active) -> None:
         parts = zip(*(halves(v, half) for v in x), strict=True)
         machine.write(to, _pack([function(*part) for part in parts], half), active)
+
+    return run
+
+
+def _paired(machine: Machine, ins: Instruction) -> Run:
+    """Two 16-bit integers of a register, neither of which carries into the other."""
+    function, dtype = _function(ins), dtype_of(ins.words[-1].removesuffix("x2"))
+    to, *operands = ins.operands
+    x = [machine.source(operand, "b32") for operand in operands]
+
+    def run(active: Active) -> None:
+        low, high = (
+            function(*((v >> np.uint32(by)).astype(np.uint16).view(dtype) for v in x))
+            .view(np.uint16)
+            .astype(np.uint32)
+            for by in (0, 16)
+        )
+        machine.write(to, low | high << np.uint32(16), active)
 
     return run
 

@@ -91,6 +91,28 @@ def test_arithmetic(instruction, kind, operands, expected):
 
 
 @pytest.mark.parametrize(
+    ("instruction", "a", "b", "expected"),
+    [
+        ("add.s16x2", 0x0001FFFF, 0x00010001, 0x00020000),  # no carry into the upper one
+        ("add.u16x2", 0xFFFF8000, 0x00018000, 0x00000000),
+        ("add.s16x2", 0x7FFF0003, 0x0001FFFE, 0x80000001),
+        ("min.s16x2", 0x8000FFFF, 0x00010002, 0x8000FFFF),
+        ("min.u16x2", 0x8000FFFF, 0x00010002, 0x00010002),
+        ("max.s16x2", 0x8000FFFF, 0x00010002, 0x00010002),
+        ("max.u16x2", 0x8000FFFF, 0x00010002, 0x8000FFFF),
+    ],
+)
+def test_two_integers_of_a_register(instruction, a, b, expected):
+    assert registers(f"{instruction} %r22, %r20, %r21;", "r22", r20=a, r21=b) == expected
+    assert registers(f"{instruction} %r22, %r20, {b:#x};", "r22", r20=a) == expected
+
+
+@pytest.mark.parametrize("instruction", ["sub.s16x2", "mul.lo.u16x2", "add.sat.s16x2"])
+def test_pairs_that_ptx_has_no_such_instruction_of(instruction):
+    faulty("not known", f"{instruction} %r22, %r20, %r21;")
+
+
+@pytest.mark.parametrize(
     ("instruction", "kind", "a", "by", "expected"),
     [
         ("shl.b32", "u32", 1, 31, 2**31),
