@@ -37,7 +37,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from btok_kernels import launch
 from btok_kernels.condensed_attention import HEAD_DIMS
-from tests.compiled import sass
+from tests.compiled import overlap, sass
 from tests.compiled.driver import Launch, recorded_launches
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # KiB of a block
@@ -86,6 +86,7 @@ class LoopRow(NamedTuple):
     waits_for_all: bool
     ratio: float  # executed over useful products
     tflops: float | None  # modelled; of useful FLOPs without a head dim's padding
+    beside: int  # exponentials issued while a product is in flight
 
 
 class Row(NamedTuple):
@@ -108,6 +109,7 @@ class Row(NamedTuple):
     hmma: int
     hazards: tuple[str, ...]
     loops: tuple[LoopRow, ...]
+    warpgroups: overlap.Warpgroups | None = None  # of the kernels for Hopper
 
 
 _reports: dict[
@@ -223,6 +225,7 @@ def describe(job: Job, launched: Launch) -> Row:
         hmma,
         tuple(sass.hazards(program)) if program else (),
         tuple(loop_rows(name, job, kernel.metadata, report, program, sizes)),
+        overlap.warpgroups(kernel.asm["ptx"]) if job.op == "hopper" else None,
     )
 
 
@@ -263,6 +266,7 @@ def loop_rows(
             loop.waits_for_all,
             executed / useful,
             tflops,
+            loop.beside,
         )
 
 
@@ -285,6 +289,8 @@ def faults(row: Row) -> Iterator[str]:
     if row.serialized:
         yield f"ptxas serialises its products: {', '.join(row.serialized)}"
     yield from row.hazards
+    if row.warpgroups:
+        yield from overlap.faults(row.kernel, row.warpgroups)
     if row.kernel not in WORK or row.arch not in sass.DEVICES:
         return
     if row.dtype != "float32":
@@ -366,10 +372,14 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def merged(rows: list[Row]) -> list[tuple[str, ...]]:
-    """Lines of the table, sorted; those that differ in the variant or dtype alone are one."""
-    lines = [cells(row) for row in sorted(rows, key=lambda row: row[:6])]
-    for column in (HEAD.index("variant"), HEAD.index("dtype")):
+def merged(
+    rows: list[Row],
+    head: tuple[str, ...] = HEAD,
+    of: Callable[[Row], tuple[str, ...]] = cells,
+) -> list[tuple[str, ...]]:
+    """Lines of a table, sorted; those that differ in the variant or dtype alone are one."""
+    lines = [of(row) for row in sorted(rows, key=lambda row: row[:6])]
+    for column in (head.index("variant"), head.index("dtype")):
         same: dict[tuple[str, ...], list[str]] = {}
         for line in lines:
             same.setdefault((*line[:column], "", *line[column + 1 :]), []).append(line[column])
@@ -383,6 +393,45 @@ def merged(rows: list[Row]) -> list[tuple[str, ...]]:
 def markdown(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(head)} |", f"|{'--|' * len(head)}"] + [
         f"| {' | '.join(line)} |" for line in lines
+    ]
+
+
+OF_WARPGROUPS = (
+    "kernel", "dim", "variant", "dtype", "registers of a consumer", "of the producer",
+    "in flight after each wait", "over the softmax", "exponentials beside products",
+)  # fmt: skip
+
+
+def of_warpgroups(row: Row) -> tuple[str, ...]:
+    """A line of the table of the kernels for Hopper."""
+    assert row.warpgroups
+    consumers, producers, loops = row.warpgroups
+    overlaps = [(", ".join(map(str, loop.waits)), str(loop.softmax)) for loop in loops]
+    beside = [f"{loop.beside} of {loop.exponentials}" for loop in row.loops]
+    return (
+        row.kernel, str(row.dim), row.variant.removesuffix(" hopper"), row.dtype,
+        *(", ".join(map(str, counts)) for counts in (consumers, producers)),
+        *(" / ".join(dict.fromkeys(told)) for told in zip(*overlaps, strict=True)),
+        " / ".join(beside if len(set(beside)) > 1 else beside[:1]),
+    )  # fmt: skip
+
+
+def warpgroups(rows: list[Row]) -> list[str]:
+    """Of the kernels for Hopper, what the other table does not tell."""
+    rows = [row for row in rows if row.warpgroups]
+    if not rows:
+        return []
+    return [
+        "",
+        "### Warpgroups",
+        "",
+        "Of the kernels for Hopper. From the PTX: registers of a thread by `setmaxnreg` (above are "
+        "those that the kernel starts with), groups of products that each wait of a main loop "
+        "leaves in flight, and how many are over every exponential. From the machine code, in "
+        "which ptxas may have moved an exponential behind a wait: how many are still issued while "
+        "a product is in flight.",
+        "",
+        *markdown(OF_WARPGROUPS, merged(rows, OF_WARPGROUPS, of_warpgroups)),
     ]
 
 
@@ -493,6 +542,7 @@ def table(runs: list[Run]) -> str:
             *(f"- {line}" for line in said),
             *[""] * bool(said),
             *markdown(HEAD, merged(run.rows)),
+            *warpgroups(run.rows),
         ]
     return "\n".join(lines) + "\n"
 
@@ -530,9 +580,10 @@ def read_run(path: Path) -> Run:
                     hmma,
                     tuple(hazards),
                     tuple(LoopRow._make((*loop[:5], tuple(loop[5]), *loop[6:])) for loop in loops),
+                    overlap.read(groups) if groups else None,
                 )
             )
-            for *fields, serialized, hgmma, hmma, hazards, loops in rows
+            for *fields, serialized, hgmma, hmma, hazards, loops, groups in rows
         ],
     )
 

@@ -48,6 +48,7 @@ class Loop(NamedTuple):
     flops: int  # of 4 warps that share no product, a warpgroup
     drained: int  # products that are waited for, each on its own, before the next one
     exponentials: int
+    beside: int  # exponentials that are issued while a product is in flight
     barriers: int
     waits: tuple[str, ...]  # in order: "copies 2" leaves two groups of copies in flight
     copies: int
@@ -211,6 +212,19 @@ def _drained(body: list[Instruction]) -> int:
     return count
 
 
+def _beside(body: list[Instruction]) -> int:
+    count, flying = 0, 0
+    for turn in range(2):  # the second with what the first leaves in flight
+        for instruction in body:
+            if instruction.starts("HGMMA"):
+                flying += "gsb0" in instruction.operands
+            elif (waited := _wait(instruction)).startswith("products"):
+                flying = min(flying, int(waited.split()[1]))
+            elif instruction.starts("MUFU.EX2"):
+                count += turn * (flying > 0)
+    return count
+
+
 def main_loops(program: list[Instruction]) -> list[Loop]:
     """Loops that multiply, inner ones only, in the order of their addresses.
 
@@ -240,6 +254,7 @@ def main_loops(program: list[Instruction]) -> list[Loop]:
                 sum(product_flops(program[at]) for at in multiplied),
                 _drained(body),
                 sum(instruction.starts("MUFU.EX2") for instruction in body),
+                _beside(body),
                 sum(instruction.starts("BAR") for instruction in body),
                 tuple(waited for _, waited in waits),
                 len(copies),

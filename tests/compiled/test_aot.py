@@ -29,6 +29,7 @@ LOOP = {
     "waits_for_all": False,
     "ratio": 1.0,
     "tflops": 400.0,
+    "beside": 30,
 }
 GOOD = {
     "kernel": "forward",
@@ -164,6 +165,66 @@ def test_the_check_fails_on_what_must_not_ship(changes, loops, said, tmp_path):
     assert said in page.read_text()
 
 
+PTX = """
+setmaxnreg.dec.sync.aligned.u32 \t24;
+$L__BB0_1:
+    cp.async.bulk.tensor.5d.shared::cta.global [%r1], [%rd1];
+    @%p1 bra \t$L__BB0_1;
+    setmaxnreg.inc.sync.aligned.u32 \t240; // once more
+$L__BB0_2: // the warpgroups in a loop
+    setmaxnreg.inc.sync.aligned.u32 \t232;
+    wgmma.commit_group.sync.aligned;
+    ex2.approx.ftz.f32 %r2, %r1;
+$L__BB0_3:
+    wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r3};
+    wgmma.commit_group.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r4};
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned \t1;
+    ex2.approx.ftz.f32 %r2, %r3;
+    wgmma.wait_group.sync.aligned \t0;
+    @%p2 bra \t$L__BB0_3;
+    bra.uni \t$L__BB0_2;
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "old", "new", "said"),
+    [
+        ("forward", "", "", None),
+        ("forward", "\t1;", "\t0;", "leave (0, 0) products in flight, 0 over the softmax"),
+        ("forward", "\t0;\n    @%p2", "\t1;\n    @%p2", "leave (1, 1) products in flight, 1"),
+        ("forward", "wait_group.sync.aligned \t1;", "fence;", "leave (0,) products in flight, 2"),
+        ("forward", "wgmma.mma_async", "mma", "no loop with products and a softmax"),
+        ("dq", "", "", "leave (1, 0) products in flight, 1 over the softmax, not (2, 1, 0) and 2"),
+    ],
+)
+def test_products_that_are_not_in_flight_as_they_should_be(kernel, old, new, said):
+    from tests.compiled import aot, overlap
+
+    groups = overlap.warpgroups(PTX.replace(old, new) if old else PTX)
+    changes = {"kernel": kernel, "variant": "G6 hopper", "warpgroups": groups, "warps": 12}
+    found = aot.problems([row(changes)])
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+def test_registers_of_warpgroups_are_in_a_table_of_their_own():
+    from tests.compiled import aot, overlap
+
+    groups = overlap.warpgroups(PTX)
+    assert (groups.consumers, groups.producers) == ((232,), (24,))
+    assert overlap.read(json.loads(json.dumps(groups))) == groups
+    hopper = {"variant": "G6 hopper", "warpgroups": groups}
+    rows = [row(), row(hopper), row(hopper | {"variant": "G1 hopper"}, {"beside": 3}, {})]
+    page = aot.table([run(*rows)]).partition("### Warpgroups")[2]
+    assert page.splitlines()[-2:] == [
+        "| forward | 128 | G1 | bfloat16 | 232 | 24 | 1, 0 | 1 | 3 of 34 / 30 of 34 |",
+        "| forward | 128 | G6 | bfloat16 | 232 | 24 | 1, 0 | 1 | 30 of 34 |",
+    ]
+    assert "### Warpgroups" not in aot.table([run(row())])
+
+
 def test_the_table_is_sorted_and_merges_equal_groups_and_dtypes():
     from tests.compiled import aot
 
@@ -196,9 +257,14 @@ def test_the_summary_has_the_rate_of_unmasked_loops():
 
 
 def test_rows_of_another_triton_come_back_as_they_were(tmp_path):
-    from tests.compiled import aot
+    from tests.compiled import aot, overlap
 
-    before = run(row({"hazards": ("at 0x10",)}), row({"loops": (), "kernel": "delta"}))
+    groups = overlap.Warpgroups((240,), (24,), (overlap.WANTED["dq"],))
+    before = run(
+        row({"hazards": ("at 0x10",)}),
+        row({"loops": (), "kernel": "delta"}),
+        row({"warpgroups": groups}),
+    )
     (tmp_path / "rows.json").write_text(json.dumps(before))
     assert aot.read_run(tmp_path / "rows.json") == before
     page = aot.table([before, before._replace(triton="3.9.0")])

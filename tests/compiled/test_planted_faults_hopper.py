@@ -20,6 +20,7 @@ if reason := launch.no_gluon():
 from btok_kernels import condensed_attention_hopper as forward
 from btok_kernels import hopper_backward as backward
 from btok_kernels.layout import CondensedLayout
+from tests.compiled import aot
 from tests.compiled.cases import attention
 from tests.compiled.memory import Fault
 from tests.compiled.test_planted_faults import source
@@ -234,3 +235,40 @@ def test_the_waits_of_the_second_consumer_are_hidden_by_turns_alone():
             assert killed()
         finally:
             launch.HOPPER["forward", 64] = config
+
+
+LOST_OVERLAP = {  # no result changes: `make aot` finds these
+    "the softmax waits for the values": (
+        forward, "_attend", "s = warpgroup_mma_wait(1, deps=[s])",
+        "s = warpgroup_mma_wait(0, deps=[s])",
+    ),
+    "the values are multiplied synchronously": (
+        forward, "_attend", "acc = warpgroup_mma(p, v, acc, is_async=True)",
+        "acc = warpgroup_mma(p, v, acc)",
+    ),
+    "the values are waited for before the softmax": (
+        forward, "_attend", "weights, shrink, row_sum, row_max = _weights(",
+        "acc = warpgroup_mma_wait(0, deps=[acc])\n"
+        "    weights, shrink, row_sum, row_max = _weights(",
+    ),
+    "dQ: the weights wait for dP": (
+        backward, "_gather_keys", "s = warpgroup_mma_wait(2, deps=[s])",
+        "s = warpgroup_mma_wait(1, deps=[s])",
+    ),
+    "dK, dV: dV is multiplied synchronously": (
+        backward, "_gather_rows", "dv = warpgroup_mma(weights, do, dv, is_async=True)",
+        "dv = warpgroup_mma(weights, do, dv)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.full] * (i >= 2)) for i, x in enumerate(LOST_OVERLAP)],
+)
+def test_lost_overlap_is_a_problem_of_what_ships(name):
+    module, function, old, new = LOST_OVERLAP[name]
+    job = aot.Job("hopper", 90, 64, "bfloat16", "G2 hopper")
+    with source(module, function, old, new):
+        said = aot.problems(aot.compile_job(job))
+    assert said and all("products in flight" in line for line in said)

@@ -65,6 +65,14 @@ def test_instructions_are_read_with_guards_labels_and_operands():
     assert sass.successors(lines, len(lines) - 1) == []
 
 
+def test_exponentials_beside_a_product_in_flight_are_counted():
+    assert only_loop(CLEAN).beside == 0
+    assert only_loop(CLEAN.replace("gsb0, 0x0", "gsb0, 0x1")).beside == 1
+    before = CLEAN.replace("DEPBAR.LE SB0, 0x1", "MUFU.EX2 R60, R60")
+    assert only_loop(before).beside == 0
+    assert only_loop(before.replace("WARPGROUP.DEPBAR.LE gsb0, 0x0", "NOP")).beside == 2
+
+
 def test_branches_on_a_uniform_predicate_may_fall_through():
     lines = program("NOP\n.L_x_0:\nNOP\nBRA.U !UP0, `(.L_x_0)\nBRA `(.L_x_0)\nEXIT")
     assert sass.successors(lines, 2) == [1, 3]
