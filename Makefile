@@ -14,7 +14,7 @@ VERSIONS_PAGE ?=
 PROCESSES ?= $(shell $(PYTHON) -c 'import os; print(min(2, os.cpu_count() or 1))')
 BIN := .venv/bin
 
-.PHONY: setup demo test test-full docs hopper serve-test versions lint graph bench profile aot gpu dist
+.PHONY: setup demo test test-full docs hopper hopper-full serve-test versions lint graph bench profile aot gpu dist
 
 setup: .venv/ready
 
@@ -47,9 +47,14 @@ test-full: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/device -n $(PROCESSES) --dist worksteal
 
 # the kernels that need a newer Triton than the environment's, compiled and executed
+OF_HOPPER = PYTHONPATH=.venv/triton-3.9 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) \
+	--dist worksteal tests/compiled/test_compiled_hopper.py tests/compiled/test_planted_faults_hopper.py
 hopper: setup .venv/triton-3.9/ready
-	PYTHONPATH=.venv/triton-3.9 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal \
-		-m "not full" tests/compiled/test_compiled_hopper.py tests/compiled/test_planted_faults_hopper.py
+	$(OF_HOPPER) -m "not full"
+
+# with all random layouts, planted faults and launches of a search
+hopper-full: setup .venv/triton-3.9/ready
+	$(OF_HOPPER)
 
 # the page of `python -m btok serve` in this machine's own browser; leaves screenshots
 browser-test: setup

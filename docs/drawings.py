@@ -18,6 +18,7 @@ from btok.kernels import CondensedLayout
 
 BLUE, ORANGE, GREEN = (0.20, 0.40, 0.65), (0.93, 0.50, 0.15), (0.10, 0.60, 0.25)
 PALE, GREY = (0.93, 0.93, 0.93), (0.45, 0.45, 0.45)
+LIGHT = (0.97, 0.76, 0.56)  # orange that waits
 X, B, T = 6, 3, 5  # rows of the drawn sequence
 
 
@@ -210,22 +211,28 @@ def hopper() -> Figure:
         ("consumer 0", 4.2, 6.2, "Q K 1, P 0 V 0", ORANGE),
         ("consumer 0", 6.2, 8.2, "softmax 1", GREY),
         ("consumer 0", 8.2, 10.2, "Q K 2, P 1 V 1", ORANGE),
-        ("consumer 1", 2.2, 3.2, "Q K 0", ORANGE), ("consumer 1", 3.2, 5.2, "softmax 0", GREY),
+        ("consumer 1", 0, 0.6, "first turn", LIGHT),
+        ("consumer 1", 1.55, 2.2, "issued", LIGHT), ("consumer 1", 2.2, 3.2, "Q K 0", ORANGE),
+        ("consumer 1", 3.2, 5.2, "softmax 0", GREY), ("consumer 1", 5.2, 6.2, "issued", LIGHT),
         ("consumer 1", 6.2, 8.2, "Q K 1, P 0 V 0", ORANGE),
         ("consumer 1", 8.2, 10.2, "softmax 1", GREY),
     ]  # fmt: skip
     width = 1.7
     for who, begin, end, text, colour in boxes:
-        box(panel, columns[who], begin + 0.04, width, end - begin - 0.08, text, colour, fontsize=9)
+        look = {"fontsize": 9, "color": "black" if colour == LIGHT else "white"}
+        box(panel, columns[who], begin + 0.04, width, end - begin - 0.08, text, colour, **look)
     arrows = [  # from whom and when, to whom and when
-        ("producer", 1, "consumer 0", 1.2, BLUE), ("producer", 1, "consumer 1", 2.2, BLUE),
+        ("producer", 1, "consumer 0", 1.2, BLUE), ("producer", 1, "consumer 1", 1.55, BLUE),
         ("producer", 2, "consumer 0", 4.2, BLUE), ("producer", 3, "consumer 0", 4.2, BLUE),
+        ("producer", 2, "consumer 1", 5.2, BLUE), ("producer", 3, "consumer 1", 5.2, BLUE),
+        ("producer", 4, "consumer 0", 8.2, BLUE), ("producer", 5, "consumer 0", 8.2, BLUE),
         ("consumer 0", 2.2, "producer", 4, ORANGE), ("consumer 1", 3.2, "producer", 4, ORANGE),
         ("consumer 0", 6.2, "producer", 8.2, ORANGE), ("consumer 1", 8.2, "producer", 8.2, ORANGE),
-        ("consumer 0", 2.2, "consumer 1", 2.4, GREEN),
-        ("consumer 1", 3.2, "consumer 0", 4.4, GREEN),
-        ("consumer 0", 6.2, "consumer 1", 6.4, GREEN),
-        ("consumer 1", 8.2, "consumer 0", 8.4, GREEN),
+        ("consumer 1", 0.3, "consumer 0", 1.2, GREEN),  # the first is a present
+        ("consumer 0", 1.4, "consumer 1", 1.65, GREEN),
+        ("consumer 1", 1.85, "consumer 0", 4.3, GREEN),
+        ("consumer 0", 4.4, "consumer 1", 5.3, GREEN),
+        ("consumer 1", 5.5, "consumer 0", 8.3, GREEN),
     ]  # fmt: skip
     for source, begin, target, end, colour in arrows:
         right = columns[target] > columns[source]
@@ -236,7 +243,7 @@ def hopper() -> Figure:
     for who, x in columns.items():
         panel.text(x + width / 2, -0.35, names.get(who, who), ha="center", fontweight="bold")
     meanings = {"full: a copy is there": BLUE, "empty: both consumers gave it back": ORANGE,
-                "turn: the tensor cores are handed over": GREEN}  # fmt: skip
+                "turn: issued, the other may issue": GREEN}  # fmt: skip
     for x, (text, colour) in zip((-0.6, 1.9, 5.3), meanings.items(), strict=True):
         panel.text(x, 10.9, text, color=colour, fontsize=10, fontweight="bold")
     panel.set(xlim=(-0.7, 8.6), ylim=(11, -0.8))
