@@ -187,7 +187,7 @@ def test_files_beside_the_adapters_go_along(tmp_path):
         export(tmp_path / "lora", tmp_path / "merged")
     (tmp_path / "merged/btok_config.json").unlink()
     with pytest.raises(
-        ValueError, match="merged, which has no btok_config.json, so it was never trained"
+        ValueError, match=r"merged, which has no btok_config.json, so it was never trained"
     ):
         export(tmp_path / "merged", tmp_path / "other")
 
