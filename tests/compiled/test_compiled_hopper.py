@@ -287,3 +287,30 @@ def test_the_order_of_events_changes_no_bit():
             found.append(differentiated(*inputs, layout))
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+def odd_gradient(how, folder):
+    """[T, 32, 64] that TMA cannot take, or that offsets of int32 do not reach, or of a single row,
+    which counts as contiguous whatever its stride."""
+    if how == "address":
+        return torch.empty(8 * 32 * 64 + 1, dtype=BF16)[1:].view(8, 32, 64)
+    if how == "one row":
+        return torch.empty(32 * 64, dtype=BF16).as_strided((1, 32, 64), (1, 64, 1))
+    size = 31 * 2**27 + 8 * 64
+    (folder / "sparse").touch()  # so much memory need not be there
+    far = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=BF16)
+    return far.as_strided((8, 32, 64), (64, 1 << 27, 1))
+
+
+@pytest.mark.parametrize("how", ["address", "one row", "strides"])
+def test_a_gradient_that_cannot_be_copied_as_it_lies_is_copied_first(tmp_path, how):
+    odd, generator = odd_gradient(how, tmp_path), torch.Generator().manual_seed(0)
+    rows = len(odd)
+    layout = CondensedLayout.from_lengths([rows - rows // 4], [rows // 4], 0)
+    q, k, v = (torch.randn(rows, n, 64, generator=generator).to(BF16) for n in (32, 1, 1))
+    plain = torch.randn(odd.shape, generator=generator).to(BF16)
+    with device(90, seed=1):
+        want = differentiated(q, k, v, plain, layout)
+        found = differentiated(q, k, v, odd.copy_(plain), layout)
+    for one, other in zip(want, found, strict=True):
+        assert torch.equal(one, other)
