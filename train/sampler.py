@@ -176,9 +176,8 @@ class TrainSet(Dataset[Step]):
             first = piece * self.piece
             last = min(last, first + self.piece)
         groups, skipped = self.groups(step), list[Skipped]()
-        reasons = dict[
-            tuple[int, int], str
-        ]()  # why a row tried in this step fails; "": it does not
+        # by data set and row, why one that was tried in this step fails; "" where it does not
+        reasons: dict[tuple[int, int], str] = {}
 
         def attempt(number: int, place: int, row: int) -> tuple[Pair, int, list[Sample]] | None:
             which = groups[number].source

@@ -167,7 +167,7 @@ def condensed_attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     scale = float(scale) if isinstance(scale, int) else scale  # or Triton compiles another kernel
     reasons, order = implementations(q, k, v, layout)
-    if impl == "auto" and not torch.compiler.is_compiling() and autotuned(q.device) and len(q):
+    if impl == "auto" and not torch.compiler.is_compiling() and autotuned(q):
         order = (*_faster(q, k, v, layout, scale), *order)
     chosen = choose("condensed_attention", impl, reasons, order)
     if chosen in ("triton", "hopper"):

@@ -351,7 +351,7 @@ def attention(kernel: str, q: Tensor, run: Callable[[Config], object]) -> None:
     arch = architecture(q.device)
     config = attention_config(kernel, q.shape[2], q.dtype, arch)
     with on(q.device):
-        if autotuned(q.device) and len(q):
+        if autotuned(q):
             key = (kernel, arch, q.shape[2], q.dtype)
             others = functools.partial(_attention_candidates, q.dtype)
             config = _kept(found, key, f"attention {key}", config, others, run)
@@ -368,7 +368,7 @@ def hopper(kernel: str, q: Tensor, run: Callable[[HopperConfig], object]) -> Non
     table's configuration."""
     config = HOPPER[kernel, q.shape[2]]
     with on(q.device):
-        if autotuned(q.device) and len(q):
+        if autotuned(q):
             key = (kernel, architecture(q.device), q.shape[2], q.dtype)
             others = functools.partial(hopper_candidates, kernel, q.shape[2])
             config = _kept(found_hopper, key, f"hopper attention {key}", config, others, run)
@@ -415,9 +415,11 @@ def implementation(q: Tensor, backward: bool, run: Callable[[str], object]) -> s
         return _kept(faster, key, f"attention {key}", "triton", lambda: ["hopper"], run)
 
 
-def autotuned(device: torch.device) -> bool:
-    """Whether the first launch of each kind searches its configuration."""
-    return os.environ.get("BTOK_AUTOTUNE") == "1" and architecture(device) > 0
+def autotuned(rows: Tensor) -> bool:
+    """Whether the first launch of each kind searches its configuration: on a device, if there are
+    any rows."""
+    on_device = os.environ.get("BTOK_AUTOTUNE") == "1" and architecture(rows.device) > 0
+    return on_device and len(rows) > 0
 
 
 def _capturing() -> bool:
@@ -558,7 +560,7 @@ def contrastive(
     """
     arch = architecture(query.device)
     config = contrastive_config(kernel, query.dtype, arch)
-    if not autotuned(query.device):
+    if not autotuned(query):
         return config
     key = (kernel, arch, query.shape[1], query.dtype, *options)
     others = functools.partial(_contrastive_candidates, kernel, config)

@@ -1,6 +1,6 @@
-"""The scores of several runs of the pocket benchmark as one Markdown table:
+"""The scores of several runs of the pocket benchmark, their `metrics.json`, as a Markdown table:
 
-python train/pocket/table.py bench/results/pocket-seed*.json      the `metrics.json` of some runs
+python train/pocket/table.py bench/results/pocket-seed*.json
 """
 
 from __future__ import annotations
