@@ -11,27 +11,15 @@ from helpers import IMAGE, MROPE, VIDEO, tiny_backbone
 
 from btok.families import FAMILIES
 from btok.families.family import text_positions
-from btok.families.qwen2_5_vl import qwen2_5_vl_positions
-from btok.families.qwen2_vl import qwen2_vl_positions
-from btok.families.qwen3_vl import qwen3_vl_positions
-
-RULES = {
-    "qwen2_vl": qwen2_vl_positions,
-    "qwen2_5_vl": qwen2_5_vl_positions,
-    "qwen3_vl": qwen3_vl_positions,
-}
-
-TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+from btok.vision import Vision
 
 
-def positions(ids, images=None, videos=None, rule=qwen2_vl_positions, **options):
-    return rule(
-        torch.tensor(ids),
-        None if images is None else torch.tensor(images),
-        None if videos is None else torch.tensor(videos),
-        **TOKENS,
-        **options,
-    ).tolist()
+def positions(ids, images=(), videos=(), family="qwen2_vl", **more):
+    """The family's rule; `more` is what else a processor says of the side."""
+    grids = {"image": images, "video": videos}
+    shown = [Vision(kind, torch.tensor(grid)) for kind, grid in grids.items() if grid]
+    config = stock_model(family).config
+    return FAMILIES[family].positions(ids, {"vision": shown, **more}, config).tolist()
 
 
 @cache
@@ -97,7 +85,7 @@ def test_an_image_and_a_video_take_their_own_grids():
 @pytest.mark.parametrize(
     ("ids", "images", "message"),
     [
-        ([IMAGE], None, "no grid is left"),
+        ([IMAGE], [], "no grid is left"),
         ([5, IMAGE, 5], [[1, 2, 4]], "fewer than 2 vision tokens"),
         ([5], [[1, 2, 2]], "no vision tokens for the grids"),
     ],
@@ -108,7 +96,8 @@ def test_placeholders_that_do_not_match_are_refused(ids, images, message):
 
 
 def test_seconds_of_qwen2_5_vl():
-    options = {"rule": qwen2_5_vl_positions, "videos": [[3, 2, 4]], "tokens_per_second": 2}
+    """Of which the tiny model has 2 positions in a second."""
+    options = {"family": "qwen2_5_vl", "videos": [[3, 2, 4]]}
     ids = [9, *[VIDEO] * 6, 7]
     got = positions(ids, second_per_grid_ts=torch.tensor([0.75]), **options)
     assert got == [
@@ -126,9 +115,8 @@ def test_two_videos_of_qwen2_5_vl_have_their_own_seconds_and_images_none():
         [VIDEO, VIDEO, 5, *[IMAGE] * 2, *[VIDEO] * 2, 6],
         images=[[1, 2, 4]],
         videos=[[2, 2, 2], [2, 2, 2]],
-        rule=qwen2_5_vl_positions,
+        family="qwen2_5_vl",
         second_per_grid_ts=[1.0, 2.0],
-        tokens_per_second=2,
     )
     assert got == [
         [0, 2, 3, 4, 4, 6, 10, 11],
@@ -136,9 +124,7 @@ def test_two_videos_of_qwen2_5_vl_have_their_own_seconds_and_images_none():
         [0, 0, 3, 4, 5, 6, 6, 11],
     ]
     with pytest.raises(ValueError, match="second_per_grid_ts has 1, video_grid_thw 2"):
-        positions(
-            [VIDEO] * 2, None, [[1, 2, 2]] * 2, qwen2_5_vl_positions, second_per_grid_ts=[1.0]
-        )
+        positions([VIDEO] * 2, [], [[1, 2, 2]] * 2, "qwen2_5_vl", second_per_grid_ts=[1.0])
 
 
 def test_each_slot_of_a_qwen3_vl_video_is_a_grid_of_its_own():
@@ -147,7 +133,7 @@ def test_each_slot_of_a_qwen3_vl_video_is_a_grid_of_its_own():
         [20, 8, *slot, 9, 21, 22, 8, *slot, 9, *[IMAGE] * 2, 5],
         images=[[1, 4, 2]],
         videos=[[2, 2, 4]],
-        rule=qwen3_vl_positions,
+        family="qwen3_vl",
     )
     assert got == [
         #    first slot      times   second slot     image
@@ -156,7 +142,7 @@ def test_each_slot_of_a_qwen3_vl_video_is_a_grid_of_its_own():
         [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 11, 13],
     ]
     with pytest.raises(ValueError, match="no vision tokens for the grids"):
-        positions([20, *slot], videos=[[2, 2, 4]], rule=qwen3_vl_positions)
+        positions([20, *slot], videos=[[2, 2, 4]], family="qwen3_vl")
 
 
 def test_a_model_without_vision_counts():
@@ -189,12 +175,10 @@ def test_equal_to_transformers_where_that_is_right(family):
                 else:
                     ids += [VIDEO] * (slots * h * w)
             ids += [6] * rng.randrange(1, 4)
-        options, stock_options = {}, {}
-        if family == "qwen2_5_vl":
-            options = stock_options = {"second_per_grid_ts": torch.tensor(seconds)}
-            options = {**options, "tokens_per_second": 2}
-        expected = stock_positions(family, ids, images, videos, **stock_options)
-        got = positions(ids, images or None, videos or None, RULES[family], **options)
+        timed = family == "qwen2_5_vl"
+        more = {"second_per_grid_ts": torch.tensor(seconds)} if timed else {}
+        expected = stock_positions(family, ids, images, videos, **more)
+        got = positions(ids, images, videos, family, **more)
         assert got == expected, (ids, images, videos, seconds)
 
 
@@ -202,8 +186,7 @@ def test_equal_to_transformers_where_that_is_right(family):
 def test_transformers_puts_text_after_a_long_small_video_too_early(family):
     """Why these functions exist. Where this fails, transformers has returned to the rule."""
     ids, videos = [9, *[VIDEO] * 3, 7], [[3, 2, 2]]
-    options = {"tokens_per_second": 2} if family == "qwen2_5_vl" else {}
-    ours = positions(ids, None, videos, RULES[family], **options)
+    ours = positions(ids, [], videos, family)
     last = ours[0][3]
     assert last == (5 if family == "qwen2_5_vl" else 3)
     assert [axis[4] for axis in ours] == [last + 1] * 3

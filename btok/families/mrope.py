@@ -12,17 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from btok.vision import KEYS, vision_of
+from btok.vision import Kind, vision_of
 
 
-def mrope(input_ids: Any, grids: Mapping[int, Sequence[Sequence[Any]]], merge: int) -> np.ndarray:
-    """Positions of text and grids in the order of their tokens.
+def mrope(
+    input_ids: Any,
+    side: Mapping[str, Any],
+    config: Any,
+    videos: Sequence[Sequence[Any]] | None = None,
+) -> np.ndarray:
+    """M-RoPE positions of one sequence, as Qwen2-VL was trained (arXiv 2409.12191, section 2.1).
+
+    Text takes p, p + 1, ... on all three axes. An image or a video that starts at p has
+    (p + t, p + y, p + x) at time slot t, row y, column x of its merged grid; what follows goes on
+    at the highest position so far + 1.
 
     Args:
-        input_ids: integers [L].
-        grids: by placeholder id, in order of appearance, time, height and width in patches and,
-            where it is not 1, how far two time slots are apart.
-        merge: patches per merged token along height and along width.
+        input_ids: integers [L] (tensor, array, list), a placeholder id per merged vision token.
+        side: what they are of, as a processor returns it.
+        config: the backbone's configuration.
+        videos: in the place of the side's own, in order of appearance, time, height and width in
+            patches and, where it is not 1, how far two time slots are apart.
 
     Returns:
         int64 [3, L]: time, height, width.
@@ -31,7 +41,11 @@ def mrope(input_ids: Any, grids: Mapping[int, Sequence[Sequence[Any]]], merge: i
         ValueError: vision tokens that do not fit the grids.
     """
     ids = np.asarray(input_ids).tolist()
-    waiting = {token: list(of_token) for token, of_token in grids.items()}
+    merge = config.vision_config.spatial_merge_size
+    waiting: dict[int, list[Sequence[Any]]] = {
+        config.image_token_id: list(grids_of(side, "image")),
+        config.video_token_id: list(grids_of(side, "video") if videos is None else videos),
+    }
     pieces = [np.empty((3, 0), np.int64)]
     row = position = 0
     while row < len(ids):
@@ -67,21 +81,7 @@ def mrope(input_ids: Any, grids: Mapping[int, Sequence[Sequence[Any]]], merge: i
     return np.concatenate(pieces, axis=1)
 
 
-def rows(grid: Any) -> list[Any]:
-    """A grid's rows, or a video's seconds, as a list; empty for None."""
-    return [] if grid is None else np.asarray(grid).tolist()
-
-
-def arguments(side: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """What every rule of Qwen's takes, of a side and the backbone's configuration."""
-    shown = vision_of(side)
-    grids = {
-        grid: [row for vision in shown if vision.kind == kind for row in vision.grid.tolist()]
-        for kind, (_, grid) in KEYS.items()
-    }
-    return {
-        **grids,
-        "image_token_id": config.image_token_id,
-        "video_token_id": config.video_token_id,
-        "spatial_merge_size": config.vision_config.spatial_merge_size,
-    }
+def grids_of(side: Mapping[str, Any], kind: Kind) -> list[list[int]]:
+    """Time, height and width in patches of each image or video that a side shows."""
+    shown = [vision for vision in vision_of(side) if vision.kind == kind]
+    return [row for vision in shown for row in vision.grid.tolist()]

@@ -11,55 +11,33 @@ from torch import Tensor
 
 from btok.families import qwen_tower
 from btok.families.family import Family, VisionRules
-from btok.families.mrope import arguments, mrope, rows
+from btok.families.mrope import grids_of, mrope
 from btok.families.qwen_images import QwenImageProcessor
 
 
-def qwen2_5_vl_positions(
-    input_ids: Any,
-    image_grid_thw: Any = None,
-    video_grid_thw: Any = None,
-    second_per_grid_ts: Any = None,
-    *,
-    image_token_id: int,
-    video_token_id: int,
-    spatial_merge_size: int = 2,
-    tokens_per_second: float = 4,
-) -> np.ndarray:
+def qwen2_5_vl_positions(input_ids: Any, side: Mapping[str, Any], config: Any) -> np.ndarray:
     """M-RoPE positions of one sequence, as Qwen2.5-VL was trained (its report, section 2.1.3).
 
-    As `qwen2_vl_positions`, but time is in seconds: time slot t of a video is at
+    As `mrope`, but time is in seconds: time slot t of a video is at
     p + floor(t * tokens_per_second * seconds per slot). Images have one slot.
 
     Args:
-        input_ids, image_grid_thw, video_grid_thw, image_token_id, video_token_id,
-            spatial_merge_size: as `qwen2_vl_positions` takes them.
-        second_per_grid_ts: floats [videos], seconds from one time slot to the next, else a
-            ValueError; None for one second.
-        tokens_per_second: positions per second, of the vision configuration.
+        input_ids, config: as `mrope` takes them.
+        side: its `second_per_grid_ts`, floats [videos], are the seconds from one time slot to the
+            next, else a ValueError; one second where it has none.
 
     Returns:
         int64 [3, L]: time, height, width.
     """
-    videos = rows(video_grid_thw)
-    seconds = [1.0] * len(videos) if second_per_grid_ts is None else rows(second_per_grid_ts)
+    videos, given = grids_of(side, "video"), side.get("second_per_grid_ts")
+    seconds = [1.0] * len(videos) if given is None else np.asarray(given).tolist()
     if len(seconds) != len(videos):
         raise ValueError(
             f"positions: second_per_grid_ts has {len(seconds)}, video_grid_thw {len(videos)}"
         )
-    steps = [np.float32(second) * np.float32(tokens_per_second) for second in seconds]
+    steps = np.asarray(seconds, np.float32) * np.float32(config.vision_config.tokens_per_second)
     timed = [[*grid, step] for grid, step in zip(videos, steps, strict=True)]
-    grids = {image_token_id: rows(image_grid_thw), video_token_id: timed}
-    return mrope(input_ids, grids, spatial_merge_size)
-
-
-def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
-    return qwen2_5_vl_positions(
-        ids,
-        second_per_grid_ts=side.get("second_per_grid_ts"),
-        tokens_per_second=config.vision_config.tokens_per_second,
-        **arguments(side, config),
-    )
+    return mrope(input_ids, side, config, timed)
 
 
 def _windows(tower: Any, grid: Tensor) -> dict[str, Tensor]:
@@ -83,6 +61,6 @@ QWEN2_5_VL = Family(
         prepare=qwen_tower.use_in,
         per_video=("second_per_grid_ts",),
     ),
-    _positions,
+    qwen2_5_vl_positions,
     language_model="language_model",
 )

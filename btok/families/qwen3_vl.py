@@ -11,39 +11,25 @@ from torch import Tensor
 
 from btok.families import qwen_tower
 from btok.families.family import Family, VisionRules
-from btok.families.mrope import arguments, mrope, rows
+from btok.families.mrope import grids_of, mrope
 from btok.families.qwen_images import QwenImageProcessor
 
 
-def qwen3_vl_positions(
-    input_ids: Any,
-    image_grid_thw: Any = None,
-    video_grid_thw: Any = None,
-    *,
-    image_token_id: int,
-    video_token_id: int,
-    spatial_merge_size: int = 2,
-) -> np.ndarray:
+def qwen3_vl_positions(input_ids: Any, side: Mapping[str, Any], config: Any) -> np.ndarray:
     """M-RoPE positions of one sequence, as Qwen3-VL was trained (its report, section 2).
 
-    As `qwen2_vl_positions`, but each time slot of a video is a grid of its own: its time is told by
-    the text before it (`<1.5 seconds>`), not by its position. That the axes interleave along the
-    head dimension is the rotary embedding's affair, not the index's.
+    As `mrope`, but each time slot of a video is a grid of its own: its time is told by the text
+    before it (`<1.5 seconds>`), not by its position. That the axes interleave along the head
+    dimension is the rotary embedding's affair, not the index's.
 
     Args:
-        input_ids, image_grid_thw, video_grid_thw, image_token_id, video_token_id,
-            spatial_merge_size: as `qwen2_vl_positions` takes them, with one grid per video.
+        input_ids, side, config: as `mrope` takes them.
 
     Returns:
         int64 [3, L]: time, height, width.
     """
-    slots = [[1, height, width] for t, height, width in rows(video_grid_thw) for _ in range(t)]
-    grids = {image_token_id: rows(image_grid_thw), video_token_id: slots}
-    return mrope(input_ids, grids, spatial_merge_size)
-
-
-def _positions(ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
-    return qwen3_vl_positions(ids, **arguments(side, config))
+    slots = [[1, h, w] for time, h, w in grids_of(side, "video") for _ in range(time)]
+    return mrope(input_ids, side, config, slots)
 
 
 def _interpolation(tower: Any, grid: Tensor) -> dict[str, Tensor]:
@@ -96,6 +82,6 @@ QWEN3_VL = Family(
         onto_layers=_onto_layers,
         num_levels=_num_levels,
     ),
-    _positions,
+    qwen3_vl_positions,
     language_model="language_model",
 )
