@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +11,32 @@ from typing import Any, Literal
 import torch
 
 from btok.adapters import Lora
-from btok.config import Pooling, TargetPositions, rising
+from btok.config import BTokConfig, Pooling, TargetPositions, rising
 from btok.model import BTokModel
 from btok.objective import Objective
 from btok.processing import Processor
 from train.pocket import model as pocket
+
+# what a setting must be that is not None, and which
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "at least 0": (
+        lambda x: x >= 0,
+        "num_btoks lora_rank ntp_weight ntp_steps reconstruction_weight contrastive_from hardness "
+        "distillation_weight caption_steps reading_steps steps warmup_steps weight_decay muon_rate "
+        "vision_memory workers max_skipped seed",
+    ),
+    "at least 1": (
+        lambda x: x >= 1,
+        "groups_per_batch checkpoint_every chunk_tokens replicas max_pixels",
+    ),
+    "at least 2": (lambda x: x >= 2, "group_size"),
+    "0 or at least 40": (lambda x: x == 0 or x >= 40, "eval_queries"),
+    "above 0": (lambda x: x > 0, "temperature learning_rate clip_norm teacher_temperature"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "final_rate multi_vector"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "lora_dropout"),
+    "above 0 and below 1": (lambda x: 0 < x < 1, "beta2"),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, "mask_rate"),
+}
 
 
 @dataclass(frozen=True)
@@ -139,35 +161,30 @@ class Recipe:
     """Of the first weights and the order of the data."""
 
     def __post_init__(self) -> None:
-        lows = {"group_size": 2, "groups_per_batch": 1, "checkpoint_every": 1, "chunk_tokens": 1}
-        lows |= {"replicas": 1, "max_pixels": 1}
-        from_zero = ["num_btoks", "ntp_weight", "caption_steps", "reading_steps", "steps"]
-        from_zero += ["warmup_steps", "weight_decay", "muon_rate", "vision_memory", "lora_rank"]
-        from_zero += ["reconstruction_weight", "contrastive_from", "multi_vector", "hardness"]
-        from_zero += ["distillation_weight"]
-        lows |= dict.fromkeys([*from_zero, "workers", "max_skipped"], 0)
-        for name, low in lows.items():
-            if (had := getattr(self, name)) is not None and not had >= low:
-                raise ValueError(f"{name} is {had}, expected at least {low}")
-        for name in ("temperature", "learning_rate", "clip_norm", "teacher_temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and finite")
+        for expected, (fits, names) in RANGES.items():
+            for name in names.split():
+                if (had := getattr(self, name)) is not None and not fits(had):
+                    raise ValueError(f"{name} is {had}, expected {expected}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}, expected a finite number")
         if self.pooling_rows not in (("btok", "last") if self.num_btoks else ("last", "mean")):
             raise ValueError(
                 f"num_btoks is {self.num_btoks} and pooling '{self.pooling}'; K = 0 needs pooling "
                 "'last' or 'mean', and K > 0 'btok' or 'last'"
             )
-        if not (0 <= self.lora_dropout < 1 and 0 <= self.final_rate <= 1 and 0 < self.beta2 < 1):
-            had = f"{self.lora_dropout}, {self.final_rate}, {self.beta2}"
-            raise ValueError(f"lora_dropout, final_rate and beta2 are {had}, expected from 0 to 1")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} is {value}, expected a finite number")
-        self._check_nested()
+        if self.budgets and rising(every := (*self.budgets, self.num_btoks)):
+            object.__setattr__(self, "budgets", every)
+        # refused here already, before a model is there that has them
+        BTokConfig(range(self.num_btoks), self.pooling_rows, **self.nested)
+        last = self.contrastive_from - 1
+        if last >= 0 and not (self.objective.weight(last) or self.reconstruction_weight):
+            raise ValueError(
+                f"contrastive_from is {self.contrastive_from}, and step {last} has nothing else to "
+                "train; expected a reconstruction_weight above 0, or an ntp_weight that lasts"
+            )
         if self.replicas > 1 and not self.shard:
             raise ValueError(f"replicas is {self.replicas}, which needs shard")
-        if 0 < self.eval_queries < 40:
-            raise ValueError(f"eval_queries is {self.eval_queries}, expected 0 or at least 40")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -194,38 +211,16 @@ class Recipe:
         if said:
             raise ValueError(f"{'; '.join(said)}; add {' '.join(flags)}")
 
-    def _check_nested(self) -> None:
-        """Budgets with K behind them, and what needs bottleneck rows, or a part."""
-        for name in ("budgets", "dims"):
-            if not rising(numbers := getattr(self, name)):
-                raise ValueError(f"{name} is {numbers}, expected rising numbers above 0")
-        if self.budgets and self.budgets[-1] > self.num_btoks:
-            raise ValueError(
-                f"budgets is {self.budgets}, expected numbers up to num_btoks, {self.num_btoks}"
-            )
-        if (self.budgets or self.multi_vector) and self.pooling_rows != "btok":
-            name = "budgets" if self.budgets else "multi_vector"
-            raise ValueError(
-                f"{name} is {getattr(self, name)} and pooling '{self.pooling_rows}', expected "
-                "pooling 'btok'"
-            )
-        if self.multi_vector > 1:
-            raise ValueError(f"multi_vector is {self.multi_vector}, expected from 0 to 1")
-        if not 0 < self.mask_rate <= 1:
-            raise ValueError(f"mask_rate is {self.mask_rate}, expected above 0 and at most 1")
-        last = self.contrastive_from - 1
-        if last >= 0 and not (self.objective.weight(last) or self.reconstruction_weight):
-            raise ValueError(
-                f"contrastive_from is {self.contrastive_from}, and step {last} has nothing else to "
-                "train; expected a reconstruction_weight above 0, or an ntp_weight that lasts"
-            )
-        if self.budgets and self.budgets[-1] < self.num_btoks:
-            object.__setattr__(self, "budgets", (*self.budgets, self.num_btoks))
-
     @property
     def pooling_rows(self) -> Pooling:
         """The pooling, also where `pooling` is None and K decides."""
         return self.pooling or ("btok" if self.num_btoks else "last")
+
+    @property
+    def nested(self) -> dict[str, Any]:
+        """What a model says that it was trained to be cut to, as `BTokConfig` has it."""
+        multi_vector = self.multi_vector > 0
+        return {"budgets": self.budgets, "dims": self.dims, "multi_vector": multi_vector}
 
     @property
     def weights(self) -> torch.dtype:
@@ -304,11 +299,9 @@ RECIPES = {
             ("qwen2vl-7b", "Qwen/Qwen2-VL-7B-Instruct"),
             ("qwen2_5vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct"),
             ("qwen3vl-8b", "Qwen/Qwen3-VL-8B-Instruct"),
+            ("qwen3vl-2b", "Qwen/Qwen3-VL-2B-Instruct"),
         )
     },
-    "btok-qwen3vl-2b": replace(
-        PAPER, output=Path("runs/btok-qwen3vl-2b"), model="Qwen/Qwen3-VL-2B-Instruct"
-    ),
     "vlm2vec-qwen2vl-2b": replace(
         PAPER,
         output=Path("runs/vlm2vec-qwen2vl-2b"),
@@ -347,8 +340,7 @@ def load(
         )
         processor = Processor.from_pretrained(resume or recipe.model, recipe.num_btoks)
     if resume is None:  # what a checkpoint was trained for before, it need not be afterwards
-        kept: dict[str, Any] = {"budgets": recipe.budgets, "dims": recipe.dims}
-        model.settings = replace(model.settings, **kept, multi_vector=recipe.multi_vector > 0)
+        model.settings = replace(model.settings, **recipe.nested)
         model.settings.check_width(model.backbone.config.get_text_config().hidden_size)
     if (most := recipe.max_pixels) is not None:
         bounded: Any = processor.image_processor
