@@ -70,7 +70,16 @@ class DataSet:
 @cache
 def data_sets() -> dict[str, DataSet]:
     """The 78 data sets by name, in the order of the published tables."""
-    return {name: DataSet(name, **row) for name, row in TABLE["sets"].items()}
+    found = {}
+    for group in TABLE["groups"]:
+        for name, own in group["sets"].items():
+            row = TABLE["modalities"][group["modality"]] | group | own | {"name": name}
+            del row["sets"]
+            words = row | {"repository": row["source"].rpartition("/")[2]}
+            row["configs"] = [config.format_map(words) for config in row["configs"]]
+            row |= {column: row[column].format_map(words) for column in ("records", "media")}
+            found[name] = DataSet(**row)
+    return found
 
 
 def data_set(name: str) -> DataSet:
