@@ -465,6 +465,8 @@ SMALL = ["--muon-rate", "0", "--caption-steps", "0", "--eval-queries", "0"]
         ),
         (["--shard", "true", *SMALL], "shard is true with 1 processes and replicas 1, expected"),
         (["--replicas", "2"], "replicas is 2, which needs shard"),
+        (["--lora-rank", "8"], "model is pocket and lora_rank is 8: its weights begin at random"),
+        (["--tensorboard", "true"], "TensorBoard needs the extra: pip install 'btok[tensorboard]'"),
         (["--max-pixels", "9"], "max_pixels is 9, expected at least the model's lowest"),
     ],
 )
@@ -472,6 +474,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     tmp_path, capsys, monkeypatch, arguments, message
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not there
     output = tmp_path / "run"
     recipe = [] if arguments[0].startswith("-") else [arguments.pop(0)]
     assert main([*recipe, "--output", str(output), *arguments]) == 2
@@ -539,6 +542,11 @@ def test_a_run_folder_of_other_settings_is_refused(tmp_path, capsys):
     assert main(["--output", str(tmp_path)]) == 2
     message = "seed 5, this command asks for 0; give the same settings or another --output"
     assert f"holds a run with {message}" in capsys.readouterr().err
+    for damaged, why in (("", "Expecting value"), ("[1]", "'list' object is not a mapping")):
+        (tmp_path / "config.json").write_text(damaged)
+        assert main(["--output", str(tmp_path)]) == 2
+        said = f"error: {tmp_path}/config.json does not hold a run's settings ({why}"
+        assert capsys.readouterr().err.startswith(said)
 
 
 def test_a_run_goes_on_over_the_same_data_under_another_name_alone(tmp_path):

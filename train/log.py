@@ -35,6 +35,16 @@ def peak_flops(recipe: Recipe) -> float:
     return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
 
 
+def summary_writer() -> Any:
+    """TensorBoard's class of that name; an ImportError where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        hint = f"TensorBoard needs the extra: pip install 'btok[tensorboard]' ({error})"
+        raise ImportError(hint) from error
+    return SummaryWriter
+
+
 LOSSES = ("contrastive", "ntp", "reconstruction")
 FIRST_LINE, BETWEEN, SHARE = (
     5.0,
@@ -90,12 +100,7 @@ class TrainLog:
             whole = (line for line in file if line.endswith(b"\n"))  # a kill may have cut the last
             file.truncate(sum(len(line) for line in whole if json.loads(line)["step"] < first))
         if recipe.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                hint = f"TensorBoard needs the extra: pip install 'btok[tensorboard]' ({error})"
-                raise ImportError(hint) from error
-            self.board = SummaryWriter(str(recipe.output / "tensorboard"), purge_step=first)
+            self.board = summary_writer()(str(recipe.output / "tensorboard"), purge_step=first)
 
     def count_skipped(self, found: Sequence[Skipped]) -> None:
         """Count what the ranks could not read, and tell it on rank 0: each pair once, however often

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from btok.tools import command_line, env, pictures
 from btok.tools.run_report import write_report
 from btok_kernels.ranks import from_first, gather, rank, world
 from train import checkpoint, parallel
-from train.log import TrainLog
+from train.log import TrainLog, summary_writer
 from train.memory import refuse_too_small
 from train.microbatches import PackedStep, Packing
 from train.pocket import source as pocket
@@ -50,7 +51,8 @@ from train.step import train_step
 # in a run that goes on
 MAY_CHANGE = {"output", "checkpoint_every", "workers", "max_skipped", "tensorboard"}
 MAY_CHANGE |= {"processes", "shard", "replicas"}
-OF_A_SET = ("ntp_side", "negatives", "query_instruction", "positive_instruction")  # may not
+# may not, of a data set
+SETTINGS = attrgetter("ntp_side", "negatives", "query_instruction", "positive_instruction")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = parse(words)
         sources = parallel.first_alone(lambda: load_mixture(recipe.data) if recipe.data else [])
         settings = check(recipe, sources)
+        if recipe.tensorboard and rank() == 0:
+            summary_writer()  # before any work
         newest = checkpoint.newest_valid(recipe.output) if rank() == 0 else None
         resume = from_first(newest)
         model, processor = load(recipe, resume, empty=recipe.shard and rank() > 0)
@@ -89,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"going on from {resume}")
         elif has_scores:
             say("before training:")
-            evaluate(model, processor, recipe, "before.json")
-            if rank() == 0:
-                say(format_scores(json.loads((recipe.output / "before.json").read_text())))
+            say(format_scores(evaluate(model, processor, recipe, "before.json")[0]))
 
         optimizers = make_optimizers(model, recipe)
         torch.manual_seed(recipe.seed * world() + rank())  # of what each rank draws at random
@@ -146,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             retrieved = None
             if has_scores:
                 say("after training:")
-                retrieved = evaluate(model, processor, recipe, "metrics.json")
+                _, retrieved = evaluate(model, processor, recipe, "metrics.json")
             if rank() == 0:
                 finish(recipe, retrieved)
         processes.leave()
@@ -211,19 +213,16 @@ def check(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
     """
     settings = {**recipe.described(), "processes": world()}
     sets = settings["data sets"] = [
-        [
-            s.name,
-            len(s),
-            s.weight,
-            s.digest,
-            [s.schema.name, *(getattr(s, key) for key in OF_A_SET)],
-        ]
-        for s in sources
+        [s.name, len(s), s.weight, s.digest, [s.schema.name, *SETTINGS(s)]] for s in sources
     ]
     may_be_folder("output", recipe.output)
     config = recipe.output / "config.json"
-    saved = json.loads(config.read_text()) if config.exists() else settings
-    saved = {**Recipe().described(), **saved}  # of before there was a setting
+    try:
+        saved = json.loads(config.read_text()) if config.exists() else settings
+        saved = {**Recipe().described(), **saved}  # of before there was a setting
+    except (ValueError, TypeError) as error:
+        had = f"{config} does not hold a run's settings ({error})"
+        raise ValueError(f"{had}; write it again, or give another --output") from error
     before = saved.get("data sets", [])
     if [entry[1:3] for entry in before] == [entry[1:3] for entry in sets]:
         for i, (was, now) in enumerate(zip(before, sets, strict=True)):

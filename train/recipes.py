@@ -188,7 +188,10 @@ class Recipe:
         self._check_together()
 
     def _check_together(self) -> None:
-        """Sharding and data of one's own, beside which others must be off: all of them at once."""
+        """What others must be off beside: all of them at once."""
+        pocket: dict[str, tuple[Any, str]] = {
+            "lora_rank": (0, "its weights begin at random, and adapters leave them so"),
+        }
         shard: dict[str, tuple[Any, str]] = {
             "lora_rank": (0, "what trains is small, and the same on every GPU"),
             "muon_rate": (0, "Muon needs whole matrices"),
@@ -201,6 +204,7 @@ class Recipe:
         }
         said, flags = [], dict[str, None]()
         for given, what, others in (
+            (self.model == "pocket", "model is pocket", pocket),
             (self.shard, "shard is true", shard),
             (self.data is not None, f"data is {self.data}", data),
         ):

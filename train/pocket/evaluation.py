@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from btok.data.records import RetrievalTask
 from btok.encoder import BTokEncoder
 from btok.evaluation import runner
 from btok.files import write_json
@@ -19,12 +17,13 @@ from train.pocket import data
 from train.recipes import Recipe
 
 SHEETS = ("I-RET", "V-RET", "VisDoc")  # tasks with pictures to find: image, video, page
+ROWS = 8  # queries on a sheet
 _tasks, _digest = cache(data.tasks), cache(data.digest)  # asked for before and after training
 
 
 def evaluate(
     model: BTokModel, processor: Processor, recipe: Recipe, name: str
-) -> dict[str, list[runner.Retrieved]]:
+) -> tuple[dict[str, Any], dict[str, list[runner.Retrieved]]]:
     """Score the model on all tasks and write the result into the run folder; every rank calls it.
 
     Args:
@@ -32,10 +31,9 @@ def evaluate(
         name: of the result's file.
 
     Returns:
-        What each query found, by task.
+        The result, and what each query found, by task.
     """
     encoder = BTokEncoder(model, processor)
-
     retrieved: dict[str, list[runner.Retrieved]] = {}
     result = runner.evaluate(
         lambda sides: encoder.encode(sides, show_progress=False),
@@ -47,7 +45,7 @@ def evaluate(
     )
     if rank() == 0:
         write_json(recipe.output / name, result)
-    return retrieved
+    return result, retrieved
 
 
 def format_scores(result: Mapping[str, Any]) -> str:
@@ -62,22 +60,18 @@ def format_scores(result: Mapping[str, Any]) -> str:
     )
 
 
-def draw_sheets(recipe: Recipe, retrieved: dict[str, list[runner.Retrieved]]) -> None:
-    """Draw what some queries found, a contact sheet a task, into the run folder."""
+def draw_sheets(recipe: Recipe, retrieved: Mapping[str, list[runner.Retrieved]]) -> None:
+    """Draw what some queries found, right or wrong, a contact sheet a task, into the run folder."""
     for task in _tasks(recipe.eval_queries):
-        if task.name in SHEETS:
-            path = recipe.output / f"retrievals-{task.name}.png"
-            draw(task, retrieved[task.name], path)
-
-
-def draw(task: RetrievalTask, found: Sequence[runner.Retrieved], path: Path, rows: int = 8) -> None:
-    """A contact sheet of evenly spaced queries, as they came, right or wrong."""
-    picked = range(0, len(found), max(1, len(found) // rows))[:rows]
-    lines = [
-        pictures.SheetRow(
-            task.queries[i], [task.candidates[c] for c in found[i].top], *found[i][1:]
-        )
-        for i in picked
-    ]
-    title = f"{task.name}: query, the five nearest, the right one framed"
-    pictures.contact_sheet(lines, path, title)
+        if task.name not in SHEETS:
+            continue
+        found = retrieved[task.name]
+        picked = range(0, len(found), max(1, len(found) // ROWS))[:ROWS]  # evenly spaced
+        lines = [
+            pictures.SheetRow(
+                task.queries[i], [task.candidates[c] for c in found[i].top], *found[i][1:]
+            )
+            for i in picked
+        ]
+        title = f"{task.name}: query, the five nearest, the right one framed"
+        pictures.contact_sheet(lines, recipe.output / f"retrievals-{task.name}.png", title)
