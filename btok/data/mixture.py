@@ -25,7 +25,7 @@ import ast
 import tomllib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from btok.data.records import Pair, Side
 from btok.data.sources import (
@@ -193,20 +193,27 @@ HOUND_RETRIEVAL = Schema("hound_retrieval", HOUND.columns, partial(_hound, retri
 SCHEMAS = {each.name: each for each in (MMEB, COLPALI, VISRAG_IN, HOUND, HOUND_RETRIEVAL)}
 
 
-def _paper() -> tuple[dict[str, tuple[str, str, Schema, dict[str, Any]]], dict[str, Any]]:
+class Public(NamedTuple):
+    """One of the paper's data sets: its repository on the hub, the configuration or file there, ""
+    for the only one, what rows mean, and the paper's settings, as `open_source` takes them.
+    """
+
+    repository: str
+    part: str
+    schema: Schema
+    settings: dict[str, Any]
+
+
+def _paper() -> tuple[dict[str, Public], dict[str, tuple[str, str]]]:
     given = tomllib.loads(Path(__file__).with_name("mixture.toml").read_text(encoding="utf-8"))
-    public = {
-        table.pop("name"): (
-            table.pop("repository"),
-            table.pop("part", ""),
-            SCHEMAS[table.pop("schema")],
-            table,
-        )
-        for table in given["dataset"]
-    }
+    public = {}
+    for group in given["group"]:
+        for name, own in group.pop("datasets").items():
+            settings = group | own
+            part, schema = settings.pop("part", "").format(name=name), settings.pop("schema")
+            public[name] = Public(settings.pop("repository"), part, SCHEMAS[schema], settings)
     return public, {table["source"]: (table["query"], table["page"]) for table in given["visrag"]}
 
 
-# by name: repository, its configuration or file, what rows mean, the paper's settings; and by
-# VisRAG's source: the instruction before a query, the text beside its page
+# by name; and by VisRAG's source: the instruction before a query, the text beside its page
 PUBLIC, VISRAG = _paper()
