@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from btok.config import BTokConfig
 from btok.files import read_json, write_json
 
 ENGINE_PREFIX = "BTok"  # of an architecture that stock engines would embed wrongly with
-OURS = "btok.tools.sentence.BTokTransformer"
-PACKAGE = "sentence_transformers.models"
-_, POOLING, NORMALIZE = STOCK = tuple(
-    f"{PACKAGE}.{name}" for name in ("Transformer", "Pooling", "Normalize")
-)
+POOLING = "1_Pooling"
+OURS = {"btok.tools.sentence.BTokTransformer": ""}  # modules, each with the folder that it reads
+STOCK = {
+    "sentence_transformers.models.Transformer": "",
+    "sentence_transformers.models.Pooling": POOLING,
+    "sentence_transformers.models.Normalize": "2_Normalize",
+}
 MODULES = "modules.json"
 
 
@@ -57,27 +58,19 @@ def write_modules(folder: Path, settings: BTokConfig, dims: int, plain: bool) ->
             adapters, whose tokenizer ends inputs with B.
     """
     pooling = stock_pooling(settings) if plain else None
-    kinds = (OURS,) if pooling is None else STOCK
-    for kind in (POOLING, NORMALIZE):  # of a checkpoint that was here before
-        shutil.rmtree(folder / _path(kind), ignore_errors=True)
-    modules = [
-        {"idx": i, "name": str(i), "path": _path(kind), "type": kind}
-        for i, kind in enumerate(kinds)
+    modules = OURS if pooling is None else STOCK
+    for part in filter(None, STOCK.values()):  # of a checkpoint that was here before
+        shutil.rmtree(folder / part, ignore_errors=True)
+    listed = [
+        {"idx": i, "name": str(i), "path": part, "type": kind}
+        for i, (kind, part) in enumerate(modules.items())
     ]
-    _write(folder / MODULES, modules)
+    for part in modules.values():
+        (folder / part).mkdir(exist_ok=True)
+    write_json(folder / MODULES, listed)
     if pooling is not None:
         # read by all versions; those of today have shorter names
         named = {"lasttoken": "lasttoken", "mean_tokens": "mean", "cls_token": "cls"}
         modes = {f"pooling_mode_{name}": mode == pooling for name, mode in named.items()}
         config = {"word_embedding_dimension": dims, **modes}
-        _write(folder / _path(POOLING) / "config.json", config)
-        (folder / _path(NORMALIZE)).mkdir(exist_ok=True)
-
-
-def _path(kind: str) -> str:
-    return {POOLING: "1_Pooling", NORMALIZE: "2_Normalize"}.get(kind, "")
-
-
-def _write(path: Path, value: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, value)
+        write_json(folder / POOLING / "config.json", config)
