@@ -101,12 +101,11 @@ class Calibration:
             config: its settings, as it was loaded.
             width: D.
         """
-        number = len(config.btok_token_ids)
         for name, had, expected in (
             ("model", self.model, model),
-            ("num_btoks", self.num_btoks, number),
-            ("budgets", [*self.budgets], [*(config.budgets or (number,))]),
-            ("dims", [*self.dims], sorted({*config.dims, width})),
+            ("num_btoks", self.num_btoks, len(config.btok_token_ids)),
+            ("budgets", list(self.budgets), list(config.trained_budgets)),
+            ("dims", list(self.dims), list(config.trained_dims(width))),
         ):
             if had != expected:
                 raise ValueError(
@@ -159,9 +158,7 @@ class Measuring:
     """
 
     def __init__(self, config: BTokConfig, width: int, quantile: float) -> None:
-        self.number = len(config.btok_token_ids)
-        self.budgets = tuple(config.budgets) or (self.number,)
-        self.dims = tuple(sorted({*config.dims, width}))
+        self.budgets, self.dims = config.trained_budgets, config.trained_dims(width)
         self.quantile, self.inputs = quantile, 0
         self.counts: dict[str, int] = {}
         self.losses: dict[str, list[NDArray[np.float32]]] = {}  # [dims, budgets] each
@@ -218,7 +215,7 @@ class Measuring:
         }
         return Calibration(
             model=model,
-            num_btoks=self.number,
+            num_btoks=self.budgets[-1],
             budgets=list(self.budgets),
             dims=list(self.dims),
             quantile=self.quantile,

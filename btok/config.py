@@ -104,6 +104,15 @@ class BTokConfig:
                 "multi_vector"
             )
 
+    @property
+    def trained_budgets(self) -> tuple[int, ...]:
+        """The numbers of bottleneck tokens that it embeds with, rising up to K."""
+        return tuple(self.budgets) or (len(self.btok_token_ids),)
+
+    def trained_dims(self, width: int) -> tuple[int, ...]:
+        """The numbers of components that it embeds in, rising up to D = `width`."""
+        return (*self.dims, width)
+
     def check_width(self, width: int) -> None:
         """A ValueError for components that embeddings of so many do not have."""
         if self.dims and self.dims[-1] >= width:
@@ -113,8 +122,8 @@ class BTokConfig:
 
     def with_btoks(self, number: int) -> BTokConfig:
         """The same with its first bottleneck tokens alone, of a number it was trained for."""
-        if number not in (*self.budgets, len(self.btok_token_ids)):
-            trained = ", ".join(map(str, self.budgets or (len(self.btok_token_ids),)))
+        if number not in self.trained_budgets:
+            trained = ", ".join(map(str, self.trained_budgets))
             raise ValueError(f"BTokModel: num_btoks is {number}, it was trained for {trained}")
         budgets = [budget for budget in self.budgets if budget <= number]
         return replace(self, btok_token_ids=self.btok_token_ids[:number], budgets=budgets)

@@ -57,20 +57,21 @@ class VectorOptions:
         Raises:
             ValueError: what the model was not trained for; another choice.
         """
-        number = len(config.btok_token_ids)
-        budgets, dims = config.budgets or (number,), (*config.dims, width)
-        for name, value, allowed in (
-            ("num_btoks", self.num_btoks, budgets),
-            ("dims", self.dims, sorted({*dims})),
+        found: dict[str, Any] = {}
+        for name, allowed in (
+            ("num_btoks", config.trained_budgets),
+            ("dims", config.trained_dims(width)),
         ):
-            auto = name == "num_btoks" and isinstance(value, str) and value == "auto"
-            whole = isinstance(value, Integral) and not isinstance(value, bool)
-            known = whole and value in allowed
-            if value is not None and not known and not (auto and len(allowed) > 1):
+            value = found[name] = getattr(self, name)
+            auto = isinstance(value, str) and value == "auto" and name == "num_btoks"
+            if value is None or (auto and len(allowed) > 1):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral) or value not in allowed:
                 trained = ", ".join(map(str, allowed))
                 raise ValueError(
                     f"{NAME}: {name} is {value!r:.60}, expected what it was trained for: {trained}"
                 )
+            found[name] = None if value == allowed[-1] else int(value)  # numpy's, too
         kinds = isinstance(self.multi_vector, bool | str)
         if not kinds or self.multi_vector not in (False, True, "both"):
             raise ValueError(
@@ -91,12 +92,6 @@ class VectorOptions:
         if not number_like or not 0 < self.bound <= 2:
             had = f"{NAME}: bound is {self.bound!r:.60}"
             raise ValueError(f"{had}, expected a number above 0 and at most 2")
-        own = {"num_btoks": number, "dims": width}
-        found: dict[str, Any] = {}
-        for name, value in own.items():
-            asked = getattr(self, name)
-            asked = int(asked) if isinstance(asked, Integral) else asked  # numpy's, too
-            found[name] = None if asked == value else asked
         return replace(self, **found)
 
     @property
@@ -108,20 +103,15 @@ class VectorOptions:
 
     def described(self, calibration: Calibration | None) -> dict[str, Any]:
         """What decides about vectors and is not as by default."""
-        found: dict[str, Any] = {}
-        if self.num_btoks is not None:
-            found["num_btoks"] = self.num_btoks
-        if self.dims is not None:
-            found["dims"] = self.dims
-        if self.multi_vector:
-            found["multi_vector"] = True
-        if self.dtype != "float32":
-            found["vectors"] = self.dtype
-        if self.num_btoks == "auto":
-            found["bound"] = self.bound
-        if calibration is not None:
-            found["calibration"] = calibration.digest
-        return found
+        said = {
+            "num_btoks": self.num_btoks,
+            "dims": self.dims,
+            "multi_vector": bool(self.multi_vector) or None,
+            "vectors": None if self.dtype == "float32" else self.dtype,
+            "bound": self.bound if self.num_btoks == "auto" else None,
+            "calibration": None if calibration is None else calibration.digest,
+        }
+        return {name: value for name, value in said.items() if value is not None}
 
     def of(self, output: BTokOutput) -> Tensor:
         """float32 [N, d], or [N, k, d] of the bottleneck rows, or [N, 1 + k, d] of both."""
