@@ -26,7 +26,7 @@ from btok.config import CONFIG_NAME
 from btok.files import checkpoint_in, find, must_be_checkpoint
 from btok.inputs import as_side, estimate_tokens, with_frames
 from btok.model import BTokModel, BTokOutput, model_digest
-from btok.packing import PackedBatch, pack
+from btok.packing import PackedBatch
 from btok.processing import Processor
 from btok.vectors import VectorOptions
 
@@ -164,14 +164,13 @@ class BTokEncoder:
                 options that `using` refuses; `num_btoks` "auto" with `multi_vector`, which gives
                 each input another number of vectors.
         """
-        if options:
-            return self.using(**options).encode(inputs, instruction, batch_tokens, show_progress)
-        shape = self.shape
+        encoder = self.using(**options) if options else self
+        shape = encoder.shape
         inputs = list(inputs) if isinstance(inputs, Iterator) else _several(inputs)
         if not len(inputs):
             raise ValueError("BTokEncoder.encode: inputs is empty, expected at least one")
-        rows = np.empty((len(inputs), *shape), self.options.dtype)
-        for made in self.encode_iter(inputs, instruction, batch_tokens, show_progress):
+        rows = np.empty((len(inputs), *shape), encoder.options.dtype)
+        for made in encoder.encode_iter(inputs, instruction, batch_tokens, show_progress):
             if made.ids:
                 rows[made.ids] = made.vectors
         return rows
@@ -199,19 +198,13 @@ class BTokEncoder:
             options: as `encode` takes them. With `num_btoks` "auto" the inputs of a batch have one
                 number of bottleneck tokens, so that there may be `multi_vector` [n, k, d], too.
         """
-        if options:
-            other = self.using(**options)
-            more: dict[str, Any] = {"ids": ids, "window": window, "strict": strict}
-            yield from other.encode_iter(inputs, instruction, batch_tokens, show_progress, **more)
-            return
-        batches = self._read(inputs, instruction, batch_tokens, ids, window, strict)
-        total = len(inputs) if isinstance(inputs, Sequence) else None
-        bar = tqdm(total=total, unit="input", disable=None if show_progress else True)
-        with bar, closing(_ahead(batches)) as ahead:
-            for names, tokens, _, packed, broken in ahead:
-                vectors = self._vectors(names, packed)
-                bar.update(len(names) + len(broken))
-                yield Vectors(names, vectors, broken, tokens)
+        encoder = self.using(**options) if options else self
+        how = (instruction, batch_tokens, show_progress, ids, window, strict)
+        with closing(encoder._outputs(inputs, *how)) as outputs:
+            for batch, output in outputs:
+                vectors = encoder._vectors(output)
+                del output  # the next batch runs without this one's rows on the device
+                yield Vectors(batch.names, vectors, batch.errors, batch.tokens)
 
     def calibrate(
         self,
@@ -244,35 +237,42 @@ class BTokEncoder:
         plain = copy.copy(self)
         plain.options = VectorOptions()
         measuring = Measuring(self.model.settings, self._width, quantile)
-        batches = plain._read(inputs, instruction, batch_tokens, None, 1024, strict)
-        bar = tqdm(unit="input", disable=None if show_progress else True)
-        with bar, closing(_ahead(batches)) as ahead:
-            for batch in ahead:
-                if batch.packed is not None:
-                    measuring.add(batch.cells, plain._run(batch.names, batch.packed))
-                bar.update(len(batch.names) + len(batch.errors))
+        how = (instruction, batch_tokens, show_progress, None, 1024, strict)
+        with closing(plain._outputs(inputs, *how)) as outputs:
+            for batch, output in outputs:
+                if output is not None:
+                    measuring.add(batch.cells, output)
         if not measuring.inputs:
             raise ValueError("BTokEncoder.calibrate: inputs has none that can be read")
         made = measuring.calibration("" if self.checkpoint is None else self.digest)
         self.calibration = made
         return made
 
-    def _read(
+    def _outputs(
         self,
         inputs: Iterable[Any],
         instruction: str | None,
         batch_tokens: int,
+        show_progress: bool,
         ids: Iterable[Any] | None,
         window: int,
         strict: bool,
-    ) -> Iterator[_Batch]:
-        """Batches of the inputs, as `encode_iter` takes its arguments."""
+    ) -> Generator[tuple[_Batch, BTokOutput | None], None, None]:
+        """Batches of the inputs, as `encode_iter` takes its arguments, and what the model gives for
+        each; None for one in which nothing can be read.
+        """
         _several(inputs)
         if batch_tokens < 1 or window < 1:
             had = f"batch_tokens is {batch_tokens} and window {window}"
             raise ValueError(f"BTokEncoder.encode_iter: {had}, expected at least 1")
         numbered = zip(count() if ids is None else ids, inputs, strict=ids is not None)
-        return self._batches(numbered, instruction, batch_tokens, window, strict)
+        batches = self._batches(numbered, instruction, batch_tokens, window, strict)
+        total = len(inputs) if isinstance(inputs, Sequence) else None
+        bar = tqdm(total=total, unit="input", disable=None if show_progress else True)
+        with bar, closing(_ahead(batches)) as ahead:
+            for batch in ahead:
+                yield batch, self._run(batch)
+                bar.update(len(batch.names) + len(batch.errors))
 
     def encode_samples(
         self, samples: Sequence[Mapping[str, Any]], batch_tokens: int = 16384
@@ -287,28 +287,31 @@ class BTokEncoder:
             What `encode` gives of them; and how many tokens each was made of.
         """
         rows = np.empty((len(samples), *self.shape), self.options.dtype)
-        tokens = [0] * len(samples)
+        tokens = np.zeros(len(samples), np.int64)
         order = sorted(range(len(samples)), key=lambda i: -len(samples[i]["input_ids"]))
         for batch in self._packed(((i, samples[i]) for i in order), batch_tokens):
             if batch.names:
-                rows[batch.names] = self._vectors(batch.names, batch.packed)
-                for i, length in zip(batch.names, batch.tokens, strict=True):
-                    tokens[i] = length
-        return rows, tokens
+                rows[batch.names] = self._vectors(self._run(batch))
+                tokens[batch.names] = batch.tokens
+        return rows, tokens.tolist()
 
-    def _vectors(self, names: Sequence[Any], packed: PackedBatch | None) -> np.ndarray:
-        """Of a packed batch, as the options say; a ValueError where one is not finite."""
-        if packed is None:
+    def _vectors(self, output: BTokOutput | None) -> np.ndarray:
+        """Of a batch's output, as the options say; [0, 0] where there is none."""
+        if output is None:
             return np.empty((0, 0), self.options.dtype)
-        vectors = self.options.of(self._run(names, packed)).cpu().numpy()
+        vectors = self.options.of(output).cpu().numpy()
         return vectors if self.scale is None else quantised(vectors, self.scale)
 
-    def _run(self, names: Sequence[Any], packed: PackedBatch) -> BTokOutput:
-        """What the model gives for a packed batch; a ValueError where a vector is not finite."""
+    def _run(self, batch: _Batch) -> BTokOutput | None:
+        """What the model gives for a batch, None for one of nothing; a ValueError where a vector is
+        not finite.
+        """
+        if batch.packed is None:
+            return None
         with torch.inference_mode(), _evaluating(self.model):
-            output = self.model(packed.to(self.model.backbone.device))
+            output = self.model(batch.packed.to(self.model.backbone.device))
         if not (finite := output.embeddings.isfinite().all(1).cpu().numpy()).all():
-            where = names[finite.argmin()]
+            where = batch.names[finite.argmin()]
             raise ValueError(f"BTokEncoder: the vector of input {where} is not finite")
         return output
 
@@ -377,7 +380,7 @@ class BTokEncoder:
 
     def _batches(
         self,
-        numbered: Iterable[tuple[Any, Any]],
+        numbered: Iterator[tuple[Any, Any]],
         instruction: str | None,
         budget: int,
         window: int,
@@ -397,7 +400,6 @@ class BTokEncoder:
                     raise kind(f"BTokEncoder: input {i}: {error}") from error
                 broken[i] = str(error)
 
-        numbered = iter(numbered)
         while held := dict(islice(numbered, window)):
             broken = {}
             sides = {
@@ -429,7 +431,7 @@ class BTokEncoder:
         def closed(number: int) -> _Batch:
             totals.pop(number)
             batch, theirs = waiting.pop(number), samples.pop(number)
-            return batch._replace(packed=self._pack(theirs, number))
+            return batch._replace(packed=self.model.pack(theirs, number))
 
         for name, sample in prepared:
             if sample is None:
@@ -457,18 +459,6 @@ class BTokEncoder:
             assert self.calibration is not None  # or `using` would have refused
             return self.calibration.budget(cell, options.bound, self.dims)
         return len(self.model.btok_token_ids) if options.num_btoks is None else options.num_btoks
-
-    def _pack(self, samples: Sequence[Mapping[str, Any]], number: int) -> PackedBatch:
-        """Samples with the first bottleneck tokens, so many."""
-        if number == len(self.model.btok_token_ids):
-            return self.model.pack(samples)
-        return pack(
-            [(sample, None) for sample in samples],
-            btok_token_ids=self.model.btok_token_ids[:number],
-            prefix_ids=(),
-            suffix_ids=(),
-            backbone_config=self.model.backbone.config,
-        )
 
 
 def _several(inputs: Any) -> Any:

@@ -205,11 +205,21 @@ class BTokModel(nn.Module):
             getattr(self.backbone, f"{name}disable")()
             self.backbone.disable_input_require_grads()  # which transformers leaves behind
 
-    def pack(self, sources: Sequence[Mapping[str, Any]]) -> PackedBatch:
-        """Samples to embed, each as a processor returns it, as one batch without targets."""
+    def pack(
+        self, sources: Sequence[Mapping[str, Any]], num_btoks: int | None = None
+    ) -> PackedBatch:
+        """Samples to embed, each as a processor returns it, as one batch without targets.
+
+        Args:
+            num_btoks: k, to embed with the first k bottleneck tokens; None for all K.
+
+        Raises:
+            ValueError: a k that the model was not trained for; what `btok.packing.pack` refuses.
+        """
+        settings = self.settings if num_btoks is None else self.settings.with_btoks(num_btoks)
         return pack(
             [(source, None) for source in sources],
-            btok_token_ids=self.btok_token_ids,
+            btok_token_ids=settings.btok_token_ids,
             prefix_ids=(),
             suffix_ids=(),
             backbone_config=self.backbone.config,
