@@ -77,7 +77,7 @@ def base_of(name_or_path: str | Path) -> str | None:
     if not (config := read_json(name_or_path, CONFIG_NAME)):
         return None
     base = config.get("base_model_name_or_path")
-    if base is None or (Path(base).is_absolute() and not Path(base).is_dir()):
+    if not isinstance(base, str) or (Path(base).is_absolute() and not Path(base).is_dir()):
         raise ValueError(
             f"BTokModel: {name_or_path} has adapters of {base}, which is not there; write where it "
             f"is as base_model_name_or_path into {CONFIG_NAME}"

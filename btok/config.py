@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,15 +21,16 @@ Pooling = Literal["btok", "last", "mean"]
 TargetPositions = Literal["reference", "continue"]
 VisionPositions = Literal["mrope", "text"]
 NtpReduction = Literal["sample_mean", "token_mean"]
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     "pooling": get_args(Pooling),
     "target_positions": get_args(TargetPositions),
     "vision_positions": get_args(VisionPositions),
     "ntp_reduction": get_args(NtpReduction),
+    "multi_vector": (False, True),
 }
 
 
-def check_choice(where: str, name: str, value: str, allowed: Sequence[str]) -> None:
+def check_choice(where: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
     """Raise a ValueError that names `name` unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{where}: {name} is {value!r}, expected one of {tuple(allowed)}")
@@ -69,8 +71,9 @@ class BTokConfig:
         multi_vector: its bottleneck rows were trained as vectors of their own (late interaction).
 
     Raises:
-        ValueError: a setting that is none of its choices; K = 0 and pooling "btok"; budgets and
-            dims as above, or without bottleneck rows to pool.
+        ValueError: a setting that is none of its choices; K = 0 and pooling "btok"; token ids that
+            are no whole numbers; budgets and dims other than above, or without bottleneck rows to
+            pool.
     """
 
     btok_token_ids: Sequence[int]
@@ -83,15 +86,20 @@ class BTokConfig:
     multi_vector: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "btok_token_ids", tuple(map(int, self.btok_token_ids)))
+        for name in ("btok_token_ids", "budgets", "dims"):
+            values = getattr(self, name)
+            try:
+                numbers = tuple(map(index, values))
+            except TypeError:
+                had = f"BTokModel: {name} is {values!r:.60}"
+                raise ValueError(f"{had}, expected a list of whole numbers") from None
+            object.__setattr__(self, name, numbers)
         for name, allowed in CHOICES.items():
             check_choice("BTokModel", name, getattr(self, name), allowed)
         if self.pooling == "btok" and not self.btok_token_ids:
             raise ValueError("BTokModel: with K = 0 use pooling='last' or 'mean', not 'btok'")
         for name in ("budgets", "dims"):
-            numbers = tuple(map(int, getattr(self, name)))
-            object.__setattr__(self, name, numbers)
-            if not rising(numbers):
+            if not rising(numbers := getattr(self, name)):
                 raise ValueError(f"BTokModel: {name} is {numbers}, expected rising numbers above 0")
         number = len(self.btok_token_ids)
         if self.budgets and self.budgets[-1] != number:
@@ -145,7 +153,7 @@ class BTokConfig:
             ValueError: a value that is none of its choices; a checkpoint with other settings, of
                 another format, or of another backbone.
         """
-        names = [f.name for f in fields(cls) if f.name != "btok_token_ids"]
+        names = [field.name for field in fields(cls) if field.name != "btok_token_ids"]
         for name, value in asked.items():
             if name not in names:
                 expected = ", ".join(names)
@@ -155,29 +163,32 @@ class BTokConfig:
         saved = read_json(name_or_path, CONFIG_NAME)
         if not saved:
             return None
-        known = {f.name: saved.get(f.name, f.default) for f in fields(cls)}
-        must = {"format_version": FORMAT_VERSION, "architecture": architecture}
-        must |= {"num_btoks": num_btoks, **asked}
         hints = {
             "format_version": "use the btok that wrote it",
             "architecture": f"its {CONFIG_NAME} is of another checkpoint",
         }
-        if known["budgets"]:
-            hints["num_btoks"] = f"it was trained for {', '.join(map(str, known['budgets']))}"
-        for name, value in must.items():
-            had = known.get(name, saved.get(name))
-            if name == "num_btoks" and value in known["budgets"]:
-                continue
-            had = tuple(had) if isinstance(had, list) else had  # as JSON has it
-            if value is not None and value != had and name != "ntp_reduction":
+
+        def must(name: str, value: Any, had: Any) -> None:
+            if value is not None and value != had:
                 raise ValueError(
                     f"BTokModel: {name} is {value!r}, but {name_or_path} was saved with {had!r}; "
                     + hints.get(name, "ask for that or leave it out")
                 )
-        found = cls(**known)
+
+        must("format_version", FORMAT_VERSION, saved.get("format_version"))
+        must("architecture", architecture, saved.get("architecture"))
+        own = {name: saved[name] for name in names if name in saved}
+        found = cls(saved.get("btok_token_ids"), **own)
+        if found.budgets:
+            hints["num_btoks"] = f"it was trained for {', '.join(map(str, found.budgets))}"
+        if num_btoks not in found.trained_budgets:
+            must("num_btoks", num_btoks, len(found.btok_token_ids))
+        reduction = asked.pop("ntp_reduction", None) or found.ntp_reduction
+        for name, value in asked.items():
+            must(name, tuple(value) if isinstance(value, list) else value, getattr(found, name))
         if num_btoks is not None:
             found = found.with_btoks(num_btoks)
-        return replace(found, **{name: value for name, value in asked.items() if value is not None})
+        return replace(found, ntp_reduction=reduction)
 
     def save(self, folder: str | Path, architecture: str) -> None:
         """Write `btok_config.json` for a backbone of a `model_type`."""

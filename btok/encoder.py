@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from btok.calibration import COMMAND, Calibration, Measuring, cell_of, quantised
 from btok.config import CONFIG_NAME
-from btok.files import checkpoint_in, find, must_be_checkpoint
+from btok.files import checkpoint_in, find, must_be_checkpoint, read_json
 from btok.inputs import as_side, estimate_tokens, with_frames
 from btok.model import BTokModel, BTokOutput, model_digest
 from btok.packing import PackedBatch
@@ -95,8 +95,7 @@ class BTokEncoder:
                 it: what it would get is untrained; what `BTokModel.from_pretrained` refuses.
         """
         found = find(name_or_path, "config.json")
-        ours = find(name_or_path, CONFIG_NAME) is not None
-        if found and not ours and settings.get("num_btoks") is None:
+        if found and not read_json(name_or_path, CONFIG_NAME) and settings.get("num_btoks") is None:
             if (folder := Path(name_or_path)).is_dir():
                 must_be_checkpoint("BTokEncoder: checkpoint", folder)
             raise ValueError(

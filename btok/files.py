@@ -51,17 +51,22 @@ def asked_for(name_or_path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def read_json(name_or_path: str | Path, name: str) -> Any:
-    """What a checkpoint's JSON file holds; an empty dict where there is none.
+def read_json(name_or_path: str | Path, name: str, kind: type = dict) -> Any:
+    """What a checkpoint's JSON file holds, an object, or a list; an empty one where there is no
+    file.
 
-    ValueError for one that cannot be read.
+    ValueError for a file that cannot be read, or holds another kind.
     """
     if (found := find(name_or_path, name)) is None:
-        return {}
+        return kind()
     try:
-        return json.loads(found.read_text(encoding="utf-8"))
+        value = json.loads(found.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # the latter for thousands of brackets
         raise ValueError(f"{found} is no JSON ({error}); write the checkpoint again") from error
+    if not isinstance(value, kind):
+        expected = "object" if kind is dict else kind.__name__
+        raise ValueError(f"{found} is {value!r:.60}, expected a JSON {expected}")
+    return value
 
 
 def what_is(path: Path) -> str:
@@ -85,7 +90,7 @@ def must_be(kind: str, argument: str, path: Path, expected: str = "") -> None:
 def must_be_checkpoint(argument: str, folder: Path) -> None:
     """A ValueError for a folder without a model's `config.json`, as a run's, or another's."""
     had = read_json(folder, "config.json")
-    if not had or (isinstance(had, dict) and had.get("model_type") is None):
+    if had.get("model_type") is None:
         lacks = "whose config.json is of no model" if had else "which has no config.json"
         near = checkpoint_in(folder)
         raise ValueError(f"{argument} is {folder}, {lacks}, so it is no checkpoint{near}")

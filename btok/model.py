@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from btok import adapters
 from btok.config import CONFIG_NAME, BTokConfig, check_choice
 from btok.families import family_of, named_family
-from btok.files import IN_GGUF, asked_for, find, must_be_checkpoint, read_json, sha256
+from btok.files import IN_GGUF, find, must_be_checkpoint, read_json, sha256
 from btok.gated_mlp import use_gated_mlps
 from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
@@ -73,6 +73,11 @@ class BTokModel(nn.Module):
         self.family = named_family(backbone.config.model_type, "BTokModel: backbone")
         self.settings = BTokConfig(**settings)
         self.settings.check_width(backbone.config.get_text_config().hidden_size)
+        rows, ids = backbone.config.get_text_config().vocab_size, self.settings.btok_token_ids
+        if not all(0 <= token < rows for token in ids):
+            raise ValueError(
+                f"BTokModel: btok_token_ids is {ids}, expected ids below the vocabulary's {rows}"
+            )
         check_choice("BTokModel", "last_layer", last_layer, ("pooled", "full"))
         use_condensed_attention(backbone)
         use_gated_mlps(backbone)
@@ -128,7 +133,7 @@ class BTokModel(nn.Module):
                 no weights in safetensors files, adapters that do not fit their base model.
             ImportError: adapters without peft, which is the extra `btok[peft]`.
         """
-        import transformers
+        from transformers import AutoTokenizer
 
         base = adapters.base_of(name_or_path)
         weights = name_or_path if base is None else base
@@ -137,8 +142,7 @@ class BTokModel(nn.Module):
                 f"BTokModel: {name_or_path if lora else base} has adapters already and takes no "
                 "others; merge them with `python -m btok export` first"
             )
-        with asked_for(weights):
-            config, _ = transformers.PreTrainedConfig.get_config_dict(weights)
+        config = read_json(weights, "config.json")
         if not config and (found := sorted(Path(weights).glob("*.gguf"))):
             raise ValueError(f"BTokModel: the checkpoint {weights} {IN_GGUF.format(found[0])}")
         if (folder := Path(weights)).is_dir():
@@ -151,8 +155,7 @@ class BTokModel(nn.Module):
         with alone(show_progress):
             backbone = _backbone(weights, family.architecture, dtype, empty)
             if saved is None:
-                load = transformers.AutoTokenizer.from_pretrained
-                tokenizer = load(name_or_path, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
                 ids = add_to_tokenizer(tokenizer, 4 if num_btoks is None else num_btoks)
                 add_to_embeddings(backbone, ids, init)
                 given = {name: value for name, value in settings.items() if value is not None}

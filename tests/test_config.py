@@ -63,6 +63,52 @@ def test_what_does_not_go_together_is_refused(tmp_path, asked, error, message):
         BTokConfig.load(tmp_path, **{"architecture": "qwen2", "num_btoks": None, **asked})
 
 
+DAMAGED = [
+    ({"btok_token_ids": None}, "btok_token_ids is None, expected a list of whole numbers"),
+    ({"btok_token_ids": 3}, "btok_token_ids is 3, expected a list of whole numbers"),
+    (
+        {"btok_token_ids": [1.5, 2]},
+        r"btok_token_ids is \[1\.5, 2\], expected a list of whole numbers",
+    ),
+    ({"budgets": None}, "budgets is None, expected a list of whole numbers"),
+    ({"dims": ["x"]}, r"dims is \['x'\], expected a list of whole numbers"),
+    ({"pooling": [1]}, r"pooling is \[1\], expected one of \('btok'"),
+    ({"multi_vector": "no"}, r"multi_vector is 'no', expected one of \(False, True\)"),
+    ({"format_version": 2, "budgets": 3}, "saved with 2; use the btok that wrote it"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), DAMAGED)
+def test_a_damaged_file_is_refused_with_the_setting(tmp_path, changes, message):
+    SETTINGS.save(tmp_path, "qwen2")
+    file = tmp_path / CONFIG_NAME
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        BTokConfig.load(tmp_path, "qwen2", None)
+
+
+def test_a_file_without_token_ids_or_that_is_no_object_is_refused(tmp_path):
+    file = tmp_path / CONFIG_NAME
+    file.write_text(json.dumps({"format_version": 1, "architecture": "qwen2"}))
+    with pytest.raises(ValueError, match="btok_token_ids is None, expected a list"):
+        BTokConfig.load(tmp_path, "qwen2", None)
+    for content in ("[1]", "3", "null"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"btok_config\.json is .*, expected a JSON object"):
+            BTokConfig.load(tmp_path, "qwen2", None)
+
+
+def test_numbers_that_it_was_trained_for_may_be_asked_for_as_a_list(tmp_path):
+    nested = BTokConfig([7, 8, 9], budgets=[1, 2, 3], dims=[16])
+    nested.save(tmp_path, "qwen2")
+    for asked in ([1, 2, 3], (1, 2, 3)):
+        assert BTokConfig.load(tmp_path, "qwen2", None, budgets=asked, dims=[16]) == nested
+        two = BTokConfig.load(tmp_path, "qwen2", 2, budgets=asked)
+        assert two == BTokConfig([7, 8], budgets=[1, 2], dims=[16])
+    with pytest.raises(ValueError, match=r"budgets is \(1, 3\), but .* saved with \(1, 2, 3\)"):
+        BTokConfig.load(tmp_path, "qwen2", None, budgets=[1, 3])
+
+
 def test_k_0_needs_rows_to_pool():
     with pytest.raises(ValueError, match="K = 0 use pooling='last' or 'mean', not 'btok'"):
         BTokConfig(())

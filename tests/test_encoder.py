@@ -270,6 +270,33 @@ def edited(name, **changes):
             r"btok_config\.json is no JSON .* write the checkpoint again",
         ),
         (
+            lambda folder: (folder / "btok_config.json").write_text("{}"),
+            {},
+            r"has no btok_config\.json, so its bottleneck tokens would be untrained",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text("[1]"),
+            {},
+            r"config\.json is \[1\], expected a JSON object",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text('"a"'),
+            {},
+            r"adapter_config\.json is 'a', expected a JSON object",
+        ),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text(
+                '{"base_model_name_or_path": 3}'
+            ),
+            {},
+            "has adapters of 3, which is not there",
+        ),
+        (
+            edited("btok_config.json", btok_token_ids=[5, 6, 7, 10**6]),
+            {},
+            r"btok_token_ids is \(5, 6, 7, 1000000\), expected ids below the vocabulary's",
+        ),
+        (
             lambda folder: os.truncate(folder / "model.safetensors", 1000),
             {},
             "weights of .* are cut short or damaged .* copy them again",

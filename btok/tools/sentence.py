@@ -52,7 +52,7 @@ def load_sentence_transformer(
         ImportError: sentence-transformers is missing (the extra `sentence-transformers`).
         ValueError: a checkpoint saved with more modules than ours; what `BTokModel` refuses.
     """
-    names = [module["type"] for module in read_json(name_or_path, MODULES)]
+    names = [module["type"] for module in read_json(name_or_path, MODULES, list)]
     if len(names) > 1 and names != list(STOCK):  # which ours takes the place of
         raise ValueError(
             f"load_sentence_transformer: {name_or_path} was saved with the modules {names}, "
