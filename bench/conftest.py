@@ -122,11 +122,7 @@ class Kept:
         timed = [each for each in self.found.values() if "error" not in each]
         dtypes = sorted({case["dtype"] for case in timed if case["flops"]})
         roofs = {name: roof(getattr(torch, name))._asdict() for name in dtypes}
-        searched = {
-            f"{name} {key}": str(config)
-            for name in ("found", "found_hopper", "found_contrastive", "faster")
-            for key, config in getattr(launch, name).items()
-        }
+        searched = {f"{op} {kind}": str(config) for (op, *kind), config in launch.found.items()}
         found: dict[str, Any] = {"when": datetime.now(UTC).isoformat(), "roofs": roofs}
         found["commit"] = output_of("git", "rev-parse", "HEAD") or None
         found["dirty"] = bool(output_of("git", "status", "--porcelain"))

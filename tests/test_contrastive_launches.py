@@ -130,7 +130,7 @@ def tuned(monkeypatch):
 
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
     monkeypatch.setattr(launch, "search", search)
-    monkeypatch.setattr(launch, "found_contrastive", {})
+    monkeypatch.setattr(launch, "found", {})
     monkeypatch.setenv("BTOK_AUTOTUNE", "1")
     return searched
 

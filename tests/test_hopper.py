@@ -40,7 +40,7 @@ def refused(message, q, k, v):
 def test_what_it_cannot_run_on(monkeypatch):
     assert launch.no_hopper(*tensors()) is None
     refused("q is torch.float32, it takes", *tensors(torch.float32))
-    refused("q has head dim 32, its kernels take [64, 80, 96, 128]", *tensors(dim=32))
+    refused("q has head dim 32, its kernels take (64, 80, 96, 128)", *tensors(dim=32))
     q, k, v = tensors()
     odd = torch.zeros(LAYOUT.num_rows, 2, 68, dtype=q.dtype)[:, :, :64]
     refused("k has strides [136, 68, 1]; its copies take positive multiples of 8", q, odd, v)
@@ -69,7 +69,7 @@ def test_an_older_triton(monkeypatch, version, reason):
 
 
 def test_launches_fit_a_multiprocessor():
-    for (kernel, _), config in launch.HOPPER.items():
+    for kernel, config in launch.HOPPER.items():
         assert TILE % config.block_n == 0
         own = config.block_n if kernel == "dkdv" else config.block_m
         assert own == 128, "two consumers of 64 rows"
@@ -158,7 +158,7 @@ def test_what_auto_asks_for_and_cannot_have_is_told_once_a_kind(results_file, mo
 
     for dim in (32, 16, 32):
         op.condensed_attention(*tensors(dim=dim), LAYOUT)
-    assert told() == ["q has head dim 32, its kernels take [64, 80, 96, 128]"]
+    assert told() == ["q has head dim 32, its kernels take (64, 80, 96, 128)"]
     for rows in (56, 60, 64):  # strides that name the number of rows
         layout = CondensedLayout.from_lengths([40], [8], 4, num_rows=rows)
         q, k = (torch.zeros(rows, heads, 64, dtype=torch.bfloat16) for heads in (4, 2))
@@ -203,7 +203,7 @@ def tuned(monkeypatch):
     monkeypatch.setattr(kernels, "_forward", forward)
     monkeypatch.setattr(kernels, "_backward", backward)
     monkeypatch.setattr(launch, "search", search)
-    monkeypatch.setattr(launch, "faster", {})
+    monkeypatch.setattr(launch, "found", {})
     monkeypatch.setenv("BTOK_AUTOTUNE", "1")
     return seen
 
@@ -212,16 +212,17 @@ def test_a_search_of_auto_takes_the_faster(tuned):
     q, k, v = tensors()
     for _ in range(2):
         op.condensed_attention(q, k, v, LAYOUT)
-    assert tuned.titles == ["attention ('forward', 90, 64, torch.bfloat16)"], "once"
+    assert tuned.titles == ["impl of attention ('forward', 90, 64, torch.bfloat16)"], "once"
     assert tuned.ran == [("forward", True)] * 3
     tuned.ran.clear()
     op.condensed_attention(q.requires_grad_(), k, v, LAYOUT)
-    assert tuned.titles[1:] == ["attention ('forward and backward', 90, 64, torch.bfloat16)"]
+    (title,) = tuned.titles[1:]
+    assert title == "impl of attention ('forward and backward', 90, 64, torch.bfloat16)"
     assert tuned.ran == [("forward", True), ("backward", True), ("forward", True)]
     with torch.no_grad():
         op.condensed_attention(q, k, v, LAYOUT)
     assert len(tuned.titles) == 2
-    launch.faster.update(dict.fromkeys(launch.faster, "triton"))
+    launch.found.update(dict.fromkeys(launch.found, "triton"))
     op.condensed_attention(q, k, v, LAYOUT)
     assert tuned.ran[-1] == ("forward", False)
 

@@ -65,7 +65,7 @@ def test_the_search_keeps_the_fastest_that_runs(monkeypatch, capsys, timed):
     monkeypatch.setenv("BTOK_AUTOTUNE", "1")
     launch.attention("forward", q, run)
     fastest = launch.Config(32, 32, 4, 1)
-    assert launch.found == {("forward", 90, 64, torch.float16): fastest}
+    assert launch.found == {("attention", "forward", 90, 64, torch.float16): fastest}
     assert ran[-1] == fastest
     printed = capsys.readouterr().out
     assert str(fastest) in printed and str(default) in printed
@@ -74,10 +74,11 @@ def test_the_search_keeps_the_fastest_that_runs(monkeypatch, capsys, timed):
     assert len(ran) == count + 1, "searched once"
 
 
-@pytest.mark.parametrize(("kernel", "dim"), launch.HOPPER)
+@pytest.mark.parametrize("dim", launch.HOPPER_DIMS)
+@pytest.mark.parametrize("kernel", launch.HOPPER)
 def test_the_search_of_a_kernel_for_hopper_times_the_neighbours_that_fit(kernel, dim):
     candidates = launch.hopper_candidates(kernel, dim)
-    config = launch.HOPPER[kernel, dim]
+    config = launch.HOPPER[kernel]
     assert config in candidates and len(set(candidates)) == len(candidates) > 5
     for other in candidates:
         assert launch.hopper_shared(kernel, dim, other) <= 232448  # of a block on sm_90
@@ -92,7 +93,7 @@ def test_the_search_of_a_kernel_for_hopper_times_the_neighbours_that_fit(kernel,
 
 def test_what_is_found_for_hopper_is_kept_by_kernel_head_dim_and_dtype(monkeypatch, timed):
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
-    monkeypatch.setattr(launch, "found_hopper", {})
+    monkeypatch.setattr(launch, "found", {})
     ran = []
 
     def run(config):
@@ -101,29 +102,35 @@ def test_what_is_found_for_hopper_is_kept_by_kernel_head_dim_and_dtype(monkeypat
 
     q = torch.zeros(4, 2, 64, dtype=torch.float16)
     launch.hopper("dq", q, run)
-    assert ran == [launch.HOPPER["dq", 64]], "without BTOK_AUTOTUNE nothing is searched"
+    assert ran == [launch.HOPPER["dq"]], "without BTOK_AUTOTUNE nothing is searched"
     monkeypatch.setenv("BTOK_AUTOTUNE", "1")
     launch.hopper("dq", q, run)
     fastest = launch.HopperConfig(128, 32, 3, False, 240)
-    assert launch.found_hopper == {("dq", 90, 64, torch.float16): fastest} and ran[-1] == fastest
+    kind = "hopper attention", "dq", 90, 64, torch.float16
+    assert launch.found == {kind: fastest} and ran[-1] == fastest
     count = len(ran)
     launch.hopper("dq", q, run)
     assert len(ran) == count + 1, "searched once"
     launch.hopper("dq", q.bfloat16(), run)
     launch.hopper("dq", torch.zeros(4, 2, 128, dtype=torch.float16), run)
     launch.hopper("forward", q, run)
-    assert len(launch.found_hopper) == 4
+    assert len(launch.found) == 4
+
+
+def implementation(q, ways, run):
+    return launch.fastest("op", (ways,), q, "triton", lambda: ["hopper"], run)
 
 
 def test_the_faster_implementation_is_kept(monkeypatch, timed, capsys):
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
-    monkeypatch.setattr(launch, "faster", {})
+    monkeypatch.setattr(launch, "found", {})
+    monkeypatch.setenv("BTOK_AUTOTUNE", "1")
     q = torch.zeros(4, 2, 64, dtype=torch.float16)
-    assert launch.implementation(q, True, {"triton": 2.0, "hopper": 1.0}.get) == "hopper"
+    assert implementation(q, "both ways", {"triton": 2.0, "hopper": 1.0}.get) == "hopper"
     printed = capsys.readouterr().out.splitlines()
-    assert "forward and backward" in printed[0] and printed[1].split() == ["1.0000", "hopper"]
-    assert launch.implementation(q, False, {"triton": 1.0, "hopper": 2.0}.get) == "triton"
-    assert launch.implementation(q, True, lambda impl: 1 / 0) == "hopper", "asked once"
+    assert "both ways" in printed[0] and printed[1].split() == ["1.0000", "hopper"]
+    assert implementation(q, "forward", {"triton": 1.0, "hopper": 2.0}.get) == "triton"
+    assert implementation(q, "both ways", lambda impl: 1 / 0) == "hopper", "asked once"
 
 
 def test_nothing_is_searched_into_a_cuda_graph(monkeypatch):
@@ -133,21 +140,21 @@ def test_nothing_is_searched_into_a_cuda_graph(monkeypatch):
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
     monkeypatch.setattr(launch, "search", None)
     monkeypatch.setenv("BTOK_AUTOTUNE", "1")
-    for name in ("found", "found_hopper", "found_contrastive", "faster"):
-        monkeypatch.setattr(launch, name, {})
+    monkeypatch.setattr(launch, "found", {})
     q = torch.zeros(4, 2, 64, dtype=torch.float16)
     ran = []
     launch.attention("dq", q, ran.append)
     launch.hopper("dq", q, ran.append)
-    ran += [launch.contrastive("sums", q[0], (), ran.append), launch.implementation(q, True, len)]
+    ran += [launch.contrastive("sums", q[0], (), ran.append), implementation(q, "forward", len)]
     assert ran == [
         launch.attention_config("dq", 64, q.dtype, 90),
-        launch.HOPPER["dq", 64],
+        launch.HOPPER["dq"],
         launch.contrastive_config("sums", q.dtype, 90),
         "triton",
     ]
-    assert not (launch.found or launch.found_hopper or launch.found_contrastive or launch.faster)
-    launch.found_hopper["dq", 90, 64, q.dtype] = found = ran[1]._replace(stages=3)
+    assert not launch.found
+    kind = "hopper attention", "dq", 90, 64, q.dtype
+    launch.found[kind] = found = ran[1]._replace(stages=3)
     launch.hopper("dq", q, ran.append)
     assert ran[-1] == found
 

@@ -111,9 +111,8 @@ def no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"the device is sm_{architecture(q.device)}, it needs sm_90"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"q is {q.dtype}, it takes float16 and bfloat16"
-    dims = sorted(dim for kernel, dim in HOPPER if kernel == "forward")
-    if q.shape[2] not in dims:
-        return f"q has head dim {q.shape[2]}, its kernels take {dims}"
+    if q.shape[2] not in HOPPER_DIMS:
+        return f"q has head dim {q.shape[2]}, its kernels take {HOPPER_DIMS}"
     if q.shape[0] >= 1 << 30:
         return f"q has {q.shape[0]} rows, it takes fewer than 2^30; pack fewer"
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -178,7 +177,7 @@ def hopper_wins(q: Tensor, layout: CondensedLayout | None) -> bool:
     if results is None:
         return False
     dim = q.shape[2]
-    if no_gluon() or architecture(q.device) != 90 or ("forward", dim) not in HOPPER:
+    if no_gluon() or architecture(q.device) != 90 or dim not in HOPPER_DIMS:
         return True
     if (results.triton, results.device) != (triton_version(), _device_name(q.device)):
         return False
@@ -315,21 +314,13 @@ class HopperConfig(NamedTuple):
     registers: int
 
 
-# By kernel and head dim
-HOPPER: dict[tuple[str, int], HopperConfig] = {
-    (kernel, dim): config
-    for dim in (64, 80, 96, 128)
-    for kernel, config in {
-        "forward": HopperConfig(128, 128, 2, True, 240),
-        "dq": HopperConfig(128, 64, 2, False, 240),
-        "dkdv": HopperConfig(64, 128, 2, False, 240),
-    }.items()
+HOPPER_DIMS = (64, 80, 96, 128)
+HOPPER = {  # by kernel, for all of these head dims
+    "forward": HopperConfig(128, 128, 2, True, 240),
+    "dq": HopperConfig(128, 64, 2, False, 240),
+    "dkdv": HopperConfig(64, 128, 2, False, 240),
 }
 _ATTENTION_INTERPRETED = Config(32, 16, 1, 1)  # small, so that short tests have many blocks
-# by BTOK_AUTOTUNE=1
-found: dict[tuple[Any, ...], Config] = {}
-found_hopper: dict[tuple[Any, ...], HopperConfig] = {}
-faster: dict[tuple[Any, ...], str] = {}  # of "triton" and "hopper"
 
 
 @functools.cache
@@ -343,19 +334,10 @@ def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int) 
 
 
 def attention(kernel: str, q: Tensor, run: Callable[[Config], object]) -> None:
-    """Launch a kernel of the attention over q [T, Hq, D] with its configuration.
-
-    With BTOK_AUTOTUNE=1 the first call for an architecture, head dim and dtype times every
-    configuration on its own tensors, prints the table, and the fastest is kept in `found`.
-    """
-    arch = architecture(q.device)
-    config = attention_config(kernel, q.shape[2], q.dtype, arch)
+    """Launch a kernel of the attention over q [T, Hq, D] with its `fastest` configuration."""
+    config = attention_config(kernel, q.shape[2], q.dtype, architecture(q.device))
     with on(q.device):
-        if autotuned(q):
-            key = (kernel, arch, q.shape[2], q.dtype)
-            others = functools.partial(_attention_candidates, q.dtype)
-            config = _kept(found, key, f"attention {key}", config, others, run)
-        run(config)
+        run(fastest("attention", (kernel,), q, config, lambda: _attention_candidates(q.dtype), run))
 
 
 def _attention_candidates(dtype: torch.dtype) -> list[Config]:
@@ -364,15 +346,13 @@ def _attention_candidates(dtype: torch.dtype) -> list[Config]:
 
 
 def hopper(kernel: str, q: Tensor, run: Callable[[HopperConfig], object]) -> None:
-    """The same for a kernel of `condensed_attention_hopper`; the search times the neighbours of the
-    table's configuration."""
-    config = HOPPER[kernel, q.shape[2]]
+    """The same for a kernel of `condensed_attention_hopper`."""
+
+    def others() -> list[HopperConfig]:
+        return hopper_candidates(kernel, q.shape[2])
+
     with on(q.device):
-        if autotuned(q):
-            key = (kernel, architecture(q.device), q.shape[2], q.dtype)
-            others = functools.partial(hopper_candidates, kernel, q.shape[2])
-            config = _kept(found_hopper, key, f"hopper attention {key}", config, others, run)
-        run(config)
+        run(fastest("hopper attention", (kernel,), q, HOPPER[kernel], others, run))
 
 
 def hopper_candidates(kernel: str, head_dim: int) -> list[HopperConfig]:
@@ -382,7 +362,7 @@ def hopper_candidates(kernel: str, head_dim: int) -> list[HopperConfig]:
     Two consumers have 128 rows or keys, and their registers are all that there are; of blocks of
     double the size these spill.
     """
-    config = HOPPER[kernel, head_dim]
+    config = HOPPER[kernel]
     copied = "block_m" if kernel == "dkdv" else "block_n"
     size = getattr(config, copied)
     turns = (True, False) if kernel == "forward" else (False,)
@@ -403,38 +383,37 @@ def hopper_shared(kernel: str, head_dim: int, config: HopperConfig) -> int:
     return row * (own + 2 * copied * config.stages) + statistics + (16 << 10) + 256
 
 
-def implementation(q: Tensor, backward: bool, run: Callable[[str], object]) -> str:
-    """Which of "triton" and "hopper" is the faster attention over q [T, Hq, D].
-
-    The first call for an architecture, head dim and dtype, alone or with its backward, times both
-    on its own tensors by `run`, prints their times, and the faster is kept in `faster`.
-    """
-    ways = "forward and backward" if backward else "forward"
-    key = (ways, architecture(q.device), q.shape[2], q.dtype)
-    with on(q.device):
-        return _kept(faster, key, f"attention {key}", "triton", lambda: ["hopper"], run)
+# what `search` found, by op, kind, architecture, width and dtype
+found: dict[tuple[Any, ...], Any] = {}
 
 
 def autotuned(rows: Tensor) -> bool:
-    """Whether the first launch of each kind searches its configuration: on a device, if there are
+    """Whether the first call of each kind searches: with BTOK_AUTOTUNE=1, on a device, if there are
     any rows."""
     on_device = os.environ.get("BTOK_AUTOTUNE") == "1" and architecture(rows.device) > 0
     return on_device and len(rows) > 0
 
 
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _kept(
-    kept: dict[tuple[Any, ...], C], key: tuple[Any, ...], title: str, default: C,
+def fastest(
+    op: str, kind: tuple[Any, ...], rows: Tensor, default: C,
     candidates: Callable[[], Iterable[C]], run: Callable[[C], object],
 ) -> C:  # fmt: skip
-    """What `search` found for a key; it is asked once. While a CUDA graph is captured it is not, as
-    its trials would go into the graph: there an unknown key takes the default."""
-    if key not in kept and not _capturing():
-        kept[key] = search(title, default, candidates(), run)
-    return kept.get(key, default)
+    """With which of its configurations `run` is fastest; the default where nothing is searched.
+
+    Where it is (`autotuned`), the first call for an op, its kind and an architecture, width and
+    dtype of rows [N, ..., D] calls `search`, and what that finds is kept in `found`. While a CUDA
+    graph is captured nothing is searched, as the trials would go into the graph.
+    """
+    if not autotuned(rows):
+        return default
+    key = (*kind, architecture(rows.device), rows.shape[-1], rows.dtype)
+    if (op, *key) not in found and not _capturing():
+        found[op, *key] = search(f"{op} {key}", default, candidates(), run)
+    return found.get((op, *key), default)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def search(title: str, default: C, candidates: Iterable[C], run: Callable[[C], object]) -> C:
@@ -541,30 +520,17 @@ def contrastive_config(kernel: str, dtype: torch.dtype, arch: int) -> dict[str, 
     return table[kernel, dtype.itemsize]
 
 
-found_contrastive: dict[tuple[Any, ...], dict[str, int]] = {}  # by BTOK_AUTOTUNE=1
-
-
 def contrastive(
     kernel: str,
     query: Tensor,
     options: tuple[bool, ...],
     trial: Callable[[dict[str, int]], object],
 ) -> dict[str, int]:
-    """Tile, warps and stages of a kernel of contrastive_loss over query [N, D].
-
-    With BTOK_AUTOTUNE=1 the first call for an architecture, D, dtype and options times the
-    neighbours of the table's configuration by `trial`, and the fastest is kept.
-
-    Raises:
-        RuntimeError: a search in which nothing runs.
-    """
-    arch = architecture(query.device)
-    config = contrastive_config(kernel, query.dtype, arch)
-    if not autotuned(query):
-        return config
-    key = (kernel, arch, query.shape[1], query.dtype, *options)
+    """The `fastest` tile, warps and stages of a kernel of contrastive_loss over query [N, D]; what
+    its options compile in takes other registers."""
+    config = contrastive_config(kernel, query.dtype, architecture(query.device))
     others = functools.partial(_contrastive_candidates, kernel, config)
-    return _kept(found_contrastive, key, f"contrastive_loss {key}", config, others, trial)
+    return fastest("contrastive_loss", (kernel, *options), query, config, others, trial)
 
 
 def _contrastive_candidates(kernel: str, config: dict[str, int]) -> list[dict[str, int]]:

@@ -631,7 +631,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
             for dim in few if also_one else []:
                 yield Job("attention", arch, dim, dtype, "G6 budgets")
         if "hopper" in ops and arch == 90 and dtype != "float32":
-            dims = sorted({dim for _, dim in launch.HOPPER} & {*args.head_dims})
+            dims = [dim for dim in launch.HOPPER_DIMS if dim in args.head_dims]
             for dim in dims if not launch.no_gluon() else []:
                 several = dim in ends and dtype == "bfloat16"
                 for variant in ("G6", "G1", "G6 budgets") if several else ("G6",):

@@ -106,7 +106,7 @@ def test_launches_of_a_search(record_property, monkeypatch, dim, number):
     """Whatever BTOK_AUTOTUNE=1 may launch, over keys enough that all places are used again."""
     for kernel in KERNELS:
         candidates = launch.hopper_candidates(kernel, dim)
-        monkeypatch.setitem(launch.HOPPER, (kernel, dim), candidates[number % len(candidates)])
+        monkeypatch.setitem(launch.HOPPER, kernel, candidates[number % len(candidates)])
     layout = CondensedLayout.from_lengths([560], [70], 4)
     check(record_property, (BF16, FP16)[number % 2], dim, (2, 1), layout, number)
 
@@ -118,11 +118,11 @@ def test_launches_of_a_search_are_sound(compiled_anew, monkeypatch, dim):
     candidates = [launch.hopper_candidates(kernel, dim) for kernel in KERNELS]
     for configs in itertools.zip_longest(*candidates):
         for kernel, config in zip(KERNELS, configs, strict=True):
-            monkeypatch.setitem(launch.HOPPER, (kernel, dim), config or launch.HOPPER[kernel, dim])
+            monkeypatch.setitem(launch.HOPPER, kernel, config or launch.HOPPER[kernel])
         rows = aot.compile_job(aot.Job("hopper", 90, dim, "bfloat16", "G6 hopper"))
         assert not aot.problems(rows)
         for row in rows:
-            room = launch.hopper_shared(row.kernel, dim, launch.HOPPER[row.kernel, dim])
+            room = launch.hopper_shared(row.kernel, dim, launch.HOPPER[row.kernel])
             assert room - 256 <= row.shared <= room
 
 
@@ -165,18 +165,18 @@ def test_a_search_of_the_default_times_both_kinds_of_kernels(monkeypatch, capsys
 
     def candidates(kernel, dim):
         many = (3, 9) if kernel == "forward" else (3,)
-        return [launch.HOPPER[kernel, dim]._replace(stages=stages) for stages in many]
+        return [launch.HOPPER[kernel]._replace(stages=stages) for stages in many]
 
     layout = CondensedLayout.from_lengths([30], [9], 4)
     inputs = [torch.randn(layout.num_rows, heads, 64).to(BF16) for heads in (2, 1, 1, 2)]
     plain = {
-        (kernel, 90, 64, BF16): launch.attention_config(kernel, 64, BF16, 90) for kernel in KERNELS
+        ("attention", kernel, 90, 64, BF16): launch.attention_config(kernel, 64, BF16, 90)
+        for kernel in KERNELS
     }
     monkeypatch.setenv("BTOK_AUTOTUNE", "1")
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
     monkeypatch.setattr(launch, "hopper_candidates", candidates)
-    for name, kept in (("found", plain), ("found_hopper", {}), ("faster", {})):
-        monkeypatch.setattr(launch, name, kept)
+    monkeypatch.setattr(launch, "found", dict(plain))
     caplog.set_level(logging.DEBUG, "btok_kernels")
     with device(90, seed=1) as here:
         got = differentiated(*inputs, layout, impl="auto")
@@ -190,11 +190,13 @@ def test_a_search_of_the_default_times_both_kinds_of_kernels(monkeypatch, capsys
     wanted = differentiated(*(x.double() for x in inputs), layout, impl="reference")
     for x, y in zip(got, wanted, strict=True):
         assert (x - y).abs().max() < 0.02 * y.abs().max()
-    assert launch.faster == {("forward and backward", 90, 64, BF16): "hopper"}
-    assert {key: config.stages for key, config in launch.found_hopper.items()} == {
-        (kernel, 90, 64, BF16): 3 for kernel in KERNELS
-    }
-    assert "attention ('forward and backward', 90, 64, torch.bfloat16): " in capsys.readouterr().out
+    kind = "impl of attention", "forward and backward", 90, 64, BF16
+    assert launch.found.pop(kind) == "hopper"
+    for kernel in KERNELS:
+        assert launch.found.pop(("hopper attention", kernel, 90, 64, BF16)).stages == 3
+    assert launch.found == plain
+    printed = capsys.readouterr().out
+    assert "impl of attention ('forward and backward', 90, 64, torch.bfloat16): " in printed
     (said,) = [message for message in caplog.messages if "shared memory" in message]
     assert said.startswith("hopper attention ('forward', 90, 64, torch.bfloat16): HopperConfig(")
 
@@ -226,9 +228,9 @@ def test_what_is_started_is_what_triton_itself_would_launch(compiled_anew, monke
         monkeypatch.setattr(kernel, "run", run)
 
     def attend(q, k, v, layout, stages, both):
-        config = launch.HOPPER["forward", 64]._replace(stages=stages)
+        config = launch.HOPPER["forward"]._replace(stages=stages)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(launch.HOPPER, ("forward", 64), config)
+            patch.setitem(launch.HOPPER, "forward", config)
             out, lse = forward.forward(q, k, v, layout.tiles, 1.0)
         if both:
             backward.backward(q, q, k, v, out, lse, layout.tiles, 1.0)

@@ -227,14 +227,14 @@ def test_the_waits_of_the_second_consumer_are_hidden_by_turns_alone():
     the turn: its own wait adds nothing. Without turns it does."""
     old = "mbarrier.wait(k_full.index(k_at), j // BUFFERS & 1)"
     new = f"if OWN == 0:\n        {old}"
-    config = launch.HOPPER["forward", 64]
+    config = launch.HOPPER["forward"]
     with source(forward, "_attend", old, new):
         assert not killed()
-        launch.HOPPER["forward", 64] = config._replace(ping_pong=False)
+        launch.HOPPER["forward"] = config._replace(ping_pong=False)
         try:
             assert killed()
         finally:
-            launch.HOPPER["forward", 64] = config
+            launch.HOPPER["forward"] = config
 
 
 LOST_OVERLAP = {  # no result changes: `make aot` finds these

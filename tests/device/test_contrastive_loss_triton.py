@@ -319,7 +319,7 @@ def test_a_search_of_configurations_leaves_no_trace(way, monkeypatch):
     monkeypatch.setattr(launch, "architecture", lambda device: architecture or 90)
     monkeypatch.setattr(launch, "contrastive_config", lambda *at: config(*at[:2], architecture))
     monkeypatch.setattr(launch, "search", search)
-    monkeypatch.setattr(launch, "found_contrastive", {})
+    monkeypatch.setattr(launch, "found", {})
     monkeypatch.setenv("BTOK_AUTOTUNE", "1")
     check(make(37, dim=20, dtype=torch.float32, **OPTIONS["everything"]))
     assert len(tried) == (4 if launch.contrastive_chunk(37, 37, torch.float32) == 0 else 2)

@@ -178,7 +178,7 @@ def test_a_search_of_configurations_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(launch, "architecture", lambda device: architecture or 90)
     monkeypatch.setattr(launch, "contrastive_config", lambda *at: config(*at[:2], architecture))
     monkeypatch.setattr(launch, "search", search)
-    monkeypatch.setattr(launch, "found_contrastive", {})
+    monkeypatch.setattr(launch, "found", {})
     monkeypatch.setenv("BTOK_AUTOTUNE", "1")
     check(make(7, 3, 21, 4, 20, dtype=torch.float32))
     assert len(tried) == 3
