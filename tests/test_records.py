@@ -104,23 +104,39 @@ def test_pages_of_a_corpus_are_written_a_few_at_a_time(tmp_path):
     del rows
     before, most = pa.total_allocated_bytes(), 0
 
-    def where(key):
+    def name_of(key):
         nonlocal most
         most = max(most, pa.total_allocated_bytes() - before)
-        return str(tmp_path / f"{key}.png")
+        return f"{key}.png"
 
-    found = records.corpus("set", [path], where)
+    found = records.corpus("set", [path], tmp_path, name_of)
     assert found == [{"corpus-id": i} for i in range(64)]
     seen = 0
     for _ in records.read(path):
         seen = max(seen, pa.total_allocated_bytes() - before)
     assert seen < 32 << 20
     assert (tmp_path / "63.png").read_bytes() == picture
-    pq.write_table(pa.Table.from_pylist([{"corpus-id": "../x", "image": None}]), path)
-    with pytest.raises(
-        ValueError, match=r"set \(corpus\), row 0: corpus-id is '\.\./x', expected no"
-    ):
-        records.corpus("set", [path], where)
+
+
+def test_a_page_is_written_below_its_folder_alone(tmp_path, monkeypatch):
+    """The folder's own path may be relative, and hold ".."; a page's name may not lead out."""
+    pa = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "corpus.parquet"
+    for name, why in (("../x", r"'\.\./x'"), (f"{tmp_path}/out", "'/.*")):
+        pq.write_table(pa.Table.from_pylist([{"corpus-id": name, "image": b"png"}]), path)
+        with pytest.raises(
+            ValueError, match=rf"set \(corpus\), row 0: corpus-id is {why}, expected no way out"
+        ):
+            records.corpus("set", [path], tmp_path / "pages", "{}.png".format)
+    assert not list(tmp_path.rglob("*.png"))
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
+    Miniature(tmp_path).make("ViDoRe_docvqa")
+    rows, _, _ = mmeb_v2.load("ViDoRe_docvqa", "..")
+    assert mmeb_v2.build("ViDoRe_docvqa", data_dir="..", **rows).candidates
 
 
 def test_numbers_of_qrels_are_of_any_kind():

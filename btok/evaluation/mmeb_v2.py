@@ -265,19 +265,18 @@ class Media(Pictures):
         rows = (Row(f"{spec.name} (corpus)", i, record) for i, record in enumerate(corpus or ()))
         self.pages = {row.key("corpus-id"): row.record.get("image") for row in rows}
 
-    def where(self, key: Any) -> str:
-        """The path that a document's page has."""
-        name = f"{key}.png"
-        if self.hashed:
-            stem, ending = os.path.splitext(str(key))
-            digest = hashlib.md5(str(key).encode(), usedforsecurity=False).hexdigest()[:8]
-            name = f"{stem[:50]}_{digest}{ending}"
-        return os.path.join(self.root, name)
+    def name_of(self, key: Any) -> str:
+        """The name of a document's page, below the folder."""
+        if not self.hashed:
+            return f"{key}.png"
+        stem, ending = os.path.splitext(str(key))
+        digest = hashlib.md5(str(key).encode(), usedforsecurity=False).hexdigest()[:8]
+        return f"{stem[:50]}_{digest}{ending}"
 
     def page(self, row: Row, key: Any) -> str:
         """The path of a page that is there, or whose record in the corpus stands for it."""
-        path = self.where(key)
-        return path if self.pages.get(key) is not None else self.image(row, path)
+        name, shown = self.name_of(key), self.pages.get(key) is not None
+        return os.path.join(self.root, name) if shown else self.image(row, name)
 
 
 def _prompt(instruction: str, text: str = "", kind: str | None = None) -> str:
@@ -473,7 +472,7 @@ def load(
     commit, every = on_disk.revision(folder, spec.configs), list(chain(*files.values()))
     if spec.family == "pages":
         media = Media(data_dir, spec)
-        corpus = on_disk.corpus(name, files["corpus"], media.where)
+        corpus = on_disk.corpus(name, files["corpus"], Path(media.root), media.name_of)
         queries, qrels = (list(chain(*map(on_disk.read, files[x]))) for x in ("queries", "qrels"))
         return {"records": queries, "corpus": corpus, "qrels": qrels}, commit, every
     named = {part: {"subset": part} if len(files) > 1 else {} for part in files}

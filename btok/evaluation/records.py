@@ -20,7 +20,7 @@ from decimal import Decimal
 from fnmatch import fnmatch
 from itertools import chain
 from numbers import Integral, Real
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ def relevant(name: str, qrels: Iterable[Mapping[str, Any]]) -> dict[Any, dict[An
 
 
 def corpus(
-    name: str, files: Sequence[Path], where: Callable[[Any], str]
+    name: str, files: Sequence[Path], folder: Path, name_of: Callable[[Any], str]
 ) -> list[Mapping[str, Any]]:
     """The pages of BEIR's corpus, `corpus-id` alone, each with its picture in a file.
 
@@ -146,16 +146,19 @@ def corpus(
 
     Args:
         name: of the data set.
-        where: the path of a page by its id.
+        files: its corpus, in one or several.
+        folder: of the pages.
+        name_of: the name that a page has there, by its id; a ValueError for one that leads out.
     """
     ids = chain(*(read(path, ["corpus-id"]) for path in files))
     rows = [Row(f"{name} (corpus)", i, record) for i, record in enumerate(ids)]
-    paths = [Path(where(row.key("corpus-id"))) for row in rows]
-    for row, path in zip(rows, paths, strict=True):
-        if ".." in path.parts:
-            raise row.wrong(
-                f"corpus-id is {row['corpus-id']!r:.60}, expected no way out of a folder"
-            )
+    paths = []
+    for row in rows:
+        page = PurePath(name_of(row.key("corpus-id")))
+        if page.is_absolute() or ".." in page.parts:
+            had = f"corpus-id is {row['corpus-id']!r:.60}"
+            raise row.wrong(f"{had}, expected no way out of a folder")
+        paths.append(folder / page)
     if not all(path.is_file() for path in paths):
         for row, path, record in zip(rows, paths, chain(*map(read, files)), strict=True):
             if path.is_file():
