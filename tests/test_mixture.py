@@ -80,6 +80,8 @@ MINE = '[[dataset]]\npath = "mine.jsonl"\n'
         (MINE + "weigth = 3", "data set 1: weigth is unknown, expected path, public"),
         (MINE + 'weight = "3"', "weight is '3', expected int | float"),
         (MINE + "name = 3", "name is 3, expected str"),
+        (MINE + "rows = true", "rows is True, expected int"),
+        (MINE + 'folder = "copies"', "data set 1: folder goes with public, not with path"),
         (MINE + MINE, "data set 2: name is 'mine', as that of another"),
         (MINE + 'public = "WebQA"', "expected one of path and public"),
         ('[[dataset]]\npublic = "WebQB"', "public is 'WebQB', expected one of ImageNet_1K, "),

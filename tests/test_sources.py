@@ -559,6 +559,7 @@ WRONG: list[tuple[list[Any], Any, str]] = [  # behind which good rows
     ([], {**GOOD, "query": {"video": "", "text": "t"}}, "video is ''"),
     (FINE[9:], {**GOOD, "scores": [1, 2]}, "it has 0 negatives and 2 scores, expected 1"),
     (FINE[8:9], {**FINE[8], "scores": [1.0, float("inf")]}, "scores is .*, expected finite"),
+    (FINE[8:9], {**FINE[8], "scores": [1.0, -1e39]}, "scores is .*, expected finite"),
     (FINE[8:9], {**FINE[8], "scores": [1.0, None]}, "scores is .*, expected finite"),
     (FINE[8:9], {**FINE[8], "scores": [1.0]}, "it has 1 negatives and 1 scores, expected 2"),
     ([GOOD], {**GOOD, "scores": 3}, "scores is 3, expected a list"),

@@ -86,11 +86,13 @@ def load_mixture(path: str | Path) -> list[Source]:
         for key, value in table.items():
             if key not in SETTINGS:
                 raise ValueError(f"{where}: {key} is unknown, expected {', '.join(SETTINGS)}")
-            if not isinstance(value, SETTINGS[key]):
+            if not isinstance(value, SETTINGS[key]) or isinstance(value, bool):
                 kind = getattr(SETTINGS[key], "__name__", SETTINGS[key])
                 raise ValueError(f"{where}: {key} is {value!r}, expected {kind}")
         if ("path" in table) == ("public" in table):
             raise ValueError(f"{where} has {', '.join(table)}, expected one of path and public")
+        if "folder" in table and "path" in table:
+            raise ValueError(f"{where}: folder goes with public, not with path")
         table |= {key: path.parent / table[key] for key in ("path", "root") if key in table}
         if "public" in table:
             source = open_public(folder=path.parent / table.pop("folder", ""), **table)

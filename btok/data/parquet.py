@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pyarrow import types
 from pyarrow.parquet import ParquetFile
 
-from btok.data.sources import LATEST, PARTS, load_dataset
+from btok.data.sources import LARGEST, LATEST, PARTS, load_dataset
 from btok.files import one_line
 
 BATCH = 10_000  # rows that are looked at together
@@ -212,7 +212,8 @@ def _lists(look: Look) -> Look:
 def _numbers(column: Any) -> np.ndarray:
     if not types.is_floating(column.type) and not types.is_integer(column.type):
         return np.ones(len(column), bool)
-    return ~np.isfinite(column.cast(pa.float64()).to_numpy(zero_copy_only=False))  # a null is NaN
+    numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False)  # a null is NaN
+    return ~(np.abs(numbers) <= LARGEST)
 
 
 def _seconds(column: Any) -> np.ndarray:
