@@ -28,9 +28,7 @@ def made_up(scores, queries=100):
         rows[name] = {"meta_task": spec.meta_task, "modality": spec.modality, "score": score}
         rows[name] |= {"metric": spec.metric, "origin": score, "ci95": [score - 9, score + 9]}
         rows[name] |= {"queries": queries, "published": published, "data": {"digest": name}}
-    kept = evaluate.Scores.__new__(evaluate.Scores)
-    kept.rows = rows
-    return kept.result()
+    return evaluate.summed_up(rows)
 
 
 def test_means_stand_only_over_all_their_data_sets():

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -28,7 +28,7 @@ from btok.config import CONFIG_NAME, Pooling
 from btok.data.records import RetrievalTask, Side
 from btok.encoder import BTokEncoder
 from btok.evaluation import mmeb_v2, records, runner
-from btok.files import find, may_be_folder, must_be, read_json, sha256, write_json
+from btok.files import find, may_be_file, may_be_folder, must_be, read_json, sha256, write_json
 from btok.tools import comparison, pictures
 from btok.tools.command_line import load
 from btok.vectors import OPTIONS, VectorOptions
@@ -66,7 +66,7 @@ class Evaluate:
         multi_vector: compare bottleneck rows, by late interaction, of a model trained for it.
         int8: compare vectors in int8, with the scale of the checkpoint's calibration.
         bound: with num_btoks auto, the loss of similarity that is allowed.
-        pooling: the same; last or mean where num_btoks is 0.
+        pooling: in place of the checkpoint's own; last or mean where num_btoks is 0.
         list: say what each data set needs on disk, and stop.
         fetch: get from the hub what is missing, one data set at a time.
         compare: published scores, the benchmark's file or another metrics.json; "published" for
@@ -107,52 +107,19 @@ def evaluate(command: Evaluate) -> None:
     """
     if command.benchmark != "mmeb-v2":
         raise ValueError(f"benchmark is {command.benchmark!r}, expected mmeb-v2")
-    if command.multi_vector and command.num_btoks == "auto":
-        raise ValueError(
-            "num_btoks is 'auto' with multi_vector, which gives each input another number of "
-            "vectors; expected a number"
-        )
     names = chosen(command.tasks)
     if command.list:
         if rank() == 0:
             print(needs(names))
         return
     others = comparison.read(command.compare) if command.compare else []
-    if command.submission is not None and (missing := mmeb_v2.data_sets().keys() - {*names}):
-        raise ValueError(
-            f"submission needs all data sets, tasks lacks {', '.join(sorted(missing))}"
-        )
-    if command.picture is not None:
-        pictures.drawable(command.picture)
-    if command.submission is not None and not command.submission.parent.is_dir():
-        raise ValueError(f"submission is {command.submission}, in a folder that is not there")
-    may_be_folder("output", command.output)
-    if not command.fetch:
-        must_be("folder", "data", command.data, "MMEB-V2's folder, which --fetch makes")
-        refuse_missing(names, command.data)
-    own = {"num_btoks": command.num_btoks, "pooling": command.pooling}
-    options: dict[str, Any] = {
-        "dims": command.dims,
-        "multi_vector": command.multi_vector,
-        "bound": command.bound,
-    }
-    trained = read_json(command.checkpoint, CONFIG_NAME).get("budgets", ())
-    if command.num_btoks == "auto" or command.num_btoks in trained:
-        options["num_btoks"] = own.pop("num_btoks")
-    encoder = load(command.checkpoint, **{k: v for k, v in own.items() if v is not None})
-    encoder = encoder.using(**options, dtype="int8" if command.int8 else "float32")
-    images = encoder.processor.image_processor
-    if command.prompts == "origin" and images is not None and images.brackets is None:
-        raise ValueError(
-            f"prompts is 'origin', a {encoder.processor.model_type} shows pictures otherwise than "
-            "the benchmark's strings; expected canonical"
-        )
-    encoder.processor.bare = command.prompts == "origin"
+    refuse(command, names)
+    encoder = encoder_of(command)
     scores = Scores(command.output, encoder, command.prompts)
     score_all(command, names, encoder, scores)
     if rank() > 0:
         return
-    result = scores.result()
+    result = summed_up(scores.rows())
     print(comparison.table(result, names))
     for other in others:
         print(comparison.differences(result, other, scores.values()))
@@ -188,26 +155,24 @@ def needs(names: Sequence[str]) -> str:
     """What data sets take on disk, in GB: as the hub has them now, or where it does not answer as
     they are modelled.
     """
-    lines, total, known = [], 0.0, True
+    specs = [mmeb_v2.data_set(name) for name in names]
+    exact: dict[str, float] = {}
     archives: dict[str, float] = {}
-    for name in names:
-        spec = mmeb_v2.data_set(name)
-        exact = ""
-        try:
-            if known:
-                gb = size(spec, archives)
-                total += gb
-                exact = f"records {gb:.2f} GB, "
-        except (OSError, ValueError, KeyError):
-            known = False
-        total += spec.gb
-        said = f"{exact}{'media ' if exact else ''}about {spec.gb:.2f} GB"
-        lines.append(f"{name:<46}{spec.meta_task:<7}{said:<40}{spec.source}")
+    how = "what is no about is the hub's figure"
+    try:
+        for spec in specs:
+            exact[spec.name] = size(spec, archives)
+    except (OSError, ValueError, KeyError):
+        how = "modelled: the hub does not answer"
+    lines = []
+    for spec in specs:
+        said = f"about {spec.gb:.2f} GB"
+        if spec.name in exact:
+            said = f"records {exact[spec.name]:.2f} GB, media {said}"
+        lines.append(f"{spec.name:<46}{spec.meta_task:<7}{said:<40}{spec.source}")
     lines += [f"{file:<53}archive {gb:.2f} GB, of several sets" for file, gb in archives.items()]
-    total += sum(archives.values())
-    how = "what is no about is the hub's figure" if known else "modelled: the hub does not answer"
-    lines.append(f"{len(names)} data sets, {total:.1f} GB ({how})")
-    return "\n".join(lines)
+    total = sum([*exact.values(), *archives.values(), *(spec.gb for spec in specs)])
+    return "\n".join([*lines, f"{len(names)} data sets, {total:.1f} GB ({how})"])
 
 
 def size(spec: mmeb_v2.DataSet, archives: dict[str, float]) -> float:
@@ -224,22 +189,63 @@ def size(spec: mmeb_v2.DataSet, archives: dict[str, float]) -> float:
     return sum(there[name] for name in picked) / 1e9
 
 
-def refuse_missing(names: Sequence[str], data: Path) -> None:
-    """Tell of all data sets without records at once, before anything is loaded."""
-    missing = []
+def refuse(command: Evaluate, names: Sequence[str]) -> None:
+    """A ValueError, or a FileNotFoundError for data, of what can be told before a model is loaded:
+    all data sets without records at once, and an output that something is in the way of.
+    """
+    if command.multi_vector and command.num_btoks == "auto":
+        raise ValueError(
+            "num_btoks is 'auto' with multi_vector, which gives each input another number of "
+            "vectors; expected a number"
+        )
+    if command.submission is not None:
+        if missing := mmeb_v2.data_sets().keys() - {*names}:
+            raise ValueError(
+                f"submission needs all data sets, tasks lacks {', '.join(sorted(missing))}"
+            )
+        if not command.submission.parent.is_dir():
+            raise ValueError(f"submission is {command.submission}, in a folder that is not there")
+        may_be_file("submission", command.submission)
+    if command.picture is not None:
+        pictures.drawable(command.picture)
+    may_be_folder("output", command.output)
+    if command.fetch:
+        return
+    must_be("folder", "data", command.data, "MMEB-V2's folder, which --fetch makes")
+    lacking = []
     for name in names:
         spec = mmeb_v2.data_set(name)
         try:
             for part in spec.configs:
-                records.find(data / spec.records, part, spec.split)
+                records.find(command.data / spec.records, part, spec.split)
         except FileNotFoundError as error:
-            missing.append(f"{name} ({error})")
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            lacking.append(f"{name} ({error})")
+    if lacking:
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
         raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} data sets are not in {data}: "
-            f"{', '.join(missing[:3])}{more}; --fetch gets them, --tasks leaves them out"
+            f"{len(lacking)} of {len(names)} data sets are not in {command.data}: "
+            f"{', '.join(lacking[:3])}{more}; --fetch gets them, --tasks leaves them out"
         )
+
+
+def encoder_of(command: Evaluate) -> BTokEncoder:
+    """The checkpoint's encoder, which makes vectors and reads prompts as the command says."""
+    number: Any = command.num_btoks
+    own = {"num_btoks": number, "pooling": command.pooling}
+    options: dict[str, Any] = {"dims": command.dims, "multi_vector": command.multi_vector}
+    if number == "auto" or number in read_json(command.checkpoint, CONFIG_NAME).get("budgets", ()):
+        options["num_btoks"] = own.pop("num_btoks")  # the first of all that the model has
+    encoder = load(command.checkpoint, **{k: v for k, v in own.items() if v is not None})
+    dtype = "int8" if command.int8 else "float32"
+    encoder = encoder.using(**options, bound=command.bound, dtype=dtype)
+    images = encoder.processor.image_processor
+    if command.prompts == "origin" and images is not None and images.brackets is None:
+        raise ValueError(
+            f"prompts is 'origin', a {encoder.processor.model_type} shows pictures otherwise than "
+            "the benchmark's strings; expected canonical"
+        )
+    encoder.processor.bare = command.prompts == "origin"
+    return encoder
 
 
 def score_all(
@@ -251,7 +257,8 @@ def score_all(
         return encoder.encode(sides, batch_tokens=command.batch_tokens, show_progress=False)
 
     contents = Contents(command.data)
-    with Progress(names) as progress:
+    progress = Progress(names)
+    with progress.bar:
         embed = runner.Embedder(encode, contents.key, command.output, progress.advance)
         for name in names:
             if command.fetch and rank() == 0:
@@ -260,30 +267,34 @@ def score_all(
                 except FileNotFoundError:
                     mmeb_v2.fetch(name, command.data)
             from_first(None)  # nobody reads before all is there
-            task, rows, revision, files = read(name, command)
-            data, kept = None, False
-            if rank() == 0:
-                data = scores.data_of(task, rows, revision, files, contents)
-                kept = scores.kept(name, data)
-            data, kept = from_first((data, kept))
+            loaded = read(name, command)
+            task = loaded.task
+            kept = from_first(scores.are_of(loaded, contents) if rank() == 0 else None)
             progress.begin(name, 0 if kept else len(task.queries) + len(task.candidates))
             if not kept:
-                result = runner.score_task(embed, task)
+                scored = runner.score_task(embed, task)
                 if rank() == 0:
-                    scores.keep(name, data, result)
+                    scores.keep(name, scored)
             if rank() == 0:
-                write_json(command.output / "metrics.json", scores.result())
-                progress.end(f"{scores.rows[name]['score']:.1f}")
+                write_json(command.output / "metrics.json", summed_up(scores.rows()))
+                progress.end(f"{scores.kept[name]['row']['score']:.1f}")
 
 
-def read(
-    name: str, command: Evaluate
-) -> tuple[RetrievalTask, Mapping[str, Any], str, Sequence[Path]]:
+class Loaded(NamedTuple):
     """A data set as a task, and what it is made of: records, their revision, their files."""
+
+    task: RetrievalTask
+    rows: Mapping[str, Any]
+    revision: str
+    files: Sequence[Path]
+
+
+def read(name: str, command: Evaluate) -> Loaded:
+    """A data set of those that lie on this disk; a FileNotFoundError where a part is missing."""
     rows, revision, files = mmeb_v2.load(name, command.data)
     task = mmeb_v2.build(name, data_dir=command.data, prompts=command.prompts, **rows)
     runner.check(task)
-    return task, rows, revision, files
+    return Loaded(task, rows, revision, files)
 
 
 class Progress:
@@ -299,12 +310,6 @@ class Progress:
         self.start = self.begun = time.monotonic()
         total = sum(self.waiting.values())
         self.bar = tqdm(total=total, unit="input", disable=None if rank() == 0 else True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
 
     def advance(self, inputs: int) -> None:
         """Inputs are encoded."""
@@ -380,107 +385,103 @@ class Scores:
         self.folder = folder
         settings = {**encoder.settings, "files": files_digest(encoder)}
         self.made_of = {"model": encoder.digest, "settings": settings, "prompts": prompts}
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.stamps: dict[str, str] = {}
+        self.kept: dict[str, dict[str, Any]] = {}  # by data set what its file holds
         if rank() > 0:
             return
         (folder / "sets").mkdir(parents=True, exist_ok=True)
         for draft in [*folder.glob("*.json.*.tmp"), *folder.glob("sets/*.json.*.tmp")]:
             if not _is_running(draft.name.split(".")[-2]):
                 draft.unlink()  # which a kill has left
+        new = flat(self.made_of)
         for name in mmeb_v2.data_sets():
-            if (had := self._read(name)) is None:
+            if (had := kept_in(self.file(name))) is None:
                 continue
-            new, old = self._flat(self.made_of), self._flat(had["made_of"])
+            old = flat(had["made_of"])
             for key in (*new, *(name for name in old if name in OPTIONS)):
                 if old.get(key) != new.get(key):
                     raise ValueError(
                         f"{folder} holds scores of {key} {old.get(key)}, this is {new.get(key)}; "
                         "give another --output"
                     )
-            self.rows[name] = had["row"] | self.made_of | {"data": had["data"]}
-
-    @staticmethod
-    def _flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
-        return {**made_of["settings"], **{k: v for k, v in made_of.items() if k != "settings"}}
+            self.kept[name] = had
 
     def file(self, name: str) -> Path:
         """Where a data set's score is kept."""
         return self.folder / "sets" / f"{name}.json"
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        """What is kept of a data set; None for nothing, for what another version kept, and for
-        what is damaged: it will be made again.
-        """
-        try:
-            had = json.loads(self.file(name).read_text(encoding="utf-8"))
-            row, values = had["row"], had["queries"]
-            whole = had["version"] == VERSION and {*had} >= KEPT and {*row} >= KEPT_OF_ROW
-            whole = whole and self.made_of.keys() <= had["made_of"].keys()
-            whole = (
-                whole and self._flat(had["made_of"]) is not None and len(values) == row["queries"]
-            )
-            return had if whole and abs(100 * np.mean(values) - row["score"]) < 1e-6 else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None
-
-    def data_of(
-        self,
-        task: RetrievalTask,
-        rows: Mapping[str, Any],
-        revision: str,
-        files: Sequence[Path],
-        contents: Contents,
-    ) -> dict[str, str]:
-        """The revision of a data set and a digest of all that it holds and of how it is asked."""
+    def are_of(self, loaded: Loaded, contents: Contents) -> bool:
+        """Whether a score is there of just this data, as it is asked; `keep` is of it, if not."""
+        task, rows, revision, files = loaded
         sides = (*task.queries, *task.candidates)
         media = sorted({path for side in sides for path in media_of(side)})
         asked = asdict(mmeb_v2.data_set(task.name))
+        had = self.kept.get(task.name)
         stamp = digest_of([contents.stamp([*map(str, files), *media]), asked])
-        self.stamps[task.name] = stamp
-        had = self._read(task.name)
-        if had and had["stamp"] == stamp:
-            return had["data"]
+        if had and had["stamp"] == stamp:  # then no file need be read
+            return True
         shown = {os.path.relpath(path, contents.root): contents.digest(path) for path in media}
-        return {"revision": revision, "digest": digest_of([rows, shown, asked])}
+        data = {"revision": revision, "digest": digest_of([rows, shown, asked])}
+        self.now = {"data": data, "stamp": stamp}
+        same = had is not None and had["data"]["digest"] == data["digest"]
+        if had and same:
+            self._write(task.name, had | self.now)
+        return same
 
-    def kept(self, name: str, data: Mapping[str, str]) -> bool:
-        """Whether a score of just this is there."""
-        had = self._read(name)
-        if not had or had["data"]["digest"] != data["digest"]:
-            return False
-        if had["stamp"] != self.stamps[name]:
-            write_json(self.file(name), had | {"stamp": self.stamps[name], "data": data})
-            self.rows[name] |= {"data": data}
-        return True
+    def keep(self, name: str, scored: runner.Scored) -> None:
+        """Write a data set's score, and each query's, of the data that `are_of` saw last."""
+        kept = {"version": VERSION, "made_of": self.made_of, **self.now}
+        self._write(name, kept | {"row": scored.row, "queries": scored.values})
 
-    def keep(self, name: str, data: Mapping[str, str], scored: runner.Scored) -> None:
-        """Write a data set's score, and each query's."""
-        self.rows[name] = scored.row | self.made_of | {"data": data}
-        kept = {"version": VERSION, "made_of": self.made_of, "data": data}
-        kept |= {"stamp": self.stamps[name], "row": scored.row, "queries": scored.values}
+    def _write(self, name: str, kept: dict[str, Any]) -> None:
+        self.kept[name] = kept
         write_json(self.file(name), kept)
 
     def values(self) -> dict[str, list[float]]:
         """Each query's score, by data set, as shares."""
-        had = {name: self._read(name) for name in self.rows}
-        return {name: kept["queries"] for name, kept in had.items() if kept}
+        return {name: kept["queries"] for name, kept in self.kept.items()}
 
-    def result(self) -> dict[str, Any]:
-        """All rows, each with what it was made of, and means where no data set is missing."""
-        table = mmeb_v2.data_sets()
-        rows = {name: self.rows[name] for name in table if name in self.rows}
-        means: dict[str, Any] = {}
-        for score in ("score", "origin"):
-            of = {name: row[score] for name, row in rows.items()}
-            means[score] = {
-                group: {name: mean(of, sets) for name, sets in named.items()}
-                for group, named in comparison.groups().items()
-            }
-            means[score]["overall"] = mean(of, list(table))
-        missing = [name for name in table if name not in rows]
-        result = {"benchmark": "MMEB-V2", "tasks": rows, **means["score"]}
-        return result | {"origin": means["origin"], "missing": missing}
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """By data set, in the table's order, its row and what that was made of."""
+        return {
+            name: self.kept[name]["row"] | self.made_of | {"data": self.kept[name]["data"]}
+            for name in mmeb_v2.data_sets()
+            if name in self.kept
+        }
+
+
+def flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """What a score is made of, settings beside the rest; a KeyError where a part is missing."""
+    return made_of["settings"] | {"model": made_of["model"], "prompts": made_of["prompts"]}
+
+
+def kept_in(path: Path) -> dict[str, Any] | None:
+    """What a data set's file holds; None for nothing, for what another version kept, and for what
+    is damaged: it will be made again.
+    """
+    try:
+        had = json.loads(path.read_text(encoding="utf-8"))
+        row, values = had["row"], had["queries"]
+        whole = had["version"] == VERSION and {*had} >= KEPT and {*row} >= KEPT_OF_ROW
+        whole = whole and len(values) == row["queries"] and bool(flat(had["made_of"]))
+        return had if whole and abs(100 * np.mean(values) - row["score"]) < 1e-6 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def summed_up(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The rows of data sets, and means where none is missing, as `metrics.json` has them."""
+    table = mmeb_v2.data_sets()
+    means: dict[str, Any] = {}
+    for score in ("score", "origin"):
+        of = {name: row[score] for name, row in rows.items()}
+        means[score] = {
+            group: {name: mean(of, sets) for name, sets in named.items()}
+            for group, named in comparison.groups().items()
+        }
+        means[score]["overall"] = mean(of, list(table))
+    missing = [name for name in table if name not in rows]
+    result = {"benchmark": "MMEB-V2", "tasks": dict(rows), **means["score"]}
+    return result | {"origin": means["origin"], "missing": missing}
 
 
 def files_digest(encoder: BTokEncoder) -> str:
