@@ -540,7 +540,9 @@ def test_scores_of_other_vectors_are_others(data, tmp_path, capfd):
         (["--tasks", "MSCOCO_t2"], "tasks has 'MSCOCO_t2', expected MSCOCO_t2i or MSCOCO_i2t or"),
         (["--tasks", "ICLS"], "tasks has 'ICLS', expected I-CLS or V-CLS"),
         (["--submission", "gone/x.json"], "submission is gone/x.json, in a folder that is not"),
+        (["--submission", "TMP/a.png"], "a.png, which is a folder; expected a file"),
         (["--picture", "gone/x.png"], "picture is gone/x.png, in a folder that is not there"),
+        (["--picture", "TMP/a.png"], "a.png, which is a folder; expected a file"),
         (["--tasks", ","], "tasks is ',', expected names of data sets"),
         (["--submission", "x.json", "--tasks", "I-VG"], "submission needs all data sets, tasks la"),
         (["--compare", "gone.json"], "compare is gone.json, which does not exist; expected a file"),
@@ -551,7 +553,9 @@ def test_scores_of_other_vectors_are_others(data, tmp_path, capfd):
         (["--num-btoks", "auto", "--multi-vector"], "num_btoks is 'auto' with multi_vector, which"),
     ],
 )
-def test_a_mistake_in_the_command_is_a_line(checkpoint, arguments, why, capfd):
+def test_a_mistake_in_the_command_is_a_line(checkpoint, tmp_path, arguments, why, capfd):
+    (tmp_path / "a.png").mkdir()
+    arguments = [word.replace("TMP", str(tmp_path)) for word in arguments]
     assert run(checkpoint, "mmeb-v2", *arguments) == 2
     said = capfd.readouterr().err
     assert said.startswith("error: ") and why in said and said.count("\n") == 1

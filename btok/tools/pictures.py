@@ -118,7 +118,7 @@ def drawable(path: Path) -> None:
     """Whether a picture can be written, before what it shows is made.
 
     Raises:
-        ValueError: its ending says no picture, or its folder is not there.
+        ValueError: its ending says no picture, its folder is not there, or a folder is in the way.
         ImportError: matplotlib is missing (the extra `demo`).
     """
     ending = os.path.splitext(path)[1].lower()
@@ -126,6 +126,8 @@ def drawable(path: Path) -> None:
         raise ValueError(f"picture is {path}, expected a name ending in {', '.join(ENDINGS)}")
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise ValueError(f"picture is {path}, in a folder that is not there")
+    if os.path.isdir(path):
+        raise ValueError(f"picture is {path}, which is a folder; expected a file")
     _figure(1, 1)
 
 
