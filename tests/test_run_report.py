@@ -312,6 +312,8 @@ def test_the_command_writes_the_file(run, capsys, tmp_path):
 def test_what_cannot_be_shown_is_named(run):
     (run / "cut.png").write_bytes(DOT[:10])
     (run / "text.png").write_text("no picture")
+    (run / "folder.png").mkdir()  # and a link to nothing, which are passed over
+    (run / "gone.png").symlink_to(run / "nowhere.png")
     page = page_of(run)
     assert "cut.png is no picture" in page.said and "text.png is no picture" in page.said
     assert len(page.named("img")) == 1

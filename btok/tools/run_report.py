@@ -44,21 +44,6 @@ class Report:
     output: Path | None = None
 
 
-class Change(NamedTuple):
-    """A setting that is not the recipe's."""
-
-    name: str
-    recipe: str
-    run: str
-
-
-class Fact(NamedTuple):
-    """A line of the summary."""
-
-    name: str
-    value: str
-
-
 class Sheet(NamedTuple):
     """A picture, as a data address."""
 
@@ -79,13 +64,6 @@ class Checkpoint(NamedTuple):
     whole: bool
 
 
-class Command(NamedTuple):
-    """What to do next, and how."""
-
-    what: str
-    line: str
-
-
 @dataclass
 class Score:
     """A task's scores in percent; None for what is not known."""
@@ -101,8 +79,8 @@ class Score:
     low: float | None = None
     high: float | None = None
     hard_only: float | None = None
-    queries: int | None = None
-    candidates: int | None = None
+    queries: float | None = None
+    candidates: float | None = None
 
     @property
     def interval(self) -> str:
@@ -114,24 +92,36 @@ class Score:
 
 @dataclass
 class Page:
-    """All that the template shows."""
+    """All that the template shows.
+
+    Args:
+        title, status: the headings; done: whether nothing is left to do.
+        facts, settings, means: by name, in words.
+        notes: what could not be read.
+        changes: by setting what the recipe has, and what the run has instead.
+        scores, mean: of the tasks.
+        no_means, missing: groups without a mean, and the data sets that they lack.
+        curves, sheets, checkpoints: of the run.
+        commands: by what it is for, what to do next.
+        made: when the page was.
+    """
 
     title: str
     status: str
     done: bool
-    facts: list[Fact] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    changes: list[Change] = field(default_factory=list)
-    settings: list[Fact] = field(default_factory=list)
+    changes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
     mean: Score | None = None
-    means: list[Fact] = field(default_factory=list)
+    means: dict[str, str] = field(default_factory=dict)
     no_means: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     sheets: list[Sheet] = field(default_factory=list)
     checkpoints: list[Checkpoint] = field(default_factory=list)
-    commands: list[Command] = field(default_factory=list)
+    commands: dict[str, str] = field(default_factory=dict)
     made: str = ""
 
     @property
@@ -176,6 +166,7 @@ def render(page: Page) -> str:
     options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(autoescape=True, undefined=StrictUndefined, **options)
     environment.filters["points"] = lambda x: NOTHING if x is None else f"{x:.1f}"
+    environment.filters["whole"] = lambda x: NOTHING if x is None else f"{x:.0f}"
     html: str = environment.from_string(text).render(page=page)
     # a lone surrogate, which a file's name or JSON may hold, is no UTF-8
     return html.encode("utf-8", "replace").decode("utf-8")
@@ -211,18 +202,15 @@ def _of_training(run: Path, metrics: Mapping[str, Any], notes: list[str]) -> Pag
     page = Page(f"Run {printable(run.resolve().name)}", *_status(run, config, log, checkpoints))
     page.checkpoints, page.curves = checkpoints, curves(log) if log.rows else []
     page.facts = _facts(config, noted, log)
-    changed = _mapping(noted.get("changed"))
-    page.changes = [
-        Change(_text(name), *map(_text, pair))
-        for name, pair in changed.items()
-        if name != "output" and isinstance(pair, list) and len(pair) == 2
-    ]
-    page.settings = [Fact(_text(name), _text(value)) for name, value in config.items()]
+    page.changes = {
+        _text(name): (_text(had), _text(has)) for name, (had, has) in _changed(noted).items()
+    }
+    page.settings = {_text(name): _text(value) for name, value in config.items()}
     before = _mapping(_read(run / "before.json", notes).get("tasks"))
     page.scores = _scores(before, _mapping(metrics.get("tasks")))
     if len(page.scores) > 1:
         page.mean = _mean(page.scores)
-    page.commands = _next(run, config, noted, page)
+    page.commands = _next(run, noted, page)
     return page
 
 
@@ -237,28 +225,20 @@ def _of_evaluation(run: Path, metrics: Mapping[str, Any]) -> Page:
     page.scores, page.missing = _scores({}, rows), missing
     page.scores.sort(key=lambda score: score.group)
     first = _mapping(next(iter(rows.values()), {}))
-    page.facts = [
-        Fact("model", _text(first.get("model"))),
-        Fact("prompts", _text(first.get("prompts"))),
-    ]
-    page.settings = [
-        Fact(_text(name), _text(value)) for name, value in _mapping(first.get("settings")).items()
-    ]
+    page.facts = {key: _text(first.get(key)) for key in ("model", "prompts")}
+    settings = _mapping(first.get("settings"))
+    page.settings = {_text(key): _text(value) for key, value in settings.items()}
     groups = {**_mapping(metrics.get("modalities")), **_mapping(metrics.get("meta_tasks"))}
     for group, value in {"all sets": metrics.get("overall"), **groups}.items():
         if (said := finite(value)) is None:
             page.no_means.append(_text(group))
         else:
-            page.means.append(Fact(_text(group), f"{said:.1f}"))
+            page.means[_text(group)] = f"{said:.1f}"
     left = ",".join(missing) if len(missing) <= NAMED else "all"
-    command = ["python", "-m", "btok", "eval", "CHECKPOINT", "mmeb-v2", "--data", "DATA"]
-    command += ["--output", str(run)]
+    again = ("eval", "CHECKPOINT", "mmeb-v2", "--data", "DATA", "--output", str(run))
     if missing:
-        page.commands.append(
-            Command("score what is missing", shlex.join([*command, "--tasks", left]))
-        )
-    compare = [*command, "--compare", "published"]
-    page.commands.append(Command("compare with published scores", shlex.join(compare)))
+        page.commands["score what is missing"] = _btok(*again, "--tasks", left)
+    page.commands["compare with published scores"] = _btok(*again, "--compare", "published")
     return page
 
 
@@ -288,38 +268,38 @@ def _status(
     )
 
 
-def _facts(config: Mapping[str, Any], noted: Mapping[str, Any], log: Log) -> list[Fact]:
+def _facts(config: Mapping[str, Any], noted: Mapping[str, Any], log: Log) -> dict[str, str]:
     """What a training run was, in a few lines."""
     starts = [start for start in _list(noted.get("starts")) if isinstance(start, dict)]
-    last = starts[-1] if starts else {}
-    facts = [Fact("recipe", _text(noted.get("recipe"))), Fact("model", _text(config.get("model")))]
     data = config.get("data")
-    facts.append(Fact("data", "the pocket benchmark" if data is None else _text(data)))
+    facts = {
+        "recipe": _text(noted.get("recipe")),
+        "model": _text(config.get("model")),
+        "data": "the pocket benchmark" if data is None else _text(data),
+    }
     if (count := finite(noted.get("parameters"))) is not None:
         trained = finite(noted.get("trained_parameters")) or 0
-        facts.append(Fact("parameters", f"{count:,.0f}, {trained:,.0f} of them trained"))
+        facts["parameters"] = f"{count:,.0f}, {trained:,.0f} of them trained"
     if log.rows:
-        pairs = (finite(config.get("group_size")) or 0) * (
-            finite(config.get("groups_per_batch")) or 0
-        )
+        groups, size = (finite(config.get(key)) for key in ("groups_per_batch", "group_size"))
+        pairs = (groups or 0) * (size or 0)
         took = f"{timedelta(seconds=round(log.seconds))} for {_count(log.steps, 'step')}"
         took += f" in {len(starts)} starts" if len(starts) > 1 else ""
-        facts.append(Fact("training time", took))
+        facts["training time"] = took
         if log.seconds:
             speed = f"{log.steps / log.seconds:.3g} steps a second"
             speed += f", {pairs * log.steps / log.seconds:.3g} pairs a second" if pairs else ""
-            facts.append(Fact("throughput", speed))
+            facts["throughput"] = speed
     if log.skipped:
-        facts.append(Fact("unreadable pairs", str(log.skipped)))
-    if not last:
-        return [fact for fact in facts if fact.value != NOTHING]
-    for name, when in (("started", starts[0].get("time")), ("ended", noted.get("ended"))):
-        facts.append(Fact(name, _text(when).replace("T", " ").replace("+00:00", " UTC")))
-    facts += _machine(last)
-    return [fact for fact in facts if fact.value != NOTHING]
+        facts["unreadable pairs"] = str(log.skipped)
+    if starts:
+        for name, when in (("started", starts[0].get("time")), ("ended", noted.get("ended"))):
+            facts[name] = _text(when).replace("T", " ").replace("+00:00", " UTC")
+        facts |= _machine(starts[-1])
+    return {name: value for name, value in facts.items() if value != NOTHING}
 
 
-def _machine(start: Mapping[str, Any]) -> list[Fact]:
+def _machine(start: Mapping[str, Any]) -> dict[str, str]:
     """Of `run.json`'s last start."""
     own, cpu = _mapping(start.get("btok")), _mapping(start.get("cpu"))
     commit = _text(own.get("commit") or "unknown")[:12]
@@ -332,14 +312,14 @@ def _machine(start: Mapping[str, Any]) -> list[Fact]:
     processor += f"{_text(cpu.get('memory_gib'))} GiB"
     versions = _mapping(_mapping(start.get("packages")).get("versions"))
     packages = ", ".join(f"{_text(name)} {_text(had)}" for name, had in versions.items())
-    return [
-        Fact("processes", _text(start.get("processes"))),
-        Fact("GPUs of the first process" if gpus else "GPUs", names or "none"),
-        Fact("CPU", processor),
-        Fact("system", f"Python {_text(start.get('python'))}, {_text(start.get('platform'))}"),
-        Fact("btok", f"{_text(own.get('version'))}, commit {commit}"),
-        Fact("packages", packages or NOTHING),
-    ]
+    return {
+        "processes": _text(start.get("processes")),
+        "GPUs of the first process" if gpus else "GPUs": names or "none",
+        "CPU": processor,
+        "system": f"Python {_text(start.get('python'))}, {_text(start.get('platform'))}",
+        "btok": f"{_text(own.get('version'))}, commit {commit}",
+        "packages": packages or NOTHING,
+    }
 
 
 def _scores(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Score]:
@@ -350,21 +330,18 @@ def _scores(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Score]:
         row = now or was
         ends = [finite(end) for end in _list(row.get("ci95"))]
         low, high = ends if len(ends) == 2 else (None, None)
-        counts = [finite(row.get(key)) for key in ("queries", "candidates")]
+        shown = ("chance", "floor", "hard_only", "queries", "candidates")
         found.append(
             Score(
                 _text(name),
                 _text(row.get("meta_task", "")),
                 _text(row.get("metric", "")),
-                finite(row.get("chance")),
-                finite(row.get("floor")),
-                finite(was.get("score")),
-                finite(now.get("score")),
-                finite(now.get("origin")),
-                low,
-                high,
-                finite(row.get("hard_only")),
-                *(None if count is None else int(count) for count in counts),
+                before=finite(was.get("score")),
+                after=finite(now.get("score")),
+                origin=finite(now.get("origin")),
+                low=low,
+                high=high,
+                **{key: finite(row.get(key)) for key in shown},
             )
         )
     return found
@@ -406,7 +383,8 @@ def _mb(size: int) -> str:
 
 def _sheets(run: Path, notes: list[str]) -> list[Sheet]:
     """The pictures in a run's folder, but for the curves, which the report draws itself."""
-    names = sorted((p.name for p in run.glob("*.png") if p.name != "loss.png"), key=by_numbers)
+    there = (path.name for path in run.glob("*.png") if path.is_file())
+    names = sorted((name for name in there if name != "loss.png"), key=by_numbers)
     found: list[Sheet] = []
     for name in names:
         content = (run / name).read_bytes() if (run / name).stat().st_size <= MOST_BYTES else b""
@@ -426,51 +404,53 @@ def _sheets(run: Path, notes: list[str]) -> list[Sheet]:
     return found
 
 
-def _next(
-    run: Path, config: Mapping[str, Any], noted: Mapping[str, Any], page: Page
-) -> list[Command]:
+def _next(run: Path, noted: Mapping[str, Any], page: Page) -> dict[str, str]:
     """What to do with a training run."""
-    found: list[Command] = []
+    found = {}
     if not page.done and isinstance(noted.get("recipe"), str):
-        found.append(Command("go on", _training_command(run, noted)))
+        found["go on"] = _training_command(run, noted)
     whole = [checkpoint.name for checkpoint in page.checkpoints if checkpoint.whole]
     if not whole:
         return found
     checkpoint = str(run / whole[-1])
     own = run / "files"
     folder = str(own) if own.is_dir() else "FOLDER"
-    btok = ("python", "-m", "btok")
     query = "WORDS"
     if (own / "scenes").is_dir():
         query = min((path.stem for path in (own / "scenes").iterdir()), default=query)
         query = query.replace("_", ", ").replace("-", " ")
-    found += [
-        Command("search in a browser", shlex.join([*btok, "serve", checkpoint, folder])),
-        Command("search", shlex.join([*btok, "search", checkpoint, folder, query, "--top", "3"])),
-        Command(
-            "evaluate on a public benchmark",
-            shlex.join([*btok, "eval", checkpoint, "mmeb-v2", "--data", "DATA"]),
-        ),
-        Command("write this report again", shlex.join([*btok, "report", str(run)])),
-    ]
-    return found
+    return found | {
+        "search in a browser": _btok("serve", checkpoint, folder),
+        "search": _btok("search", checkpoint, folder, query, "--top", "3"),
+        "evaluate on a public benchmark": _btok("eval", checkpoint, "mmeb-v2", "--data", "DATA"),
+        "write this report again": _btok("report", str(run)),
+    }
+
+
+def _btok(*words: str) -> str:
+    return shlex.join(["python", "-m", "btok", *words])
 
 
 def _training_command(run: Path, noted: Mapping[str, Any]) -> str:
     """The command that goes on with a run, of its recipe and what is not the recipe's."""
     words = [str(noted["recipe"]), "--output", str(run)]
-    for name, pair in _mapping(noted.get("changed")).items():
-        if name == "output" or not isinstance(pair, list) or len(pair) != 2:
-            continue
-        value = pair[1] if isinstance(pair[1], list) else [pair[1]]
+    for name, (_, has) in _changed(noted).items():
+        value = has if isinstance(has, list) else [has]
         said = [str(each).lower() if isinstance(each, bool) else str(each) for each in value]
-        words += [f"--{str(name).replace('_', '-')}", *said]
+        words += [f"--{name.replace('_', '-')}", *said]
     starts = [_mapping(start) for start in _list(noted.get("starts"))]
     count = finite(starts[-1].get("processes")) if starts else 1
     launcher = ["python"]
     if count and count > 1:
         launcher = ["torchrun", "--standalone", "--nproc-per-node", f"{count:.0f}"]
     return shlex.join([*launcher, "train/main.py", *words])
+
+
+def _changed(noted: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """By setting its value in the recipe and in the run, where these are not the same."""
+    changed = _mapping(noted.get("changed")).items()
+    pairs = {name: pair for name, pair in changed if isinstance(pair, list) and len(pair) == 2}
+    return {name: pair for name, pair in pairs.items() if name != "output"}
 
 
 def _read(path: Path, notes: list[str]) -> dict[str, Any]:
