@@ -241,11 +241,9 @@ class BTokModel(nn.Module):
         else:
             hidden = self.hidden_states(batch)
             ntp_loss, restored = self._label_losses(hidden, batch) if generate else (None, None)
-            if self.settings.pooling != "btok" or not batch.btok_rows.shape[1]:
-                return BTokOutput(self._pool(hidden, batch), ntp_loss, None, restored)
-            pooled = hidden[batch.btok_rows]
+            pooled = self._pool(hidden, batch)
         rows = at_least_fp32(pooled)
-        of_btoks = rows if self.settings.pooling == "btok" else None
+        of_btoks = rows if self.settings.pooling == "btok" and batch.btok_rows.shape[1] else None
         return BTokOutput(F.normalize(rows.mean(1), dim=-1), ntp_loss, of_btoks, restored)
 
     def hidden_states(self, batch: PackedBatch, last_rows: int | None = None) -> Tensor:
@@ -345,16 +343,18 @@ class BTokModel(nn.Module):
         return {"btok": batch.btok_rows.shape[1], "last": 1, "mean": 0}[self.settings.pooling]
 
     def _pool(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """Embeddings of other rows than the bottleneck's."""
-        if self.settings.pooling == "btok":  # packed without them
-            return hidden.new_empty(0, hidden.shape[1])
+        """[N, R, D], whose mean of R rows becomes the embedding; of none for a batch packed without
+        the bottleneck tokens that are pooled.
+        """
+        if self.settings.pooling == "btok":
+            if not batch.btok_rows.shape[1]:
+                return hidden.new_empty(0, 1, hidden.shape[1])
+            return hidden[batch.btok_rows]
         bounds = batch.layout.sequences()
         if self.settings.pooling == "last":
-            pooled = at_least_fp32(hidden[[border - 1 for _, _, _, border, _ in bounds]])
-        else:
-            means = [at_least_fp32(hidden[s:border]).mean(0) for s, _, _, border, _ in bounds]
-            pooled = torch.stack(means)
-        return F.normalize(pooled, dim=-1)
+            return hidden[[border - 1 for _, _, _, border, _ in bounds]][:, None]
+        means = [at_least_fp32(hidden[s:border]).mean(0) for s, _, _, border, _ in bounds]
+        return torch.stack(means)[:, None]
 
     def _label_losses(
         self, hidden: Tensor, batch: PackedBatch

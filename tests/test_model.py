@@ -304,6 +304,17 @@ def test_a_batch_without_targets_has_no_generative_loss():
     assert torch.allclose(output.embeddings.norm(dim=1), torch.ones(1))
 
 
+def test_a_batch_packed_without_bottleneck_tokens_has_a_loss_and_no_embeddings():
+    backbone = tiny_backbone(dtype=torch.bfloat16)
+    model = BTokModel.from_backbone(backbone, btok_token_ids=BTOKS[:4])
+    whole = packed(model, SAMPLES)[1]
+    config, ends = backbone.config, {"prefix_ids": PREFIX, "suffix_ids": SUFFIX}
+    output = model(pack(SAMPLES, btok_token_ids=(), backbone_config=config, **ends))
+    assert output.embeddings.shape == (0, 64) and output.rows is None
+    assert output.embeddings.dtype == whole.embeddings.dtype == torch.float32
+    assert output.ntp_loss.isfinite() and output.ntp_loss != whole.ntp_loss
+
+
 def test_every_architecture_is_compared():
     assert set(families.FAMILIES) == set(FAMILIES)
 
