@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -154,7 +154,6 @@ def open_source(
     folder = Path(root) if root is not None else path.parent if path else Path()
     if rows is not None and rows < 1:
         raise ValueError(f"data set {name}: rows is {rows}, expected at least 1")
-    kinds: set[Kind] = set()
 
     def check(row: Row) -> Kind:
         if missing := [column for column in schema.columns if column not in row]:
@@ -162,54 +161,54 @@ def open_source(
         pair = schema.pair(row, folder)
         return len(pair.negatives), len(pair.scores) > 0
 
-    def add(more: Kind) -> None:
-        kinds.add(more)
-        counts = {count for count, _ in kinds}
-        if len(counts) > 1 if negatives is None else min(counts) < negatives:
-            expected = "one number" if negatives is None else f"at least {negatives}"
-            raise ValueError(f"rows have {sorted(counts)} negatives, expected {expected}")
-        if len({scored for _, scored in kinds}) > 1:
-            raise ValueError("some rows have scores and some have none, expected all or none")
-
     found: Rows
+    kinds: dict[Kind, str]  # -> where rows are of that kind
     if path and path.suffix == ".jsonl":
         if not path.is_file():
             had = f"data is {path}, which {what_is(path)}"
             raise FileNotFoundError(f"{had}; expected a file of JSON objects, one a line")
-        lines = JsonLines(path, rows, " ".join([schema.name, *schema.columns]), check)
-        for kind, line in lines.kinds.items():
-            try:
-                add(kind)
-            except ValueError as error:
-                raise ValueError(f"{path}:{line}: {error}") from error
-        found, digest = lines, lines.digest
+        found = lines = JsonLines(path, rows, " ".join([schema.name, *schema.columns]), check)
+        digest, kinds = lines.digest, {kind: f"{path}:{at}" for kind, at in lines.kinds.items()}
     elif path and path.suffix != ".parquet":
         raise ValueError(
             f"data is {path}, which {what_is(path)}; expected one that ends in .jsonl or .parquet"
         )
     else:
-        where = f"data set {name}"
+        where = of_all = f"data set {name}"
         try:
             _library()  # before pyarrow, which comes with it
             from btok.data.parquet import Table, open_files
 
             data, digest = open_files(path) if path else (data, data._fingerprint)
             found = table = Table(data, rows)
-            looked = [0] * (len(table) > 0)
+            seen, looked = set[Kind](), [0] * (len(table) > 0)
             if schema is PAIRS:
-                kinds |= table.kinds()
-                looked += table.in_doubt()
+                seen, looked = table.kinds(), looked + table.in_doubt()
             for row in looked:
-                where = f"data set {name}, row {row}"
-                kinds.add(check(table[row]))
-            where = f"data set {name}"
-            for kind in sorted(kinds):
-                add(kind)
+                where = f"{of_all}, row {row}"
+                seen.add(check(table[row]))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+        kinds = dict.fromkeys(sorted(seen), of_all)
+    _refuse_unequal(kinds, negatives)
     taken = min((count for count, _ in kinds), default=0) if negatives is None else negatives
     own = {"negatives": taken, "digest": digest, "scored": any(scored for _, scored in kinds)}
     return Source(name, found, schema, folder, **own, **settings)
+
+
+def _refuse_unequal(kinds: Mapping[Kind, str], negatives: int | None) -> None:
+    """A ValueError that names where numbers of hard negatives differ from those before or are too
+    small, or where rows begin to have scores, or to have none."""
+    counts, scored = set[int](), set[bool]()
+    for (count, has_scores), where in kinds.items():
+        counts.add(count)
+        scored.add(has_scores)
+        if len(counts) > 1 if negatives is None else min(counts) < negatives:
+            expected = "one number" if negatives is None else f"at least {negatives}"
+            raise ValueError(f"{where}: rows have {sorted(counts)} negatives, expected {expected}")
+        if len(scored) > 1:
+            had = "some rows have scores and some have none"
+            raise ValueError(f"{where}: {had}, expected all or none")
 
 
 def _library() -> Any:
