@@ -18,7 +18,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from btok_kernels.launch import always, choose, no_triton
+from btok_kernels.launch import Reasons, always, choose, no_triton
 
 LOGITS = 1 << 25  # held at once: 128 MiB in fp32
 
@@ -44,9 +44,7 @@ def label_losses(head: Any, hidden: Tensor, labels: Tensor, impl: str = "auto") 
     Raises:
         ValueError, RuntimeError: an `impl` that is unknown or cannot run here.
     """
-    reasons = {"liger": lambda: _no_liger(head, hidden), "chunked": always}
-    order = ("liger", "chunked") if hidden.is_cuda else ("chunked",)
-    if choose("the generative loss", impl, reasons, order) == "liger":
+    if choose("the generative loss", impl, *implementations(head, hidden)) == "liger":
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         return liger_fused_linear_cross_entropy(
@@ -66,6 +64,14 @@ def label_losses(head: Any, hidden: Tensor, labels: Tensor, impl: str = "auto") 
         return losses(hidden, labels)
     pairs = zip(hidden.split(rows), labels.split(rows), strict=True)
     return torch.cat([checkpoint(losses, *pair, use_reentrant=False) for pair in pairs])
+
+
+def implementations(head: Any, hidden: Tensor) -> tuple[Reasons, tuple[str, ...]]:
+    """What could compute `label_losses`, as `launch.choose` takes it: by name why each cannot run,
+    asked by a call, which gives None where it can; and the names that "auto" tries in turn.
+    """
+    reasons: Reasons = {"liger": lambda: _no_liger(head, hidden), "chunked": always}
+    return reasons, ("liger", "chunked") if hidden.is_cuda else ("chunked",)
 
 
 def _no_liger(head: Any, hidden: Tensor) -> str | None:

@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 from pretend_cuda import PretendCuda
 
 import btok
-from btok.kernels import CondensedLayout, condensed_attention, contrastive_loss
+from btok.kernels import CondensedLayout, condensed_attention, contrastive_loss, maxsim
+from btok.label_loss import label_losses
 from btok.tools import env
 from btok.tools.cli import main
 from btok_kernels import launch
@@ -151,9 +152,16 @@ def test_auto_is_what_the_operations_take(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "btok_kernels"):
         condensed_attention(rows[:, None], rows[:, None], rows[:, None], layout)
         contrastive_loss(rows, rows)
-    for name, taken in env.implementations().items():
-        assert f"{name}: impl 'auto' takes '{taken['auto']}'" in caplog.text
-        assert "it needs CUDA" in taken["why_not"]["triton"] and "reference" in taken["also"]
+        maxsim(rows[None], rows[None])
+        label_losses(torch.nn.Linear(128, 2), rows, torch.zeros(3, dtype=torch.int64))
+    found = env.implementations()
+    said = [line for line in caplog.messages if "impl 'auto' takes" in line]
+    assert len(said) == len(found) == 4
+    for name, taken in found.items():
+        assert any(f"{name}: impl 'auto' takes '{taken['auto']}'" in line for line in said)
+        if name != "the generative loss":
+            assert "it needs CUDA" in taken["why_not"]["triton"] and "reference" in taken["also"]
+    assert found["the generative loss"]["why_not"]["liger"]
     monkeypatch.setitem(launch.INSTALLED, "triton", False)
     found = env.implementations()["condensed_attention"]
     assert found["why_not"]["triton"] == "triton is not installed"
@@ -204,6 +212,8 @@ def test_secrets_and_names_are_not_shown(tmp_path, monkeypatch, capsys):
         ("TOKENIZERS_PARALLELISM", "false"),
         ("TRITON_X", "a\nb"),
         ("OMP_NUM_THREADS", "3"),
+        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+        ("LOCAL_WORLD_SIZE", "2"),
     ):
         monkeypatch.setenv(name, value)
     text = said(capsys)
@@ -218,5 +228,7 @@ def test_secrets_and_names_are_not_shown(tmp_path, monkeypatch, capsys):
         "TOKENIZERS_PARALLELISM=false",
         "TRITON_X=a\\nb",
         "OMP_NUM_THREADS=3",
+        "CUBLAS_WORKSPACE_CONFIG=:4096:8",
+        "LOCAL_WORLD_SIZE=2",
     ):
         assert f"- {line}\n" in text

@@ -24,15 +24,16 @@ import tyro
 from packaging.requirements import Requirement
 
 import btok
+from btok import label_loss
 from btok.files import one_line, printable
-from btok_kernels import condensed_attention, contrastive_loss
+from btok_kernels import condensed_attention, contrastive_loss, late_interaction
 from btok_kernels.launch import Reasons, first_to_run
 
 CORE = ""  # the name of what is needed without any extra
 HEAD_DIM = 128  # of the tensors that implementations are asked about
 SHOWN = re.compile(  # how the names of variables begin
-    "(BTOK|TRITON|PYTORCH|CUDA|NCCL|HF|TRANSFORMERS|TOKENIZERS|OMP|MKL|OPENBLAS|RAY)_"
-    "|TORCH|WORLD_SIZE|RANK|LOCAL_RANK"
+    "(BTOK|TRITON|PYTORCH|CUDA|CUBLAS|NCCL|GLOO|HF|TRANSFORMERS|TOKENIZERS|OMP|MKL|OPENBLAS|RAY"
+    "|VLLM|LANCE)_|TORCH|(LOCAL_)?(WORLD_SIZE|RANK)"
 )
 SECRET = re.compile("TOKEN(?!IZER)|KEY|SECRET|PASSW|AUTH|CREDENTIAL")  # in a variable's name
 SMI = (
@@ -233,10 +234,12 @@ def implementations() -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q = torch.zeros(1, 1, HEAD_DIM, dtype=dtype, device=device)
-    rows = q[0]
+    rows, head = q[0], torch.nn.Linear(HEAD_DIM, 1, device="meta")
     asked: dict[str, tuple[Reasons, tuple[str, ...]]] = {
         "condensed_attention": condensed_attention.implementations(q, q, q),
         "contrastive_loss": contrastive_loss.implementations(contrastive_loss.Call(rows, rows)),
+        "maxsim": late_interaction.implementations(q),
+        "the generative loss": label_loss.implementations(head, rows),
     }
     found: dict[str, Any] = {}
     for name, (reasons, order) in asked.items():

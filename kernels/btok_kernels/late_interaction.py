@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import always, choose, no_triton
+from .launch import Reasons, always, choose, no_triton
 
 _TILE_MAXIMA = 1 << 22  # (query token, key) pairs of one tile; 16 times that on a GPU
 _BLOCK_MAXIMA = 1 << 19  # of them, those whose running maximum stays in a processor's cache
@@ -158,6 +158,18 @@ class _MaxSim(torch.autograd.Function):
         return d_query.to(query.dtype), d_key.to(key.dtype), None, None
 
 
+def implementations(query: Tensor) -> tuple[Reasons, tuple[str, ...]]:
+    """What could compute `maxsim` of such tokens, as `launch.choose` takes it: by name why each
+    cannot run, asked by a call, which gives None where it can; and the names that "auto" tries.
+    """
+    reasons: Reasons = {
+        "triton": lambda: no_triton(query.device, query.dtype),
+        "chunked": always,
+        "reference": always,
+    }
+    return reasons, ("triton", "chunked") if query.device.type == "cuda" else ("chunked",)
+
+
 def maxsim(query: Tensor, key: Tensor, *, impl: str = "auto") -> Tensor:
     """Late interaction: the mean over a query's tokens of each one's best product with a key's.
 
@@ -198,13 +210,7 @@ def maxsim(query: Tensor, key: Tensor, *, impl: str = "auto") -> Tensor:
     if key.shape[2] != query.shape[2]:
         width = query.shape[2]
         raise ValueError(f"{name}: key is {list(key.shape)}, expected D {width} as query's")
-    reasons = {
-        "triton": lambda: no_triton(query.device, query.dtype),
-        "chunked": always,
-        "reference": always,
-    }
-    order = ("triton", "chunked") if query.device.type == "cuda" else ("chunked",)
-    chosen = choose(name, impl, reasons, order)
+    chosen = choose(name, impl, *implementations(query))
     if chosen == "reference":
         with torch.autocast(query.device.type, enabled=False):
             return _reference(query, key)
