@@ -15,7 +15,7 @@ import difflib
 import hashlib
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -120,12 +120,18 @@ def expand(
         FileNotFoundError: a picture or frames of a video are missing.
     """
     spec = data_set(name)
-    return _queries(spec, records, Media(data_dir, spec, corpus), qrels, prompts)
+    queries = _queries(spec, records, Media(data_dir, spec, corpus), qrels, prompts)
+    for query in queries:
+        shown = _candidates(query)
+        query["query_text"] = _as_asked(query["query_text"], query["query_media"], prompts)
+        query["cand_texts"] = [_as_asked(text, media, prompts) for _, text, media in shown]
+    return queries
 
 
 def _queries(
     spec: DataSet, records: Iterable[Any], media: Media, qrels: Any, prompts: Prompts
 ) -> list[dict[str, Any]]:
+    """What `expand` gives, all in the benchmark's own strings."""
     if prompts not in get_args(Prompts):
         raise ValueError(f"mmeb-v2: prompts is {prompts!r}, expected one of {get_args(Prompts)}")
     if spec.family == "pages" and qrels is None:
@@ -143,13 +149,16 @@ def _queries(
         texts, names = query["cand_texts"], query["cand_names"]
         if len(texts) != len(names):
             raise row.wrong(f"{len(texts)} texts for {len(names)} candidates")
-        shown = zip(texts, query["cand_media"] or [None] * len(texts), strict=True)
-        query["query_text"] = _as_asked(query["query_text"], query["query_media"], prompts)
-        query["cand_texts"] = [_as_asked(*each, prompts) for each in shown]
         queries.append(query)
     if not queries:
         raise ValueError(f"mmeb-v2: {spec.name} has no records, expected at least 1")
     return queries
+
+
+def _candidates(query: Mapping[str, Any]) -> Iterator[tuple[Any, str, Sequence[Any] | None]]:
+    """Of a query of `expand` each candidate's name, text and media."""
+    names = query["cand_names"]
+    return zip(names, query["cand_texts"], query["cand_media"] or [None] * len(names), strict=True)
 
 
 def build(
@@ -187,15 +196,12 @@ def build(
             candidates.append(_side(text, shown, prompts))
         return places[key]
 
-    pools = []
-    for query in queries:
-        shown = query["cand_media"] or [None] * len(query["cand_names"])
-        pools.append(list(map(add, query["cand_names"], query["cand_texts"], shown)))
+    pools = [[add(*candidate) for candidate in _candidates(query)] for query in queries]
     for i, key in enumerate(media.pages):
-        path = [media.page(Row(f"{name} (corpus)", i, {}), key)]
-        add(key, _as_asked(_prompt(spec.candidate, kind="image"), path, prompts), path)
+        path = media.page(Row(f"{name} (corpus)", i, {}), key)
+        add(key, _prompt(spec.candidate, kind="image"), [path])
     for label in spec.labels:
-        add(label, _as_asked(label, None, prompts))
+        add(label, label)
     qrels_of, published = [], []
     for query in queries:
         labels = query["label_name"]
@@ -223,26 +229,26 @@ def _as_asked(text: str, media: Sequence[Any] | None, prompts: Prompts) -> str:
     """One of the benchmark's strings as it is, or as bottleneck tokens are trained with it."""
     if prompts == "origin":
         return text
-    kind, body = _parted(text)
-    body = body.replace("\r\n", "\n").replace("\r", "\n").strip()
-    body += "\n" if body else ""
+    kind, body = _parted(text, prompts)
     return PLACES[kind].join(TABLE["brackets"]) + "\n" + body if kind and media else body
 
 
-def _parted(text: str) -> tuple[str | None, str]:
-    """What a string starts with the place of, and what follows that."""
-    kind = next((kind for kind, place in PLACES.items() if text.startswith(place)), None)
-    return kind, text.removeprefix(PLACES[kind]) if kind else text
-
-
 def _side(text: str, media: Sequence[Any] | None, prompts: Prompts) -> Side:
-    """One of `expand`'s strings and its media; the place of a picture that is none is left out."""
-    start, end = TABLE["brackets"]
-    kind, body = _parted(text.removeprefix(start) if media else text)
+    """One of the benchmark's strings and its media; the place of a picture is left out."""
+    kind, body = _parted(text, prompts)
     if media is None:
         return Side(body)
-    body = body if prompts == "origin" else body.removeprefix(f"{end}\n")
     return Side(body, video=media) if kind == "video" else Side(body, images=media)
+
+
+def _parted(text: str, prompts: Prompts) -> tuple[str | None, str]:
+    """What a string starts with the place of, and what it says then."""
+    kind = next((kind for kind, place in PLACES.items() if text.startswith(place)), None)
+    body = text.removeprefix(PLACES[kind]) if kind else text
+    if prompts == "canonical":
+        body = body.replace("\r\n", "\n").replace("\r", "\n").strip()
+        body += "\n" if body else ""
+    return kind, body
 
 
 def _as_published(labels: Sequence[Any], scores: Sequence[float]) -> dict[Any, list[float]]:
