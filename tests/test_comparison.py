@@ -72,6 +72,13 @@ def test_differences_and_their_intervals(tmp_path):
     (early, *_) = comparison.read("published")
     said = comparison.differences(result, early, {})
     assert said.count(", of other data") == 3 and said.count("some of other data") == 5
+    (tmp_path / "sets").mkdir()
+    for digest, values in (("GQA", {"GQA": [1.0]}), ("newer", {})):  # of a run that was killed
+        kept = {"queries": [1.0], "data": {"digest": digest}}
+        (tmp_path / "sets/GQA.json").write_text(json.dumps(kept))
+        (tmp_path / "m.json").write_text(json.dumps(result))
+        (ours,) = comparison.read(str(tmp_path / "m.json"))
+        assert ours.values == values and len(ours.tasks) == 78
     nothing = comparison.Published("none", {})
     assert comparison.differences(result, nothing, {}).endswith(
         "\nnothing that both have a score of"

@@ -98,10 +98,11 @@ def _of_authors(found: Mapping[str, Any]) -> Published:
 def _of_ours(found: Mapping[str, Any], path: Path) -> Published:
     rows = found["tasks"]
     values = {}
-    for name in rows:
-        kept = path.parent / "sets" / f"{name}.json"
-        if kept.is_file():
-            values[name] = json.loads(kept.read_text(encoding="utf-8"))["queries"]
+    for name, row in rows.items():
+        file = path.parent / "sets" / f"{name}.json"
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if kept.get("data") == row["data"]:  # a run that was killed may have kept a newer one
+            values[name] = kept["queries"]
     return Published(
         str(path),
         {name: row["score"] for name, row in rows.items()},
@@ -109,6 +110,12 @@ def _of_ours(found: Mapping[str, Any], path: Path) -> Published:
         values=values,
         data={name: row["data"] for name, row in rows.items()},
     )
+
+
+def mean(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
+    """The plain mean over data sets; None where one is missing."""
+    found = [scores[name] for name in names if name in scores]
+    return float(np.mean(found)) if len(found) == len(names) else None
 
 
 @cache
@@ -193,12 +200,11 @@ def differences(
         ours = score if other.data else origin
         if ours is None:
             continue
-        if all(n in gaps for n in of):
-            gap = float(np.mean([gaps[n][0] for n in of]))
-            ends = [
-                math.sqrt(sum((gaps[n][0] - gaps[n][i]) ** 2 for n in of)) / len(of) for i in (1, 2)
-            ]
-            said = f"{gap:+.1f} [{gap - ends[0]:+.1f}, {gap + ends[1]:+.1f}]"
+        if gaps.keys() >= {*of}:
+            each = np.array([gaps[n] for n in of])  # [data sets, 3]
+            gap = float(each[:, 0].mean())
+            below, above = np.linalg.norm(each[:, :1] - each[:, 1:], axis=0) / len(of)
+            said = f"{gap:+.1f} [{gap - below:+.1f}, {gap + above:+.1f}]"
             said += ", some of other data" * bool(older & {*of})
             lines.append(_line(name, f"{ours:.1f}", f"{ours - gap:.1f}", said))
         elif name in other.groups:
@@ -239,13 +245,8 @@ def draw(result: Mapping[str, Any], others: Sequence[Published], path: Path) -> 
     sets = groups()["meta_tasks"] | groups()["modalities"]
 
     def means(model: Published) -> list[float | None]:
-        out: list[float | None] = []
-        for name in SHOWN:
-            of = sets[name]
-            whole = all(n in model.tasks for n in of)
-            mean = float(np.mean([model.tasks[n] for n in of])) if whole else None
-            out.append(mean if mean is not None else model.groups.get(name))
-        return out
+        found = {name: mean(model.tasks, sets[name]) for name in SHOWN}
+        return [model.groups.get(name) if x is None else x for name, x in found.items()]
 
     ours = Published("this checkpoint", {n: row["origin"] for n, row in result["tasks"].items()})
     shown = {model.model: means(model) for model in (ours, *others)}

@@ -475,10 +475,10 @@ def summed_up(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     for score in ("score", "origin"):
         of = {name: row[score] for name, row in rows.items()}
         means[score] = {
-            group: {name: mean(of, sets) for name, sets in named.items()}
+            group: {name: comparison.mean(of, sets) for name, sets in named.items()}
             for group, named in comparison.groups().items()
         }
-        means[score]["overall"] = mean(of, list(table))
+        means[score]["overall"] = comparison.mean(of, list(table))
     missing = [name for name in table if name not in rows]
     result = {"benchmark": "MMEB-V2", "tasks": dict(rows), **means["score"]}
     return result | {"origin": means["origin"], "missing": missing}
@@ -504,9 +504,3 @@ def _is_running(process: str) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def mean(scores: Mapping[str, float], names: Sequence[str]) -> float | None:
-    """The plain mean over data sets; None where one is missing."""
-    found = [scores[name] for name in names if name in scores]
-    return float(np.mean(found)) if len(found) == len(names) else None
