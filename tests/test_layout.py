@@ -139,6 +139,22 @@ def test_bad_lengths_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"source_lens": [2.5, 1]},
+        {"target_lens": torch.tensor([1.5, 1])},
+        {"num_btoks": 1.5},
+        {"budgets": [0.5, 1]},
+    ],
+)
+def test_fractions_of_rows_are_refused(given):
+    (name,) = given
+    arguments = {"source_lens": [2, 1], "target_lens": [1, 1], "num_btoks": 1}
+    with pytest.raises(TypeError, match=f"{name} is of torch.float32, expected integers"):
+        CondensedLayout.from_lengths(**arguments | given)
+
+
+@pytest.mark.parametrize(
     ("bounds", "rows", "message"),
     [
         ([[0, 2, 1, 3]], 3, "sequence 0 are .*start <= first <= border <= end"),

@@ -180,11 +180,13 @@ class CondensedLayout:
                 None for all of them.
 
         Raises:
+            TypeError: lengths, budgets or a `num_btoks` that are no integers.
             ValueError: a negative length, lists of unequal length, more rows than `num_rows`,
                 sequences than `max_sequences` or bottleneck rows of a budget than there are.
         """
-        source = torch.as_tensor(source_lens, dtype=torch.int64).cpu()
-        target = torch.as_tensor(target_lens, dtype=torch.int64).cpu()
+        source = _integers("source_lens", source_lens)
+        target = _integers("target_lens", target_lens)
+        num_btoks = int(_integers("num_btoks", num_btoks))
         if source.ndim != 1 or source.shape != target.shape:
             raise ValueError(
                 f"CondensedLayout: target_lens has shape {list(target.shape)}, source_lens "
@@ -206,7 +208,7 @@ class CondensedLayout:
             raise ValueError(f"CondensedLayout: num_rows is {num_rows}, the sequences take {rows}")
         columns = [start, first, border, end]
         if budgets is not None:
-            seen = torch.as_tensor(budgets, dtype=torch.int64).cpu()
+            seen = _integers("budgets", budgets)
             if seen.shape != source.shape:
                 raise ValueError(
                     f"CondensedLayout: budgets has shape {list(seen.shape)}, expected one number "
@@ -359,6 +361,14 @@ def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
         # from pageable memory the call would return when the copy is over
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def _integers(name: str, given: int | Sequence[int] | Tensor) -> Tensor:
+    """int64 on the CPU; a fraction would be cut off in silence."""
+    found = torch.as_tensor(given).cpu()
+    if found.numel() and found.is_floating_point():  # torch takes an empty list for floats
+        raise TypeError(f"CondensedLayout: {name} is of {found.dtype}, expected integers")
+    return found.to(torch.int64)
 
 
 def _cut(begin: np.ndarray, end: np.ndarray, *others: np.ndarray) -> np.ndarray:
