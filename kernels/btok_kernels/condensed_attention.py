@@ -149,10 +149,12 @@ def condensed_attention(
         layout: where the sequences lie in the T rows; on q's device.
         scale: factor on the scores, at least 0; None for D ** -0.5.
         impl: "triton" (CUDA, or the CPU under TRITON_INTERPRET=1; fp16, bf16, fp32; D of 16, 32,
-            64, 80, 96, 128, 256), "sdpa" (any device, no mask materialised), "varlen" (torch's
-            `varlen_attn` twice: CUDA, fp16 and bf16), "xformers" (CUDA, the extra of that name),
-            "reference" (dense, computed in at least fp32), or "auto": triton where it can run on
-            CUDA, else sdpa, and it logs once what it took and why not the other.
+            64, 80, 96, 128, 256), "hopper" (sm_90 with triton 3.9, fp16 and bf16, D of 64, 80, 96,
+            128), "sdpa" (any device, no mask materialised), "varlen" (torch's `varlen_attn` twice:
+            CUDA, fp16 and bf16), "xformers" (CUDA, the extra of that name), "reference" (dense,
+            computed in at least fp32), or "auto": triton where it can run on CUDA, else sdpa;
+            hopper where a device's results or BTOK_AUTOTUNE=1 say that it is the faster. It logs
+            once what it took and why not another.
 
     Returns:
         [T, Hq, D] in q's dtype; 0 in the layout's unused tail. Differentiable in q, k and v.
