@@ -189,29 +189,21 @@ class Recipe:
 
     def _check_together(self) -> None:
         """What others must be off beside: all of them at once."""
-        pocket: dict[str, tuple[Any, str]] = {
-            "lora_rank": (0, "its weights begin at random, and adapters leave them so"),
-        }
-        shard: dict[str, tuple[Any, str]] = {
-            "lora_rank": (0, "what trains is small, and the same on every GPU"),
-            "muon_rate": (0, "Muon needs whole matrices"),
-            "caption_steps": (0, "that phase is not sharded"),
-            "eval_queries": (0, "evaluate its checkpoints"),
-        }
-        data: dict[str, tuple[Any, str]] = {
-            "caption_steps": (0, "that phase is for the pocket benchmark"),
-            "tasks": ("all", "those are the pocket benchmark's"),
-        }
+        pocket, shard, data = "model is pocket", "shard is true", f"data is {self.data}"
+        given = {pocket: self.model == "pocket", shard: self.shard, data: self.data is not None}
         said, flags = [], dict[str, None]()
-        for given, what, others in (
-            (self.model == "pocket", "model is pocket", pocket),
-            (self.shard, "shard is true", shard),
-            (self.data is not None, f"data is {self.data}", data),
+        for what, name, expected, why in (
+            (pocket, "lora_rank", 0, "its weights begin at random, and adapters leave them so"),
+            (shard, "lora_rank", 0, "what trains is small, and the same on every GPU"),
+            (shard, "muon_rate", 0, "Muon needs whole matrices"),
+            (shard, "caption_steps", 0, "that phase is not sharded"),
+            (shard, "eval_queries", 0, "evaluate its checkpoints"),
+            (data, "caption_steps", 0, "that phase is for the pocket benchmark"),
+            (data, "tasks", "all", "those are the pocket benchmark's"),
         ):
-            for name, (expected, why) in others.items():
-                if given and (had := getattr(self, name)) != expected:
-                    said.append(f"{what} and {name} is {had}: {why}")
-                    flags[f"--{name.replace('_', '-')} {expected}"] = None
+            if given[what] and (had := getattr(self, name)) != expected:
+                said.append(f"{what} and {name} is {had}: {why}")
+                flags[f"--{name.replace('_', '-')} {expected}"] = None
         if said:
             raise ValueError(f"{'; '.join(said)}; add {' '.join(flags)}")
 
