@@ -366,36 +366,41 @@ def _videos(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
 def _options(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
     """A video and a question find one of a few answers, which the question lists."""
     question, video, answer = row.text("question"), str(row[spec.video]), row["answer"]
-    texts, style = None, spec.options
-    if style == "yes or no":
-        names, video = ["yes", "no"], f"v_{video}"
-        question += "? (A) yes; (B) no."
-        place = names.index(answer) if answer in names else -1
-    elif style in ("lettered", "letters in names"):
-        by_name = style == "letters in names"
-        names = row.texts("candidates") if by_name else [row.text(f"a{i}") for i in range(5)]
-        listed = [f"({chr(ord('A') + i)}) {name}" for i, name in enumerate(names)]
-        question = "\n".join([question, "Options:", *listed]).rstrip()
-        place = answer
-        if by_name:  # an answer that is no option is no candidate either, and has the letter @
-            place = max((i for i, name in enumerate(names) if name == answer), default=-1)
-            video = f"{row.record.get('subset') or row['_subset']}/{video}"
-            names, label = listed, f"({chr(ord('A') + place)}) {answer}"
-    else:
-        lines = style == "lines"
-        names = row.texts("options" if lines else "option")
-        question += "\n" + "\n".join(names) if lines else " ".join(names)
-        texts = [name[name.find(". ") :].strip(". ") for name in names]
-        place = list("ABCD").index(answer) if lines else int(answer)
-    if style != "letters in names":
-        if not 0 <= place < len(names):
-            raise row.wrong(f"answer is {answer!r}, expected one of {', '.join(names)}")
+    match spec.options:
+        case "yes or no":
+            names, video = ["yes", "no"], f"v_{video}"
+            question += "? (A) yes; (B) no."
+            place = names.index(answer) if answer in names else -1
+        case "lettered":
+            names, place = [row.text(f"a{i}") for i in range(5)], answer
+            question, _ = _lettered(question, names)
+        case "letters in names":
+            options, video = row.texts("candidates"), f"{row['subset']}/{video}"
+            question, names = _lettered(question, options)
+            place = max((i for i, option in enumerate(options) if option == answer), default=-1)
+        case "lines":
+            names, place = row.texts("options"), list("ABCD").index(answer)
+            question += "\n" + "\n".join(names)
+        case "spaced":
+            names, place = row.texts("option"), int(answer)
+            question += " ".join(names)
+    if 0 <= place < len(names):
         label = names[place]
-    frames, text = (
-        media.frames(row, video, most=FRAMES, least=2),
-        _prompt(spec.query, question, "video"),
-    )
-    return _query(text, frames, names, label, cand_texts=texts or list(names))
+    elif spec.options == "letters in names":  # as there: a label that is no candidate
+        label = f"(@) {answer}"
+    else:
+        raise row.wrong(f"answer is {answer!r}, expected one of {', '.join(names)}")
+    frames = media.frames(row, video, most=FRAMES, least=2)
+    text, texts = _prompt(spec.query, question, "video"), names
+    if spec.options in ("lines", "spaced"):  # the letter is in the name alone
+        texts = [name[name.find(". ") :].strip(". ") for name in names]
+    return _query(text, frames, names, label, cand_texts=texts)
+
+
+def _lettered(question: str, options: Sequence[str]) -> tuple[str, list[str]]:
+    """A question with its options listed, and these as they are listed."""
+    listed = [f"({chr(ord('A') + i)}) {option}" for i, option in enumerate(options)]
+    return "\n".join([question, "Options:", *listed]).rstrip(), listed
 
 
 def _clips(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
