@@ -277,9 +277,7 @@ class BTokModel(nn.Module):
             levels = levels or [torch.zeros_like(embeds) for _ in deep]
             levels = [_place(level, at, f) for level, f in zip(levels, deep, strict=True)]
         rules = self.family.vision
-        if not levels or rules is None or rules.onto_layers is None:
-            return embeds, {}
-        return embeds, rules.onto_layers(levels)
+        return embeds, rules.onto_layers(levels) if rules and levels else {}
 
     def _features(self, vision: Vision) -> Sequence[Tensor]:
         """What the vision tower makes of pixels, [tokens, D] of each level, if it has not yet."""
@@ -426,7 +424,7 @@ def use_condensed_attention(backbone: Any) -> None:
     parts = {"text_config": "condensed", "vision_config": "sdpa"}
     rules = family_of(backbone.config).vision
     backbone.set_attn_implementation(parts if rules else "condensed")
-    if rules and rules.prepare:
+    if rules:
         rules.prepare(backbone)
 
 

@@ -144,49 +144,45 @@ def patches_of(slots: np.ndarray, patch: int, merge: int = 1) -> Tensor:
     return torch.from_numpy(lines.view(np.uint8).reshape(-1, frames * patch * patch * 3))
 
 
-def _merge_size(config: Any) -> int:
-    return config.vision_config.spatial_merge_size
-
-
-def _no_more(vision_config: Any) -> int:
-    return 0
-
-
-def _by_name(side: Mapping[str, Any], config: Any) -> list[Vision]:
-    return vision_of(side)
-
-
 @dataclass(frozen=True)
-class VisionRules:
+class VisionRules(ABC):
     """How a family's models take images and videos.
 
     Args:
         image_processor: the class of its image processor.
-        features: the vision tower's, of the backbone's `model` and images or videos: [tokens, D]
-            for each level. The first goes in the place of tokens, the others onto outputs of the
-            first layers.
-        read: what a side shows, of what the stock processor returns or ours, and the backbone's
-            configuration.
-        prepare: called with a backbone before it is used.
-        onto_layers: the language model's keyword arguments for those others, from each level
-            [T, D], which is zero in rows that are not vision.
-        num_levels: how many others there are, by the vision configuration.
-        merge_size: patches per token along height and along width, by the configuration.
-        tower: the attribute of the backbone's `model` that is the vision tower.
-        connector: that of what its features go through next; None where the tower has it.
-        per_video: names of what the positions take besides, a row per video.
     """
 
     image_processor: type[ImageProcessor]
-    features: Callable[[Any, Vision], Sequence[Tensor]]
-    read: Callable[[Mapping[str, Any], Any], list[Vision]] = _by_name
-    prepare: Callable[[Any], None] | None = None
-    onto_layers: Callable[[Sequence[Tensor]], dict[str, Any]] | None = None
-    num_levels: Callable[[Any], int] = _no_more
-    merge_size: Callable[[Any], int] = _merge_size
-    tower: str = "visual"
-    connector: str | None = None
-    per_video: tuple[str, ...] = ()
+    tower: ClassVar[str] = "visual"  # the attribute of the backbone's `model`
+    connector: ClassVar[str | None] = None  # of what features go through next; None: the tower's
+    per_video: ClassVar[tuple[str, ...]] = ()  # what positions take besides, a row per video
+
+    @abstractmethod
+    def features(self, model: Any, vision: Vision) -> Sequence[Tensor]:
+        """What the tower of a backbone's `model` makes of pixels: [tokens, D] for each level.
+
+        The first goes in the place of tokens, the others onto outputs of the first layers.
+        """
+
+    def read(self, side: Mapping[str, Any], config: Any) -> list[Vision]:
+        """What a side shows, as the stock processor returns it or ours, for a configuration."""
+        return vision_of(side)
+
+    def prepare(self, backbone: Any) -> None:
+        """Change a backbone before it is used."""
+        return  # most are ready as they are
+
+    def num_levels(self, vision_config: Any) -> int:
+        """How many levels there are besides the first, by the vision configuration."""
+        return 0
+
+    def onto_layers(self, levels: Sequence[Tensor]) -> dict[str, Any]:
+        """The language model's keyword arguments for those: [T, D] each, 0 where no vision is."""
+        raise NotImplementedError
+
+    def merge_size(self, config: Any) -> int:
+        """Patches per token along height and along width."""
+        return config.vision_config.spatial_merge_size
 
 
 @dataclass(frozen=True)

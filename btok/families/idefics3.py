@@ -250,31 +250,32 @@ def _patches(tiles: Tensor, size: int) -> Tensor:
     )
 
 
-def _read(side: Mapping[str, Any], config: Any) -> list[Vision]:
-    """Ours, or the stock processor's tiles [1, n, 3, H, W], none of which is padding."""
-    pixels, grid = KEYS["image"]
-    if "vision" in side or side.get(pixels) is None or side.get(grid) is not None:
-        return vision_of(side)
-    size = config.vision_config.patch_size
-    tiles = torch.as_tensor(side[pixels]).flatten(0, -4)
-    grids = torch.tensor([[1, tiles.shape[2] // size, tiles.shape[3] // size]] * len(tiles))
-    return [Vision("image", grids, _patches(tiles, size))]
+class _TiledVision(VisionRules):
+    tower, connector = "vision_model", "connector"
 
+    def read(self, side: Mapping[str, Any], config: Any) -> list[Vision]:
+        """Ours, or the stock processor's tiles [1, n, 3, H, W], none of which is padding."""
+        pixels, grid = KEYS["image"]
+        if "vision" in side or side.get(pixels) is None or side.get(grid) is not None:
+            return vision_of(side)
+        size = config.vision_config.patch_size
+        tiles = torch.as_tensor(side[pixels]).flatten(0, -4)
+        grids = torch.tensor([[1, tiles.shape[2] // size, tiles.shape[3] // size]] * len(tiles))
+        return [Vision("image", grids, _patches(tiles, size))]
 
-def _features(model: Any, vision: Vision) -> list[Tensor]:
-    assert vision.pixels is not None
-    size = model.config.vision_config.patch_size
-    edge = math.isqrt(len(vision.pixels) // len(vision.grid))  # of a tile, in patches
-    patches = vision.pixels.to(model.dtype).view(-1, edge, edge, 3, size, size)
-    tiles = patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-    # not get_image_features: the host would wait there for which tiles are padding, and none is
-    mask = torch.ones(len(tiles), edge, edge, dtype=torch.bool, device=tiles.device)
-    states = model.vision_model(pixel_values=tiles, patch_attention_mask=mask).last_hidden_state
-    return [model.connector(states).flatten(0, 1)]
+    def features(self, model: Any, vision: Vision) -> list[Tensor]:
+        assert vision.pixels is not None
+        size = model.config.vision_config.patch_size
+        edge = math.isqrt(len(vision.pixels) // len(vision.grid))  # of a tile, in patches
+        patches = vision.pixels.to(model.dtype).view(-1, edge, edge, 3, size, size)
+        tiles = patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        # not get_image_features: the host would wait there for which tiles are padding, and none is
+        mask = torch.ones(len(tiles), edge, edge, dtype=torch.bool, device=tiles.device)
+        seen = model.vision_model(pixel_values=tiles, patch_attention_mask=mask)
+        return [model.connector(seen.last_hidden_state).flatten(0, 1)]
 
-
-def _merge_size(config: Any) -> int:
-    return config.scale_factor
+    def merge_size(self, config: Any) -> int:
+        return config.scale_factor
 
 
 class _SmolVLMImageProcessor(TileImageProcessor):
@@ -290,14 +291,7 @@ class _SmolVLMImageProcessor(TileImageProcessor):
 def _family(model: str, images: type[ImageProcessor]) -> Family:
     return Family(
         f"{model}ForConditionalGeneration",
-        VisionRules(
-            images,
-            _features,
-            read=_read,
-            merge_size=_merge_size,
-            tower="vision_model",
-            connector="connector",
-        ),
+        _TiledVision(images),
         language_model="text_model",
         turns=(("\nAssistant:", "<end_of_utterance>"),),
     )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from btok.families import qwen_tower
-from btok.families.family import Family, VisionRules
+from btok.families.family import Family
 from btok.families.mrope import grids_of, mrope
 from btok.families.qwen_images import QwenImageProcessor
+from btok.families.qwen_tower import QwenVision
 
 
 def qwen2_5_vl_positions(input_ids: Any, side: Mapping[str, Any], config: Any) -> np.ndarray:
@@ -40,27 +39,25 @@ def qwen2_5_vl_positions(input_ids: Any, side: Mapping[str, Any], config: Any) -
     return mrope(input_ids, side, config, timed)
 
 
-def _windows(tower: Any, grid: Tensor) -> dict[str, Tensor]:
-    from transformers.vision_utils import get_vision_window_index
-
-    sizes = tower.spatial_merge_size, tower.window_size, tower.patch_size
-    index, begins = get_vision_window_index(grid, *sizes)
-    return {"window_index": index, "cu_window_seqlens": begins}
-
-
 class _ImageProcessor(QwenImageProcessor):
     stock = "Qwen2_5_VL"
     needs_seconds = True
 
 
+class _Vision(QwenVision):
+    per_video = ("second_per_grid_ts",)
+
+    def more(self, tower: Any, grid: Tensor) -> dict[str, Tensor]:
+        from transformers.vision_utils import get_vision_window_index
+
+        sizes = tower.spatial_merge_size, tower.window_size, tower.patch_size
+        index, begins = get_vision_window_index(grid, *sizes)
+        return {"window_index": index, "cu_window_seqlens": begins}
+
+
 QWEN2_5_VL = Family(
     "Qwen2_5_VLForConditionalGeneration",
-    VisionRules(
-        _ImageProcessor,
-        partial(qwen_tower.features, more=_windows),
-        prepare=qwen_tower.use_in,
-        per_video=("second_per_grid_ts",),
-    ),
+    _Vision(_ImageProcessor),
     qwen2_5_vl_positions,
     language_model="language_model",
 )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from btok.families import qwen_tower
-from btok.families.family import Family, VisionRules
+from btok.families.family import Family
 from btok.families.mrope import grids_of, mrope
 from btok.families.qwen_images import QwenImageProcessor
+from btok.families.qwen_tower import QwenVision
 
 
 def qwen3_vl_positions(input_ids: Any, side: Mapping[str, Any], config: Any) -> np.ndarray:
@@ -32,37 +31,6 @@ def qwen3_vl_positions(input_ids: Any, side: Mapping[str, Any], config: Any) -> 
     return mrope(input_ids, side, config, slots)
 
 
-def _interpolation(tower: Any, grid: Tensor) -> dict[str, Tensor]:
-    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
-
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        grid,
-        num_grid_per_side=tower.num_grid_per_side,
-        mode=tower.interpolation_mode,
-        align_corners=tower.interpolation_align_corners,
-        spatial_merge_size=tower.config.spatial_merge_size,
-    )
-    return {"interp_indices": indices, "interp_weights": weights}
-
-
-def _prepare(backbone: Any) -> None:
-    qwen_tower.use_in(backbone)
-    backbone.model.language_model._deepstack_process = _add
-
-
-def _add(hidden: Tensor, at: None, level: Tensor) -> Tensor:
-    # transformers' own picks the rows by a mask, and the host waits for how many there are
-    return hidden + level.to(hidden.dtype)
-
-
-def _onto_layers(levels: Sequence[Tensor]) -> dict[str, Any]:
-    return {"visual_pos_masks": None, "deepstack_visual_embeds": list(levels)}
-
-
-def _num_levels(vision_config: Any) -> int:
-    return len(vision_config.deepstack_visual_indexes)
-
-
 class _ImageProcessor(QwenImageProcessor):
     stock = stock_video = "Qwen3VL"
     patch_size = 16
@@ -73,15 +41,38 @@ class _ImageProcessor(QwenImageProcessor):
     shown = QwenImageProcessor.shown | {"video": ("<|video_pad|>", "\n")}
 
 
+class _Vision(QwenVision):
+    def more(self, tower: Any, grid: Tensor) -> dict[str, Tensor]:
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=tower.config.spatial_merge_size,
+        )
+        return {"interp_indices": indices, "interp_weights": weights}
+
+    def prepare(self, backbone: Any) -> None:
+        super().prepare(backbone)
+        backbone.model.language_model._deepstack_process = _add
+
+    def num_levels(self, vision_config: Any) -> int:
+        return len(vision_config.deepstack_visual_indexes)
+
+    def onto_layers(self, levels: Sequence[Tensor]) -> dict[str, Any]:
+        return {"visual_pos_masks": None, "deepstack_visual_embeds": list(levels)}
+
+
+def _add(hidden: Tensor, at: None, level: Tensor) -> Tensor:
+    # transformers' own picks the rows by a mask, and the host waits for how many there are
+    return hidden + level.to(hidden.dtype)
+
+
 QWEN3_VL = Family(
     "Qwen3VLForConditionalGeneration",
-    VisionRules(
-        _ImageProcessor,
-        partial(qwen_tower.features, more=_interpolation),
-        prepare=_prepare,
-        onto_layers=_onto_layers,
-        num_levels=_num_levels,
-    ),
+    _Vision(_ImageProcessor),
     qwen3_vl_positions,
     language_model="language_model",
 )

@@ -7,63 +7,56 @@ the device has it, and one each elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from btok.families.family import VisionRules
 from btok.vision import Vision
 from btok_kernels.layout import on_device
 
 ATTENTION = "flash_varlen_vision"  # transformers asks the name whether it takes all in one call
 
 
-def nothing_more(tower: Any, grid: Tensor) -> dict[str, Tensor]:
-    """What a tower takes besides of grids [n, 3]: nothing."""
-    return {}
+class QwenVision(VisionRules):
+    """How Qwen's models see; what a later tower takes besides is a method."""
 
+    def more(self, tower: Any, grid: Tensor) -> dict[str, Tensor]:
+        """What a tower takes besides of grids [n, 3], on the host."""
+        return {}
 
-def features(
-    model: Any,
-    vision: Vision,
-    more: Callable[[Any, Tensor], Mapping[str, Tensor]] = nothing_more,
-) -> list[Tensor]:
-    """The tower's features [tokens, D], and those of its levels, if any.
+    def prepare(self, backbone: Any) -> None:
+        """Make `attention` that of the vision tower."""
+        from transformers import AttentionInterface
 
-    Args:
-        model: the backbone's `model`.
-        vision: its `grid` on the host.
-        more: of the tower and the grids, what else it takes, on the host.
-    """
-    from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+        AttentionInterface.register(ATTENTION, attention)
+        backbone.set_attn_implementation({"vision_config": ATTENTION})
 
-    tower, grid = model.visual, vision.grid
-    plan = {
-        "position_ids": get_vision_position_ids(grid, tower.spatial_merge_size),
-        "cu_seqlens": get_vision_cu_seqlens(grid),
-        **more(tower, grid),
-    }
-    assert vision.pixels is not None
-    there: dict[str, Any] = {
-        name: on_device(value, vision.pixels.device) for name, value in plan.items()
-    }
-    lengths: dict[int, list[int]] = {}
-    for begins, most in (("cu_seqlens", "max_seqlen"), ("cu_window_seqlens", "max_window_seqlen")):
-        if begins in plan:
-            sizes = lengths[id(there[begins])] = plan[begins].diff().tolist()
-            there[most] = max(sizes)
-    # not get_image_features, which cuts the result into images again
-    found = tower(vision.pixels.to(tower.dtype), grid, lengths=lengths, **there)
-    return [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
+    def features(self, model: Any, vision: Vision) -> list[Tensor]:
+        """The tower's [tokens, D], and those of its levels, if any; the grid lies on the host."""
+        from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
-
-def use_in(backbone: Any) -> None:
-    """Make `attention` that of a backbone's vision tower."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, attention)
-    backbone.set_attn_implementation({"vision_config": ATTENTION})
+        tower, grid = model.visual, vision.grid
+        plan = {
+            "position_ids": get_vision_position_ids(grid, tower.spatial_merge_size),
+            "cu_seqlens": get_vision_cu_seqlens(grid),
+            **self.more(tower, grid),
+        }
+        assert vision.pixels is not None
+        there: dict[str, Any] = {
+            name: on_device(value, vision.pixels.device) for name, value in plan.items()
+        }
+        lengths: dict[int, list[int]] = {}
+        longest = {"cu_seqlens": "max_seqlen", "cu_window_seqlens": "max_window_seqlen"}
+        for begins, most in longest.items():
+            if begins in plan:
+                sizes = lengths[id(there[begins])] = plan[begins].diff().tolist()
+                there[most] = max(sizes)
+        # not get_image_features, which cuts the result into images again
+        found = tower(vision.pixels.to(tower.dtype), grid, lengths=lengths, **there)
+        return [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]
 
 
 def attention(
