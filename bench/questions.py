@@ -118,20 +118,20 @@ def bench_gated_mlps(contest: Contest, rows: int) -> None:
 
 @cache
 def world() -> int:
-    """How many ranks there are, of torchrun."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        return 1
+    """How many ranks torchrun has started, in a group from now on."""
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()
     return dist.get_world_size()
 
 
+# by a mark: what skips itself once it has begun is kept as not timed, and is not held again
+@pytest.mark.skipif(
+    int(os.environ.get("WORLD_SIZE", 1)) < 2, reason="asked of the ranks of torchrun"
+)
 @pytest.mark.parametrize("rows", RANK_ROWS)
 def bench_gather(contest: Contest, rows: int) -> None:
     """One gather against a broadcast for each shard, and the threshold between them."""
-    if world() == 1:
-        pytest.skip("asked of the ranks of torchrun")
     query, key = (x.detach()[:rows] for x in inputs(max(RANK_ROWS), DIM))
 
     def route(by_shard: bool) -> Any:
