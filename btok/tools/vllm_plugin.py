@@ -80,20 +80,7 @@ def check(vllm_config: Any) -> None:
     stock = names[stock_pooling(BTokConfig(ids, pooling))]
     if model.runner_type != "pooling" and not ours and stock is not None:
         return  # to generate with
-    _check_version(model)
-    _check_files(model, saved)
-    if model.runner_type != "pooling" and ours:
-        _refuse(model, f"it embeds, and the runner is {model.runner_type!r}; leave --runner out")
-    rows = getattr(model.pooler_config, "seq_pooling_type", "nothing")
-    if not ours and stock != rows:
-        _refuse(
-            model,
-            f"it pools '{pooling}' of {len(ids)} bottleneck tokens, as a {model.architecture} vLLM "
-            f"would take {rows}; `{EXPORT}` makes one that says what it is",
-        )
-    if ours and rows != "MEAN":
-        _refuse(model, f"seq_pooling_type is {rows}, and it pools by itself; leave that out")
-    _check_options(vllm_config, whole=ours or stock == "MEAN")
+    _check_engine(vllm_config, saved, stock)
     special = [] if model.skip_tokenizer_init else _special_ids(model, ids)
     for name, value in ((IDS, ids), (SPECIAL, special), (POOLING, pooling)):
         setattr(model.hf_config, name, value)
@@ -126,21 +113,21 @@ def _saved(model: Any) -> dict[str, Any] | None:
     return saved
 
 
-def _check_version(model: Any) -> None:
+def _check_engine(vllm_config: Any, saved: Mapping[str, Any], stock: str | None) -> None:
+    """Refuse a vLLM, a checkpoint's files and an engine's options that give other vectors; `stock`
+    is the pooling of vLLM's that the checkpoint has, if one.
+    """
     import vllm
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
+    model = vllm_config.model_config
+    ours = model.architecture.startswith(ENGINE_PREFIX)
     if not vllm.__version__.startswith(f"{RUN_WITH}.") and ANY_VERSION not in os.environ:
         _refuse(
             model,
             f"this is vLLM {vllm.__version__}, the plugin was run with {RUN_WITH}; install that, "
             f"or set {ANY_VERSION}=1 and compare with `python -m btok check-server`",
         )
-
-
-def _check_files(model: Any, saved: Mapping[str, Any]) -> None:
-    """Refuse what a checkpoint is made of that vLLM would not take as we do."""
-    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
-
     if get_hf_file_to_dict("adapter_config.json", model.model, model.revision) is not None:
         _refuse(model, f"it is adapters; `{EXPORT}` merges them")
     if saved.get("vision_positions", "mrope") != "mrope":
@@ -152,34 +139,34 @@ def _check_files(model: Any, saved: Mapping[str, Any]) -> None:
             model,
             f"vLLM would load its optimizer's moments for weights; `{EXPORT}` leaves them out",
         )
-
-
-def _check_options(vllm_config: Any, whole: bool) -> None:
-    """Refuse options of the engine that move vectors; `whole`: more rows than the last are pooled,
-    and have to be there in one step.
-    """
-    model = vllm_config.model_config
+    if ours and model.runner_type != "pooling":
+        _refuse(model, f"it embeds, and the runner is {model.runner_type!r}; leave --runner out")
+    rows = getattr(model.pooler_config, "seq_pooling_type", "nothing")
+    if not ours and stock != rows:
+        _refuse(
+            model,
+            f"it pools '{saved['pooling']}' of {len(saved[IDS])} bottleneck tokens, as a "
+            f"{model.architecture} vLLM would take {rows}; `{EXPORT}` makes one that says what it "
+            "is",
+        )
+    if ours and rows != "MEAN":
+        _refuse(model, f"seq_pooling_type is {rows}, and it pools by itself; leave that out")
     if vllm_config.lora_config is not None:
         _refuse(
             model,
             f"adapters go without the K rows that were trained with them; `{EXPORT}` merges them",
         )
-    for on, what, off in (
-        (
-            vllm_config.scheduler_config.enable_chunked_prefill,
-            "chunked prefill",
-            "enable-chunked-prefill",
-        ),
-        (
-            vllm_config.cache_config.enable_prefix_caching,
-            "prefix caching",
-            "enable-prefix-caching",
-        ),
-    ):
-        if on and whole:
-            _refuse(
-                model, f"{what} leaves a step without all rows that are pooled; give --no-{off}"
-            )
+    if ours or stock == "MEAN":  # more rows than the last are pooled
+        for on, option in (
+            (vllm_config.scheduler_config.enable_chunked_prefill, "chunked-prefill"),
+            (vllm_config.cache_config.enable_prefix_caching, "prefix-caching"),
+        ):
+            if on:
+                _refuse(
+                    model,
+                    f"{option.replace('-', ' ')} leaves a step without all rows that are pooled; "
+                    f"give --no-enable-{option}",
+                )
     if model.pooler_config.enable_chunked_processing:
         _refuse(model, "enable_chunked_processing embeds parts of an input, which is another model")
     if given := getattr(model.multimodal_config, "mm_processor_kwargs", None):
