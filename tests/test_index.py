@@ -167,6 +167,8 @@ def on_two_ranks(rank, folder, checkpoint):
             assert done == (22, 22, [], {}, None)
         with pytest.raises(ValueError, match="none of 1 inputs can be read, the first: it is emp"):
             encoder.encode_to(f"{folder}/of_none", [""], ["a"])  # on both, neither waits
+        with pytest.raises(ValueError, match="full is no index and not empty"):
+            encoder.encode_to(f"{folder}/full", TEXTS, IDS)  # which one looks at: neither waits
         noted = [{"id": name, "note": name} for name in IDS]  # a column that both would make
         assert encoder.encode_to(f"{folder}/noted", TEXTS, noted).vectors == 22
         again = encoder.encode_to(f"{folder}/of_two", [*TEXTS[2:], "more"], [*IDS[2:], "more"])
@@ -174,6 +176,8 @@ def on_two_ranks(rank, folder, checkpoint):
 
 
 def test_two_ranks_make_the_rows_of_one(encoder, checkpoint, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/me.jpg").write_bytes(b"")
     spawn(on_two_ranks, (str(tmp_path), checkpoint), nprocs=2)
     noted = held(tmp_path / "noted")
     assert noted.keys() == {*IDS} and all(item["note"] == name for name, (item, _) in noted.items())
@@ -355,7 +359,7 @@ def test_a_search_among_some(tmp_path):
 @pytest.mark.parametrize("large", [50, 1000])
 def test_an_approximate_search_among_some_finds_them_all(tmp_path, monkeypatch, kind, large):
     """Those that match may all lie where a search without the condition would not look."""
-    monkeypatch.setattr(index_module, "LARGE", large)
+    monkeypatch.setattr(index_module.search, "LARGE", large)
     rows = synthetic(4000)
     index = Index.create(tmp_path / "index", MADE, 64, rows=[rows])
     index.build(kind)
@@ -448,7 +452,7 @@ def test_an_approximate_index_finds_what_an_exact_search_does(tmp_path, kind):
 
 
 def test_an_approximate_index_is_made_of_a_large_table_and_kept_up(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "LARGE", 300)
+    monkeypatch.setattr(index_module.search, "LARGE", 300)
     texts = [f"{i} {i * i}" for i in range(400)]
     done = encoder.encode_to(tmp_path / "index", texts[:250], texts[:250])
     assert done.recall is None and not Index.open(tmp_path / "index").indexed

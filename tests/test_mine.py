@@ -23,7 +23,7 @@ from btok.data.records import Side
 from btok.data.sources import open_source
 from btok.files import sha256
 from btok.tools import mine as mine_module
-from btok.tools import neighbours
+from btok.tools import mine_output, neighbours
 from btok.tools.cli import main
 from btok.tools.mine import Mine, mine
 from btok.tools.neighbours import Blocks, as_keys, mixed, nearest
@@ -295,16 +295,16 @@ def test_a_draw_does_not_depend_on_the_order_of_rows(checkpoint, tmp_path, monke
 RUN = """
 import sys, time
 import btok.tools.mine as module
-from btok.tools import neighbours
+from btok.tools import mine_output, neighbours
 module.PART, module.ROWS, neighbours.CANDIDATES = 8, 16, 20
-where, pause, line = module.Blocks.write, float(sys.argv.pop(1)), module.as_line
+where, pause, line = module.Blocks.write, float(sys.argv.pop(1)), mine_output.as_line
 def write(self, *arguments):
     time.sleep(pause)
     where(self, *arguments)
 def as_line(row):
     time.sleep(pause / 8)
     return line(row)
-module.Blocks.write, module.as_line = write, as_line
+module.Blocks.write, mine_output.as_line = write, as_line
 from btok.tools.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -545,7 +545,7 @@ def test_killed_between_the_output_and_its_report(checkpoint, tmp_path, capsys, 
         os.replace(one, other)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mine_module, "rename", rename)
+        patch.setattr(mine_output, "rename", rename)
         of(checkpoint, pairs, path)
     assert path.exists() == (renames == 1)
     if renames:  # it is known for what it is

@@ -13,7 +13,7 @@ from btok.encoder import BTokEncoder
 from btok.tools.lookup import Came
 from btok.tools.rows import Encoded, Row, as_item, refuse_ungrouped
 from btok.tools.sinks import fitted, open_sink
-from btok_kernels.ranks import from_first, gather, rank, world
+from btok_kernels.ranks import gather, on_first, rank, world
 
 PART = 256  # inputs that are encoded together, by one process
 SECONDS = 10.0  # between two writes, so that many small parts make one commit
@@ -119,14 +119,4 @@ def encode_to(
         if part:
             write(part)
     gather(None)  # all have written
-    outcome: Encoded | Exception | None = None
-    if rank() == 0:
-        try:
-            outcome = sink.finish()
-        except (ValueError, OSError) as error:
-            outcome = error  # the others must not wait
-    outcome = from_first(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    assert outcome is not None
-    return outcome
+    return on_first(sink.finish)

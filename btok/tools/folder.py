@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, tee
 from pathlib import Path
@@ -17,7 +17,7 @@ from btok.files import printable, sha256
 from btok.inputs import DOCUMENTS, KINDS, Clip, Page, cut, duration, is_video, pages
 from btok.tools.encode import WINDOW, encode_to
 from btok.tools.lookup import Came
-from btok.tools.rows import Encoded, without_none
+from btok.tools.rows import Encoded, quoted, without_none
 from btok.tools.sinks import fitted, is_index
 from btok_kernels.ranks import rank
 
@@ -126,7 +126,7 @@ def update(
         instruction,
         batch_tokens,
         storage=storage,
-        check=lambda item: changed(root / real.get(item["uri"], item["uri"]), item),
+        check=lambda item: changed(path_of(root, item, real), item),
     )
     if old is not None:
         old.refresh()
@@ -201,25 +201,35 @@ class Looked(NamedTuple):
     parts: Mapping[str, Mapping[str, Any]]
 
 
+def looked_at(
+    root: Path, listed: Listing, old: Index | None, clip: float | None
+) -> Iterator[list[Looked]]:
+    """A look at every file, in order, some at a time."""
+    for window, known in known_windows(listed, old):
+        yield [look(root, path, known.get(as_uri(path), {}), clip) for path in window]
+
+
 def describe(
-    root: Path, listed: Listing, old: Index | None, clip: float | None = None
+    root: Path,
+    listed: Listing,
+    old: Index | None,
+    clip: float | None = None,
+    looking: Callable[..., Iterator[list[Looked]]] = looked_at,
 ) -> Iterator[dict[str, Any]]:
     """Files as items, a document's pages and, of so many seconds, a video's clips each as one. What
-    lies in a folder that cannot be read stays as it was.
+    lies in a folder that cannot be read stays as it was. `looking` does what `looked_at` does.
     """
     naming = Naming()
     if old is not None:
         yield from naming.take(lost(listed, old))
-    for window, known in known_windows(listed, old):
-        looked = [look(root, path, known.get(as_uri(path), {}), clip) for path in window]
+    for looked in looking(root, listed, old, clip):
         yield from naming.items(looked)
 
 
 def lost(listed: Listing, old: Index) -> Iterator[dict[str, Any]]:
     """Items in folders that cannot be read now."""
     for folder in listed.unreadable:
-        quoted = as_uri(folder).replace("'", "''")
-        for batch in old.rows(where=f"starts_with(uri, '{quoted}/')"):
+        for batch in old.rows(where=f"starts_with(uri, {quoted(f'{as_uri(folder)}/')})"):
             yield from map(without_none, batch.to_pylist())
 
 
@@ -327,7 +337,12 @@ def as_input(
     root: Path, item: Mapping[str, Any], real: Mapping[str, str] | None = None
 ) -> Path | Page | Clip:
     """What an item of a folder is encoded from; `real` has the paths that are no UTF-8."""
-    return as_part(root / (real or {}).get(item["uri"], item["uri"]), item)
+    return as_part(path_of(root, item, real or {}), item)
+
+
+def path_of(root: Path, item: Mapping[str, Any], real: Mapping[str, str]) -> Path:
+    """The file of an item of a folder, as `as_input` takes its arguments."""
+    return root / real.get(item["uri"], item["uri"])
 
 
 def as_part(path: Path, item: Mapping[str, Any]) -> Path | Page | Clip:

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -34,13 +35,13 @@ from btok.tools.rows import (
     Row,
     described,
     item_name,
+    quoted,
     refuse_other,
-    refuse_twice,
     refuse_ungrouped,
     without_none,
 )
-from btok.tools.search import Found, asked, late, nearest, rescored
-from btok_kernels.ranks import gather, rank
+from btok.tools.search import PROBES, REFINED, TUNED
+from btok_kernels.ranks import on_first
 
 if TYPE_CHECKING:
     from btok.encoder import BTokEncoder
@@ -62,20 +63,16 @@ NARROW = 1 << 16  # rows of one without vectors
 BUFFER = 1 << 26  # bytes that are read ahead
 WHOLE = "error IS NULL"  # it is there or a vector is, and is read in no time
 LENGTHS = 5e-2  # by which a stored vector's squared length may be off
-LARGE = 100_000  # rows from which encoding builds an approximate index
 STALE = 0.1  # of the rows outside of it, from which it is extended
 KINDS = ("IVF_PQ", "IVF_HNSW_SQ")
 RECALL = 0.95  # what `build` looks for
-PROBES = (8, 16, 32, 64, 128, 256, 512)  # partitions of an index that a query looks at
-TUNED = 10  # the k for which `build` finds how many of them
-TOGETHER = 64  # queries of an approximate search
-REFINED = 10  # times k: candidates whose vectors are compared exactly, or by late interaction
 SAMPLE = 200  # stored vectors that ask, to tell a recall
 SAMPLED = 64  # vectors a partition to train on: a quarter of Lance's, of its time and memory
 LEAST = 256  # vectors, which is how many codes a product quantiser has
 FRAGMENTS = 64  # files of a table, from which small ones are joined
 KEPT = timedelta(hours=1)  # that a state which is no longer the newest stays, for who reads it
 MANY = 10_000  # ids of a commit that removes
+UNCOMMITTED = {"data", "_transactions", "_versions"}  # left by who was killed before a commit
 RETRIES = 20  # of a commit beside others'
 CONFLICTS = ("conflict", "preempted")  # as Lance tells of them
 
@@ -133,7 +130,7 @@ class Index:
         """
         if "://" not in str(uri):
             may_be_folder("uri", Path(uri))
-        if "://" not in str(uri) and Path(uri, old_index.MANIFEST).exists():
+        if old_index.is_there(uri):
             raise ValueError(
                 f"{uri} is an index of an older format; `python -m btok encode CHECKPOINT FOLDER "
                 f"--output {uri}` rewrites it, vectors unchanged"
@@ -172,17 +169,13 @@ class Index:
         meta = {"format_version": FORMAT_VERSION, **meta, "storage": storage, "dims": dims}
         meta |= {"vectors": several} if several else {}
         schema, rows = tables.schema_of(meta, dims, storage), iter(rows)
-        first = list(next(rows, ()))
+        first = next(rows, ())
         said = [row.item for row in first] if items is None else items
         for field in tables.new_columns(list(said), schema):
             schema = schema.append(field)
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            for part in chain([first], rows) if first else ():
-                yield from tables.as_table(part, schema).to_batches()
-
+        batches = tables.as_batches(chain([first], rows), schema)
         with named(str(uri)):
-            dataset = lance.write_dataset(batches(), str(uri), schema=schema, mode="create")
+            dataset = lance.write_dataset(batches, str(uri), schema=schema, mode="create")
         return cls(str(uri), dataset)
 
     def __len__(self) -> int:
@@ -246,22 +239,19 @@ class Index:
         self, columns: Sequence[str], where: str | None, **more: Any
     ) -> Iterator[pa.RecordBatch]:
         """Batches in the order in which rows were written, few of them ahead."""
+        size = READ if "vector" in columns else NARROW
+        if self.several and "vectors" in columns:
+            size = max(1, READ // self.several)
         with named(self.uri):
             scanner = self.dataset.scanner(
                 columns=list(columns),
                 filter=where,
-                batch_size=self._rows_read(columns),
+                batch_size=size,
                 io_buffer_size=BUFFER,
                 scan_in_order=True,
                 **more,
             )
             yield from scanner.to_batches()
-
-    def _rows_read(self, columns: Sequence[str]) -> int:
-        """How many rows of these columns make a batch."""
-        if self.several and "vectors" in columns:
-            return max(1, READ // self.several)
-        return READ if "vector" in columns else NARROW
 
     def look_up(
         self, column: str, values: Collection[str], seen: NDArray[np.bool_] | None = None
@@ -273,20 +263,16 @@ class Index:
         Args:
             seen: bool [rows], made true where one of them is.
         """
-        places = self._places(column)
-        at = places.find(values)
-        if not len(at):
-            return []
-        numbers = places.numbers[at]
-        table = self._numbered([*self.columns, "error"], numbers)
-        right = pc.is_in(table[column], value_set=pa.array(values, pa.string()))
-        table = table.filter(right)
-        order = np.argsort(numbers)
-        found = order[np.searchsorted(numbers, table["_rowid"].to_numpy(), sorter=order)]
-        if seen is not None:
-            seen[at[found]] = True
-        rows = table.drop_columns("_rowid").take(np.argsort(found)).to_pylist()
-        return [without_none(row) for row in rows]
+        places, wanted = self._places(column), {*values}
+        at = places.find(wanted)
+        found = []
+        rows = self._told([*self.columns, "error"], places.numbers[at].tolist())
+        for place, row in zip(at, rows, strict=True):
+            if row.get(column) in wanted:  # and no other that has the hash of one
+                found.append(row)
+                if seen is not None:
+                    seen[place] = True
+        return found
 
     def _places(self, column: str) -> Places:
         """Where each value of a column stands, in the state that is open now."""
@@ -300,12 +286,20 @@ class Index:
         return self.places[column]
 
     def _numbered(self, columns: Sequence[str], numbers: Iterable[int]) -> pa.Table:
-        """The rows of these numbers, in any order, with their "_rowid"."""
+        """The rows of these numbers, of which there is one, in any order, with their "_rowid"."""
         # `take`, of a table from which rows were deleted, needs a thousand times as long
-        wanted = f"_rowid IN ({', '.join(map(str, numbers))})"
         with named(self.uri):
-            scanner = self.dataset.scanner(columns=list(columns), filter=wanted, with_row_id=True)
-            return scanner.to_table()
+            return self.dataset.scanner(
+                columns=list(columns), filter=_among(numbers), with_row_id=True
+            ).to_table()
+
+    def _told(self, columns: Sequence[str], numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """What each of the rows of these numbers says in some columns."""
+        if not numbers:
+            return []
+        table = self._numbered(columns, sorted({*numbers}))
+        by_number = {row.pop("_rowid"): without_none(row) for row in table.to_pylist()}
+        return [by_number[number] for number in numbers]
 
     def has(self, ids: Collection[str]) -> bool:
         """Whether one of these ids is there."""
@@ -333,27 +327,24 @@ class Index:
             for batch in self._scan(wanted, among, batch_readahead=2, with_row_id=True):
                 rows = self._floats(batch)
                 lengths = np.einsum("...d,...d->...", rows, rows)
-                good = np.abs(lengths - 1) < LENGTHS  # False for a NaN
-                if not good.all():
-                    number = batch["_rowid"][int(good.reshape(len(rows), -1).all(1).argmin())]
-                    number = number.as_py()
-                    (item,) = self._items([number])
+                wrong, *_ = np.nonzero(~(np.abs(lengths - 1) < LENGTHS))  # as those of a NaN
+                if len(wrong):
+                    (item,) = self._told(self.columns, [batch["_rowid"][wrong[0]].as_py()])
                     raise ValueError(
                         f"the vector of {item_name(item)} is damaged, its length is not 1; delete "
                         "the index, and encode makes it again"
                     )
                 yield rows, batch["_rowid"]
 
-    def _floats(self, batch: pa.RecordBatch) -> NDArray[np.float32]:
+    def _floats(self, read: pa.RecordBatch | pa.Table) -> NDArray[np.float32]:
         """float32 [n, D] of the column "vector", or [n, K, D] of "vectors"."""
-        shape: tuple[int, ...] = (len(batch), self.dims)
-        column, factor = "vector", "scale"
-        if "vectors" in batch.schema.names:
-            shape, column, factor = (len(batch), self.several, self.dims), "vectors", "scales"
-        rows = batch[column].flatten().to_numpy(zero_copy_only=False)
-        rows = rows.reshape(shape).astype(np.float32, copy=False)
-        if factor in batch.schema.names:
-            scale = batch[factor] if factor == "scale" else batch[factor].flatten()
+        names, shape = read.schema.names, [len(read), self.dims]
+        if several := "vectors" in names:
+            shape.insert(1, self.several)
+        stored = pc.list_flatten(read["vectors" if several else "vector"])
+        rows = stored.to_numpy(zero_copy_only=False).reshape(shape).astype(np.float32, copy=False)
+        if "scale" in names or "scales" in names:
+            scale = pc.list_flatten(read["scales"]) if several else read["scale"]
             rows *= scale.to_numpy(zero_copy_only=False).reshape(*shape[:-1], 1)
         return rows
 
@@ -365,16 +356,7 @@ class Index:
     def several_of(self, numbers: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
         """The numbers of these rows, as they lie, and their several vectors, float32 [n, K, D]."""
         table = self._numbered(self._stored(True), numbers)
-        (batch,) = table.combine_chunks().to_batches() if len(table) else table.to_batches()
-        return batch["_rowid"].to_pylist(), self._floats(batch)
-
-    def _items(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """What the rows of these numbers say."""
-        if not numbers:
-            return []
-        table = self._numbered(self.columns, sorted(set(numbers)))
-        by_number = {row.pop("_rowid"): without_none(row) for row in table.to_pylist()}
-        return [by_number[number] for number in numbers]
+        return table["_rowid"].to_pylist(), self._floats(table)
 
     # -- search
 
@@ -410,30 +392,16 @@ class Index:
             raise TypeError(f"k is {k!r:.60}, expected a whole number")
         if k < 1:
             raise ValueError(f"k is {k}, expected at least 1")
-        queries, several = asked(self, queries, instruction, rescore)
+        queries, several = search.asked(self, queries, instruction, rescore)
         if not len(queries):
             return []
         count = self.count(where)
-        k, probes = min(int(k), count), 0
-        wanted, k = k, k if several is None else min(REFINED * k, count)
-        if not exact and self.indexed and (where is None or count > LARGE):
-            # of a part of the rows, or for more of them, as good results lie further away
-            total = count if where is None else len(self)
-            share = max(1, total / max(count, 1)) * max(1, k / TUNED)
-            probes = round(self.meta.get("probes", PROBES[-1]) * share)
-        if not count:
+        if not (k := min(int(k), count)):
             return [[] for _ in queries]
-        if several is not None and (exact or k == count):
-            found = self._exact(several, wanted, where)
-        else:
-            found = self._probed(queries, k, where, probes) if probes else []
-            if not probes or min(map(len, found)) < k:
-                found = self._exact(queries, k, where)
-            if several is not None:
-                found = rescored(self, several, found, wanted)
-        items = self._items([number for of_query in found for _, number in of_query])
-        left = iter(items)
-        return [[Hit(score, next(left)) for score, _ in of_query] for of_query in found]
+        found = search.found(self, queries, several, k, where, exact, count)
+        numbers = [number for of_query in found for _, number in of_query]
+        items = iter(self._told(self.columns, numbers))
+        return [[Hit(score, next(items)) for score, _ in of_query] for of_query in found]
 
     def count(self, where: str | None) -> int:
         """How many vectors there are among these rows; a ValueError for what is no condition."""
@@ -455,23 +423,12 @@ class Index:
             said = WORDY.sub("", one_line(error))
             raise ValueError(f"where is {where!r}, which is no condition: {said}") from error
 
-    def _exact(self, queries: NDArray[np.float32], k: int, where: str | None) -> Found:
-        """Scores and rows' numbers, by all rows of the table, which are read once; by late
-        interaction for queries [Q, K, D].
-        """
-        parts = self.vectors(where, several=queries.ndim == 3)
-        score = late if queries.ndim == 3 else lambda queries, rows: queries @ rows.T
-        scored = ((score(queries, rows), numbers.to_numpy()) for rows, numbers in parts)
-        return nearest(scored, len(queries), k)
-
-    def _probed(
+    def proposed(
         self, queries: NDArray[np.float32], k: int, where: str | None, probes: int
-    ) -> Found:
-        """Scores and rows' numbers, by the approximate index and what is not in it yet."""
-        if len(queries) > TOGETHER:  # the candidates of each are held until all are compared
-            parts = range(0, len(queries), TOGETHER)
-            look = (self._probed(queries[i : i + TOGETHER], k, where, probes) for i in parts)
-            return [hits for part in look for hits in part]
+    ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
+        """What the approximate index has for queries [Q, D], and rows that are not in it yet: which
+        query a row is for, its number, and its vector, float32 [D].
+        """
         nearest = {
             "column": "vector",
             "q": queries,
@@ -489,12 +446,8 @@ class Index:
                 disable_scoring_autoprojection=True,
             ).to_table()
         table = table.filter(pc.is_valid(table["vector"]))
-        rows: Any = self._floats(table.combine_chunks().to_batches()[0]) if len(table) else []
-        found: Found = [[] for _ in queries]
         asking = table["query_index"].to_pylist() if len(queries) > 1 else [0] * len(table)
-        for row, query, number in zip(rows, asking, table["_rowid"].to_pylist(), strict=True):
-            found[query].append((float(queries[query] @ row), number))
-        return [sorted(of_query, key=lambda hit: (-hit[0], hit[1])) for of_query in found]
+        return zip(asking, table["_rowid"].to_pylist(), self._floats(table), strict=True)
 
     @property
     def indexed(self) -> bool:
@@ -530,16 +483,18 @@ class Index:
             eighth = (n for n in (8, 4, 2) if self.dims % n == 0)
             settings["num_sub_vectors"] = self.dims // next(eighth, 1)
         queries = self._sample()
-        expected = self._exact(queries, k + 1, None)  # a vector is its own nearest
+        expected = search.exact(self, queries, k + 1, None)  # a vector is its own nearest
         with named(self.uri):
             self.dataset.create_index("vector", kind, metric="cosine", replace=True, **settings)
         recall = 0.0
         for probes in PROBES:
-            found = self._probed(queries, k + 1, None, probes)
+            found = search.probed(self, queries, k + 1, None, probes)
             recall = search.recall(expected, found, k)
             if recall >= RECALL or probes >= settings["num_partitions"]:
                 break
-        self._describe(probes=probes, recall=round(recall, 4), kind=kind)
+        self.meta |= {"probes": probes, "recall": round(recall, 4), "kind": kind}
+        with named(self.uri):
+            self.dataset.update_schema_metadata({tables.METADATA.decode(): json.dumps(self.meta)})
         return recall
 
     def _sample(self) -> NDArray[np.float32]:
@@ -552,12 +507,6 @@ class Index:
             first += len(rows)
         return np.concatenate(taken)[:SAMPLE]
 
-    def _describe(self, **more: Any) -> None:
-        """Add to the table's metadata."""
-        self.meta |= more
-        with named(self.uri):
-            self.dataset.update_schema_metadata({tables.METADATA.decode(): json.dumps(self.meta)})
-
     # -- change
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -566,7 +515,9 @@ class Index:
         ValueError for an id twice among them.
         """
         ids = [row.item["id"] for row in rows]
-        refuse_twice(self.uri, ids)
+        if len({*ids}) < len(ids):
+            ((twice, _),) = Counter(ids).most_common(1)
+            raise ValueError(f"{self.uri}: the id {twice!r} came twice, expected all different")
         self.refresh()
         self.write(rows, replacing=self.has(ids))
 
@@ -604,13 +555,13 @@ class Index:
         """Add rows of new ids, part by part, in one commit; items say what the table has columns
         for.
         """
-        made = (tables.as_table(part, self.dataset.schema) for part in parts if part)
-        if (first := next(made, None)) is None:
+        schema = self.dataset.schema
+        batches = tables.as_batches(parts, schema)
+        if (first := next(batches, None)) is None:
             return
-        batches = (batch for table in chain([first], made) for batch in table.to_batches())
-        reader = pa.RecordBatchReader.from_batches(self.dataset.schema, batches)
+        every = chain([first], batches)
         with named(self.uri):
-            self.dataset = lance.write_dataset(reader, self.uri, mode="append")
+            self.dataset = lance.write_dataset(every, self.uri, schema=schema, mode="append")
 
     def update(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Have rows say what items of the same ids say, in one commit; their vectors stay."""
@@ -633,29 +584,23 @@ class Index:
     def delete(self, ids: Sequence[str]) -> None:
         """Forget rows, 10,000 in a commit."""
         for first in range(0, len(ids), MANY):
-            quoted = ("'" + each.replace("'", "''") + "'" for each in ids[first : first + MANY])
-            which = f"id IN ({', '.join(quoted)})"
-            self._again(lambda which=which: self.dataset.delete(which))  # type: ignore[misc]
+            self._delete(f"id IN ({', '.join(map(quoted, ids[first : first + MANY]))})")
+
+    def _delete(self, which: str) -> None:
+        self._again(lambda: self.dataset.delete(which))
 
     def delete_twins(self) -> None:
         """Of rows of one id, as of two runs at the same time, keep the first."""
         places = self._places("id")
-        twins = np.zeros(len(places.hashes), bool)
-        twins[1:] = places.hashes[1:] == places.hashes[:-1]
-        twins[:-1] |= twins[1:]
-        if not twins.any():
-            return
-        numbers = places.numbers[np.sort(places.rows[twins])]
-        table = self._numbered(["id"], numbers)
+        numbers = places.numbers[places.alike()].tolist()
         came: set[str] = set()
         gone = []
-        for row in table.sort_by("_rowid").to_pylist():
+        for number, row in zip(numbers, self._told(["id"], numbers), strict=True):
             if row["id"] in came:
-                gone.append(row["_rowid"])
+                gone.append(number)
             came.add(row["id"])
         if gone:
-            which = f"_rowid IN ({', '.join(map(str, gone))})"
-            self._again(lambda: self.dataset.delete(which))
+            self._delete(_among(gone))
 
     def tidy(self) -> float | None:
         """Join small files, forget old states, keep the approximate index up; its recall, if one
@@ -669,7 +614,7 @@ class Index:
                 stats = self.dataset.stats.index_stats("vector_idx")
                 if stats["num_unindexed_rows"] > STALE * stats["num_indexed_rows"]:
                     self.dataset.optimize.optimize_indices()
-            elif self.storage != "int8" and len(self) >= LARGE:
+            elif self.storage != "int8" and len(self) >= search.LARGE:
                 recall = self.build()
             # those in whose place another stood already then
             versions = self.dataset.versions()
@@ -701,21 +646,7 @@ def open_index(
     """
     refuse_ungrouped()
     asked, place = described(encoder, instruction), str(uri)
-    if rank() == 0:
-        folder = None if "://" in place else Path(place)
-        if folder is not None and (folder / old_index.MANIFEST).exists():
-            _renew(folder, asked, storage, encoder.dims)  # which is of one vector an item
-        elif not is_there(place):
-            if folder is not None and folder.exists() and not _is_empty(folder):
-                raise ValueError(f"{place} is no index and not empty; give another folder")
-            try:
-                several = encoder.shape[0] - 1 if encoder.options.multi_vector else 0
-                stored = storage or "float32"
-                Index.create(place, asked, encoder.dims, stored, several=several)
-            except ValueError:
-                if not is_there(place):  # else another run made it just now
-                    raise
-    gather(None)  # all processes are here: there is a table now
+    on_first(lambda: _make(encoder, place, asked, storage or "float32"))
     index = Index.open(place)
     refuse_other(place, index.meta, asked)
     if storage not in (None, index.storage):
@@ -736,21 +667,26 @@ def is_there(uri: str) -> bool:
     return True
 
 
-def _is_empty(folder: Path) -> bool:
-    """Whether there is nothing in it but what a writer left who was killed before its first
-    commit.
-    """
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {
-        "data",
-        "_transactions",
-        "_versions",
-    }
+def _make(encoder: BTokEncoder, uri: str, asked: Mapping[str, Any], storage: str) -> None:
+    """See to it that there is a table: an empty one, or what an index of an older format holds."""
+    there = is_there(uri)
+    if old_index.is_there(uri):  # which is of one vector an item
+        if not there:  # else a kill came between the commit and the going of its files
+            old = old_index.OldIndex(Path(uri))
+            refuse_other(uri, old.meta, asked)
+            Index.create(uri, asked, encoder.dims, storage, old.rows(), old.items)
+        old_index.remove(Path(uri))
+    elif not there:
+        if "://" not in uri and not {path.name for path in Path(uri).glob("*")} <= UNCOMMITTED:
+            raise ValueError(f"{uri} is no index and not empty; give another folder")
+        several = encoder.shape[0] - 1 if encoder.options.multi_vector else 0
+        try:
+            Index.create(uri, asked, encoder.dims, storage, several=several)
+        except ValueError:
+            if not is_there(uri):  # else another run made it just now
+                raise
 
 
-def _renew(folder: Path, asked: Mapping[str, Any], storage: str | None, dims: int) -> None:
-    """Make a table, in one commit, of an index of an older format, whose files then go."""
-    if not is_there(str(folder)):  # else a kill came between the commit and their going
-        old = old_index.OldIndex(folder)
-        refuse_other(folder, old.meta, asked)
-        Index.create(folder, asked, dims, storage or "float32", old.rows(), old.items)
-    old_index.remove(folder)
+def _among(numbers: Iterable[int]) -> str:
+    """The condition of the rows of these numbers."""
+    return f"_rowid IN ({', '.join(map(str, numbers))})"

@@ -66,3 +66,8 @@ class Places:
         last = np.searchsorted(self.hashes, wanted, "right")
         ranges = [self.rows[a:b] for a, b in zip(first, last, strict=True) if b > a]
         return np.unique(np.concatenate(ranges)) if ranges else np.empty(0, np.int64)
+
+    def alike(self) -> NDArray[np.int64]:
+        """Rows that may have the text of another one, in order: as `find`, by their hashes."""
+        same = self.hashes[1:] == self.hashes[:-1]
+        return np.unique(np.concatenate([self.rows[1:][same], self.rows[:-1][same]]))

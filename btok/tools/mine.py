@@ -2,23 +2,21 @@
 
 rows -> what they show, and which positives are interchangeable -> vectors -> the nearest -> rows
 
-A data set's negatives are positives of other rows of the same file. Until its output is there,
-`OUTPUT.parts` holds what was made, in blocks: a command that was killed goes on where it was and
-ends with the same bytes. `OUTPUT.json` then tells what the output was made of, and counts.
+A data set's negatives are positives of other rows of the same file. What is made lies in blocks
+until the output is there (`btok.tools.mine_output`): a command that was killed goes on where it was
+and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -32,20 +30,18 @@ from tqdm import tqdm
 
 from btok.config import check_choice
 from btok.data.records import Side
-from btok.data.sources import Source, open_source
+from btok.data.sources import open_source
 from btok.encoder import BTokEncoder
-from btok.files import may_be_file, may_be_folder, must_be, one_line, rename, sha256, write_json
+from btok.files import may_be_file, may_be_folder, must_be, one_line
 from btok.tools.command_line import load
-from btok.tools.evaluate import files_digest
+from btok.tools.mine_output import Job, begin, manifest, write
 from btok.tools.neighbours import ROWS, Blocks, mixed, nearest
 from btok.tools.related import ABSENT, Hidden, Related, at_line, lines_of, looked, relate
-from btok.tools.rows import refuse_ungrouped, said
-from btok_kernels.ranks import from_first, gather, rank, world
+from btok.tools.rows import refuse_ungrouped
+from btok_kernels.ranks import gather, on_first, rank, world
 
-VERSION = 1  # of how negatives are chosen
 PART = 1024  # sides that are encoded together
 DEEPEST = 10_000  # rank: what is kept of a block of rows takes 80 MB then
-REPORT = "report.json"  # in the parts, until the output is in its place
 NAMED = 10  # rows that cannot be read which are named
 Draw = Literal["nearest", "random"]
 Short = Literal["refuse", "drop", "fill"]
@@ -104,11 +100,11 @@ def mine(command: Mine) -> None:
     """
     refuse_ungrouped()
     check(command)
-    found = places(command)
+    jobs = jobs_of(command)
     encoder = load(command.checkpoint)
     with stoppable():
-        for source, output in found:
-            mine_one(command, encoder, source, output)
+        for job in jobs:
+            mine_one(job, encoder)
 
 
 def check(command: Mine) -> None:
@@ -141,7 +137,7 @@ def check(command: Mine) -> None:
     check_choice("mine", "short", command.short, SHORTS)
 
 
-def places(command: Mine) -> list[tuple[Source, Path]]:
+def jobs_of(command: Mine) -> list[Job]:
     """Each file's pairs, all looked at, and its output."""
     one = command.output.suffix == ".jsonl"
     if one and len(command.pairs) > 1:
@@ -149,13 +145,13 @@ def places(command: Mine) -> list[tuple[Source, Path]]:
             f"mine: output is {command.output} for {len(command.pairs)} files, expected a folder"
         )
     (may_be_file if one else may_be_folder)("mine: output", command.output)
-    found: list[tuple[Source, Path]] = []
+    jobs: list[Job] = []
     for path in command.pairs:
         if path.suffix != ".jsonl":
             raise ValueError(f"mine: pairs has {path}, expected .jsonl files")
         must_be("file", "mine: pairs", path, "a .jsonl file")
         output = command.output if one else command.output / path.name
-        if output in (before for _, before in found):
+        if output in (job.output for job in jobs):
             raise ValueError(f"mine: pairs has two files {path.name}, expected different names")
         if output.exists() and path.exists() and output.samefile(path):
             raise ValueError(f"mine: output {output} is a file of pairs, expected another one")
@@ -165,8 +161,8 @@ def places(command: Mine) -> list[tuple[Source, Path]]:
             query_instruction=command.query_instruction,
             positive_instruction=command.positive_instruction,
         )
-        found.append((source, output))
-    return found
+        jobs.append(Job(command, source, output))
+    return jobs
 
 
 @contextmanager
@@ -185,44 +181,29 @@ def stoppable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def mine_one(command: Mine, encoder: BTokEncoder, source: Source, output: Path) -> None:
+def mine_one(job: Job, encoder: BTokEncoder) -> None:
     """Make one data set's output, or go on with it."""
-    parts, made_of = Path(f"{output}.parts"), manifest(command, source, encoder)
-    if on_first(lambda: begin(output, parts, made_of)):
-        say(f"{output} is there already, made of the same")
+    made_of = manifest(job, encoder)
+    if on_first(lambda: begin(job, made_of)):
+        say(f"{job.output} is there already, made of the same")
         return
-    related = relate(*on_first(lambda: looked(source, parts / "rows.npz")))
+    related = relate(*on_first(lambda: looked(job.source, job.parts / "rows.npz")))
     try:
-        refuse_few(command, source, related)
+        refuse_few(job, related)
     except ValueError:
         gather(None)
-        if rank() == 0 and not [*parts.glob("*.f32")]:
-            shutil.rmtree(parts)
+        if rank() == 0 and not [*job.parts.glob("*.f32")]:
+            shutil.rmtree(job.parts)
         raise
     sides = len(related.queries), len(related.candidates)
-    say(f"{source.name}: {len(source)} rows, {sides[0]} queries, {sides[1]} candidates")
-    queries, candidates = (
-        encoded(encoder, command, source, parts, which, rows)
-        for which, rows in (("query", related.queries), ("positive", related.candidates))
-    )
+    say(f"{job.source.name}: {len(job.source)} rows, {sides[0]} queries, {sides[1]} candidates")
+    queries = encoded(job, encoder, "query", related.queries)
+    candidates = encoded(job, encoder, "positive", related.candidates)
     name = blake2b(json.dumps(made_of["choice"]).encode(), digest_size=8).hexdigest()
-    chosen = Blocks(parts / f"{name}.chosen", len(source), record(command.count), ROWS, rank() == 0)
-    search(command, encoder.model.backbone.device, related, queries, candidates, chosen)
-    say(on_first(lambda: write(command, source, output, parts, related, chosen, made_of)))
-
-
-def on_first(work: Callable[[], Any]) -> Any:
-    """What rank 0 makes of something, on all ranks; what it raises they raise as well."""
-    outcome: Any = None
-    if rank() == 0:
-        try:
-            outcome = work()
-        except (ValueError, OSError) as error:
-            outcome = error
-    outcome = from_first(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+    path, kind = job.parts / f"{name}.chosen", record(job.command.count)
+    chosen = Blocks(path, len(job.source), kind, ROWS, rank() == 0)
+    search(job.command, encoder.model.backbone.device, related, queries, candidates, chosen)
+    say(on_first(lambda: write(job, related, chosen, made_of)))
 
 
 def say(line: str) -> None:
@@ -231,8 +212,9 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def refuse_few(command: Mine, source: Source, related: Related) -> None:
+def refuse_few(job: Job, related: Related) -> None:
     """A ValueError where it can be told before anything is encoded that candidates are too few."""
+    command, source = job.command, job.source
     for row, why in islice(related.unreadable.items(), NAMED):
         say(f"{at_line(source, row)}: left out, {why}")
     if (more := len(related.unreadable) - NAMED) > 0:
@@ -247,129 +229,18 @@ def refuse_few(command: Mine, source: Source, related: Related) -> None:
     few = np.flatnonzero(related.allowed[related.query_of] < need)
     few = few[related.query_of[few] != ABSENT]
     if len(few) and command.short == "refuse":
-        raise ValueError(short_of(command, source, len(few), int(few[0])))
-
-
-def short_of(command: Mine, source: Source, count: int, row: int) -> str:
-    """What a refusal says of rows with too few candidates."""
-    low, high = command.ranks
-    return (
-        f"{at_line(source, row)}: {count} of {len(source)} rows, this first, have fewer than "
-        f"{command.count} candidates left in the ranks {low} to {high}; --short drop leaves them "
-        "out, --short fill takes farther ranks"
-    )
-
-
-# -- what an output is made of
-
-
-def manifest(command: Mine, source: Source, encoder: BTokEncoder) -> dict[str, Any]:
-    """What an output depends on: `vectors`, and the `choice` among them."""
-    low, high = command.ranks
-    settings = {**encoder.settings, "files": files_digest(encoder)}
-    asked = ("query_instruction", "positive_instruction", "batch_tokens")
-    settings |= {name: getattr(command, name) for name in asked}
-    drawn = ("count", "margin", "relative", "draw", "seed", "short")
-    choice = {"ranks": [low, high], **{name: getattr(command, name) for name in drawn}}
-    vectors = {"version": VERSION, "model": encoder.digest, "data": source.digest, **settings}
-    return {"vectors": vectors, "choice": choice, "scores": command.scores}
-
-
-def flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest's settings by name."""
-    return {**made_of["vectors"], **made_of.get("choice", {}), "scores": made_of.get("scores")}
-
-
-def begin(output: Path, parts: Path, made_of: Mapping[str, Any]) -> bool:
-    """Whether the output is there already; else its parts are begun or gone on with.
-
-    Raises:
-        ValueError: there is one of other settings, or something else.
-    """
-    report, kept, ready = Path(f"{output}.json"), parts / "manifest.json", parts / REPORT
-    # killed after the output was in its place and before its report was
-    if output.is_file() and ready.exists() and _made(ready)["digest"] == sha256(output):
-        rename(ready, report)
-    if output.exists():
-        if not report.exists():
-            raise _foreign(output)
-        had = _made(report, output)
-        refuse_others(output, had["made_of"], made_of, "give another --output, or delete it")
-        if had["digest"] != sha256(output):
-            raise ValueError(f"{output} was changed since it was made; name another --output")
-        shutil.rmtree(parts, ignore_errors=True)
-        return True
-    if report.exists():  # of an output that was deleted
-        _made(report)
-    vectors = {"vectors": made_of["vectors"]}
-    if kept.exists():
-        had = _json(kept)
-        if not _is_manifest(had):
-            raise _foreign(kept)
-        refuse_others(parts, had, vectors, f"delete {parts}, or give another --output")
-    parts.mkdir(parents=True, exist_ok=True)
-    write_json(kept, vectors)
-    return False
-
-
-def _foreign(path: Path) -> ValueError:
-    return ValueError(
-        f"output is {path}, which is there and was not made by mine; name another --output"
-    )
-
-
-def _made(path: Path, output: Path | None = None) -> dict[str, Any]:
-    """A report of ours; a ValueError, which names the output if one is given, for another file."""
-    had = _json(path)
-    own = isinstance(had, dict) and isinstance(had.get("digest"), str)
-    if not own or not _is_manifest(had.get("made_of")):
-        raise _foreign(output or path)
-    return had
-
-
-def _is_manifest(had: Any) -> bool:
-    return (
-        isinstance(had, dict)
-        and isinstance(had.get("vectors"), dict)
-        and isinstance(had.get("choice", {}), dict)
-    )
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # the latter for thousands of brackets
-        return None
-
-
-def refuse_others(
-    place: Path, had: Mapping[str, Any], asked: Mapping[str, Any], remedy: str
-) -> None:
-    """A ValueError that names the first setting in which two manifests differ."""
-    old, new = flat(had), flat(asked)
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            raise ValueError(
-                f"{place} is of {name} {said(name, old.get(name))}, this is "
-                f"{said(name, new.get(name))}; {remedy}"
-            )
+        raise job.short(len(few), int(few[0]))
 
 
 # -- vectors
 
 
-def encoded(
-    encoder: BTokEncoder,
-    command: Mine,
-    source: Source,
-    parts: Path,
-    which: str,
-    rows: NDArray[np.int64],
-) -> Blocks:
+def encoded(job: Job, encoder: BTokEncoder, which: str, rows: NDArray[np.int64]) -> Blocks:
     """The vectors of the queries or positives of these rows, float32 [D]; NaN for one that cannot
     be read. Blocks are shared by the ranks, and packed each on its own: the same bits always.
     """
-    made = Blocks(parts / f"{which}.f32", len(rows), ("<f4", (encoder.dims,)), PART, rank() == 0)
+    source, path = job.source, job.parts / f"{which}.f32"
+    made = Blocks(path, len(rows), ("<f4", (encoder.dims,)), PART, rank() == 0)
     missing = on_first(made.missing)
     own = missing[rank() :: world()]
     total = sum(len(made.rows(block)) for block in own)
@@ -390,7 +261,7 @@ def encoded(
     options = {"desc": f"encoding {source.name}, {which}", "unit": "side"}
     with tqdm(total=total, disable=None if rank() == 0 else True, **options) as bar:
         for names, found, errors, _ in encoder.encode_iter(
-            sides(), None, command.batch_tokens, False, ids=numbers(), window=PART, strict=False
+            sides(), None, job.command.batch_tokens, False, ids=numbers(), window=PART, strict=False
         ):
             if not held:
                 block = next(waiting)
@@ -501,129 +372,3 @@ def choose(
     taken = np.sort(np.where(good, taken, there.shape[1]), 1)
     taken[taken == there.shape[1]] = ABSENT
     return taken, far
-
-
-# -- the output
-
-
-def write(
-    command: Mine,
-    source: Source,
-    output: Path,
-    parts: Path,
-    related: Related,
-    chosen: Blocks,
-    made_of: Mapping[str, Any],
-) -> str:
-    """Write the rows with their negatives, and what became of them; the parts go.
-
-    Returns:
-        What to say.
-    """
-    short = unreadable = filled = 0
-    first: int | None = None
-    for block in range(chosen.number):
-        rows = chosen.rows(block)
-        found = chosen.read(rows.start, rows.stop)
-        readable = ~np.isnan(found["scores"][:, 0])
-        lacking = readable & (found["chosen"] == ABSENT).any(1)
-        if first is None and lacking.any():
-            first = rows.start + int(lacking.argmax())
-        short, unreadable = short + int(lacking.sum()), unreadable + int((~readable).sum())
-        filled += int((found["far"][~lacking] > 0).sum())
-    if first is not None and command.short == "refuse":
-        raise ValueError(short_of(command, source, short, first))
-    if not (kept := len(source) - short - unreadable):
-        raise ValueError(
-            f"{lines_of(source).path}: no row has {command.count} negatives within margins and "
-            "ranks; give a smaller margin or other ranks"
-        )
-    draft, sums = parts / "output.jsonl", np.zeros(2)
-    with open(draft, "w", encoding="utf-8", newline="\n") as file:
-        for line, scores in lines(command, source, output, related, chosen):
-            file.write(line)
-            sums += scores[0], scores[1:].mean()
-        file.flush()
-        os.fsync(file.fileno())
-    positive, negatives = (round(float(total) / kept, 6) for total in sums)
-    report = {
-        "rows": len(source),
-        "queries": len(related.queries),
-        "candidates": len(related.candidates),
-        "written": kept,
-        "dropped": short,
-        "filled": filled,
-        "unreadable": unreadable,
-        "mean_score": {"positive": positive, "negatives": negatives},
-        "digest": sha256(draft),
-        "made_of": made_of,
-    }
-    write_json(parts / REPORT, report)
-    if output.exists():  # there was none when this began
-        raise _foreign(output)
-    rename(draft, output)
-    rename(parts / REPORT, Path(f"{output}.json"))
-    shutil.rmtree(parts, ignore_errors=True)
-    done = (
-        f"{output}: {kept} rows of {len(source)} with {command.count} negatives; {short} had too "
-    )
-    done += f"few, {filled} have some of farther ranks, {unreadable} cannot be read; mean score "
-    return done + f"{positive:.3f} of positives, {negatives:.3f} of negatives"
-
-
-def lines(
-    command: Mine, source: Source, output: Path, related: Related, chosen: Blocks
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """The rows that have all negatives, as lines, and their scores."""
-    target = output.parent.resolve()
-    old = None if source.root.resolve() == target else source.root.resolve()
-
-    @lru_cache(maxsize=1024)
-    def positive(candidate: int) -> Any:
-        side = source.rows[int(related.candidates[candidate])]["positive"]
-        return side if old is None else moved(side, old, target)
-
-    for block in tqdm(range(chosen.number), desc="writing", unit_scale=chosen.size, disable=None):
-        rows = chosen.rows(block)
-        for number, found in zip(rows, chosen.read(rows.start, rows.stop), strict=True):
-            if (found["chosen"] == ABSENT).any():
-                continue
-            row = dict(source.rows[number])
-            row.pop("scores", None)  # of other negatives
-            if old is not None:
-                row |= {side: moved(row[side], old, target) for side in ("query", "positive")}
-            row["negatives"] = [positive(int(candidate)) for candidate in found["chosen"]]
-            if command.scores:
-                row["scores"] = [round(float(score), 6) for score in found["scores"]]
-            yield as_line(row), found["scores"].astype(np.float64)
-
-
-def as_line(row: Mapping[str, Any]) -> str:
-    """A row's JSON; escaped only where it cannot be written otherwise."""
-    text = json.dumps(row, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, in a column that nobody reads
-        text = json.dumps(row)
-    return f"{text}\n"
-
-
-def moved(side: Any, old: Path, new: Path) -> Any:
-    """A row's side as it is written, its paths below a folder as another one sees them."""
-    if not isinstance(side, dict):
-        return side
-    between = os.path.relpath(old, new)
-
-    def path(value: Any) -> Any:
-        if isinstance(value, dict):
-            return value | {"path": path(value.get("path"))}
-        if not isinstance(value, str) or not value or os.path.isabs(value):
-            return value
-        return f"{between}/{value}"
-
-    named = {
-        name: [*map(path, value)] if isinstance(value, list) else path(value)
-        for name, value in side.items()
-        if name in ("images", "video")
-    }
-    return {**side, **named}

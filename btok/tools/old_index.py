@@ -25,6 +25,11 @@ FOLDERS = ("parts", ".ready", ".draft")
 BLOCK = 1 << 13  # rows that are rewritten together
 
 
+def is_there(uri: str | Path) -> bool:
+    """Whether such an index lies in this folder; none does at an address."""
+    return "://" not in str(uri) and Path(uri, MANIFEST).exists()
+
+
 class OldIndex:
     """What such an index holds; vectors that an unfinished run had made are not among it.
 

@@ -25,8 +25,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from btok.files import printable, write_json
 from btok.inputs import as_side, with_frames
 from btok.processing import Processor
@@ -35,18 +33,17 @@ from btok.tools.encode import PART, WINDOW
 from btok.tools.folder import (
     Listing,
     Looked,
-    Naming,
     as_part,
     as_uri,
     changed,
+    describe,
     index_of_files,
     known_windows,
     look,
-    lost,
+    path_of,
     tell,
 )
 from btok.tools.index import READ, Index
-from btok.tools.lookup import Places
 from btok.tools.rows import Row, described, refuse_other
 from btok.tools.sinks import IndexSink, fitted, is_index
 from btok.tools.tables import as_table, schema_of
@@ -162,20 +159,14 @@ def write_items(
 ) -> int:
     """Parquet files of the items that the index lacks; how many they are."""
 
-    def items() -> Iterator[dict[str, Any]]:
-        yield from naming.take(lost(listed, old))
-        for looked in looked_at(root, listed, old, clip):
-            yield from naming.items(looked)
-
-    real = listed.real
-    naming, count = Naming(), 0
-    coming = items()
-    while window := list(islice(coming, WINDOW)):
+    real, count = listed.real, 0
+    items = describe(root, listed, old, clip, looked_by_tasks)
+    while window := list(islice(items, WINDOW)):
         wanted = sink.lacking(window)
         lacking = [item for item, lacks in zip(window, wanted, strict=True) if lacks]
         for first in range(0, len(lacking), PART):
             part = lacking[first : first + PART]
-            paths = [str(root / real.get(item["uri"], item["uri"])) for item in part]
+            paths = [str(path_of(root, item, real)) for item in part]
             table = pa.table(
                 {
                     "id": [item["id"] for item in part],
@@ -188,7 +179,7 @@ def write_items(
     return count
 
 
-def looked_at(
+def looked_by_tasks(
     root: Path, listed: Listing, old: Index, clip: float | None
 ) -> Iterator[list[Looked]]:
     """A look at every file, in order, by tasks, some at a time."""
@@ -312,19 +303,16 @@ def rows_of(folder: Path, items: Path) -> Iterator[list[Row]]:
     """
     if not any(folder.glob("*.parquet")):
         return
-    asked = dataset.dataset(items, format="parquet").to_table(columns=["id", "item"])
-    ids = asked["id"].to_pylist()
-    places = Places([(ids, np.arange(len(ids), dtype=np.uint64))])
-    left = np.ones(len(ids), bool)
+    asked = dataset.dataset(items, format="parquet").to_batches(columns=["id", "item"])
+    left: dict[str, str] = {}
+    for batch in asked:
+        left |= zip(batch["id"].to_pylist(), batch["item"].to_pylist(), strict=True)
     for batch in dataset.dataset(folder, format="parquet").to_batches(batch_size=READ):
         vectors = batch["vector"].flatten().to_numpy().reshape(-1, batch["vector"].type.list_size)
         made, rows = iter(vectors), []
         for said in batch.select(["id", "tokens", "error"]).to_pylist():
             vector = next(made) if said["error"] is None else None
-            for at in places.find([said["id"]]):
-                if left[at] and ids[at] == said["id"]:
-                    left[at] = False
-                    item = json.loads(asked["item"][int(at)].as_py())
-                    rows.append(Row(item, vector, said["tokens"], said["error"]))
+            if (item := left.pop(said["id"], None)) is not None:
+                rows.append(Row(json.loads(item), vector, said["tokens"], said["error"]))
         if rows:
             yield rows

@@ -109,28 +109,31 @@ def relate(digests: NDArray[np.uint64], unreadable: Mapping[int, str]) -> Relate
     good = np.ones(len(digests), bool)
     good[[*unreadable]] = False
     rows = np.flatnonzero(good)
-    of, first, keys = [], [], []
-    for column in (0, 1):
-        values, at, which = distinct(digests[rows, column])
-        of.append(np.full(len(digests), ABSENT))
-        of[-1][rows] = which
-        first.append(rows[at])
-        keys.append(values)
-    query_of, candidate_of = of
+    query_of, candidate_of = (np.full(len(digests), ABSENT) for _ in range(2))
+    query_keys, first, query_of[rows] = distinct(digests[rows, 0])
+    queries = rows[first]
+    candidate_keys, first, candidate_of[rows] = distinct(digests[rows, 1])
+    candidates = rows[first]
     named = rows[digests[rows, 2] > 0]
     _, _, names = distinct(digests[named, 2])
-    group = joined(candidate_of[named], names, len(first[1]))
+    group = joined(candidate_of[named], names, len(candidates))
     count = int(group.max(initial=-1)) + 1
     pairs = np.unique(query_of[rows] * count + group[candidate_of[rows]])
     of_query, groups = np.divmod(pairs, max(count, 1))
-    begins = np.searchsorted(of_query, np.arange(len(first[0]) + 1))
-    sizes = np.bincount(group, minlength=count)
-    right = np.zeros(len(first[0]), np.int64)
-    np.add.at(right, of_query, sizes[groups])
-    members = lists(group, count)
-    both = keys[0], keys[1]
-    own = query_of, candidate_of, first[0], first[1], both, groups, begins, members
-    return Related(*own, len(first[1]) - right, unreadable)
+    right = np.zeros(len(queries), np.int64)
+    np.add.at(right, of_query, np.bincount(group, minlength=count)[groups])
+    return Related(
+        query_of=query_of,
+        candidate_of=candidate_of,
+        queries=queries,
+        candidates=candidates,
+        keys=(query_keys, candidate_keys),
+        groups=groups,
+        begins=np.searchsorted(of_query, np.arange(len(queries) + 1)),
+        members=lists(group, count),
+        allowed=len(candidates) - right,
+        unreadable=unreadable,
+    )
 
 
 def distinct(

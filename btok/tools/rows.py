@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,20 +82,15 @@ def without_none(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if value is not None}
 
 
+def quoted(text: str) -> str:
+    """A text in a condition."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def refuse_ungrouped() -> None:
     """A ValueError where torchrun started several processes that have no process group."""
     if int(os.environ.get("WORLD_SIZE", 1)) > world():
         raise ValueError("under torchrun call torch.distributed.init_process_group first")
-
-
-def refuse_twice(where: str, ids: Sequence[str]) -> None:
-    """A ValueError that names an id which is there twice."""
-    if len(set(ids)) < len(ids):
-        before: set[str] = set()
-        for each in ids:
-            if each in before:
-                raise ValueError(f"{where}: the id {each!r} came twice, expected all different")
-            before.add(each)
 
 
 def described(encoder: BTokEncoder, instruction: str | None) -> dict[str, Any]:
@@ -108,7 +103,15 @@ def described(encoder: BTokEncoder, instruction: str | None) -> dict[str, Any]:
     }
 
 
-def said(name: str, value: Any) -> str:
+def difference(had: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """The first setting in which two are not the same, as "dims 16, this is all"; "" for none."""
+    for name in sorted(had.keys() | asked.keys()):
+        if had.get(name) != asked.get(name):
+            return f"{name} {_said(name, had.get(name))}, this is {_said(name, asked.get(name))}"
+    return ""
+
+
+def _said(name: str, value: Any) -> str:
     """A setting's value in a message; None is what is not said because it is as usual."""
     if value is None:
         return "all" if name == "dims" else "not set"
@@ -117,13 +120,9 @@ def said(name: str, value: Any) -> str:
 
 def refuse_other(place: str | Path, had: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """A ValueError where vectors there are of another model or other settings."""
-    old = {"model": had.get("model"), **had.get("settings", {})}
     new = {"model": asked["model"], **asked["settings"]}
+    old = {"model": had.get("model"), **had.get("settings", {})}
     # bounds on pixels were once kept for models of text alone, too
-    kept = {name for name in old if not name.endswith("_pixels")}
-    for name in sorted(new.keys() | kept):
-        if old.get(name) != new.get(name):
-            raise ValueError(
-                f"{place} holds vectors of {name} {said(name, old.get(name))}, this is "
-                f"{said(name, new.get(name))}; delete it or give another output"
-            )
+    old = {name: v for name, v in old.items() if name in new or not name.endswith("_pixels")}
+    if why := difference(old, new):
+        raise ValueError(f"{place} holds vectors of {why}; delete it or give another output")

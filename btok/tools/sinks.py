@@ -61,8 +61,7 @@ def fitted(
     elif encoder.options == VectorOptions() and is_index(output):
         from btok.tools.index import Index, is_there
 
-        older = "://" not in str(output) and Path(output, old_index.MANIFEST).exists()
-        if not older and is_there(str(output)):
+        if not old_index.is_there(output) and is_there(str(output)):
             meta = Index.open(output).meta
             if meta["model"] == encoder.digest:
                 encoder = encoder.using(**options_of(meta["settings"]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,13 @@ def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
         for field in schema
     ]
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def as_batches(parts: Iterable[Sequence[Row]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """`as_table` of some rows after the other; nothing of no rows."""
+    for part in parts:
+        if part:
+            yield from as_table(part, schema).to_batches()
 
 
 def compressed(

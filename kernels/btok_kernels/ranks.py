@@ -138,6 +138,22 @@ def from_first(value: Any) -> Any:
     return values[0]
 
 
+def on_first(work: Callable[[], Any]) -> Any:
+    """What process 0 makes of something, in every process; a ValueError or an OSError that it
+    raises they raise as well, so that none waits for it.
+    """
+    outcome: Any = None
+    if rank() == 0:
+        try:
+            outcome = work()
+        except (ValueError, OSError) as error:
+            outcome = error
+    outcome = from_first(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
 def _grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
 

@@ -29,7 +29,7 @@ from btok.inputs import (
 )
 from btok.tools.folder import as_part, changed
 from btok.tools.index import Hit, Index
-from btok.tools.rows import item_name, without_none
+from btok.tools.rows import item_name, quoted, without_none
 
 BOTH = tuple(ending for ending in VIDEOS if ending in TEXTS)  # `.ts` is TypeScript or a video
 # a folder's kinds by their endings
@@ -241,11 +241,6 @@ class Shelf:
             while sum(len(each.data) for each in self.thumbnails.values()) > KEPT:
                 self.thumbnails.popitem(last=False)
         return shown
-
-
-def quoted(text: str) -> str:
-    """A text in a condition."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _ending(endings: tuple[str, ...]) -> str:
