@@ -97,7 +97,7 @@ def test_a_gguf_file_becomes_a_checkpoint_with_its_weights(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "tiny.gguf"]
 
 
-def test_what_cannot_become_a_checkpoint_is_refused(tmp_path, capsys):
+def test_what_cannot_become_a_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf")
     whole = (tmp_path / "tiny.gguf").read_bytes()
     for name, size in (("short", 2000), ("header", 20), ("tail", len(whole) - 500)):
@@ -114,6 +114,10 @@ def test_what_cannot_become_a_checkpoint_is_refused(tmp_path, capsys):
     assert "full is not empty; name a new folder" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none.gguf"), str(tmp_path / "out")]) == 2
     assert "none.gguf, which does not exist; expected a file" in capsys.readouterr().err
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["export", str(tmp_path / "tiny.gguf"), "."]) == 2
+    assert "out is ., the folder this runs in; name a new folder" in capsys.readouterr().err
 
 
 def test_a_gguf_file_in_place_of_a_checkpoint_is_told_with_what_to_do(tmp_path):

@@ -18,11 +18,15 @@ from btok.processing import Processor
 RUN = ("model", "manifest", "trainer", "btok_calibration")
 
 
-def refuse_used(out: Path) -> None:
-    """A ValueError where what is to be written would meet other files."""
-    may_be_folder("export: out", out)
+def must_be_new(argument: str, out: Path, replaced: bool = False) -> None:
+    """A ValueError where what is to be written to a folder would meet other files; or, of one that
+    is `replaced` whole, where this runs in it: a shell there would see nothing.
+    """
+    may_be_folder(argument, out)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"export: {out} is not empty; name a new folder")
+        raise ValueError(f"{argument} {out} is not empty; name a new folder")
+    if replaced and out.resolve() == Path.cwd():
+        raise ValueError(f"{argument} is {out}, the folder this runs in; name a new folder")
 
 
 def export(folder: str | Path, out: str | Path, bound: float | None = None) -> float:
@@ -45,7 +49,7 @@ def export(folder: str | Path, out: str | Path, bound: float | None = None) -> f
     """
     folder, out = Path(folder), Path(out)
     must_be_trained("export: checkpoint", folder)
-    refuse_used(out)
+    must_be_new("export: out", out)
     model = BTokModel.from_pretrained(folder).eval()
     config = model.backbone.config
     special = {value for name, value in vars(config).items() if name.endswith("_token_id")}

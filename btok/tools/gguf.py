@@ -13,7 +13,7 @@ from typing import Any
 from btok.families import named_family
 from btok.files import must_be, one_line, rename
 from btok.loading import alone
-from btok.tools.export import refuse_used
+from btok.tools.export import must_be_new
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def export_gguf(gguf: str | Path, out: str | Path) -> None:
     """
     gguf, out = Path(gguf), Path(out)
     must_be("file", "export: checkpoint", gguf)
-    refuse_used(out)
+    must_be_new("export: out", out, replaced=True)
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"export: {gguf} is read by gguf; pip install 'btok[gguf]'")
     import torch

@@ -16,6 +16,16 @@ WORDY = re.compile(
     r"|(External error|Generic \S+ error|LanceError\(\w+\)|Invalid user input): "
 )
 XML = re.compile(r"<\?xml.*<Message>(.*?)</Message>.*", re.DOTALL)  # of object stores
+SIGNS = (  # in what is said of a file that is damaged
+    "protobuf",
+    "decod",
+    "corrupt",
+    "magic",
+    "invalid range",
+    "too small",
+    "truncated",
+    "sufficient data",
+)
 DAMAGED = (
     "; a file of it is damaged or gone: open it again, and if that does not help delete it, and "
     "encode makes it again"
@@ -44,15 +54,5 @@ def named(uri: str) -> Iterator[None]:
 def is_damage(uri: str, error: BaseException) -> bool:
     """Whether it may be that a local table lost a file, or part of one."""
     said = str(error).lower()
-    signs: tuple[str, ...] = (
-        "protobuf",
-        "decod",
-        "corrupt",
-        "magic",
-        "invalid range",
-        "too small",
-        "truncated",
-    )
-    signs += ("sufficient data",)
     gone = "not found" in said and ("/data/" in said or "/_deletions/" in said)
-    return "://" not in uri and (gone or any(sign in said for sign in signs))
+    return "://" not in uri and (gone or any(sign in said for sign in SIGNS))

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from btok import adapters
 from btok.config import CONFIG_NAME, must_be_trained
-from btok.files import may_be_folder, read_json, rename, sha256, write_json
+from btok.files import read_json, rename, sha256, write_json
 from btok.model import model_digest
 from btok.tools.evaluate import DECIDING
-from btok.tools.export import RUN
+from btok.tools.export import RUN, must_be_new
 
 MERGED = "merged.json"
 NEAR = 1e-6  # that weights may be from 1 in sum
@@ -83,11 +83,7 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], output: s
     if not abs(sum(weights) - 1) <= NEAR:  # fsum would raise where a sum is too large
         said = " + ".join(map(str, weights))
         raise ValueError(f"merge: weights is {said} = {sum(weights)}, expected 1 in sum")
-    may_be_folder("merge: output", out)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"merge: output {out} is not empty; name a new folder")
-    if out.resolve() == Path.cwd():  # it is replaced, and a shell in it would see nothing
-        raise ValueError(f"merge: output is {out}, the folder this runs in; name a new folder")
+    must_be_new("merge: output", out, replaced=True)
     for folder in folders:
         if folder.resolve() in out.resolve().parents:
             raise ValueError(
@@ -198,25 +194,36 @@ def mean(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
     return total.to(dtype)
 
 
+def same_tensors(folders: Sequence[Path], kinds: Sequence[Mapping[str, str]]) -> None:
+    """A ValueError for a tensor that is of another kind in one of the folders.
+
+    Args:
+        kinds: by name what the tensors of each folder are, in words.
+    """
+    for folder, own in zip(folders[1:], kinds[1:], strict=True):
+        for name in sorted(own.keys() | kinds[0].keys()):
+            had, expected = (of.get(name, "not there") for of in (own, kinds[0]))
+            if had != expected:
+                raise ValueError(
+                    f"merge: {name} of {folder} is {had}, of {folders[0]} {expected}, expected the "
+                    "same"
+                )
+
+
 def merge_weights(folders: Sequence[Path], weights: Sequence[float], path: Path) -> None:
     """Write the mean of whole models as a safetensors file, tensor by tensor."""
     with ExitStack() as stack:
         tensors = [_opened(folder, stack) for folder in folders]
-        shapes = [{n: (t.get_dtype(), t.get_shape()) for n, t in own.items()} for own in tensors]
-        for folder, own in zip(folders[1:], shapes[1:], strict=True):
-            for name in sorted(own.keys() | shapes[0].keys()):
-                if own.get(name) != shapes[0].get(name):
-                    raise ValueError(
-                        f"merge: {name} of {folder} is {_said(own.get(name))}, of {folders[0]} "
-                        f"{_said(shapes[0].get(name))}, expected the same"
-                    )
-        size = {name: _bytes(tensors[0][name]) for name in tensors[0]}
+        kinds = [{n: f"{t.get_dtype()} {t.get_shape()}" for n, t in own.items()} for own in tensors]
+        same_tensors(folders, kinds)
+        first = tensors[0]
+        size = {name: _bytes(tensor) for name, tensor in first.items()}
         # as safetensors has them, so that each begins where its kind may
         names = sorted(size, key=lambda name: (-size[name][0], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name in names:
-            kind, shape = shapes[0][name]
+            kind, shape = first[name].get_dtype(), first[name].get_shape()
             end = at + math.prod(size[name])
             header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, end]}
             at = end
@@ -244,10 +251,6 @@ def _opened(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118
 
 
-def _said(kind: tuple[str, list[int]] | None) -> str:
-    return "not there" if kind is None else f"{kind[0]} {kind[1]}"
-
-
 def _bytes(tensor: Any) -> tuple[int, int]:
     """Bytes of an element, and how many elements."""
     shape = tensor.get_shape()
@@ -270,17 +273,10 @@ def merge_adapters(folders: Sequence[Path], weights: Sequence[float], draft: Pat
     """Write adapters whose update is the mean of these adapters' updates."""
     used = [(folder, w) for folder, w in zip(folders, weights, strict=True) if w != 0]
     every = {folder: load_file(folder / adapters.WEIGHTS_NAME) for folder in folders}
-    first = every[folders[0]]
-    for folder, own in every.items():
-        for name in sorted(own.keys() | first.keys()):
-            shapes = [[*x[name].shape] if name in x else "not there" for x in (own, first)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"merge: {name} of {folder} is {shapes[0]}, of {folders[0]} {shapes[1]}, "
-                    "expected the same"
-                )
+    kinds = [{name: str([*x.shape]) for name, x in every[folder].items()} for folder in folders]
+    same_tensors(folders, kinds)
     merged: dict[str, Tensor] = {}
-    for name in first:
+    for name in every[folders[0]]:
         parts = [every[folder][name] for folder, _ in used]
         if ".lora_A." in name:
             merged[name] = torch.cat(parts)
