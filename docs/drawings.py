@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from btok.kernels import CondensedLayout
+from btok.tools.pictures import BLUE, GREEN, ORANGE
 
-BLUE, ORANGE, GREEN = (0.20, 0.40, 0.65), (0.93, 0.50, 0.15), (0.10, 0.60, 0.25)
 PALE, GREY = (0.93, 0.93, 0.93), (0.45, 0.45, 0.45)
 LIGHT = (0.97, 0.76, 0.56)  # orange that waits
 X, B, T = 6, 3, 5  # rows of the drawn sequence

@@ -57,7 +57,7 @@ def test_contact_sheet_frames_the_right_one(pixels, tmp_path):
         right = [i == place for i in range(5)]
         pictures.contact_sheet([(query, found, right)], tmp_path / "sheet.png", "right $ one")
         sheet = pixels(tmp_path / "sheet.png")
-        columns = np.flatnonzero(near(sheet, pictures._GREEN).sum(axis=0) > 50)
+        columns = np.flatnonzero(near(sheet, pictures.GREEN).sum(axis=0) > 50)
         lefts.append(columns.min())
         assert columns.max() - columns.min() == pytest.approx(260, abs=12)
     assert lefts[1] - lefts[0] == pytest.approx(3 * 280, abs=2)
@@ -66,7 +66,7 @@ def test_contact_sheet_frames_the_right_one(pixels, tmp_path):
 
     pictures.contact_sheet([(query, found, [False] * 5, 9)], tmp_path / "missed.png", "missed")
     missed = pixels(tmp_path / "missed.png")
-    assert not near(missed, pictures._GREEN).any()
+    assert not near(missed, pictures.GREEN).any()
     note = missed[120:, sheet.shape[1] + 4 :]
     assert missed.shape[1] == sheet.shape[1] + 180 and (note < 100).all(axis=-1).sum() > 100
 
@@ -99,21 +99,21 @@ def test_loss_curve(pixels, tmp_path):
     rows = [{"step": i, "phase": "warm-up", "ntp": 3 - i / 50, "loss": 1} for i in range(50)]
     pictures.loss_curve(rows, path)
     one = pixels(path)
-    assert near(one, pictures._ORANGE).sum() > 1000 and not near(one, pictures._BLUE).any()
+    assert near(one, pictures.ORANGE).sum() > 1000 and not near(one, pictures.BLUE).any()
     rows += [{"step": 50 + i, "phase": "main", "ntp": 2, "contrastive": 1} for i in range(50)]
     pictures.loss_curve([{"event": "start"}, *rows], path)
     two = pixels(path)
     assert one.shape[1] == two.shape[1] == 1400 and two.shape[0] == one.shape[0] + 380
-    bold = near(two, pictures._BLUE)
+    bold = near(two, pictures.BLUE)
     assert bold[:, 760:].sum() > 1000 and not bold[:, :600].any()  # contrastive: second half only
-    assert near(two, pictures._ORANGE)[:, 200:600].sum() > 500
+    assert near(two, pictures.ORANGE)[:, 200:600].sum() > 500
     middle = two[two.shape[0] // 4]
     assert len({tuple(middle[x]) for x in (300, 1200)}) == 2  # two shades
     # a jump between phases is neither bridged nor smoothed away: two level lines
     pictures.loss_curve(
         [{"step": i, "phase": f"{i // 99}", "ntp": i // 99} for i in range(198)], path
     )
-    level = near(pixels(path), pictures._ORANGE).any(axis=1)
+    level = near(pixels(path), pictures.ORANGE).any(axis=1)
     assert np.diff(level.astype(int)).tolist().count(1) == 2
     pictures.loss_curve([{"step": 1, "contrastive": 1.0}], path)
     with pytest.raises(ValueError, match="no row"):
@@ -125,11 +125,11 @@ def test_mask_picture(pixels, tmp_path):
     drawings["masks"]().savefig(tmp_path / "masks.png")
     picture = pixels(tmp_path / "masks.png")
     causal, condensed = np.split(picture, [picture.shape[1] // 2], axis=1)
-    cell = near(causal, pictures._ORANGE).sum() / (3 + 2 + 1 + 5 * 3)
+    cell = near(causal, pictures.ORANGE).sum() / (3 + 2 + 1 + 5 * 3)
     seen = {  # rows x: 6 * 7 / 2; rows B: all of x; rows T: all of x, or nothing of it
-        "blue": (pictures._BLUE, 21 + 3 * 6 + 5 * 6, 21 + 3 * 6),
-        "orange": (pictures._ORANGE, 6 + 5 * 3, 6 + 5 * 3),
-        "green": (pictures._GREEN, 15, 15),
+        "blue": (pictures.BLUE, 21 + 3 * 6 + 5 * 6, 21 + 3 * 6),
+        "orange": (pictures.ORANGE, 6 + 5 * 3, 6 + 5 * 3),
+        "green": (pictures.GREEN, 15, 15),
     }
     for name, (colour, before, after) in seen.items():
         assert near(causal, colour).sum() / cell == pytest.approx(before, rel=0.05), name

@@ -15,8 +15,8 @@ Path = str | os.PathLike[str]
 ENDINGS = (".png", ".pdf", ".svg", ".jpg")
 _DPI, _TEXT = 144, 11  # pixels per inch, so 1 pt is 2 px; pt
 _GAP, _PAD, _FOUND, _LINE = 20, 12, 236, 26  # px: around and in frames, a cell, a line of text
-_BLUE, _ORANGE, _GREEN = (0.20, 0.40, 0.65), (0.93, 0.50, 0.15), (0.10, 0.60, 0.25)
-_GREY, _PALE = (0.55, 0.55, 0.55), (0.94, 0.94, 0.94)
+BLUE, ORANGE, GREEN = (0.20, 0.40, 0.65), (0.93, 0.50, 0.15), (0.10, 0.60, 0.25)
+_GREY = (0.55, 0.55, 0.55)
 
 
 class SheetRow(NamedTuple):
@@ -43,7 +43,7 @@ def loss_curve(log_rows: Iterable[Mapping[str, Any]], path: Path) -> None:
         ValueError: no row has a step and one of the two losses.
     """
     rows = [row for row in log_rows if row.get("step") is not None]
-    colours = {"contrastive": _BLUE, "ntp": _ORANGE}
+    colours = {"contrastive": BLUE, "ntp": ORANGE}
     keys = [key for key in colours if any(row.get(key) is not None for row in rows)]
     if not keys:
         raise ValueError("loss_curve: no row has a step and a contrastive or ntp loss")
@@ -105,7 +105,7 @@ def contact_sheet(rows: Iterable[SheetRow], path: Path, title: str) -> None:
             axes.text(x, bottom, text, size=_TEXT, ha="center", va="bottom", parse_math=False)
         frames = [False] * len(row.retrieved) if row.right is None else row.right
         for x, right in zip(centres[1 : len(line)], frames, strict=True):
-            edge = {"edgecolor": _GREEN, "lw": 4} if right else {"edgecolor": _GREY, "lw": 0.6}
+            edge = {"edgecolor": GREEN, "lw": 4} if right else {"edgecolor": _GREY, "lw": 0.6}
             axes.bar(x, height, _FOUND + 2 * _PAD, top, fill=False, **edge)
         if row.right is not None and not any(row.right):
             place = f"at rank {row.rank}" if row.rank else f"not in top {len(row.right)}"
@@ -157,7 +157,7 @@ def bars(
     for i, (name, values) in enumerate(series.items()):
         there = [(x, value) for x, value in enumerate(values) if value is not None]
         places = [x + (i - (len(series) - 1) / 2) * width for x, _ in there]
-        colour = _GREEN if i == 0 else str(greys[i - 1])
+        colour = GREEN if i == 0 else str(greys[i - 1])
         drawn = axes.bar(places, [v for _, v in there], 0.92 * width, color=colour, label=name)
         labels = [f"{value:.0f}" for _, value in there]
         axes.bar_label(drawn, labels, fontsize=_TEXT - 1, color=_GREY, padding=1)
