@@ -250,8 +250,10 @@ def test_checkpoints_that_differ(two, tmp_path, capsys):
         assert message in refused(capsys, tmp_path, [a, folder]), folder
     assert "checkpoints has 1, expected at least 2" in refused(capsys, tmp_path, [a], (1,))
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ValueError, match="out, which is a file; expected a folder"):
-        merge(two, (0.5, 0.5), tmp_path / "out")
+    (tmp_path / "new.draft").write_text("a file")
+    for name, there in (("out", "out"), ("new", "new.draft")):
+        with pytest.raises(ValueError, match=f"{there}, which is a file; expected a folder"):
+            merge(two, (0.5, 0.5), tmp_path / name)
 
 
 def test_weights_below_0_and_outputs_that_are_no_place(two, tmp_path, capsys, monkeypatch):

@@ -466,6 +466,14 @@ def test_files_that_do_not_fit(checkpoint, tmp_path, capsys):
         ([wrong, *out], "wrong.jsonl:2: it has no positive"),
     ):
         assert message in refused(capsys, checkpoint, *arguments)
+    (tmp_path / "h.jsonl.parts").write_text("")
+    line = refused(capsys, checkpoint, a, *out)
+    assert "mine: output's parts is" in line and "which is a file; expected a folder" in line
+    (tmp_path / "h.jsonl.parts").unlink()
+    (tmp_path / "h.jsonl.json").mkdir()  # told before anything is encoded
+    line = refused(capsys, checkpoint, a, *out)
+    assert "mine: output's report is" in line and "which is a folder; expected a file" in line
+    assert not (tmp_path / "h.jsonl.parts").exists()
     assert main(["mine", checkpoint, *map(str, out)]) == 2
 
 

@@ -111,6 +111,7 @@ def test_what_is_refused(checkpoint, tmp_path, capsys):
         (["--output", "s3://bucket/index"], "staging is None, expected a folder that all machines"),
         (["--workers", "0"], "workers is 0, expected at least 1"),
         (["--staging", str(tmp_path / "full")], "full, which has other things in it"),
+        (["--staging", str(tmp_path / "full/mine.txt")], "mine.txt, which is a file; expected a"),
     ):
         assert main(["encode", checkpoint, str(folder), "--engine", "ray", *words]) == 2
         assert message in capsys.readouterr().err

@@ -176,6 +176,14 @@ def test_what_no_npz_can_say_is_refused_before_anything_is_encoded(encoder, tmp_
     assert not made and not list(tmp_path.iterdir())
 
 
+def test_a_file_in_the_place_of_the_parts_is_told_before_anything_is_encoded(encoder, tmp_path):
+    (tmp_path / "out.npz.parts").write_text("")
+    made = counted(encoder)
+    with pytest.raises(ValueError, match=r"output's parts is .*, which is a file; expected a fold"):
+        encoder.encode_to(tmp_path / "out.npz", TEXTS[:2], IDS[:2])
+    assert not made
+
+
 def test_without_the_extra(checkpoint, tmp_path):
     """Vectors are written all the same, and what an index needs is named."""
     (tmp_path / "folder").mkdir()

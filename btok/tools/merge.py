@@ -24,7 +24,7 @@ from torch import Tensor
 
 from btok import adapters
 from btok.config import CONFIG_NAME, must_be_trained
-from btok.files import read_json, rename, sha256, write_json
+from btok.files import may_be_folder, read_json, rename, sha256, write_json
 from btok.model import model_digest
 from btok.tools.evaluate import DECIDING
 from btok.tools.export import RUN, must_be_new
@@ -92,6 +92,7 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], output: s
     adapted = check(folders)
     digests = [model_digest(folder) for folder in folders]
     draft = out.with_name(f"{out.name}.draft")
+    may_be_folder("merge: output's draft", draft)
     shutil.rmtree(draft, ignore_errors=True)  # of a call that was killed
     draft.mkdir(parents=True)
     try:

@@ -162,6 +162,8 @@ def jobs_of(command: Mine) -> list[Job]:
             positive_instruction=command.positive_instruction,
         )
         jobs.append(Job(command, source, output))
+        may_be_folder("mine: output's parts", jobs[-1].parts)
+        may_be_file("mine: output's report", jobs[-1].report)
     return jobs
 
 

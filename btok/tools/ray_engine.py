@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from btok.files import printable, write_json
+from btok.files import may_be_folder, printable, write_json
 from btok.inputs import as_side, with_frames
 from btok.processing import Processor
 from btok.tools.command_line import load
@@ -143,6 +143,7 @@ def connect(address: str | None, workers: int | None) -> bool:
 
 def prepare_staging(staging: Path, asked: Mapping[str, Any]) -> None:
     """A folder for this model and settings; a ValueError where one holds parts of others."""
+    may_be_folder("staging", staging)
     if (staging / META).exists():
         refuse_other(staging, json.loads((staging / META).read_text()), asked)
     elif staging.exists() and any(staging.iterdir()):

@@ -40,6 +40,8 @@ def may_be_output(output: str | Path) -> None:
     if "://" not in str(output):
         is_file = Path(output).suffix.lower() == NPZ
         (may_be_file if is_file else may_be_folder)("output", Path(output))
+        if is_file:
+            may_be_folder("output's parts", Path(f"{output}.parts"))
 
 
 def fitted(
