@@ -11,20 +11,26 @@ import base64
 import http.client
 import io
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from numpy.typing import NDArray
+from torch.nn.functional import normalize
 
 from btok.data.records import Side
 from btok.encoder import BTokEncoder
-from btok.files import one_line
+from btok.files import one_line, printable
 from btok.inputs import with_frames
 from btok.packing import pack
+from btok.tools.command_line import load
 
 BOUND = 0.9999  # a cosine from which two vectors are the same, in fp32
 SECONDS = 120.0  # that a request may take
@@ -41,24 +47,59 @@ TEXTS = {
 Vector = NDArray[np.floating[Any]]
 
 
+@dataclass(frozen=True)
+class CheckServer:
+    """Ask a server for embeddings of a dozen inputs, compare them with the checkpoint's, and say
+    what is wrong; exits with 1 where something is.
+
+    Args:
+        url: of a server with OpenAI's embeddings interface, as of vLLM: http://localhost:8000.
+        checkpoint: what it should serve.
+        model: its name there; the first that the server lists by default.
+        bound: a cosine from which vectors are the same; 0.999 suits a server in bfloat16.
+        api_key: sent to it; OPENAI_API_KEY's by default.
+    """
+
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    model: str | None = None
+    bound: float = BOUND
+    api_key: str | None = None
+
+
+def check_server(command: CheckServer) -> bool:
+    """Run the command: print what there is to say; whether all is right.
+
+    Raises:
+        ValueError: a bound that no cosine can have; as `compare` says.
+    """
+    if not 0 < command.bound <= 1:
+        raise ValueError(f"bound is {command.bound}, expected above 0 and at most 1")
+    encoder, key = load(command.checkpoint), os.environ.get("OPENAI_API_KEY")
+    found = compare(command.url, encoder, command.model, command.api_key or key)
+    right, said = report(encoder, found, command.bound)
+    print("\n".join(map(printable, said.splitlines())))
+    return right
+
+
 class Compared(NamedTuple):
     """What a server made of an input.
 
     Args:
         name, side: the input's.
-        got: the server's vector; None where there is none.
-        error: what it said then.
-        counted: tokens that it counted; None where it does not say.
         ours, tokens: our vector, and our number of tokens.
+        got: the server's vector; empty where it refused the input.
+        counted: tokens that it counted; None where it does not say.
+        error: what it said where it refused the input.
     """
 
     name: str
     side: Side
-    got: Vector | None
-    error: str
-    counted: int | None
     ours: Vector
     tokens: int
+    got: Vector = np.empty(0)
+    counted: int | None = None
+    error: str = ""
 
     @property
     def kind(self) -> str:
@@ -68,9 +109,19 @@ class Compared(NamedTuple):
     @property
     def cosine(self) -> float:
         """Of both vectors; NaN where there is none, or one of another length."""
-        if self.got is None or self.got.shape != self.ours.shape:
+        if self.got.shape != self.ours.shape:
             return float("nan")
-        return float(self.got @ self.ours / max(float(np.linalg.norm(self.got)), 1e-12))
+        return float(directed(self.got) @ self.ours)
+
+    @property
+    def more(self) -> int:
+        """Tokens that it counts more than we do; 0 where it does not say."""
+        return 0 if self.counted is None else self.counted - self.tokens
+
+
+def directed(vector: Vector) -> Vector:
+    """A vector at length 1."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
 def sides(encoder: BTokEncoder) -> dict[str, Side]:
@@ -82,8 +133,12 @@ def sides(encoder: BTokEncoder) -> dict[str, Side]:
         rng = np.random.default_rng(0)
 
         def file(height: int, width: int, kind: str) -> bytes:
+            from PIL import Image
+
             rough = rng.integers(0, 256, (height // 28 + 1, width // 28 + 1, 3), np.uint8)
-            return _file(rough.repeat(28, 0).repeat(28, 1)[:height, :width], kind)
+            made = io.BytesIO()
+            Image.fromarray(rough.repeat(28, 0).repeat(28, 1)[:height, :width]).save(made, kind)
+            return made.getvalue()
 
         found["a small picture"] = Side("what is it?", [file(56, 84, "PNG")])
         found["a picture alone"] = Side("", [file(112, 112, "PNG")])
@@ -92,14 +147,6 @@ def sides(encoder: BTokEncoder) -> dict[str, Side]:
         frames = [file(112, 112, "JPEG") for _ in range(4)]
         found["frames"] = Side("what happens?", video=frames, frame_seconds=range(4))
     return found
-
-
-def _file(picture: NDArray[np.uint8], kind: str) -> bytes:
-    from PIL import Image
-
-    made = io.BytesIO()
-    Image.fromarray(picture).save(made, kind)
-    return made.getvalue()
 
 
 def compare(
@@ -132,7 +179,7 @@ def compare(
     ours = encoder.encode([side for _, side, _ in asked], show_progress=False)
     found = []
     for (name, side, tokens), vector in zip(asked, ours, strict=True):
-        made = Compared(name, side, None, "", None, vector, tokens)
+        made = Compared(name, side, vector, tokens)
         body: dict[str, Any] = {"model": model, "encoding_format": "float"}
         body |= {"input": [side.text]} if made.kind == "texts" else {"messages": messages(side)}
         try:
@@ -144,8 +191,7 @@ def compare(
             found.append(made._replace(error=str(refused)))
             continue
         got, counted = _read(answer, f"{url}/embeddings")
-        made = made._replace(got=got, counted=counted)
-        found.append(made)
+        found.append(made._replace(got=got, counted=counted))
     return found
 
 
@@ -221,9 +267,10 @@ def mistakes(encoder: BTokEncoder, side: Side) -> Iterator[tuple[str, Vector]]:
     model = encoder.model
     sample = encoder.processor(with_frames(side))
     btoks = tuple(model.btok_token_ids)
-    count = len(btoks)
+    count, pooling = len(btoks), model.settings.pooling
 
-    def states(ids: Sequence[int]) -> torch.Tensor:
+    @cache
+    def states(ids: tuple[int, ...]) -> torch.Tensor:  # [T, D]
         packed = pack(
             [(sample, None)],
             btok_token_ids=ids,
@@ -234,55 +281,44 @@ def mistakes(encoder: BTokEncoder, side: Side) -> Iterator[tuple[str, Vector]]:
         with torch.inference_mode():
             return model.hidden_states(packed.to(model.backbone.device)).float().cpu()
 
-    def last(rows: torch.Tensor) -> torch.Tensor:
-        return rows[-1]
+    pooled: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "last": lambda rows: rows[-1],
+        "mean": lambda rows: rows.mean(0),
+        "btok": lambda rows: rows[-count:].mean(0),
+        "directions": lambda rows: normalize(rows[-count:], dim=-1).mean(0),
+    }
+    takes = {
+        "btok": f"it takes the mean of the {count} bottleneck rows",
+        "last": "it takes the last row (LAST)",
+        "mean": "it takes the mean of all rows (MEAN)",
+    }
 
-    def mean(rows: torch.Tensor) -> torch.Tensor:
-        return rows.mean(0)
+    def made(ids: tuple[int, ...], how: str) -> Vector:
+        return normalize(pooled[how](states(ids)), dim=-1).numpy()
 
-    def mean_of_btoks(rows: torch.Tensor) -> torch.Tensor:
-        return rows[-count:].mean(0)
-
-    def mean_of_directions(rows: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(rows[-count:], dim=-1).mean(0)
-
-    pooling = model.settings.pooling
-    guesses: list[tuple[str, Sequence[int], Callable[[torch.Tensor], torch.Tensor]]] = []
     if count:
-        missing = f"the {count} bottleneck tokens are not in its input"
-        twice = f"the {count} bottleneck tokens are in its input twice"
-        guesses += [
-            (f"{missing}, and it takes the last row (LAST)", (), last),
-            (f"{missing}, and it takes the mean of all rows (MEAN)", (), mean),
-            (twice, btoks * 2, {"btok": mean_of_btoks, "last": last, "mean": mean}[pooling]),
-        ]
+        there = f"the {count} bottleneck tokens are"
+        for how in ("last", "mean"):
+            yield f"{there} not in its input, and {takes[how]}", made((), how)
+        yield f"{there} in its input twice", made(btoks * 2, pooling)
     if pooling == "btok":
-        guesses.append(("it normalises each row before the mean", btoks, mean_of_directions))
-    elif count:
-        said = f"it takes the mean of the {count} bottleneck rows, not what the checkpoint pools"
-        guesses.append((said, btoks, mean_of_btoks))
-    if pooling != "last":
-        said = "it takes the last row (LAST), not what the checkpoint pools"
-        guesses.append((said, btoks, last))
-    if pooling != "mean":
-        said = "it takes the mean of all rows (MEAN), not what the checkpoint pools"
-        guesses.append((said, btoks, mean))
-    for said, ids, pooled in guesses:
-        yield said, torch.nn.functional.normalize(pooled(states(ids)), dim=-1).numpy()
+        yield "it normalises each row before the mean", made(btoks, "directions")
+    for how, said in takes.items():
+        if how != pooling and (count or how != "btok"):
+            yield f"{said}, not what the checkpoint pools", made(btoks, how)
 
 
 def causes(encoder: BTokEncoder, found: Sequence[Compared], bound: float = BOUND) -> list[str]:
     """In words, what probably is wrong with a server; empty where nothing is."""
     said = []
-    sent = [each for each in found if each.got is not None]
+    sent = [each for each in found if not each.error]
     for each in sent:
-        assert each.got is not None
         if each.got.shape != each.ours.shape:
             had = f"its vectors have {each.got.shape[0]} components"
             return [f"{had}, ours {each.ours.shape[0]}: it serves another model, or `dimensions`"]
-    if any(not np.isfinite(each.got).all() for each in sent if each.got is not None):
+    if not all(np.isfinite(each.got).all() for each in sent):
         return ["its vectors hold what is no number (NaN, infinity)"]
-    lengths = [float(np.linalg.norm(each.got)) for each in sent if each.got is not None]
+    lengths = [float(np.linalg.norm(each.got)) for each in sent]
     if any(abs(length - 1) > 1e-2 for length in lengths):
         said.append(
             f"its vectors are not of length 1, but {min(lengths):.3g} to {max(lengths):.3g}"
@@ -292,14 +328,12 @@ def causes(encoder: BTokEncoder, found: Sequence[Compared], bound: float = BOUND
     if texts:
         closest: dict[str, list[float]] = {}
         for each in texts[:3]:
-            assert each.got is not None
-            got = each.got / max(float(np.linalg.norm(each.got)), 1e-12)
             for guess, vector in mistakes(encoder, each.side):
-                closest.setdefault(guess, []).append(float(got @ vector))
+                closest.setdefault(guess, []).append(float(directed(each.got) @ vector))
         best = max(closest, key=lambda guess: min(closest[guess]))
         if min(closest[best]) >= bound:
             said.append(best)
-    if counts := {each.counted - each.tokens for each in texts if each.counted is not None} - {0}:
+    if counts := {each.more for each in texts} - {0}:
         differ = ", ".join(f"{count:+d}" for count in sorted(counts))
         said.append(f"it counts other tokens than we do ({differ})")
     elif texts and not said:
@@ -307,16 +341,15 @@ def causes(encoder: BTokEncoder, found: Sequence[Compared], bound: float = BOUND
             "none of the usual mistakes gives its vectors: other weights, precision, tokens"
         )
     if wrong and not texts:
-        counts = {e.counted - e.tokens for e in wrong if e.counted is not None} - {0}
-        why = "resizes them otherwise" if counts else "has other pixels or positions for them"
-        if counts and all(len(each.side.images) > 1 for each in wrong):
+        differs = any(each.more for each in wrong)
+        why = "resizes them otherwise" if differs else "has other pixels or positions for them"
+        if differs and all(len(each.side.images) > 1 for each in wrong):
             why = "puts the parts of a message together otherwise (another chat template, or "
             why += "--chat-template-content-format)"
-        kinds = [{e.kind for e in some} for some in (sent, wrong)]
-        right, off = (
-            " and ".join(sorted(found, reverse=True)) for found in (kinds[0] - kinds[1], kinds[1])
-        )
-        said.append(f"{right} are right, {off} are not: it {why}")
+        off = {each.kind for each in wrong}
+        right = {each.kind for each in sent} - off
+        kinds = (" and ".join(sorted(some, reverse=True)) for some in (right, off))
+        said.append("{} are right, {} are not: it ".format(*kinds) + why)
     return said
 
 
@@ -327,15 +360,15 @@ def report(
     lines = []
     for each in found:
         told = each.error or f"cosine {each.cosine:.6f}"
-        if each.counted is not None and each.counted != each.tokens:
+        if each.more:
             told += f", {each.counted} tokens where we have {each.tokens}"
-        mark = "REFUSED " if each.got is None else "" if each.cosine >= bound else "WRONG "
+        mark = "REFUSED " if each.error else "" if each.cosine >= bound else "WRONG "
         lines.append(f"{mark:8}{each.name}: {told}")
     if left := sides(encoder).keys() - {each.name for each in found}:
         lines.append(f"{'':8}left out, of more tokens than it takes: {', '.join(sorted(left))}")
     reasons = causes(encoder, found, bound)
-    if refused := [each.name for each in found if each.got is None]:
+    if refused := [each.name for each in found if each.error]:
         reasons.append(f"it refuses {', '.join(refused)}")
-    same = all(each.cosine >= bound for each in found if each.got is not None)
+    same = all(each.cosine >= bound for each in found if not each.error)
     verdict = f"the same vectors, to a cosine of {bound:g}" if same else "other vectors"
     return same and not reasons, "\n".join([*lines, "; ".join([verdict, *reasons])])

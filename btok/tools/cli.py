@@ -40,8 +40,8 @@ from btok.inputs import Page, as_side, rgb_array, with_frames
 from btok.inputs.documents import at_page
 from btok.tools import old_index, pictures
 from btok.tools.calibrate import Calibrate, calibrate
-from btok.tools.check_server import BOUND, compare, report
-from btok.tools.command_line import load, parse
+from btok.tools.check_server import CheckServer, check_server
+from btok.tools.command_line import parse
 from btok.tools.encode_folder import Encode, bring_up_to_date, listed
 from btok.tools.env import Env, describe_machine
 from btok.tools.evaluate import Evaluate, evaluate
@@ -114,26 +114,6 @@ class Export:
     bound: float | None = None
 
 
-@dataclass(frozen=True)
-class CheckServer:
-    """Ask a server for embeddings of a dozen inputs, compare them with the checkpoint's, and say
-    what is wrong; exits with 1 where something is.
-
-    Args:
-        url: of a server with OpenAI's embeddings interface, as of vLLM: http://localhost:8000.
-        checkpoint: what it should serve.
-        model: its name there; the first that the server lists by default.
-        bound: a cosine from which vectors are the same; 0.999 suits a server in bfloat16.
-        api_key: sent to it; OPENAI_API_KEY's by default.
-    """
-
-    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    model: str | None = None
-    bound: float = BOUND
-    api_key: str | None = None
-
-
 COMMANDS: dict[str, type] = {
     "encode": Encode,
     "search": Search,
@@ -191,58 +171,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def run(
-    command: Encode
-    | Serve
-    | Describe
-    | Export
-    | CheckServer
-    | Calibrate
-    | Evaluate
-    | Mine
-    | Merge
-    | Report
-    | Env,
-) -> int:
-    """Bring the index up to date and, for a search, print what is nearest; or one of the others.
+def run(command: object) -> int:
+    """Run one of `COMMANDS`.
 
     Returns:
         What the process ends with: 0, or 1 where a server was found wrong.
     """
-    if isinstance(command, CheckServer):
-        if not 0 < command.bound <= 1:
-            raise ValueError(f"bound is {command.bound}, expected above 0 and at most 1")
-        encoder, key = load(command.checkpoint), os.environ.get("OPENAI_API_KEY")
-        found = compare(command.url, encoder, command.model, command.api_key or key)
-        right, said = report(encoder, found, command.bound)
-        print("\n".join(map(printable, said.splitlines())))
-        return 0 if right else 1
-    if isinstance(command, Env):
-        print(describe_machine(command))
-    elif isinstance(command, Report):
-        print(printable(write_report(command.run, command.output)))
-    elif isinstance(command, Serve):
-        serve(command)
-    elif isinstance(command, Evaluate):
-        evaluate(command)
-    elif isinstance(command, Calibrate):
-        calibrate(command)
-    elif isinstance(command, Mine):
-        mine(command)
-    elif isinstance(command, Merge):
-        merge(command.checkpoints, command.weights, command.output)
-        print(f"{command.output}: the weighted mean of {len(command.weights)} checkpoints")
-    elif isinstance(command, Export):
-        if command.checkpoint.suffix == ".gguf":
+    match command:
+        case CheckServer():
+            return 0 if check_server(command) else 1
+        case Env():
+            print(describe_machine(command))
+        case Report():
+            print(printable(write_report(command.run, command.output)))
+        case Serve():
+            serve(command)
+        case Evaluate():
+            evaluate(command)
+        case Calibrate():
+            calibrate(command)
+        case Mine():
+            mine(command)
+        case Merge():
+            merge(command.checkpoints, command.weights, command.output)
+            print(f"{command.output}: the weighted mean of {len(command.weights)} checkpoints")
+        case Export() if command.checkpoint.suffix == ".gguf":
             export_gguf(command.checkpoint, command.out)
             print(f"{command.out}: dequantised to float32")
-            return 0
-        moved = export(command.checkpoint, command.out, command.bound)
-        print(f"{command.out}: a plain checkpoint; embeddings move by {moved:.1e} at most")
-    elif isinstance(command, Describe):
-        describe(command)
-    else:
-        encode(command)
+        case Export():
+            moved = export(command.checkpoint, command.out, command.bound)
+            print(f"{command.out}: a plain checkpoint; embeddings move by {moved:.1e} at most")
+        case Describe():
+            describe(command)
+        case Search():
+            search(command)
+        case Encode():
+            bring_up_to_date(command, listed(command))
     return 0
 
 
@@ -272,27 +236,27 @@ def describe(command: Describe) -> None:
         print(printable(f"  {name}: {why}"))
 
 
-def encode(command: Encode) -> None:
-    """Bring an index up to date and, for a search, print what is nearest."""
-    query = asked(command) if isinstance(command, Search) else Side()
-    where = command.where if isinstance(command, Search) else None
-    if isinstance(command, Search) and command.folder.is_dir() and not is_index(command.index):
+def search(command: Search) -> None:
+    """Bring an index up to date and print what is nearest."""
+    query = asked(command)
+    if command.folder.is_dir() and not is_index(command.index):
         raise ValueError(
             f"output is {command.index}, which encode makes; expected an index to search"
         )
-    index = bring_up_to_date(command, listed(command), where)
-    if isinstance(command, Search) and index is not None and rank() == 0:
-        if not command.rescore and not index.several:
-            raise ValueError(
-                f"rescore is False, but {index.uri} has one vector an item and rescores nothing; "
-                "leave --no-rescore out"
-            )
-        way = command.exact or None, command.query_instruction, None if command.rescore else False
-        (hits,) = index.search([query], command.top, where, *way)
-        for place, (score, item) in enumerate(hits, 1):
-            print(f"{place:>3}  {score:6.3f}  {printable(item_name(item))}")
-        if command.picture is not None:
-            draw(query, command.folder.resolve(), hits, command.picture)
+    index = bring_up_to_date(command, listed(command), command.where)
+    if index is None or rank() > 0:
+        return
+    if not command.rescore and not index.several:
+        raise ValueError(
+            f"rescore is False, but {index.uri} has one vector an item and rescores nothing; "
+            "leave --no-rescore out"
+        )
+    way = command.exact or None, command.query_instruction, None if command.rescore else False
+    (hits,) = index.search([query], command.top, command.where, *way)
+    for place, (score, item) in enumerate(hits, 1):
+        print(f"{place:>3}  {score:6.3f}  {printable(item_name(item))}")
+    if command.picture is not None:
+        draw(query, command.folder.resolve(), hits, command.picture)
 
 
 def asked(command: Search) -> Side:
