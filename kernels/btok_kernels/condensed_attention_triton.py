@@ -110,26 +110,32 @@ def _packed_ptrs(
 
 @triton.jit
 def _attend(
-    acc, row_sum, row_max, q, k_ptrs, v_ptrs, n, keys, position, scale_log2, offs_d,
+    acc, row_sum, row_max, q, k_ptrs, v_ptrs, stride_kt, stride_vt,
+    key, begin, end, keys, position, scale_log2, offs_d,
     D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of the forward."""
-    offs_n = n + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < keys if MASKED else None
-    k = _load(k_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
-    s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    if MASKED:
-        # scaled before the mask: a scale of 0 times -inf would be NaN
-        s = tl.where(offs_n[None, :] <= position[:, None], s * scale_log2, -INF)
-        new_max = tl.maximum(row_max, tl.max(s, 1))  # [BLOCK_M]
-        p = tl.exp2(s - new_max[:, None])  # [BLOCK_M, BLOCK_N]
-    else:
-        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
-        p = tl.exp2(s * scale_log2 - new_max[:, None])  # [BLOCK_M, BLOCK_N]
-    shrink = tl.exp2(row_max - new_max)  # [BLOCK_M]
-    v = _load(v_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return acc, row_sum * shrink + tl.sum(p, 1), new_max
+    """The forward over the blocks from `begin` to `end` of `keys` that are counted from `key`."""
+    for n in tl.range(begin, end, BLOCK_N):
+        k_block = k_ptrs + (key + n) * stride_kt
+        v_block = v_ptrs + (key + n) * stride_vt
+        offs_n = n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < keys if MASKED else None
+        k = _load(k_block, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
+        s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            # scaled before the mask: a scale of 0 times -inf would be NaN
+            s = tl.where(offs_n[None, :] <= position[:, None], s * scale_log2, -INF)
+            new_max = tl.maximum(row_max, tl.max(s, 1))  # [BLOCK_M]
+            p = tl.exp2(s - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+        else:
+            new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)  # [BLOCK_M]
+            p = tl.exp2(s * scale_log2 - new_max[:, None])  # [BLOCK_M, BLOCK_N]
+        shrink = tl.exp2(row_max - new_max)  # [BLOCK_M]
+        v = _load(v_block, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        row_max = new_max
+    return acc, row_sum, row_max
 
 
 # a batch's sizes are not specialised: a multiple of 16 would compile the kernel once more
@@ -174,29 +180,23 @@ def _forward_kernel(
     # A loop that may run no time hands its accumulators on untouched; ptxas then waits for every
     # product by itself. The masked one always runs, and the other stands behind a condition.
     tl.assume(keys > whole)
-    for n in tl.range(whole, keys, BLOCK_N):
-        acc, row_sum, row_max = _attend(
-            acc, row_sum, row_max, q,
-            k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
-            n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
-        )  # fmt: skip
+    acc, row_sum, row_max = _attend(
+        acc, row_sum, row_max, q, k_ptrs, v_ptrs, stride_kt, stride_vt,
+        key, whole, keys, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
+    )  # fmt: skip
     if whole > 0:
-        for n in tl.range(0, whole, BLOCK_N):
-            acc, row_sum, row_max = _attend(
-                acc, row_sum, row_max, q,
-                k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
-                n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
-            )  # fmt: skip
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_ptrs, v_ptrs, stride_kt, stride_vt,
+            key, 0, whole, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
+        )  # fmt: skip
     if APART:
         key, keys = _keys_apart(TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M)
         position = tl.full([BLOCK_M], 1, tl.int32) * (keys - 1)
         if keys > 0:
-            for n in tl.range(0, keys, BLOCK_N):
-                acc, row_sum, row_max = _attend(
-                    acc, row_sum, row_max, q,
-                    k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
-                    n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
-                )  # fmt: skip
+            acc, row_sum, row_max = _attend(
+                acc, row_sum, row_max, q, k_ptrs, v_ptrs, stride_kt, stride_vt,
+                key, 0, keys, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
+            )  # fmt: skip
 
     out_ptrs = _packed_ptrs(out_base, begin, offs_d, stride_ot, stride_oh, G, BLOCK_M)
     _store(out_ptrs, (acc / row_sum[:, None]).to(OUT.dtype.element_ty), mask_m, offs_d, D)
@@ -244,64 +244,38 @@ def _gather_rows(
     dk, dv, k, v, Q, DO, LSE, DELTA,
     stride_qt, stride_qh,
     stride_dot, stride_doh,
-    m, rows, scale_log2, offs_d,
+    begin, end, rows, scale_log2, offs_d,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    MASKED: tl.constexpr, STAGES: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """One block of packed rows of dK, of dV, or of both."""
-    packed = m + tl.arange(0, BLOCK_M)
-    mask_m = packed < rows
-    lse = _statistics_of(LSE, m, rows, INF, BLOCK_M)  # [BLOCK_M]; p = 0 behind the last row
-    delta = _statistics_of(DELTA, m, rows, 0.0, BLOCK_M)  # [BLOCK_M]
-    if MASKED:
-        # NaN in a row of Q or dO must not reach the keys it does not see, through 0 * NaN: such a
-        # row is read as 0, and its NaN comes in by p, where p is not masked
-        sound = (tl.abs(delta) < INF) & (lse == lse)
-        mask_m = mask_m & sound
-        lse = tl.where(sound, lse, float("nan"))
-        delta = tl.where(sound, delta, 0.0)
-    q_ptrs = _packed_ptrs(Q, m, offs_d, stride_qt, stride_qh, G, BLOCK_M)
-    q = _load(q_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
-    do_ptrs = _packed_ptrs(DO, m, offs_d, stride_dot, stride_doh, G, BLOCK_M)
-    do = _load(do_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
-    st = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-    if DK:
-        dpt = tl.dot(v, do.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-    pt = tl.exp2(st * scale_log2 - lse[None, :])
-    if MASKED:
-        pt = tl.where(tl.arange(0, BLOCK_N)[:, None] <= (packed // G)[None, :], pt, 0.0)
-    if DV:
-        dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
-    if DK:
-        dst = pt * (dpt - delta[None, :])
-        dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
-    return dk, dv
-
-
-@triton.jit
-def _gather_all_rows(
-    dk, dv, k, v, Q, DO, LSE, DELTA,
-    stride_qt, stride_qh,
-    stride_dot, stride_doh,
-    masked, rows, scale_log2, offs_d,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED_STAGES: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-):  # fmt: skip
-    """The blocks of packed rows in order, of which those up to `masked` do not see all keys."""
-    tl.assume(masked > 0)  # as in the forward
-    for m in tl.range(0, masked, BLOCK_M, num_stages=MASKED_STAGES):
-        dk, dv = _gather_rows(
-            dk, dv, k, v, Q, DO, LSE, DELTA,
-            stride_qt, stride_qh, stride_dot, stride_doh,
-            m, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, True, DK, DV,
-        )  # fmt: skip
-    if rows > masked:
-        for m in tl.range(masked, rows, BLOCK_M):
-            dk, dv = _gather_rows(
-                dk, dv, k, v, Q, DO, LSE, DELTA,
-                stride_qt, stride_qh, stride_dot, stride_doh,
-                m, rows, scale_log2, offs_d, G, D, BLOCK_M, BLOCK_N, False, DK, DV,
-            )  # fmt: skip
+    """dK, dV, or both over the blocks of packed rows from `begin` to `end`."""
+    for m in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+        packed = m + tl.arange(0, BLOCK_M)
+        mask_m = packed < rows
+        lse = _statistics_of(LSE, m, rows, INF, BLOCK_M)  # [BLOCK_M]; p = 0 behind the last row
+        delta = _statistics_of(DELTA, m, rows, 0.0, BLOCK_M)  # [BLOCK_M]
+        if MASKED:
+            # NaN in a row of Q or dO must not reach the keys it does not see, through 0 * NaN: such
+            # a row is read as 0, and its NaN comes in by p, where p is not masked
+            sound = (tl.abs(delta) < INF) & (lse == lse)
+            mask_m = mask_m & sound
+            lse = tl.where(sound, lse, float("nan"))
+            delta = tl.where(sound, delta, 0.0)
+        q_ptrs = _packed_ptrs(Q, m, offs_d, stride_qt, stride_qh, G, BLOCK_M)
+        q = _load(q_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
+        do_ptrs = _packed_ptrs(DO, m, offs_d, stride_dot, stride_doh, G, BLOCK_M)
+        do = _load(do_ptrs, mask_m, offs_d, D)  # [BLOCK_M, BLOCK_D]
+        st = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        if DK:
+            dpt = tl.dot(v, do.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        pt = tl.exp2(st * scale_log2 - lse[None, :])
+        if MASKED:
+            pt = tl.where(tl.arange(0, BLOCK_N)[:, None] <= (packed // G)[None, :], pt, 0.0)
+        if DV:
+            dv = tl.dot(pt.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+        if DK:
+            dst = pt * (dpt - delta[None, :])
+            dk = tl.dot(dst.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
     return dk, dv
 
 
@@ -358,11 +332,18 @@ def _dkdv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dk, dv = _gather_all_rows(
+    tl.assume(masked > 0)  # as in the forward
+    dk, dv = _gather_rows(
         dk, dv, k, v, q_base, do_base, lse_base, delta_base,
-        stride_qt, stride_qh, stride_dot, stride_doh, masked, rows, scale_log2, offs_d,
-        G, D, BLOCK_M, BLOCK_N, MASKED_STAGES, HAS_DK, HAS_DV,
+        stride_qt, stride_qh, stride_dot, stride_doh, 0, masked, rows, scale_log2, offs_d,
+        G, D, BLOCK_M, BLOCK_N, True, MASKED_STAGES, HAS_DK, HAS_DV,
     )  # fmt: skip
+    if rows > masked:
+        dk, dv = _gather_rows(
+            dk, dv, k, v, q_base, do_base, lse_base, delta_base,
+            stride_qt, stride_qh, stride_dot, stride_doh, masked, rows, rows, scale_log2, offs_d,
+            G, D, BLOCK_M, BLOCK_N, False, None, HAS_DK, HAS_DV,
+        )  # fmt: skip
     # made again, as registers that live through the loops spill
     mask_n = tl.arange(0, BLOCK_N) < tl.load(tile + 1) - key
     grad_ptrs = first * stride_gt + head * stride_gh
@@ -375,22 +356,27 @@ def _dkdv_kernel(
 
 @triton.jit
 def _gather_keys(
-    dq, q, do, lse, delta, k_ptrs, v_ptrs, n, keys, position, scale_log2, offs_d,
+    dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt,
+    key, begin, end, keys, position, scale_log2, offs_d,
     D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of dQ."""
-    offs_n = n + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < keys if MASKED else None
-    k = _load(k_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
-    v = _load(v_ptrs, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
-    s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    p = tl.exp2(s * scale_log2 - lse[:, None])
-    dp = tl.dot(do, v.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-    ds = p * (dp - delta[:, None])
-    if MASKED:
-        ds = tl.where(offs_n[None, :] <= position[:, None], ds, 0.0)
-        k = tl.where(k == k, k, 0.0)  # as above: the rows that see a NaN have it in ds
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+    """dQ over blocks of keys, as `_attend` has them."""
+    for n in tl.range(begin, end, BLOCK_N):
+        k_block = k_ptrs + (key + n) * stride_kt
+        v_block = v_ptrs + (key + n) * stride_vt
+        offs_n = n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < keys if MASKED else None
+        k = _load(k_block, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
+        v = _load(v_block, mask_n, offs_d, D)  # [BLOCK_N, BLOCK_D]
+        s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        p = tl.exp2(s * scale_log2 - lse[:, None])
+        dp = tl.dot(do, v.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        ds = p * (dp - delta[:, None])
+        if MASKED:
+            ds = tl.where(offs_n[None, :] <= position[:, None], ds, 0.0)
+            k = tl.where(k == k, k, 0.0)  # as above: the rows that see a NaN have it in ds
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+    return dq
 
 
 @triton.jit(do_not_specialize=["stride_lh"])
@@ -435,29 +421,23 @@ def _dq_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     tl.assume(keys > whole)  # as in the forward
-    for n in tl.range(whole, keys, BLOCK_N):
-        dq = _gather_keys(
-            dq, q, do, lse, delta,
-            k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
-            n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
-        )  # fmt: skip
+    dq = _gather_keys(
+        dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt,
+        key, whole, keys, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
+    )  # fmt: skip
     if whole > 0:
-        for n in tl.range(0, whole, BLOCK_N):
-            dq = _gather_keys(
-                dq, q, do, lse, delta,
-                k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
-                n, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
-            )  # fmt: skip
+        dq = _gather_keys(
+            dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt,
+            key, 0, whole, keys, position, scale_log2, offs_d, D, BLOCK_N, False,
+        )  # fmt: skip
     if APART:
         key, keys = _keys_apart(TILES, tl.program_id(0), KV_HEADS, TILE, G, BLOCK_M)
         position = tl.full([BLOCK_M], 1, tl.int32) * (keys - 1)
         if keys > 0:
-            for n in tl.range(0, keys, BLOCK_N):
-                dq = _gather_keys(
-                    dq, q, do, lse, delta,
-                    k_ptrs + (key + n) * stride_kt, v_ptrs + (key + n) * stride_vt,
-                    n, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
-                )  # fmt: skip
+            dq = _gather_keys(
+                dq, q, do, lse, delta, k_ptrs, v_ptrs, stride_kt, stride_vt,
+                key, 0, keys, keys, position, scale_log2, offs_d, D, BLOCK_N, True,
+            )  # fmt: skip
 
     grad_ptrs = _packed_ptrs(grad_base, begin, offs_d, stride_gt, stride_gh, G, BLOCK_M)
     _store(grad_ptrs, (dq * scale).to(DQ.dtype.element_ty), mask_m, offs_d, D)
