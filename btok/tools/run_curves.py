@@ -158,7 +158,6 @@ def curves(log: Log) -> list[Curve]:
     """A curve for each column that has a finite value, losses first."""
     order = [name for name in NAMES if name in log.columns]
     order += [name for name in log.columns if name not in NAMES]
-    # of plain captioning the total is the next-token loss
     return [curve for name in order if (curve := _curve(name, log)) is not None]
 
 
