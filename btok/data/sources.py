@@ -23,6 +23,7 @@ import numpy as np
 
 from btok.data.jsonl import JsonLines, Kind, Row
 from btok.data.records import NTP_SIDES, NtpSide, Pair, Side
+from btok.extras import needed
 from btok.files import by_numbers, one_line, what_is
 from btok.inputs import FRAMES, IMAGES, LATEST, Page, as_side
 from btok.inputs.documents import at_page
@@ -212,10 +213,8 @@ def _refuse_unequal(kinds: Mapping[Kind, str], negatives: int | None) -> None:
 
 
 def _library() -> Any:
-    try:
+    with needed("parquet and public data sets", "datasets", "data"):
         import datasets
-    except ImportError as error:
-        raise ImportError('parquet and public data sets need pip install "btok[data]"') from error
     return datasets
 
 

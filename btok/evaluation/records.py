@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from btok.extras import needed
 from btok.files import by_numbers, one_line, rename, whole, write_text
 
 PICTURES = (".jpg", ".jpeg", ".png")
@@ -235,10 +236,8 @@ def read(path: Path, columns: Sequence[str] | None = None) -> Iterator[Mapping[s
             lines = (line for line in text.split("\n") if line.strip())
             yield from json.loads(text) if as_list else map(json.loads, lines)
             return
-        try:
+        with needed("parquet files", "pyarrow", "data"):
             from pyarrow.parquet import ParquetFile
-        except ImportError as error:
-            raise ImportError('parquet files need pyarrow: pip install "btok[data]"') from error
         with ParquetFile(path, pre_buffer=False) as file:  # else what was read is kept
             for batch in file.iter_batches(16, columns=columns):  # a picture may be in each
                 yield from batch.to_pylist()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from btok.extras import needed
 from btok.files import printable
 from btok.inputs.images import TIFF, opened, rgb_of
 
@@ -119,10 +120,8 @@ def at_page(path: Path) -> Path | Page:
 @contextmanager
 def _pdf(path: Path) -> Iterator[Any]:
     """A PDF file, open; what is wrong with it is a ValueError."""
-    try:
+    with needed("PDF files", "pypdfium2", "pdf"):
         import pypdfium2
-    except ImportError as error:
-        raise ImportError('PDF files need pypdfium2: pip install "btok[pdf]"') from error
     with _pdfium:
         document = None
         try:

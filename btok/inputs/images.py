@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from btok.extras import needed
 from btok.files import one_line, printable
 
 MOVING = (".gif", ".webp", ".png", ".apng", ".avif")  # may hold a still image or an animation
@@ -40,10 +41,8 @@ def opened(file: str | bytes | Path) -> Iterator[Any]:
 
     name = f"of {len(file)} bytes" if isinstance(file, bytes) else printable(file)
     if _is_heif(file):
-        try:
+        with needed("HEIC files", "pillow-heif", "heif"):
             from pillow_heif import register_heif_opener
-        except ImportError as error:
-            raise ImportError('HEIC files need pillow-heif: pip install "btok[heif]"') from error
         register_heif_opener()
     try:
         Image.init()

@@ -9,6 +9,7 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
+from btok.extras import needed
 from btok.files import one_line, printable
 
 HTML = (".html", ".htm", ".xhtml")
@@ -153,13 +154,8 @@ def _declared(data: bytes) -> str | None:
 
 def _detected(data: bytes, name: object) -> str:
     """The encoding that chardet is sure of."""
-    try:
+    with needed(f"text {printable(name)} is not UTF-8; other encodings", "chardet", "text"):
         import chardet
-    except ImportError as error:
-        raise ImportError(
-            f"text {printable(name)} is not UTF-8; other encodings need chardet: "
-            'pip install "btok[text]"'
-        ) from error
     found = chardet.detect(data, encoding_era=chardet.EncodingEra.MODERN_WEB)
     encoding = found["encoding"] if found["confidence"] >= SURE else None
     if encoding is None or UNLIKELY.search(data.decode(encoding, "replace")):
@@ -169,10 +165,8 @@ def _detected(data: bytes, name: object) -> str:
 
 def _html(data: bytes, whole: bool, path: Path) -> str:
     """What a reader of a page sees, a line per block."""
-    try:
+    with needed("HTML files", "lxml", "text"):
         from lxml import etree
-    except ImportError as error:
-        raise ImportError('HTML files need lxml: pip install "btok[text]"') from error
     text = decode(data, whole, path, _declared(data))
     blocks, unseen = set(BLOCKS.split()), set(UNSEEN.split())
     try:
@@ -202,11 +196,9 @@ def _html(data: bytes, whole: bool, path: Path) -> str:
 
 def _docx(path: Path) -> str:
     """What a reader of a Word document's body sees: a line per paragraph and per row of a table."""
-    try:
+    with needed(".docx files", "python-docx", "text"):
         from docx import Document
         from lxml import etree
-    except ImportError as error:
-        raise ImportError('.docx files need python-docx: pip install "btok[text]"') from error
     import zipfile
 
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from btok.extras import needed
 from btok.files import one_line, printable
 
 OTHERS = (".3gp", ".ogv", ".m2ts", ".mts", ".ts")
@@ -129,10 +130,8 @@ def _in_order(found: dict[float, np.ndarray]) -> tuple[list[np.ndarray], list[fl
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """A video's container and its moving pictures; what is wrong in the block, too, names it."""
-    try:
+    with needed("video files", "PyAV", "video"):
         import av
-    except ImportError as error:
-        raise ImportError('video files need PyAV: pip install "btok[video]"') from error
     try:
         with av.open(os.path.abspath(path)) as container:  # "10:30.mp4" would be of a protocol 10
             if container.format.name in LISTS or container.format.name.endswith("_pipe"):
