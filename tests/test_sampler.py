@@ -21,7 +21,7 @@ from btok.vision import by_name, vision_of
 from train.microbatches import Packing
 from train.pocket.source import train_set
 from train.recipes import Recipe
-from train.sampler import TRIES, TrainSet, load_steps, shared_memory, step_groups
+from train.sampler import TRIES, TrainSet, _Reading, load_steps, shared_memory, step_groups
 
 COUNT, SIZE = 4, 4
 RECIPE = Recipe(
@@ -373,19 +373,20 @@ def test_a_set_of_which_nothing_can_be_read_is_not_read_to_its_end(tmp_path):
 
 
 def test_every_place_of_a_step_has_spares_of_its_own():
-    steps = TrainSet(RECIPE, None, ())
     groups = step_groups([1000, 600], [2.0, 3.0], RECIPE.seed, 0, COUNT, SIZE)
     assert {group.source for group in groups} == {0, 1}
+    reading = _Reading(TrainSet(RECIPE, None, (), groups=lambda step: groups), 0)
     tried = {0: [], 1: []}
     for number, group in enumerate(groups):
         for place in range(SIZE):
-            (which, own), *spares = steps._tries(groups, number, place)
-            assert (which, own) == (group.source, group.rows[place]) and len(spares) == TRIES
-            tried[which] += [own, *(row for _, row in spares)]
-            assert all(source == which for source, _ in spares)
+            own, *spares = reading.tries(number, place)
+            assert own == group.rows[place] and len(spares) == TRIES
+            assert set(spares) < set(range((1000, 600)[group.source]))
+            tried[group.source] += [own, *spares]
     assert all(len(set(rows)) == len(rows) for rows in tried.values())
     small = step_groups([6], [1.0], 0, 0, 1, SIZE)
-    assert len({row for _, row in steps._tries(small, 0, 3)}) == 1 + 6 - SIZE
+    reading = _Reading(TrainSet(RECIPE, None, (), groups=lambda step: small), 0)
+    assert len({*reading.tries(0, 3)}) == 1 + 6 - SIZE
 
 
 def test_what_cannot_be_grouped_is_refused(sources, processor):

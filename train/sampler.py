@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from io import BytesIO
-from itertools import chain, islice, product, takewhile
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,72 +171,19 @@ class TrainSet(Dataset[Step]):
 
     def __getitem__(self, at: int | tuple[int, int]) -> Step:
         step, piece = at if isinstance(at, tuple) else (at, None)
-        first, last = 0, len(self.mine)
-        if piece is not None:
-            first = piece * self.piece
-            last = min(last, first + self.piece)
-        groups, skipped = self.groups(step), list[Skipped]()
-        # by data set and row, why one that was tried in this step fails; "" where it does not
-        reasons: dict[tuple[int, int], str] = {}
-
-        def attempt(number: int, place: int, row: int) -> tuple[Pair, int, list[Sample]] | None:
-            which = groups[number].source
-            if reasons.get((which, row)):
-                return None
-            try:
-                found = self._samples(which, row, step, number * self.recipe.group_size + place)
-            except (ImportError, MemoryError):
-                raise
-            except Exception as error:  # plug-ins of PIL raise nearly anything
-                reasons[which, row] = one_line(f"{type(error).__name__}: {error}")
-                return None
-            reasons[which, row] = ""
-            return found
-
-        def readable(number: int, place: int, row: int) -> bool:
-            which = groups[number].source
-            if (which, row) not in reasons:
-                attempt(number, place, row)
-            return not reasons[which, row]
-
-        @cache
-        def stand_ins(number: int) -> dict[int, int]:
-            return self._stand_ins(groups, number, partial(readable, number))
-
-        def skip(which: int, row: int) -> None:
-            if reason := reasons[which, row]:
-                skipped.append(Skipped(which, self.sources[which].name, row, reason))
-
-        def read(number: int, place: int) -> tuple[Pair, int, list[Sample]]:
-            for which, row in self._tries(groups, number, place):
-                if found := attempt(number, place, row):
-                    return found
-                skip(which, row)
-            row = stand_ins(number).get(place, -1)
-            if row >= 0 and (found := attempt(number, place, row)):
-                for other in takewhile(row.__ne__, self._others(groups, number)):
-                    skip(which, other)
-                return found
-            _, name, row, reason = skipped[-1]
-            raise ValueError(
-                f"data set {name}: too little of it can be read for a group of "
-                f"{self.recipe.group_size}; mend its rows, or give a lower --group-size; "
-                f"row {row}: {reason}"
-            )
-
-        found = [read(number, place) for number, place in self.mine[first:last]]
+        first, size = (0, len(self.mine)) if piece is None else (piece * self.piece, self.piece)
+        mine, reading = self.mine[first : first + size], _Reading(self, step)
+        found = [reading.read(number, place) for number, place in mine]
         pairs, rows, parts = zip(*found, strict=True)
         # all queries, then all positives, then every one's first hard negative, ...
         ordered = list(chain.from_iterable(zip(*parts, strict=True)))
-        places = [
-            kind * len(self.mine) + place
-            for kind in range(len(parts[0]))
-            for place in range(first, last)
-        ]
-        budgets = self._budgets(step, self.mine[first:last], len(parts[0]))
-        return Step(list(pairs), list(rows), ordered, skipped, places, budgets)
+        kinds = range(len(parts[0]))
+        own = range(first, first + len(mine))
+        places = [kind * len(self.mine) + place for kind in kinds for place in own]
+        budgets = self._budgets(step, mine, len(kinds))
+        return Step(list(pairs), list(rows), ordered, reading.skipped, places, budgets)
 
-    def _samples(
+    def samples(
         self, which: int, row: int, step: int, among: int
     ) -> tuple[Pair, int, list[Sample]]:
         """The pair of a data set's row, without what it shows, the row, and the pair's samples."""
@@ -279,50 +226,106 @@ class TrainSet(Dataset[Step]):
         drawn = (drawn % np.uint64(len(budgets))).reshape(kinds, count, size)
         return [budgets[drawn[kind, at[0], at[1]]] for kind in range(kinds) for at in mine]
 
-    def _tries(self, groups: Sequence[Group], number: int, place: int) -> Iterator[tuple[int, int]]:
-        """A row of a group, by data set and index, and those to be tried in its place."""
-        which, rows, order = groups[number]
-        yield which, int(rows[place])
-        taken = np.concatenate([group.rows for group in groups if group.source == which])
-        spares = order[::-1][~np.isin(order[::-1], taken)]
+
+class _Reading:
+    """The rows of a step, and what stands in for those that cannot be read.
+
+    A group is told by its number in the step. Whether a row can be read is tried once.
+    """
+
+    def __init__(self, steps: TrainSet, step: int) -> None:
+        self.steps, self.step, self.groups = steps, step, steps.groups(step)
+        # by data set and row, why one that was tried fails; "" where it does not
+        self.reasons: dict[tuple[int, int], str] = {}
+        self.stand_ins = cache(self._stand_ins)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """What was tried so far and cannot be read."""
+        names = [source.name for source in self.steps.sources]
+        tried = self.reasons.items()
+        return [Skipped(which, names[which], row, why) for (which, row), why in tried if why]
+
+    def read(self, number: int, place: int) -> tuple[Pair, int, list[Sample]]:
+        """What is in a place of a group: a pair, its row, its samples.
+
+        Raises:
+            ValueError: nothing that may be there can be read.
+        """
+        for row in self.tries(number, place):
+            if found := self._attempt(number, place, row):
+                return found
+        row = self.stand_ins(number).get(place, -1)
+        if row >= 0 and (found := self._attempt(number, place, row)):
+            return found
+        which, rows, _ = self.groups[number]
+        row = int(rows[place])
+        raise ValueError(
+            f"data set {self.steps.sources[which].name}: too little of it can be read for a group "
+            f"of {len(rows)}; mend its rows, or give a lower --group-size; row {row}: "
+            f"{self.reasons[which, row]}"
+        )
+
+    def tries(self, number: int, place: int) -> Iterator[int]:
+        """A row of a group, and those to be tried in its place: no other place tries them, while
+        there are enough that no group of the step has."""
+        _, rows, order = self.groups[number]
+        yield int(rows[place])
+        spares = order[self._spare(number)][::-1]
         first = (number * len(rows) + place) * TRIES
         for turn in range(first, first + min(TRIES, len(spares))):
-            yield which, int(spares[turn % len(spares)])
+            yield int(spares[turn % len(spares)])
 
-    def _others(self, groups: Sequence[Group], number: int) -> list[int]:
-        """What may fill a place of a group of whose `_tries` none can be read: rows of its data set
+    def _stand_ins(self, number: int) -> dict[int, int]:
+        """Place -> row, of `_others`, for the places of a group of whose `tries` none can be read;
+        no row twice. All places are looked at: a rank or a worker that has some of them must find
+        what one that has all would.
+        """
+        others = self._others(number)
+        if not any(self._readable(number, 0, row) for row in others):
+            return {}  # before a whole group is read for nothing
+        filled = {}
+        for place in range(len(self.groups[number].rows)):
+            tried = self.tries(number, place)
+            filled[place] = next((r for r in tried if self._readable(number, place, r)), None)
+        empty = [place for place, row in filled.items() if row is None]
+        left = (r for r in others if self._readable(number, 0, r) and r not in filled.values())
+        return dict(zip(empty, left, strict=False))
+
+    def _others(self, number: int) -> list[int]:
+        """What may fill a place of a group of whose `tries` none can be read: rows of its data set
         that the group has not, first those that no group of the step has. All of them where
-        `_tries` were all there are of those, and else about as many as a step has: a large set in
+        `tries` were all there are of those, and else about as many as a step has: a large set in
         which so many fail in a row has another fault."""
-        which, rows, order = groups[number]
-        taken = np.concatenate([group.rows for group in groups if group.source == which])
-        spare = ~np.isin(order, taken)
+        _, rows, order = self.groups[number]
+        spare = self._spare(number)
         elsewhere = order[~spare & ~np.isin(order, rows)]
         # else all groups of the step would take the same one
         elsewhere = np.roll(elsewhere, -number * len(rows))
         found: list[int] = np.concatenate([order[spare], elsewhere]).tolist()
-        return found[: TRIES + len(groups) * len(rows)]
+        return found[: TRIES + len(self.groups) * len(rows)]
 
-    def _stand_ins(
-        self, groups: Sequence[Group], number: int, readable: Callable[[int, int], bool]
-    ) -> dict[int, int]:
-        """Place -> row, of `_others`, for the places of a group of whose `_tries` none can be read;
-        no row twice. All places are looked at: a rank or a worker that has some of them must find
-        what one that has all would.
+    def _spare(self, number: int) -> np.ndarray:
+        """bool [n]: which rows of a group's epoch no group of the step has."""
+        which, _, order = self.groups[number]
+        return ~np.isin(order, np.concatenate([g.rows for g in self.groups if g.source == which]))
 
-        Args:
-            readable: of a place and a row of the group's data set.
-        """
-        others = self._others(groups, number)
-        if not any(readable(0, row) for row in others):
-            return {}  # before a whole group is read for nothing
-        filled = {}
-        for place in range(len(groups[number].rows)):
-            tried = (row for _, row in self._tries(groups, number, place))
-            filled[place] = next((row for row in tried if readable(place, row)), None)
-        empty = [place for place, row in filled.items() if row is None]
-        left = (row for row in others if readable(0, row) and row not in filled.values())
-        return dict(zip(empty, left, strict=False))
+    def _readable(self, number: int, place: int, row: int) -> bool:
+        known = self.reasons.get((self.groups[number].source, row))
+        return known == "" or self._attempt(number, place, row) is not None
+
+    def _attempt(self, number: int, place: int, row: int) -> tuple[Pair, int, list[Sample]] | None:
+        which, rows, _ = self.groups[number]
+        if self.reasons.get((which, row)):
+            return None
+        self.reasons[which, row] = ""
+        try:
+            return self.steps.samples(which, row, self.step, number * len(rows) + place)
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # plug-ins of PIL raise nearly anything
+            self.reasons[which, row] = one_line(f"{type(error).__name__}: {error}")
+            return None
 
 
 def load_steps(
