@@ -147,6 +147,11 @@ class BTokModel(nn.Module):
             raise ValueError(f"BTokModel: the checkpoint {weights} {IN_GGUF.format(found[0])}")
         if (folder := Path(weights)).is_dir():
             must_be_checkpoint("BTokModel: checkpoint", folder)
+        elif not config:
+            raise OSError(
+                f"the checkpoint {weights} does not exist here, and the hub does not give it: it "
+                "has no config.json of that name, or HF_HUB_OFFLINE is set"
+            )
         kind = str(config.get("model_type"))  # no auto class: a checkpoint's own code stays out
         family = named_family(kind, f"BTokModel: the architecture of {weights}")
         saved = BTokConfig.load(name_or_path, kind, num_btoks, **settings)
