@@ -120,6 +120,20 @@ def test_a_name_with_a_line_break_forges_no_line(tmp_path, ending):
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("ending", [".pdf", ".tif"])
+def test_a_page_of_a_damaged_document_is_told_once(tmp_path, ending):
+    """As the document itself, whatever its name."""
+    if ending == ".pdf":
+        pytest.importorskip("pypdfium2", reason="pypdfium2 (the extra `pdf`) is not installed")
+    path = tmp_path / f"a\nb{ending}"
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError) as of_all:
+        pages(path)
+    with pytest.raises(ValueError) as of_one:
+        rgb_array(Page(path, 1))
+    assert str(of_one.value) == str(of_all.value) and "\n" not in str(of_one.value)
+
+
 def test_times_beside_a_video_file_are_refused():
     with pytest.raises(
         ValueError, match=r"frame_seconds has 1 times beside the file a\.mp4, which"

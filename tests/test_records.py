@@ -196,6 +196,18 @@ def test_frames_are_the_first_the_last_and_evenly_between(tmp_path, count):
     assert len(pictures.frames(row, "v")) == count
 
 
+def test_frames_of_one_number_have_an_order_of_their_own(tmp_path, monkeypatch):
+    """Not the disk's."""
+    (tmp_path / "v").mkdir()
+    for name in ("1.jpg", "01.jpg", "2.jpg"):
+        (tmp_path / "v" / name).touch()
+    listed = os.listdir
+    for backwards in (False, True):
+        monkeypatch.setattr(os, "listdir", lambda at, b=backwards: sorted(listed(at), reverse=b))
+        found = Pictures(str(tmp_path)).frames(Row("set", 0, {}), "v")
+        assert [Path(path).name for path in found] == ["01.jpg", "1.jpg", "2.jpg"]
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of a hub as the client asks for: what a repository has, and its files."""
 

@@ -104,7 +104,7 @@ class Pictures:
             names = os.listdir(folder) if os.path.isdir(folder) else []
             shown = (name for name in names if name[0] != ".")  # a Mac leaves hidden ones beside
             names = [name for name in shown if os.path.splitext(name)[1].lower() in PICTURES]
-            names.sort(key=lambda name: by_numbers(name.lower()))
+            names.sort(key=lambda name: (by_numbers(name.lower()), name))  # 1.png beside 01.png
             self.seen[folder] = [f"{folder}/{name}" for name in names]
         found = self.seen[folder]
         if len(found) < least:

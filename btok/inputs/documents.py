@@ -45,6 +45,8 @@ class Page:
             ValueError: a damaged or encrypted document, a page that it does not have.
             ImportError: a PDF without pypdfium2 (the extra `pdf`).
         """
+        name = printable(self.path)
+        missing = f"document {name} has no page {self.number}"
         try:
             if self.path.suffix.lower() in TIFF:
                 with opened(self.path) as image:
@@ -52,13 +54,11 @@ class Page:
                         try:
                             image.seek(self.number - 1)
                         except EOFError:
-                            raise ValueError(
-                                f"document {printable(self.path)} has no page {self.number}"
-                            ) from None
+                            raise ValueError(missing) from None
                     return rgb_of(image)
             with _pdf(self.path) as document:
                 if not 1 <= self.number <= len(document):
-                    raise ValueError(f"document {printable(self.path)} has no page {self.number}")
+                    raise ValueError(missing)
                 document.init_forms()  # else what was filled in would not be drawn
                 page = document[self.number - 1]
                 longer = max(page.get_size())  # points, of 1 / 72 inch
@@ -66,9 +66,9 @@ class Page:
                 bitmap = page.render(scale=scale, rev_byteorder=True)
                 return np.array(bitmap.to_numpy()[..., :3])
         except ValueError as error:
-            if str(self.path) in str(error):
+            if name in str(error):
                 raise
-            raise ValueError(f"document {self} cannot be read: {error}") from error
+            raise ValueError(f"document {printable(self)} cannot be read: {error}") from error
 
 
 def pages(path: str | Path) -> list[Page]:
