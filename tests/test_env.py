@@ -168,7 +168,7 @@ def test_auto_is_what_the_operations_take(monkeypatch, caplog):
 
 
 def test_a_gpu_that_torch_sees(tmp_path, monkeypatch, capsys):
-    program(tmp_path, "nvidia-smi", "echo 'Some GPU, 7.0, 81920, 580.1'")
+    program(tmp_path, "nvidia-smi", "echo 'Some GPU, 580.1'")
     monkeypatch.setenv("PATH", str(tmp_path))
     with PretendCuda():
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -184,11 +184,17 @@ def test_a_gpu_that_torch_sees(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
 def test_a_gpu_that_torch_does_not_see(tmp_path, monkeypatch, capsys):
-    program(tmp_path, "nvidia-smi", "echo 'Some GPU, 9.0, 143771, 580.1'")
+    program(tmp_path, "nvidia-smi", "echo 'Some GPU, 580.1'")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", None)
     line = "- GPU: none that torch sees (torch is built for the CPU alone); the driver lists Some"
     assert line in said(capsys)
+    old = (
+        "case $1 in *compute_cap*) echo 'not a valid field'; exit 2;; esac; echo 'Some GPU, 450.1'"
+    )
+    program(tmp_path, "nvidia-smi", old)  # a driver's that knows fewer fields
+    found = env.cuda()
+    assert (found["driver"], found["driver_lists"]) == ("450.1", ["Some GPU"])
     program(tmp_path, "nvidia-smi", "echo 'cannot talk to the driver'; exit 9")
     found = env.cuda()
     assert found["nvidia_smi"] == "nvidia-smi: cannot talk to the driver"

@@ -36,11 +36,7 @@ SHOWN = re.compile(  # how the names of variables begin
     "|VLLM|LANCE)_|TORCH|(LOCAL_)?(WORLD_SIZE|RANK)"
 )
 SECRET = re.compile("TOKEN(?!IZER)|KEY|SECRET|PASSW|AUTH|CREDENTIAL")  # in a variable's name
-SMI = (
-    "nvidia-smi",
-    "--query-gpu=name,compute_cap,memory.total,driver_version",
-    "--format=csv,noheader,nounits",
-)
+SMI = "nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"
 
 
 @dataclass(frozen=True)
@@ -158,14 +154,16 @@ def cuda() -> dict[str, Any]:
         except (RuntimeError, AssertionError) as error:
             why = shown(one_line(error)[:200])
     try:
-        listed = [line.split(", ") for line in _said_by(*SMI).splitlines()]
-        driver = listed[0][-1] if listed else None
+        listed = [line.rpartition(", ") for line in _said_by(*SMI).splitlines()]
     except RuntimeError as error:
-        listed, driver = [], None
+        listed = []
         found["nvidia_smi"] = shown(error)
-    cudnn = torch.backends.cudnn.version() if why is None else None
-    names = [row[0] for row in listed]
-    return found | {"cudnn": cudnn, "driver": driver, "driver_lists": names, "why": why}
+    return found | {
+        "cudnn": torch.backends.cudnn.version() if why is None else None,
+        "driver": listed[0][2] if listed else None,
+        "driver_lists": [name for name, _, _ in listed],
+        "why": why,
+    }
 
 
 def gpus() -> list[dict[str, Any]]:
