@@ -19,6 +19,7 @@ from btok.data.records import Side
 from btok.families import DEFAULT, FAMILIES, named_family
 from btok.families.family import IMAGE_FILE, VIDEO_FILE, Seen, encode_text
 from btok.files import one_line, read_json, write_json
+from btok.inputs import rgb_array as rgb_array  # where it was to be had before
 from btok.tokens import STEM, add_to_tokenizer, end_with_btoks
 from btok.vision import Processed
 

@@ -151,6 +151,7 @@ def test_the_core_calls_a_tool_under_names_of_users_alone():
         ("__init__.py", "load_sentence_transformer"),
         ("encoder.py", "encode_to"),
         ("evaluation/mteb.py", "__getattr__"),  # a path of before, and the next one
+        ("cli.py", "__getattr__"),
         ("sentence.py", "__getattr__"),
     }
 
