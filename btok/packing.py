@@ -156,8 +156,8 @@ def pack(
     border = layout.bounds[:, 2].long()
     input_ids = torch.from_numpy(np.concatenate(pieces))
     none = np.empty(0, np.int64)
-    counts = [len(rows) for rows in label_rows]
-    again = [count for count, is_restored in zip(counts, restored, strict=True) if is_restored]
+    counts = np.array([len(rows) for rows in label_rows], np.int64)  # of each target
+    again = np.array(restored, bool)
     return PackedBatch(
         input_ids=input_ids,
         position_ids=torch.from_numpy(np.concatenate(positions, axis=1)),
@@ -166,11 +166,11 @@ def pack(
         label_rows=torch.from_numpy(np.concatenate([none, *label_rows])),
         labels=torch.from_numpy(np.concatenate([none, *labels])),
         label_samples=torch.from_numpy(np.concatenate([none, *label_samples])),
-        num_targets=sum(count > 0 for count in counts) - sum(count > 0 for count in again),
+        num_targets=int((counts[~again] > 0).sum()),
         vision=tuple(vision),
-        restored=torch.from_numpy(np.repeat(restored, counts) if again else np.empty(0, bool)),
-        num_restored=sum(count > 0 for count in again),
-        num_restored_labels=sum(again),
+        restored=torch.from_numpy(np.repeat(again, counts) if again.any() else np.empty(0, bool)),
+        num_restored=int((counts[again] > 0).sum()),
+        num_restored_labels=int(counts[again].sum()),
     )
 
 

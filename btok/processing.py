@@ -92,19 +92,16 @@ class Processor:
         tokenizer = _tokenizer(name_or_path)
         add_to_tokenizer(tokenizer, num_btoks)
 
-        def read(name: str) -> Mapping[str, Any]:
-            return _object(name, read_json(name_or_path, name))
-
-        both = read("processor_config.json")  # first, as transformers has it
-        image = _object("image_processor", both.get("image_processor")) or read(IMAGE_FILE)
-        video = _object("video_processor", both.get("video_processor")) or read(VIDEO_FILE)
+        both = read_json(name_or_path, "processor_config.json")  # first, as transformers has it
+        image = _part(both, "image_processor") or read_json(name_or_path, IMAGE_FILE)
+        video = _part(both, "video_processor") or read_json(name_or_path, VIDEO_FILE)
         written_for = str(both.get("processor_class") or image.get("processor_class"))
         by_class = {
             f"{family.vision.image_processor.stock}Processor": model_type
             for model_type, family in FAMILIES.items()
             if family.vision
         }
-        config = read("config.json")
+        config = read_json(name_or_path, "config.json")
         kind = config.get("model_type", by_class.get(written_for, DEFAULT))
         kind = settings.pop("model_type", kind)
         vision = named_family(kind, "Processor: model_type").vision
@@ -205,8 +202,8 @@ def _tokenizer(name_or_path: str | Path) -> Any:
     return tokenizer
 
 
-def _object(name: str, value: Any) -> Mapping[str, Any]:
-    """What a file or a part of it holds; nothing for null."""
-    if not isinstance(value, Mapping | None):
+def _part(file: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What a file has under a name; nothing for null."""
+    if not isinstance(value := file.get(name), Mapping | None):
         raise ValueError(f"Processor: {name} is {value!r:.60}, expected a JSON object")
     return value or {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+
+from btok.config import check_choice
 
 Init = Literal["checkpoint", "eos"]
 STEM = "<|btok_"  # of the names of bottleneck tokens
@@ -129,8 +131,7 @@ def add_to_embeddings(
             end token's row into each. Else, or without an end token, a ValueError.
         seed: of the draw.
     """
-    if init not in ("checkpoint", "eos"):
-        raise ValueError(f"add_to_embeddings: init is {init!r}, expected 'checkpoint' or 'eos'")
+    check_choice("add_to_embeddings", "init", init, get_args(Init))
     old_rows = backbone.get_input_embeddings().weight.shape[0]
     if len(token_ids) and max(token_ids) >= old_rows:
         backbone.resize_token_embeddings(max(token_ids) + 1, mean_resizing=False)

@@ -10,7 +10,6 @@ import torch
 from helpers import IMAGE, MROPE, VIDEO, tiny_backbone
 
 from btok.families import FAMILIES
-from btok.families.family import text_positions
 from btok.vision import Vision
 
 
@@ -146,7 +145,6 @@ def test_each_slot_of_a_qwen3_vl_video_is_a_grid_of_its_own():
 
 
 def test_a_model_without_vision_counts():
-    assert text_positions(torch.tensor([7, 8, 9])).tolist() == [[0, 1, 2]] * 3
     for family in ("qwen2", "qwen3", "llama"):
         assert FAMILIES[family].positions([7, 8, 9], {}, None).tolist() == [[0, 1, 2]] * 3
 

@@ -21,19 +21,6 @@ IMAGE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.
 CHATML = ("<|im_start|>assistant\n", "<|im_end|>")
 
 
-def text_positions(input_ids: Any) -> np.ndarray:
-    """Positions of a model without M-RoPE: 0, 1, 2, ... on all three axes.
-
-    Args:
-        input_ids: integers [L].
-
-    Returns:
-        int64 [3, L].
-    """
-    length = len(np.asarray(input_ids))
-    return np.tile(np.arange(length), (3, 1))
-
-
 class Seen(NamedTuple):
     """What an image processor makes of a side's images and video.
 
@@ -209,7 +196,7 @@ class Family:
 
     def positions(self, ids: np.ndarray, side: Mapping[str, Any], config: Any) -> np.ndarray:
         """int64 [3, L]: `mrope`, or 0, 1, 2, ... on all axes."""
-        return self.mrope(ids, side, config) if self.mrope else text_positions(ids)
+        return self.mrope(ids, side, config) if self.mrope else np.tile(np.arange(len(ids)), (3, 1))
 
     def shown(self, side: Mapping[str, Any], config: Any) -> list[Vision]:
         """The images and the video of a side, as a processor returns it.
