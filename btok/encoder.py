@@ -190,7 +190,8 @@ class BTokEncoder:
 
         Args:
             inputs: drawn in a background thread; the first four arguments are those of `encode`.
-            ids: what the inputs are called, one per input, drawn before it; None: 0, 1, 2, ...
+            ids: what the inputs are called, one per input, drawn before it, a ValueError where one
+                comes twice in a window; None: 0, 1, 2, ...
             window: how many inputs are held and sorted together; no batch spans two windows.
             strict: an input that cannot be read is a ValueError; else it is named in `errors`, and
                 the rest goes on (a batch in which nothing can be read has no vectors).
@@ -399,8 +400,11 @@ class BTokEncoder:
                     raise kind(f"BTokEncoder: input {i}: {error}") from error
                 broken[i] = str(error)
 
-        while held := dict(islice(numbered, window)):
-            broken = {}
+        while drawn := list(islice(numbered, window)):
+            held, broken = dict(drawn), {}
+            if len(held) < len(drawn):
+                name, _ = Counter(name for name, _ in drawn).most_common(1)[0]
+                raise ValueError(f"BTokEncoder.encode_iter: ids has {name!r:.60} more than once")
             sides = {
                 i: read(i, value, lambda v: as_side(v, instruction)) for i, value in held.items()
             }
@@ -462,7 +466,8 @@ class BTokEncoder:
 
 def _several(inputs: Any) -> Any:
     """The inputs; a TypeError for what is one, or no list of them."""
-    if isinstance(inputs, str | bytes | Path | Mapping):
+    listed = hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")
+    if not listed or isinstance(inputs, str | bytes | Path | Mapping):
         raise TypeError(f"BTokEncoder: inputs is one {type(inputs).__name__}, not a list")
     return inputs
 

@@ -108,6 +108,8 @@ def test_vectors_by_names_of_ones_own(encoder):
         assert np.abs(made.vectors - rows).max() < 1e-6 and not made.errors
     with pytest.raises(ValueError, match="is longer than argument"):
         list(encoder.encode_iter(SIDES, ids=names[:3]))
+    with pytest.raises(ValueError, match="ids has 'b' more than once"):
+        list(encoder.encode_iter(SIDES[:4], ids=["a", "b", "c", "b"]))
 
 
 def test_a_window_is_sorted_longest_first():
@@ -174,6 +176,10 @@ def test_what_cannot_be_embedded_is_named(encoder, tmp_path):
         encoder.encode("a text")
     with pytest.raises(TypeError, match="inputs is one bytes"):
         encoder.encode(b"a picture")
+    for one in (Side("a text"), Image.fromarray(PICTURES[0]), 3):
+        for call in (encoder.encode, lambda one: next(encoder.encode_iter(one))):
+            with pytest.raises(TypeError, match=f"inputs is one {type(one).__name__}, not a list"):
+                call(one)
     with pytest.raises(ValueError, match="input 1: image of 4 bytes cannot be read: it is of no"):
         encoder.encode(["a", b"\xff\xd8\xff\xe0"])
     with pytest.raises(TypeError, match="input 2: image is a int"):
