@@ -454,6 +454,8 @@ def test_a_side_answers_to_the_names_of_stock_processors():
     [
         ("preprocessor_config.json", [1], "preprocessor_config.json is [1], expected a JSON obje"),
         ("preprocessor_config.json", {"patch_size": 0.5}, "patch_size is 0.5, expected a whole nu"),
+        ("preprocessor_config.json", {"patch_size": 0}, "patch_size is 0, expected a whole numb"),
+        ("preprocessor_config.json", {"image_mean": []}, "image_mean is [], expected three num"),
         ("preprocessor_config.json", {"patch_size": 4000}, "patch_size is 4000, expected a whole"),
         ("preprocessor_config.json", {"merge_size": True}, "merge_size is True, expected a whole"),
         ("preprocessor_config.json", {"image_std": [1, 0, 1]}, "image_std is [1, 0, 1], expected"),

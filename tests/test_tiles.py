@@ -179,6 +179,7 @@ def test_stock_processors_read_our_files_and_we_read_theirs(kind, tmp_path):
     [
         ({"tile": 128}, "tile is 128 and longest_edge 64"),
         ({"longest_edge": 5000}, "longest_edge is 5000, expected a whole number from 1 to 4096"),
+        ({"do_image_splitting": "no"}, "do_image_splitting is 'no', expected True or False"),
         ({"tile": 12}, "tile is 12, 3 patches of 4 pixels, expected a multiple of merge_size 2"),
     ],
 )

@@ -82,6 +82,9 @@ class TileImageProcessor(ImageProcessor):
             ("merge_size", merge_size),
         ):
             checked_number(name, value, MOST)
+        if not isinstance(do_image_splitting, bool):
+            had = f"Processor: do_image_splitting is {do_image_splitting!r:.60}"
+            raise ValueError(f"{had}, expected True or False")
         if not tile <= longest_edge <= MOST_TILES * tile:
             raise ValueError(
                 f"Processor: tile is {tile} and longest_edge {longest_edge}, expected the "

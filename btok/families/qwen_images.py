@@ -96,10 +96,14 @@ class QwenImageProcessor(ImageProcessor):
         self.tokenizer = tokenizer
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.min_frame_pixels, self.max_frame_pixels = min_frame_pixels, max_frame_pixels
-        self.patch_size = checked_number("patch_size", patch_size or self.patch_size, MOST_EDGE)
+        given = {"patch_size": patch_size, "image_mean": image_mean, "image_std": image_std}
+        for name, value in given.items():
+            if value is not None:  # else the family's
+                setattr(self, name, value)
+        checked_number("patch_size", self.patch_size, MOST_EDGE)
         self.merge_size = checked_number("merge_size", merge_size, MOST_EDGE // self.patch_size)
-        self.image_mean = checked_channels("image_mean", image_mean or self.image_mean)
-        self.image_std = checked_channels("image_std", image_std or self.image_std, above=0)
+        self.image_mean = checked_channels("image_mean", self.image_mean)
+        self.image_std = checked_channels("image_std", self.image_std, above=0)
         names = ("vision_start", "vision_end", "image_pad", "video_pad")
         self.start, self.end, image, video = (
             special_token(tokenizer, f"<|{name}|>", "Qwen2-VL's") for name in names
