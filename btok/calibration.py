@@ -129,13 +129,17 @@ class Calibration:
             version = found.pop("format_version")
             made = cls(**found)
             tables = [made.losses[cell] for cell, count in made.counts.items() if count]
-            each = [len(losses) for table in tables for losses in table.values()]
-            whole = version == FORMAT_VERSION and {*each} <= {len(made.budgets)}
-            asked = {str(d) for d in made.dims}
-            whole = whole and all(asked == {*of} for of in (*tables, made.scales["vector"]))
-            numbers = [x for table in tables for losses in table.values() for x in losses]
-            numbers += [x for table in made.scales.values() for x in table.values()]
-            whole = whole and all(isinstance(x, int | float) for x in numbers)
+            scales = [made.scales["vector"], *made.scales.values()]
+            losses = [losses for table in tables for losses in table.values()]  # of each budget
+            numbers = [x for of_budgets in losses for x in of_budgets]
+            numbers += [x for table in scales for x in table.values()]
+            dims = {str(d) for d in made.dims}
+            whole = (
+                version == FORMAT_VERSION
+                and all({*table} == dims for table in (*tables, *scales))
+                and all(len(of_budgets) == len(made.budgets) for of_budgets in losses)
+                and all(isinstance(x, int | float) for x in numbers)
+            )
         except (AttributeError, TypeError, KeyError):
             whole = False
         if not whole:

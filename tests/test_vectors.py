@@ -368,6 +368,7 @@ def test_one_with_fewer_tokens_has_a_calibration_of_its_own(tmp_path):
         lambda found: found.pop("scales"),
         lambda found: found.update(format_version=2),
         lambda found: found["scales"]["vector"].pop("16"),
+        lambda found: found["scales"]["multi_vector"].pop("16"),
         lambda found: found["scales"]["vector"].update({"16": "0.1"}),
         lambda found: found["losses"].clear(),
         lambda found: next(iter(found["losses"].values()))["64"].pop(),
