@@ -82,6 +82,19 @@ def test_the_table_has_all_data_sets():
         assert spec.metric == ("ndcg@5" if spec.modality == "visdoc" else "hit@1")
         assert spec.gb > 0 and spec.queries > 0 and spec.family in mmeb_v2.FAMILIES
     assert [len(mmeb_v2.data_set(n).labels) for n in ("K700", "UCF101", "HMDB51")] == [700, 101, 51]
+    for name, configs, records, media in (
+        ("CIRR", ["CIRR"], "image-tasks", "image-tasks"),
+        ("K700", [""], "video-tasks/Kinetics-700", "video-tasks/frames/video_cls/K700"),
+        ("SmthSmthV2", [""], "video-tasks/SmthSmthV2", "video-tasks/frames/video_cls/SSv2"),
+        (
+            "VisRAG_PlotQA",
+            ["queries", "qrels", "corpus"],
+            "visdoc-tasks/VisRAG-Ret-Test-PlotQA",
+            "visdoc-tasks/VisRAG_PlotQA",
+        ),
+    ):
+        spec = mmeb_v2.data_set(name)
+        assert (spec.configs, spec.records, spec.media) == (configs, records, media)
 
 
 def picture_query(inst, text):

@@ -124,16 +124,16 @@ def open_public(public: str, folder: str | Path, **settings: Any) -> Source:
     """
     if public not in PUBLIC:
         raise ValueError(f"public is {public!r}, expected one of {', '.join(PUBLIC)}")
-    repository, part, schema, own = PUBLIC[public]
-    split = "original" if schema is MMEB else "train"
-    root = Path(folder) / repository.rpartition("/")[2]
-    data: Any = root / (part or "data") / f"{split}*.parquet"
-    if part.endswith(".jsonl"):
-        root, data = root / "train_300k", root / part
+    found = PUBLIC[public]
+    split = "original" if found.schema is MMEB else "train"
+    root = Path(folder) / found.repository.rpartition("/")[2]
+    data: Any = root / (found.part or "data") / f"{split}*.parquet"
+    if found.part.endswith(".jsonl"):
+        root, data = root / "train_300k", root / found.part
     elif not root.is_dir():
-        data = load_dataset(repository, part or None, split=split)
-    options = {"name": public, "root": root, "negatives": 0, **own, **settings}
-    return open_source(data, schema=schema, **options)
+        data = load_dataset(found.repository, found.part or None, split=split)
+    options = {"name": public, "root": root, "negatives": 0, **found.settings, **settings}
+    return open_source(data, schema=found.schema, **options)
 
 
 def _line(text: str) -> str:
@@ -212,8 +212,12 @@ def _paper() -> tuple[dict[str, Public], dict[str, tuple[str, str]]]:
     for group in given["group"]:
         for name, own in group.pop("datasets").items():
             settings = group | own
-            part, schema = settings.pop("part", "").format(name=name), settings.pop("schema")
-            public[name] = Public(settings.pop("repository"), part, SCHEMAS[schema], settings)
+            public[name] = Public(
+                repository=settings.pop("repository"),
+                part=settings.pop("part", "").format(name=name),
+                schema=SCHEMAS[settings.pop("schema")],
+                settings=settings,
+            )
     return public, {table["source"]: (table["query"], table["page"]) for table in given["visrag"]}
 
 

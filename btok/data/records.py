@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Metric = Literal["hit@1", "ndcg@5", "mrr"]
 NtpSide = Literal["positive", "query", "both", "none"]
-NTP_SIDES = ("positive", "query", "both", "none")
+NTP_SIDES: tuple[str, ...] = get_args(NtpSide)
 
 
 @dataclass(frozen=True)
