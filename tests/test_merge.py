@@ -299,6 +299,18 @@ def test_adapters_that_do_not_add_up(two, tmp_path, capsys):
     assert "which do not add up" in refused(capsys, tmp_path, [dora, dora])
 
 
+def test_a_draft_is_replaced_and_a_folder_of_that_name_is_not(two, tmp_path):
+    draft = tmp_path / "out.draft"
+    draft.mkdir()
+    (draft / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"output's draft .*out\.draft is not empty; name a new"):
+        merge(two, (0.5, 0.5), tmp_path / "out")
+    assert (draft / "mine.txt").read_text() == "kept"
+    (draft / "merged.json").write_text("{}")  # as a call leaves that was killed
+    merge(two, (0.5, 0.5), tmp_path / "out")
+    assert not draft.exists() and not (tmp_path / "out/mine.txt").exists()
+
+
 def test_numbers_that_are_no_weights():
     whole_numbers = torch.arange(3)
     assert mean((0.5, 0.5), [whole_numbers, whole_numbers]) is whole_numbers

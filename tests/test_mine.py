@@ -522,6 +522,10 @@ def test_a_file_of_someone_else_is_never_replaced(checkpoint, tmp_path, capsys):
     before = kept.read_text()
     kept.write_text("[1]")
     assert f"output is {kept}, which is there" in refused(capsys, checkpoint, *command)
+    kept.unlink()  # a folder of the parts' name, with other things in it
+    (kept.parent / "note.txt").write_text("kept")
+    assert f"output is {kept.parent}, which is there" in refused(capsys, checkpoint, *command)
+    assert (kept.parent / "note.txt").read_text() == "kept"
     kept.write_text(before)
     with pytest.MonkeyPatch.context() as patch:  # it comes while vectors are made
         search = mine_module.search

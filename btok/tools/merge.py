@@ -24,7 +24,7 @@ from torch import Tensor
 
 from btok import adapters
 from btok.config import CONFIG_NAME, must_be_trained
-from btok.files import may_be_folder, read_json, rename, sha256, write_json
+from btok.files import read_json, rename, sha256, write_json
 from btok.model import model_digest
 from btok.tools.evaluate import DECIDING
 from btok.tools.export import RUN, must_be_new
@@ -92,20 +92,21 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], output: s
     adapted = check(folders)
     digests = [model_digest(folder) for folder in folders]
     draft = out.with_name(f"{out.name}.draft")
-    may_be_folder("merge: output's draft", draft)
-    shutil.rmtree(draft, ignore_errors=True)  # of a call that was killed
-    draft.mkdir(parents=True)
+    if (draft / MERGED).exists():  # of a call that was killed
+        shutil.rmtree(draft)
+    must_be_new("merge: output's draft", draft)
+    of = [
+        {"checkpoint": str(folder), "model": digest, "weight": weight}
+        for folder, digest, weight in zip(folders, digests, weights, strict=True)
+    ]
+    draft.mkdir(parents=True, exist_ok=True)
     try:
+        write_json(draft / MERGED, {"merged": of})  # first: it says whose draft this is
         copy_files(folders[0], draft)
         if adapted:
             merge_adapters(folders, weights, draft)
         else:
             merge_weights(folders, weights, draft / "model.safetensors")
-        of = [
-            {"checkpoint": str(folder), "model": digest, "weight": weight}
-            for folder, digest, weight in zip(folders, digests, weights, strict=True)
-        ]
-        write_json(draft / MERGED, {"merged": of})
         rename(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

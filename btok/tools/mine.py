@@ -10,7 +10,6 @@ and ends with the same bytes.
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 import threading
@@ -34,7 +33,7 @@ from btok.data.sources import open_source
 from btok.encoder import BTokEncoder
 from btok.files import may_be_file, may_be_folder, must_be, one_line
 from btok.tools.command_line import load
-from btok.tools.mine_output import Job, begin, manifest, write
+from btok.tools.mine_output import Job, begin, forget, manifest, write
 from btok.tools.neighbours import ROWS, Blocks, mixed, nearest
 from btok.tools.related import ABSENT, Hidden, Related, at_line, lines_of, looked, relate
 from btok.tools.rows import refuse_ungrouped
@@ -195,7 +194,7 @@ def mine_one(job: Job, encoder: BTokEncoder) -> None:
     except ValueError:
         gather(None)
         if rank() == 0 and not [*job.parts.glob("*.f32")]:
-            shutil.rmtree(job.parts)
+            forget(job.parts)
         raise
     sides = len(related.queries), len(related.candidates)
     say(f"{job.source.name}: {len(job.source)} rows, {sides[0]} queries, {sides[1]} candidates")

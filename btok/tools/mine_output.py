@@ -83,6 +83,8 @@ def begin(job: Job, made_of: Mapping[str, Any]) -> bool:
         ValueError: there is one of other settings, or something else.
     """
     output, kept, ready = job.output, job.parts / MADE_OF, job.parts / REPORT
+    if not kept.exists() and any(not path.match(f"{MADE_OF}*") for path in job.parts.glob("*")):
+        raise _foreign(job.parts)
     # killed after the output was in its place and before its report was
     if output.is_file() and ready.exists() and _made(ready)["digest"] == sha256(output):
         rename(ready, job.report)
@@ -93,7 +95,7 @@ def begin(job: Job, made_of: Mapping[str, Any]) -> bool:
         refuse_others(output, had["made_of"], made_of, "give another --output, or delete it")
         if had["digest"] != sha256(output):
             raise ValueError(f"{output} was changed since it was made; name another --output")
-        shutil.rmtree(job.parts, ignore_errors=True)
+        forget(job.parts)
         return True
     if job.report.exists():  # of an output that was deleted
         _made(job.report)
@@ -106,6 +108,14 @@ def begin(job: Job, made_of: Mapping[str, Any]) -> bool:
     job.parts.mkdir(parents=True, exist_ok=True)
     write_json(kept, vectors)
     return False
+
+
+def forget(parts: Path) -> None:
+    """Delete the parts; last what tells that they are ours, as a kill may come between."""
+    for path in parts.glob("*"):
+        if path.name != MADE_OF and path.is_file():
+            path.unlink()
+    shutil.rmtree(parts, ignore_errors=True)
 
 
 def _foreign(path: Path) -> ValueError:
@@ -199,7 +209,7 @@ def write(job: Job, related: Related, chosen: Blocks, made_of: Mapping[str, Any]
         raise _foreign(output)
     rename(draft, output)
     rename(job.parts / REPORT, job.report)
-    shutil.rmtree(job.parts, ignore_errors=True)
+    forget(job.parts)
     return (
         f"{output}: {kept} rows of {len(source)} with {count} negatives; {short} had too few, "
         f"{filled} have some of farther ranks, {unreadable} cannot be read; mean score "

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -253,7 +253,10 @@ class NpzSink:
         names = {item_name(item) for item in kept}
         unreadable = {name: why for name, why in unreadable.items() if name not in names}
         self._save(self.path, vectors[there], kept, {})
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.folder.glob("*.npz*"):
+            path.unlink()
+        with suppress(OSError):  # none was made, or there are files of others in it
+            self.folder.rmdir()
         added = sum(item["id"] not in self.known for item in kept)
         return Encoded(len(kept), added, removed, unreadable)
 
