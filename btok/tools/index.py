@@ -197,13 +197,13 @@ class Index:
     @property
     def columns(self) -> list[str]:
         """What items say."""
-        own = {*tables.of_vectors(self.dataset.schema), *tables.OWN}
+        own = tables.own_names(self.dataset.schema)
         return [name for name in self.dataset.schema.names if name not in own]
 
     @property
     def bytes_of_item(self) -> int:
         """How many bytes an item's vectors take, before Lance packs them."""
-        size = {"float32": 4, "float16": 2, "int8": 1}[self.storage]
+        size = np.dtype(self.storage).itemsize
         factor = 4 if self.storage == "int8" else 0  # of each vector
         return size * self.dims + factor + self.several * (min(size, 2) * self.dims + factor)
 

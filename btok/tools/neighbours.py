@@ -55,9 +55,9 @@ class Blocks:
 
     def write(self, block: int, records: NDArray[Any]) -> None:
         """Keep a block; it is on the disk when this returns."""
-        content = np.ascontiguousarray(records, self.kind.base)
-        marks = (self.path, self.rows(block).start * self.kind.itemsize, content.tobytes())
-        for path, at, data in (marks, (self.done, block, b"\1")):
+        content = np.ascontiguousarray(records, self.kind.base).tobytes()
+        start = self.rows(block).start * self.kind.itemsize
+        for path, at, data in ((self.path, start, content), (self.done, block, b"\1")):
             try:
                 with open(path, "r+b") as file:
                     file.seek(at)
@@ -97,6 +97,16 @@ def as_keys(scores: Tensor, numbers: Tensor) -> Tensor:
     return keys.masked_fill_(scores == -torch.inf, NONE)
 
 
+def of_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores, float32, and the candidates' numbers, int64, that `as_keys` made keys of; of NONE
+    -inf and 0.
+    """
+    ordered = keys >> 32
+    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).int()
+    scores = bits.view(torch.float32).masked_fill(keys == NONE, -torch.inf)
+    return scores, (0xFFFFFFFF - (keys & 0xFFFFFFFF)).masked_fill(keys == NONE, 0)
+
+
 def nearest(
     queries: Tensor,
     candidates: Blocks,
@@ -133,11 +143,8 @@ def nearest(
             above += far.sum(1)
             scores.masked_fill_(far, -torch.inf)
         best = _merged(best, scores, start)
-    ordered, numbers = best >> 32, 0xFFFFFFFF - (best & 0xFFFFFFFF)
-    bits = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).int()
-    found = bits.view(torch.float32).masked_fill(best == NONE, -torch.inf)
-    numbers.masked_fill_(best == NONE, 0)
-    return found.cpu().numpy(), numbers.cpu().numpy(), above.cpu().numpy()
+    scores, numbers = of_keys(best)
+    return scores.cpu().numpy(), numbers.cpu().numpy(), above.cpu().numpy()
 
 
 def _merged(best: Tensor, scores: Tensor, start: int) -> Tensor:

@@ -60,12 +60,12 @@ def schema_of(meta: Mapping[str, Any], dims: int, storage: str) -> pa.Schema:
     return pa.schema({**fields, **OWN}, {METADATA: json.dumps(dict(meta))})
 
 
-def of_vectors(schema: pa.Schema) -> list[str]:
-    """Names of the columns for vectors and, of int8, the factors beside them."""
-    of_one = ["vector", "scale"]
+def own_names(schema: pa.Schema) -> set[str]:
+    """What no item says: the columns for vectors, the factors beside those of int8, and `OWN`."""
+    names = {"vector", "scale", *OWN}
     if json.loads((schema.metadata or {}).get(METADATA, b"{}")).get("vectors"):
-        of_one += ["vectors", "scales"]
-    return of_one
+        names |= {"vectors", "scales"}
+    return names
 
 
 def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
@@ -81,7 +81,7 @@ def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     kind = schema.field("vector").type
     missing = np.array([row.vector is None for row in rows])
     shape: tuple[int, ...] = (kind.list_size,)
-    if several := "vectors" in of_vectors(schema):
+    if several := "vectors" in own_names(schema):
         shape = (1 + schema.field("vectors").type.list_size // kind.list_size, *shape)
     vectors = np.zeros((len(rows), *shape), np.float32)
     for number, row in enumerate(rows):
@@ -140,9 +140,9 @@ def new_columns(items: Sequence[Mapping[str, Any]], schema: pa.Schema) -> list[p
 
     ValueError for a name that is the table's own.
     """
-    found = []
+    found, own = [], own_names(schema)
     for name in dict.fromkeys(name for item in items for name in item):
-        if name in OWN or name in of_vectors(schema) or name.startswith("_"):
+        if name in own or name.startswith("_"):
             raise ValueError(f"an item has {name!r}, which is the index's own; give another name")
         if name not in schema.names:
             kind = column(items, name).type
