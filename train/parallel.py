@@ -155,24 +155,25 @@ def same_folder(folder: Path) -> None:
         )
 
 
-def total_over_ranks(number: float) -> float:
+def total_over_ranks(number: int) -> int:
     """The sum of every rank's number."""
-    return float(mean_over_ranks(torch.tensor(number, dtype=torch.float64))) * world()
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of every rank's tensor, of one shape; may change `value`."""
-    if world() > 1:
-        dist.all_reduce(value)
-    return value / world()
+    return int(_reduced(torch.tensor(int(number))))
 
 
 def most_of_ranks(number: int) -> int:
     """The largest of every rank's number."""
-    found = torch.tensor(number)
+    return int(_reduced(torch.tensor(number), dist.ReduceOp.MAX))
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of every rank's tensor, of one shape; may change `value`."""
+    return _reduced(value) / world()
+
+
+def _reduced(value: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
     if world() > 1:
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+        dist.all_reduce(value, operation)
+    return value
 
 
 class Backward:

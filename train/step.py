@@ -86,9 +86,10 @@ def train_step(
     restored = sum(model.reconstruction_count(m.batch) for m in microbatches)
     # a filler shows one picture
     shows = any(len(m.batch.vision) > len(m.batch) - len(m.places) for m in microbatches)
+    own = [targets, shows, restored, tokens, model_flops(model, tokens, patches)]
     # all ranks' mean, so that a target weighs the same on a rank that has few of them
-    agreed = parallel.mean_over_ranks(torch.tensor([targets, shows, restored], dtype=torch.float64))
-    targets, shows, restored = agreed.tolist()
+    agreed = parallel.mean_over_ranks(torch.tensor(own, dtype=torch.float64))
+    targets, shows, restored, tokens, flops = agreed.tolist()
     counts = max(targets, 1e-9), max(restored, 1e-9)
     device = model.backbone.device
     ids = on_device(positive_ids(pairs, rank()), device)
@@ -117,10 +118,8 @@ def train_step(
     unused += [] if targets or restored or head.weight is embedding.weight else [head]
     for p in (p for part in unused for p in part.parameters()):
         p.grad = None
-    worked = torch.tensor([tokens, model_flops(model, tokens, patches)], dtype=torch.float64)
-    total, flops = (parallel.mean_over_ranks(worked) * world()).tolist()
     means = parallel.mean_over_ranks(torch.stack(losses).detach())
-    return StepResult(Losses(*means), round(total), flops)
+    return StepResult(Losses(*means), round(tokens * world()), flops * world())
 
 
 def _forward(
@@ -156,11 +155,9 @@ def at_once(
     backward: parallel.Backward,
 ) -> Losses:
     """One backward through all microbatches, whose activations are kept until then."""
-    outputs = [forward(m.batch, m.places) for m in microbatches]
-    vectors = _as_they_came([output.vectors for output in outputs], microbatches)
-    parts = (_sum(parts) for parts in zip(*(output[1:] for output in outputs), strict=True))
-    ntp, restored = parts
-    losses = weigh(contrast(vectors), ntp, restored=restored)
+    vectors, ntps, restored = zip(*(forward(m.batch, m.places) for m in microbatches), strict=True)
+    contrastive = contrast(_as_they_came(vectors, microbatches))
+    losses = weigh(contrastive, _sum(ntps), restored=_sum(restored))
     backward(losses.total, is_last=True)
     return losses
 
@@ -279,16 +276,14 @@ def is_frozen(model: BTokModel) -> bool:
 
 
 def cache_vision_features(
-    model: BTokModel,
-    microbatches: Sequence[Microbatch],
-    memory: int,
-    tokens: int | None = None,
+    model: BTokModel, microbatches: Sequence[Microbatch], memory: int, tokens: int | None
 ) -> list[Microbatch]:
     """The microbatches with vision features, each side's made once, wherever it stands.
 
     Args:
         memory: bytes of features that stay on the device; later ones wait on the host.
         tokens: of which the tower makes as many in one pass, at most; a larger side is alone.
+            None for 8,192.
     """
     rules = model.family.vision
     assert rules is not None
