@@ -46,11 +46,8 @@ def summary_writer() -> Any:
 
 
 LOSSES = ("contrastive", "ntp", "reconstruction")
-FIRST_LINE, BETWEEN, SHARE = (
-    5.0,
-    30.0,
-    0.05,
-)  # seconds until a line, to the next, or of those before
+FIRST_LINE, BETWEEN = 5.0, 30.0  # seconds until a line, and to the next at least
+SHARE = 0.05  # to the next, of the seconds so far
 
 
 class TrainLog:
@@ -87,11 +84,9 @@ class TrainLog:
         self.first, self.total_steps = first, recipe.total_steps
         self.demonstrate, self.line_at = demonstrate, FIRST_LINE
         self.since_line: dict[str, list[float]] = {}  # each loss of the steps since then
-        steps = {"total": recipe.total_steps, "initial": first}
-        # None: not where no terminal redraws a line
-        self.bar = tqdm(
-            **steps, unit="step", disable=None if rank() == 0 else True, mininterval=1.0
-        )
+        hidden = None if rank() == 0 else True  # None: where no terminal redraws a line
+        steps: dict[str, Any] = {"total": recipe.total_steps, "initial": first, "unit": "step"}
+        self.bar = tqdm(**steps, disable=hidden, mininterval=1.0)
         self.board = None
         if rank() != 0:
             return
@@ -129,15 +124,16 @@ class TrainLog:
         self, step: int, captioning: bool, result: StepResult, rate: float, norm: float
     ) -> None:
         """Add a step's row: its losses, the learning rate and the gradient's norm."""
+        if rank() != 0:
+            return
         row: dict[str, Any] = {"step": step, "phase": "caption", "loss": float(result.losses.total)}
         if not captioning:
             row |= {"phase": "train", "contrastive": float(result.losses.contrastive)}
-        if self.restores and not captioning:
-            row |= {"reconstruction": float(result.losses.reconstruction)}
+            if self.restores:
+                row["reconstruction"] = float(result.losses.reconstruction)
         row |= {"ntp": float(result.losses.ntp), "learning_rate": rate, "gradient_norm": norm}
-        row |= {"skipped": len(self.unreadable)} if self.unreadable else {}
-        if rank() != 0:
-            return
+        if self.unreadable:
+            row["skipped"] = len(self.unreadable)
         seconds = time.perf_counter() - self.began
         try:
             with open(self.path, "a") as file:
@@ -150,9 +146,7 @@ class TrainLog:
         rates = {"pairs/s": self.pairs / seconds, "tokens/s": self.tokens / seconds}
         losses = {key: row[key] for key in row if key in LOSSES}
         shown = {key: f"{loss:.3f}" for key, loss in losses.items()}
-        shown |= {
-            k: f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}" for k, rate in rates.items() if rate
-        }
+        shown |= {k: f"{x:.0f}" if x >= 10 else f"{x:.2g}" for k, x in rates.items() if x}
         if self.peak:
             rates["MFU"] = self.flops / seconds / self.peak
             shown["MFU"] = f"{rates['MFU']:.1%}"
