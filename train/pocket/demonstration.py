@@ -115,20 +115,12 @@ def closing(recipe: Recipe, files: Path) -> str:
     python, here = Path(sys.executable), Path.cwd()
     program = str(python.relative_to(here)) if python.is_relative_to(here) else str(python)
     query = held_out("I-RET", 1)[0].query.text
-    own: tuple[Any, ...] = (
-        "--model",
-        checkpoint,
-        "--data",
-        "my-pairs.jsonl",
-        "--output",
-        "runs/mine",
-    )
-    own += ("--caption-steps", 0, "--reading-steps", 0, "--eval-queries", 0)
-    own += ("--group-size", 4, "--groups-per-batch", 1, "--steps", 50)
+    own = "--data my-pairs.jsonl --output runs/mine --caption-steps 0 --reading-steps 0"
+    own += " --eval-queries 0 --group-size 4 --groups-per-batch 1 --steps 50"
     commands: dict[str, tuple[Any, ...]] = {
         "search in a browser": ("-m", "btok", "serve", checkpoint, files),
         "search here": ("-m", "btok", "search", checkpoint, files, query, "--top", 3),
-        "train on your own pairs": ("train/main.py", "pocket", *own),
+        "train on your own pairs": ("train/main.py", "pocket", "--model", checkpoint, *own.split()),
     }
     lines = ["what next:", f"  look at it: open {recipe.output / 'report.html'} in a browser"]
     for what, words in commands.items():
