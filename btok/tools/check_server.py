@@ -71,7 +71,7 @@ def check_server(command: CheckServer) -> bool:
     """Run the command: print what there is to say; whether all is right.
 
     Raises:
-        ValueError: a bound that no cosine can have; as `compare` says.
+        ValueError: a bound that is not above 0 and at most 1; as `compare` says.
     """
     if not 0 < command.bound <= 1:
         raise ValueError(f"bound is {command.bound}, expected above 0 and at most 1")
