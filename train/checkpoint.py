@@ -35,6 +35,7 @@ from btok_kernels.ranks import from_first, gather, rank, world
 from train.parallel import total_over_ranks
 
 MANIFEST, WEIGHTS, MOMENTS = "manifest.json", "model", "optimizer"
+KEPT = 2  # checkpoints of a run
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
@@ -43,14 +44,14 @@ REMEDIES = {
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run while it goes on, and keeps the newest `keep`.
+    """Writes the checkpoints of a run while it goes on, and keeps the newest two.
 
     Every rank calls each method, at the same times. One is copied to the host's memory at once, and
     written by a thread; `commit` puts it into its place when all ranks have written their files.
     """
 
-    def __init__(self, run: Path, keep: int = 2) -> None:
-        self.run, self.keep = run, keep
+    def __init__(self, run: Path) -> None:
+        self.run = run
         self.thread: Thread | None = None
         self.draft = self.final = run
         self.digests: dict[str, str] = {}
@@ -160,7 +161,7 @@ class Checkpoints:
                 if self.final.exists():  # the same step again, after a resume
                     shutil.rmtree(self.final)
                 self.draft.rename(self.final)
-                for old in _by_step(self.run)[self.keep :]:
+                for old in _by_step(self.run)[KEPT:]:
                     shutil.rmtree(old)
             except OSError as error:
                 cause, failed = error, unwritable(self.final, error)
