@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import Largest, gloo, spawn
+from pretend_cuda import PretendCuda
 from test_ranks import Collectives
 
 from btok_kernels import contrastive_loss as module
@@ -224,6 +225,16 @@ def test_a_float_temperature_and_a_tensor_of_one_element():
         assert gap([shaped.grad.reshape(())], [d_tau]) < 1e-6
     default = contrastive_loss(**arguments)
     assert default == contrastive_loss(**arguments, temperature=0.02)
+
+
+def test_the_host_does_not_wait_for_a_temperature():
+    with PretendCuda() as device:
+        query = torch.zeros(2, 3, dtype=torch.bfloat16, device="cuda")
+        for given in (0.05, 1, torch.full((1,), 0.05, device="cuda")):
+            tau = module.Call(query, query, given).tau(torch.float32)
+            assert (tau.device, tau.dtype, tau.shape) == (query.device, torch.float32, ())
+            assert tau.values == torch.tensor(given)
+        assert not device.waits
 
 
 def test_the_upstream_gradient_scales():

@@ -123,6 +123,13 @@ class Call(NamedTuple):
         """What may have a gradient, in the order of LossAndGrad."""
         return self.query, self.key, self.negatives, self.temperature
 
+    def tau(self, dtype: torch.dtype) -> Tensor:
+        """The temperature, [] on the queries' device."""
+        if isinstance(self.temperature, Tensor):
+            return self.temperature.to(dtype).reshape(())
+        # filled in there: a copy would have the host wait
+        return self.query.new_full((), self.temperature, dtype=dtype)
+
 
 class _Plan(NamedTuple):
     """What all ranks do, as they agreed."""
@@ -149,18 +156,14 @@ class _Batch:
         self.call, self.ranks = call, ranks
         late = call.query.ndim == 3  # rows below are [K, D], candidates' [L, D]
         self.similarity = similarity(impl) if late else _PRODUCTS
-        dtype = torch.promote_types(call.query.dtype, torch.float32)
         key = call.key[:, None]  # [N, 1, D]
         shard = key if call.negatives is None else torch.cat([key, call.negatives], 1)  # [N, E, D]
         self.query = computed(call.query, impl)  # [N, D]
         shards, *ids = ranks.shards(shard, *(() if call.key_ids is None else (call.key_ids,)))
         self.candidates = computed(join(shards), impl)  # [M, E, D]
         self.key_ids = join(ids[0]) if ids else None  # [M]
-        tau = call.temperature
-        if not isinstance(tau, Tensor):  # filled in there: a copy would have the host wait
-            tau = torch.full((), tau, dtype=dtype, device=call.query.device)
-        tau = tau.to(call.query.device, dtype)
-        self.tau, self.scale = tau.reshape(()), 1 / tau.reshape(())
+        self.tau = call.tau(torch.promote_types(call.query.dtype, torch.float32))
+        self.scale = 1 / self.tau
         logits = _TILE_LOGITS * (16 if call.query.device.type == "cuda" else 1)
         columns = self.candidates.shape[:2].numel()
         height = max(1, logits // columns)

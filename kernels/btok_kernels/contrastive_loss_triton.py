@@ -530,7 +530,7 @@ def _recompute(p: _Problem, with_grad: bool) -> list[Tensor]:
         loss += column_lse[p.ranks.own].sum()
     if not with_grad:
         return [loss]
-    return [loss, *_panels(p, table, candidates, row_lse, column_lse)]
+    return [loss, *_panels(p, table, width, candidates, row_lse, column_lse)]
 
 
 def _tile_sums(
@@ -553,14 +553,13 @@ def _tile_sums(
 
 
 def _panels(
-    p: _Problem, table: Tensor, candidates: dict[str, Any], row_lse: Tensor, column_lse: Tensor
-) -> list[Tensor]:
+    p: _Problem, table: Tensor, width: int, candidates: dict[str, Any], row_lse: Tensor,
+    column_lse: Tensor,
+) -> list[Tensor]:  # fmt: skip
     """d scale, d query and d candidates, some thousand rows and columns of d logits at a time."""
     query, dim = p.query, p.query.shape[1]
     d_query, d_candidates = p.zeros(len(query)), p.zeros(p.columns)
     d_scale = p.positives.new_zeros(())
-    arch = launch.architecture(query.device)
-    width = launch.contrastive_config("sums", query.dtype, arch)["BLOCK_M"]
     tiles = min(len(table), max(1, launch.CONTRASTIVE_PANEL // width))
     d_logits = query.new_empty(min(len(query), launch.CONTRASTIVE_PANEL), tiles * width)
     panel = {"D_LOGITS": d_logits, "stride_d": d_logits.stride(0)}
@@ -632,14 +631,13 @@ def fused(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
                 key_ids[own] = rest[0][rank]
             yield rank, own
 
-    tau = torch.as_tensor(call.temperature, dtype=torch.float32, device=query.device)
     share = ranks.weight / (2 if call.bidirectional else 1)
     gain = 2.0**14 if query.dtype == torch.float16 else 1.0  # |d logits| <= 2: no overflow
     columns = sum(len(shard) for shard in (*keys, *negatives))
     ids = None if call.query_ids is None else call.query_ids.contiguous()
     problem = _Problem(
         call._replace(query_ids=ids), ranks, query, keys, negatives, positives, key_ids, landing(),
-        1 / tau.reshape(1), columns, gain, share / gain,
+        1 / call.tau(torch.float32).reshape(1), columns, gain, share / gain,
     )  # fmt: skip
     chunk = launch.contrastive_chunk(len(query), columns, query.dtype)
     with launch.on(query.device):
