@@ -19,7 +19,7 @@ the largest of a tile sets, so that small ones do not underflow.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,22 +132,12 @@ def _d_key_tokens_kernel(
     tl.store(out_ptrs, out + acc * tl.load(FACTOR), mask=mask)
 
 
-def _config(
-    kernel: str, tokens: Tensor, trial: Callable[[dict[str, int]], object]
-) -> dict[str, int]:
-    return launch.contrastive(kernel, tokens, (), trial)
-
-
-def _padded(columns: int) -> int:
-    """Elements from row to row, so that all rows are aligned."""
-    return triton.cdiv(columns, 16) * 16
-
-
 def _scores(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """s [c, m], fp32, and the argmax [c, K, m or some more] over the tokens of key [m, L, D]."""
     (c, k, dim), (m, length, _) = query.shape, key.shape
     tokens = query.reshape(c * k, dim)
-    best = torch.empty(c * k, _padded(m), device=query.device)
+    padded = triton.cdiv(m, 16) * 16  # so that all rows are aligned
+    best = torch.empty(c * k, padded, device=query.device)
     where = torch.empty(best.shape, dtype=index_dtype(length), device=query.device)
 
     def run(meta: dict[str, int]) -> None:
@@ -160,7 +150,7 @@ def _scores(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
     if best.numel():
         with launch.on(query.device):
-            run(_config("maxima", tokens, run))
+            run(launch.contrastive("maxima", tokens, (), run))
     return best.view(c, k, -1)[..., :m].mean(1), where.view(c, k, -1)
 
 
@@ -198,10 +188,10 @@ def _differentiate(
         )  # fmt: skip
 
     with launch.on(query.device):
-        run_query(_config("d_query_tokens", tokens, run_query))
+        run_query(launch.contrastive("d_query_tokens", tokens, (), run_query))
         # a search adds 0 times what there is to add
-        nothing = torch.zeros_like(factor)
-        run_key(_config("d_key_tokens", tokens, lambda meta: run_key(meta, nothing)), factor)
+        nothing = partial(run_key, factor=torch.zeros_like(factor))
+        run_key(launch.contrastive("d_key_tokens", tokens, (), nothing), factor)
 
 
 TRITON = Similarity(_scores, pairs, _differentiate)
