@@ -229,7 +229,9 @@ def test_an_index_tells_weights_from_moments(tmp_path):
     assert "model.safetensors.index.json" in json.loads((folder / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("damage", ["flip a bit", "truncate", "no manifest", "a file missing"])
+@pytest.mark.parametrize(
+    "damage", ["flip a bit", "truncate", "no manifest", "a list for one", "a file missing"]
+)
 def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage):
     saved_run(tmp_path, 3)
     folder, *_ = saved_run(tmp_path, 5)
@@ -242,6 +244,8 @@ def test_a_broken_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage):
         weights.write_bytes(data[:-100])
     elif damage == "no manifest":
         (folder / "manifest.json").unlink()
+    elif damage == "a list for one":
+        (folder / "manifest.json").write_text("[1]")
     else:
         (folder / "optimizer.safetensors").unlink()
     assert checkpoint.newest_valid(tmp_path).name == "checkpoint-3"

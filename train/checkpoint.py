@@ -284,5 +284,5 @@ def _is_whole(folder: Path) -> bool:
     try:
         digests = json.loads((folder / MANIFEST).read_text())
         return bool(digests) and all(sha256(folder / n) == d for n, d in digests.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # the last of JSON that is no object
         return False
