@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from bench.report import Results, groups
-from btok.tools.pictures import BLUE, GREEN, ORANGE
 
+BLUE, ORANGE, GREEN = (0.20, 0.40, 0.65), (0.93, 0.50, 0.15), (0.10, 0.60, 0.25)
 PURPLE, BROWN, RED = (0.55, 0.30, 0.65), (0.55, 0.36, 0.20), (0.80, 0.20, 0.30)
 TEAL, GREY = (0.25, 0.65, 0.70), (0.45, 0.45, 0.45)
 PALE = (0.94, 0.94, 0.94)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 
 from btok.files import sha256
-from btok.tools.env import cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("btok", "kernels", "train")
@@ -30,12 +30,14 @@ def output_of(*command: str) -> str:
 
 def machine() -> dict[str, Any]:
     """Nothing in it names the machine's user or host."""
-    host = cpu()
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), None)
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": host["model"],
-        "cores": host["cores"],
-        "threads": host["torch_threads"],
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
     }
 
 
