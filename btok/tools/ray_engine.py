@@ -254,16 +254,15 @@ def prepared(batch: pa.Table, checkpoint: str, btoks: int, instruction: str) -> 
     """A task: what the processor makes of inputs, or why they cannot be read."""
     processor = _processor(checkpoint, btoks)
     samples, errors = [], []
-    for said, path in zip(batch["item"].to_pylist(), batch["path"].to_pylist(), strict=True):
-        sample = error = None
+    for said, at in zip(batch["item"].to_pylist(), batch["path"].to_pylist(), strict=True):
+        item, path, sample = json.loads(said), Path(json.loads(at)), b""
         try:
-            value = as_part(Path(json.loads(path)), json.loads(said))
-            sample = processor(with_frames(as_side(value, instruction)))
-            if (why := changed(Path(json.loads(path)), json.loads(said))) is not None:
-                sample, error = None, why
+            side = with_frames(as_side(as_part(path, item), instruction))
+            sample = pickle.dumps(processor(side))
+            error = changed(path, item)
         except Exception as found:  # a decoder of a broken file may raise anything
             error = str(found)
-        samples.append(None if error is not None else pickle.dumps(sample))
+        samples.append(sample if error is None else None)
         errors.append(error)
     return pa.table(
         {
