@@ -120,7 +120,7 @@ def expand(
         FileNotFoundError: a picture or frames of a video are missing.
     """
     spec = data_set(name)
-    queries = _queries(spec, records, Media(data_dir, spec, corpus), qrels, prompts)
+    queries = _queries(spec, records, Media(data_dir, spec, corpus, qrels), prompts)
     for query in queries:
         shown = _candidates(query)
         query["query_text"] = _as_asked(query["query_text"], query["query_media"], prompts)
@@ -129,19 +129,18 @@ def expand(
 
 
 def _queries(
-    spec: DataSet, records: Iterable[Any], media: Media, qrels: Any, prompts: Prompts
+    spec: DataSet, records: Iterable[Any], media: Media, prompts: Prompts
 ) -> list[dict[str, Any]]:
     """What `expand` gives, all in the benchmark's own strings."""
     if prompts not in get_args(Prompts):
         raise ValueError(f"mmeb-v2: prompts is {prompts!r}, expected one of {get_args(Prompts)}")
-    if spec.family == "pages" and qrels is None:
+    if spec.family == "pages" and media.relevant is None:
         raise ValueError(f"mmeb-v2: qrels is None, expected those of {spec.name}")
-    relevant = on_disk.relevant(spec.name, qrels or ())
     queries = []
     for number, record in enumerate(records):
         row = Row(spec.name, number, record)
         try:
-            query = FAMILIES[spec.family](spec, row, media, relevant)
+            query = FAMILIES[spec.family](spec, row, media)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             if str(error).startswith(f"{row.name}, row "):
                 raise
@@ -176,8 +175,8 @@ def build(
     their picture's place, and are for a processor whose `bare` is set.
     """
     spec = data_set(name)
-    media = Media(data_dir, spec, corpus)
-    queries = _queries(spec, records, media, qrels, prompts)
+    media = Media(data_dir, spec, corpus, qrels)
+    queries = _queries(spec, records, media, prompts)
     if spec.family == "pages":
         asked = dict.fromkeys(key for query in queries for key in query["cand_names"])
         if lacking := [key for key in asked if key not in media.pages]:
@@ -263,13 +262,18 @@ def _as_published(labels: Sequence[Any], scores: Sequence[float]) -> dict[Any, l
 
 
 class Media(Pictures):
-    """A data set's pictures and frames; `pages` are, by id, what a corpus's own records show."""
+    """A data set's pictures and frames; `pages` are, by id, what a corpus's own records show,
+    `relevant` those of each query with their relevance.
+    """
 
-    def __init__(self, data_dir: str | Path, spec: DataSet, corpus: Any = None) -> None:
+    def __init__(
+        self, data_dir: str | Path, spec: DataSet, corpus: Any = None, qrels: Any = None
+    ) -> None:
         super().__init__(os.path.join(data_dir, spec.media))
         self.hashed = spec.hashed_names
         rows = (Row(f"{spec.name} (corpus)", i, record) for i, record in enumerate(corpus or ()))
         self.pages = {row.key("corpus-id"): row.record.get("image") for row in rows}
+        self.relevant = None if qrels is None else on_disk.relevant(spec.name, qrels)
 
     def name_of(self, key: Any) -> str:
         """The name of a document's page, below the folder."""
@@ -312,13 +316,13 @@ def _picture_and_words(spec: DataSet, row: Row, media: Media) -> tuple[str, list
     return text, [media.image(row, row.text("qry_img_path"))]
 
 
-def _answers(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+def _answers(spec: DataSet, row: Row, media: Media) -> dict[str, Any]:
     """A picture and words find a text of the record's list, whose first is right."""
     answers = row.texts("tgt_text")
     return _query(*_picture_and_words(spec, row, media), answers, answers[0])
 
 
-def _images(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+def _images(spec: DataSet, row: Row, media: Media) -> dict[str, Any]:
     """Words, maybe with a picture, find a picture of the record's list, whose first is right."""
     paths, captions = row.texts("tgt_img_path"), row.texts("tgt_text")
     if spec.query_image:
@@ -342,7 +346,7 @@ def _images(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
     return _query(text, shown, names, names[0], cand_texts=texts, cand_media=pictures)
 
 
-def _labels(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+def _labels(spec: DataSet, row: Row, media: Media) -> dict[str, Any]:
     """A video finds what it shows, among the set's labels or the record's own."""
     label = row.text("pos_text")
     names = [label] if spec.labels else row.texts("neg_text")
@@ -350,7 +354,7 @@ def _labels(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
     return _query(_prompt(spec.query, kind="video"), frames, names, label)
 
 
-def _videos(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+def _videos(spec: DataSet, row: Row, media: Media) -> dict[str, Any]:
     """Words find the video they are of, among all."""
     name = os.path.basename(row.text(spec.video))
     name = os.path.splitext(name)[0] if spec.video == "video" else name
@@ -363,7 +367,7 @@ def _videos(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
     )
 
 
-def _options(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+def _options(spec: DataSet, row: Row, media: Media) -> dict[str, Any]:
     """A video and a question find one of a few answers, which the question lists."""
     question, video, answer = row.text("question"), str(row[spec.video]), row["answer"]
     match spec.options:
@@ -403,7 +407,7 @@ def _lettered(question: str, options: Sequence[str]) -> tuple[str, list[str]]:
     return "\n".join([question, "Options:", *listed]).rstrip(), listed
 
 
-def _clips(spec: DataSet, row: Row, media: Media, _: Any) -> dict[str, Any]:
+def _clips(spec: DataSet, row: Row, media: Media) -> dict[str, Any]:
     """Words and a video or a picture find a clip: of the video, or of a list of clips."""
     words, most = row.text("query"), FRAMES if not spec.query_with_image else None
     if not spec.query_with_image:
@@ -442,9 +446,9 @@ def _clip(path: str) -> str:
     return os.path.join("video_frames", path.replace("/", "_").split(".mp4")[0])
 
 
-def _pages(spec: DataSet, row: Row, media: Media, relevant: Any) -> dict[str, Any]:
+def _pages(spec: DataSet, row: Row, media: Media) -> dict[str, Any]:
     """Words find a page of a document; some may be more relevant than others."""
-    key = row.key("query-id")
+    key, relevant = row.key("query-id"), media.relevant or {}
     if key not in relevant:
         raise row.wrong(f"query-id is {key!r}, expected one with a relevant page in the qrels")
     names, scores = list(relevant[key]), list(relevant[key].values())
@@ -454,8 +458,15 @@ def _pages(spec: DataSet, row: Row, media: Media, relevant: Any) -> dict[str, An
     return _query(text, None, names, names, cand_texts=texts, cand_media=pages, rel_scores=scores)
 
 
-_ALL = (_answers, _images, _labels, _videos, _options, _clips, _pages)
-FAMILIES: dict[str, Callable[..., dict[str, Any]]] = {f.__name__[1:]: f for f in _ALL}
+FAMILIES: dict[str, Callable[[DataSet, Row, Media], dict[str, Any]]] = {
+    "answers": _answers,
+    "images": _images,
+    "labels": _labels,
+    "videos": _videos,
+    "options": _options,
+    "clips": _clips,
+    "pages": _pages,
+}
 
 
 def load(
