@@ -29,10 +29,10 @@ MODULES = "modules.json"
 
 
 def stock_pooling(settings: BTokConfig) -> str | None:
-    """What sentence-transformers calls the pooling of [x ; B]; None for a mean of several rows."""
+    """What sentence-transformers calls the pooling of [x ; B]; None where it has no such."""
     if settings.pooling == "btok":  # of one row: it is the last
         return "lasttoken" if len(settings.btok_token_ids) == 1 else None
-    return {"last": "lasttoken", "mean": "mean"}[settings.pooling]
+    return {"last": "lasttoken", "mean": "mean"}.get(settings.pooling)
 
 
 def mark_architecture(folder: Path, settings: BTokConfig, architecture: str, plain: bool) -> None:
