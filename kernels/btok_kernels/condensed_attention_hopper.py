@@ -86,12 +86,30 @@ def keys_apart(
 
 
 @gluon.jit
+def allocate_places(K, V, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BUFFERS: gl.constexpr):
+    """BUFFERS places for blocks of K, as many for V, and the barriers of what is full and empty."""
+    k_s = gl.allocate_shared_memory(K.dtype, [BUFFERS, 1, 1, BLOCK_N, 1, BLOCK_D], K.layout)
+    v_s = gl.allocate_shared_memory(V.dtype, [BUFFERS, 1, 1, BLOCK_N, 1, BLOCK_D], V.layout)
+    k_full = mbarrier.allocate_mbarrier(batch=BUFFERS)
+    k_empty = mbarrier.allocate_mbarrier(batch=BUFFERS)
+    v_full = mbarrier.allocate_mbarrier(batch=BUFFERS)
+    v_empty = mbarrier.allocate_mbarrier(batch=BUFFERS)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    return k_s, v_s, k_full, k_empty, v_full, v_empty
+
+
+@gluon.jit
 def produce(
-    K, V, TILES, KV_HEADS, k_s, v_s, k_full, k_empty, v_full, v_empty,
+    K, V, TILES, KV_HEADS, places,
     TILE: gl.constexpr, G: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BUFFERS: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """The producer: a block's K, then its V, as soon as their places are empty."""
+    k_s, v_s, k_full, k_empty, v_full, v_empty = places
     head, _, _, _, key, keys, whole, masked = work_item(
         TILES, KV_HEADS, TILE, G, BLOCK_M, BLOCK_N, APART
     )
@@ -141,12 +159,12 @@ def block(buffers, at, ROWS: gl.constexpr, BLOCK_D: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    acc, p, row_max, row_sum, q, k_s, v_s, k_full, k_empty, v_full, v_empty, turn,
-    j, last, scale_log2,
+    acc, p, row_max, row_sum, q, places, turn, j, last, scale_log2,
     OWN: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BUFFERS: gl.constexpr,
     MASKED: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """Scores and weights of block j, and the weighted values of block j - 1."""
+    k_s, v_s, k_full, k_empty, v_full, v_empty = places
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     of_acc: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     k_at = j % BUFFERS
@@ -211,12 +229,13 @@ def packed_mask(
 def _consume(
     Q, OUT, LSE, TILES,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_lh,
-    KV_HEADS, scale_log2, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, turn,
+    KV_HEADS, scale_log2, q_s, places, turn,
     OWN: gl.constexpr, TILE: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr,
     APART: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """A consumer: half of the rows, over all blocks of the keys that they see."""
+    k_s, v_s, k_full, k_empty, v_full, _ = places
     ROWS: gl.constexpr = BLOCK_M // 2
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -265,14 +284,14 @@ def _consume(
         if APART:
             last = gl.where(j < masked, last, apart - 1 - (j - masked) * BLOCK_N)
         acc, p, row_max, row_sum = _attend(
-            acc, p, row_max, row_sum, q, k_s, v_s, k_full, k_empty, v_full, v_empty, turn,
-            j, last, scale_log2, OWN, BLOCK_N, BLOCK_D, BUFFERS, True, PING_PONG,
+            acc, p, row_max, row_sum, q, places, turn, j, last, scale_log2,
+            OWN, BLOCK_N, BLOCK_D, BUFFERS, True, PING_PONG,
         )  # fmt: skip
     blocks = seen + whole
     for j in range(seen, blocks):
         acc, p, row_max, row_sum = _attend(
-            acc, p, row_max, row_sum, q, k_s, v_s, k_full, k_empty, v_full, v_empty, turn,
-            j, position, scale_log2, OWN, BLOCK_N, BLOCK_D, BUFFERS, False, PING_PONG,
+            acc, p, row_max, row_sum, q, places, turn, j, position, scale_log2,
+            OWN, BLOCK_N, BLOCK_D, BUFFERS, False, PING_PONG,
         )  # fmt: skip
     v_at = (blocks - 1) % BUFFERS
     mbarrier.wait(v_full.index(v_at), (blocks - 1) // BUFFERS & 1)
@@ -324,35 +343,24 @@ def _forward_kernel(
         return
     plain: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(Q.dtype.element_ty, [2, ROWS, BLOCK_D], plain)
-    k_s = gl.allocate_shared_memory(K.dtype, [BUFFERS, 1, 1, BLOCK_N, 1, BLOCK_D], K.layout)
-    v_s = gl.allocate_shared_memory(V.dtype, [BUFFERS, 1, 1, BLOCK_N, 1, BLOCK_D], V.layout)
-    k_full = mbarrier.allocate_mbarrier(batch=BUFFERS)
-    k_empty = mbarrier.allocate_mbarrier(batch=BUFFERS)
-    v_full = mbarrier.allocate_mbarrier(batch=BUFFERS)
-    v_empty = mbarrier.allocate_mbarrier(batch=BUFFERS)
+    places = allocate_places(K, V, BLOCK_N, BLOCK_D, BUFFERS)
     turn = mbarrier.allocate_mbarrier(batch=2)
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (produce, (
-                K, V, TILES, KV_HEADS, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                TILE, G, BLOCK_M, BLOCK_N, BUFFERS, APART,
+                K, V, TILES, KV_HEADS, places, TILE, G, BLOCK_M, BLOCK_N, BUFFERS, APART,
             )),
             (_consume, (
                 Q, OUT, LSE, TILES, stride_qt, stride_qh, stride_ot, stride_oh, stride_lh,
-                KV_HEADS, scale_log2, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, turn,
+                KV_HEADS, scale_log2, q_s, places, turn,
                 0, TILE, G, D, BLOCK_D, BLOCK_M, BLOCK_N, BUFFERS, APART, PING_PONG,
             )),
             (_consume, (
                 Q, OUT, LSE, TILES, stride_qt, stride_qh, stride_ot, stride_oh, stride_lh,
-                KV_HEADS, scale_log2, q_s, k_s, v_s, k_full, k_empty, v_full, v_empty, turn,
+                KV_HEADS, scale_log2, q_s, places, turn,
                 1, TILE, G, D, BLOCK_D, BLOCK_M, BLOCK_N, BUFFERS, APART, PING_PONG,
             )),
         ],

@@ -31,6 +31,7 @@ from .condensed_attention_hopper import (
     DENSE,
     INF,
     LOG2E,
+    allocate_places,
     block,
     boxes,
     constants,
@@ -46,10 +47,11 @@ from .start import start
 
 @gluon.jit
 def _gather_keys(
-    dq, ds, q, do, lse, delta, k_s, v_s, k_full, k_empty, v_full, v_empty, j, last, scale_log2,
+    dq, ds, q, do, lse, delta, places, j, last, scale_log2,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BUFFERS: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """dS of block j, and the product of block j - 1's with its keys."""
+    k_s, v_s, k_full, k_empty, v_full, v_empty = places
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     at = j % BUFFERS
     before = (j - 1) % BUFFERS
@@ -79,12 +81,13 @@ def _consume_keys(
     Q, OUT, DO, LSE, DELTA, DQ, TILES,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_dot, stride_doh, stride_gt, stride_gh,
     stride_lh,
-    KV_HEADS, scale, scale_log2, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty,
+    KV_HEADS, scale, scale_log2, q_s, do_s, places,
     OWN: gl.constexpr, TILE: gl.constexpr, G: gl.constexpr, D: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr,
     APART: gl.constexpr,
 ):  # fmt: skip
     """A consumer of dQ: half of the rows, over all blocks of the keys that they see."""
+    k_s, v_s, k_full, _, v_full, v_empty = places
     ROWS: gl.constexpr = BLOCK_M // 2
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     result: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -142,14 +145,14 @@ def _consume_keys(
         if APART:
             last = gl.where(j < masked, last, apart - 1 - (j - masked) * BLOCK_N)
         dq, ds = _gather_keys(
-            dq, ds, q, do, lse, delta, k_s, v_s, k_full, k_empty, v_full, v_empty, j, last,
-            scale_log2, BLOCK_N, BLOCK_D, BUFFERS, True,
+            dq, ds, q, do, lse, delta, places, j, last, scale_log2,
+            BLOCK_N, BLOCK_D, BUFFERS, True,
         )  # fmt: skip
     blocks = seen + whole
     for j in range(seen, blocks):
         dq, ds = _gather_keys(
-            dq, ds, q, do, lse, delta, k_s, v_s, k_full, k_empty, v_full, v_empty, j, position,
-            scale_log2, BLOCK_N, BLOCK_D, BUFFERS, False,
+            dq, ds, q, do, lse, delta, places, j, position, scale_log2,
+            BLOCK_N, BLOCK_D, BUFFERS, False,
         )  # fmt: skip
     k = block(k_s, (blocks - 1) % BUFFERS, BLOCK_N, BLOCK_D)
     dq = warpgroup_mma(ds, k, dq, is_async=True)
@@ -194,36 +197,25 @@ def _dq_kernel(
     plain: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_s = gl.allocate_shared_memory(Q.dtype.element_ty, [2, BLOCK_M // 2, BLOCK_D], plain)
     do_s = gl.allocate_shared_memory(Q.dtype.element_ty, [2, BLOCK_M // 2, BLOCK_D], plain)
-    k_s = gl.allocate_shared_memory(K.dtype, [BUFFERS, 1, 1, BLOCK_N, 1, BLOCK_D], K.layout)
-    v_s = gl.allocate_shared_memory(V.dtype, [BUFFERS, 1, 1, BLOCK_N, 1, BLOCK_D], V.layout)
-    k_full = mbarrier.allocate_mbarrier(batch=BUFFERS)
-    k_empty = mbarrier.allocate_mbarrier(batch=BUFFERS)
-    v_full = mbarrier.allocate_mbarrier(batch=BUFFERS)
-    v_empty = mbarrier.allocate_mbarrier(batch=BUFFERS)
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+    places = allocate_places(K, V, BLOCK_N, BLOCK_D, BUFFERS)
     fence_async_shared()
     gl.warp_specialize(
         [
             (produce, (
-                K, V, TILES, KV_HEADS, k_s, v_s, k_full, k_empty, v_full, v_empty,
-                TILE, G, BLOCK_M, BLOCK_N, BUFFERS, APART,
+                K, V, TILES, KV_HEADS, places, TILE, G, BLOCK_M, BLOCK_N, BUFFERS, APART,
             )),
             (_consume_keys, (
                 Q, OUT, DO, LSE, DELTA, DQ, TILES,
                 stride_qt, stride_qh, stride_ot, stride_oh, stride_dot, stride_doh,
                 stride_gt, stride_gh, stride_lh,
-                KV_HEADS, scale, scale_log2, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty,
+                KV_HEADS, scale, scale_log2, q_s, do_s, places,
                 0, TILE, G, D, BLOCK_D, BLOCK_M, BLOCK_N, BUFFERS, APART,
             )),
             (_consume_keys, (
                 Q, OUT, DO, LSE, DELTA, DQ, TILES,
                 stride_qt, stride_qh, stride_ot, stride_oh, stride_dot, stride_doh,
                 stride_gt, stride_gh, stride_lh,
-                KV_HEADS, scale, scale_log2, q_s, do_s, k_s, v_s, k_full, k_empty, v_full, v_empty,
+                KV_HEADS, scale, scale_log2, q_s, do_s, places,
                 1, TILE, G, D, BLOCK_D, BLOCK_M, BLOCK_N, BUFFERS, APART,
             )),
         ],
@@ -259,13 +251,13 @@ def _nth_block(i, masked, whole):
 
 @gluon.jit
 def _produce_rows(
-    Q, K, V, DO, LSE, DELTA, TILES, stride_lh, CAPACITY, KV_HEADS,
-    q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, empty,
+    Q, K, V, DO, LSE, DELTA, TILES, stride_lh, CAPACITY, KV_HEADS, k_s, v_s, kv_full, places,
     G: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr,
     APART: gl.constexpr,
 ):  # fmt: skip
     """The producer of dK and dV: K and V of all keys, then Q and dO, head by head, with the
     statistics of their rows."""
+    q_s, do_s, lse_s, delta_s, q_full, do_full, empty = places
     each: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     head, key, keys, rows = _key_tile(TILES, CAPACITY, KV_HEADS, APART)
     mbarrier.expect(kv_full, K.nbytes_per_cta + V.nbytes_per_cta)
@@ -300,12 +292,11 @@ def _produce_rows(
 
 @gluon.jit
 def _gather_rows(
-    dk, dv, k, v, q_s, do_s, lse_s, delta_s, q_full, do_full, empty, j, m, first_key,
-    scale_log2,
-    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BUFFERS: gl.constexpr,
-    MASKED: gl.constexpr,
+    dk, dv, k, v, places, j, m, first_key, scale_log2,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, BUFFERS: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One block of rows of one head, for dK and dV."""
+    q_s, do_s, lse_s, delta_s, q_full, do_full, empty = places
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     of_rows: gl.constexpr = gl.SliceLayout(0, scores)
@@ -341,8 +332,7 @@ def _gather_rows(
 def _consume_rows(
     DK, DV, TILES,
     stride_gt, stride_gh,
-    CAPACITY, KV_HEADS, scale, scale_log2,
-    q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, empty,
+    CAPACITY, KV_HEADS, scale, scale_log2, k_s, v_s, kv_full, places,
     OWN: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BUFFERS: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
@@ -360,13 +350,11 @@ def _consume_rows(
     for j in range(0, first * G):
         m = _nth_block(j % first, masked, whole) * BLOCK_M
         dk, dv = _gather_rows(
-            dk, dv, k, v, q_s, do_s, lse_s, delta_s, q_full, do_full, empty, j, m,
-            OWN * KEYS, scale_log2, BLOCK_M, BLOCK_D, BUFFERS, True,
+            dk, dv, k, v, places, j, m, OWN * KEYS, scale_log2, BLOCK_M, BLOCK_D, BUFFERS, True,
         )  # fmt: skip
     for j in range(first * G, blocks * G):
         dk, dv = _gather_rows(
-            dk, dv, k, v, q_s, do_s, lse_s, delta_s, q_full, do_full, empty, j, 0,
-            OWN * KEYS, scale_log2, BLOCK_M, BLOCK_D, BUFFERS, False,
+            dk, dv, k, v, places, j, 0, OWN * KEYS, scale_log2, BLOCK_M, BLOCK_D, BUFFERS, False,
         )  # fmt: skip
 
     head, key, keys, _ = _key_tile(TILES, CAPACITY, KV_HEADS, APART)
@@ -419,24 +407,22 @@ def _dkdv_kernel(
         mbarrier.init(q_full.index(i), count=2)  # the copy, and the statistics
         mbarrier.init(empty.index(i), count=2)
         mbarrier.init(do_full.index(i), count=1)
+    places = q_s, do_s, lse_s, delta_s, q_full, do_full, empty
     fence_async_shared()
     gl.warp_specialize(
         [
             (_produce_rows, (
                 Q, K, V, DO, LSE, DELTA, TILES, stride_lh, CAPACITY, KV_HEADS,
-                q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, empty,
-                G, BLOCK_M, BLOCK_N, BUFFERS, APART,
+                k_s, v_s, kv_full, places, G, BLOCK_M, BLOCK_N, BUFFERS, APART,
             )),
             (_consume_rows, (
                 DK, DV, TILES, stride_gt, stride_gh,
-                CAPACITY, KV_HEADS, scale, scale_log2,
-                q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, empty,
+                CAPACITY, KV_HEADS, scale, scale_log2, k_s, v_s, kv_full, places,
                 0, G, D, BLOCK_D, BLOCK_M, BLOCK_N, BUFFERS, APART,
             )),
             (_consume_rows, (
                 DK, DV, TILES, stride_gt, stride_gh,
-                CAPACITY, KV_HEADS, scale, scale_log2,
-                q_s, k_s, v_s, do_s, lse_s, delta_s, kv_full, q_full, do_full, empty,
+                CAPACITY, KV_HEADS, scale, scale_log2, k_s, v_s, kv_full, places,
                 1, G, D, BLOCK_D, BLOCK_M, BLOCK_N, BUFFERS, APART,
             )),
         ],

@@ -101,7 +101,7 @@ IN_SOURCE = {  # name: module, function, its text, the text instead
         "mbarrier.arrive(k_empty.index(k_at))\n    s = warpgroup_mma_wait(1, deps=[s])",
     ),
     "one consumer gives K back for both": (
-        forward, "_forward_kernel", "mbarrier.init(k_empty.index(i), count=2)",
+        forward, "allocate_places", "mbarrier.init(k_empty.index(i), count=2)",
         "mbarrier.init(k_empty.index(i), count=1)",
     ),
     "a turn never given": (
