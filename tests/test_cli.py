@@ -466,10 +466,12 @@ def test_a_mistake_of_another_process_is_told_once(checkpoint, folder, tmp_path)
         assert said.returncode and len(errors) == 1 and message in errors[0], said.stderr
 
 
-def test_names_that_are_no_utf8(checkpoint, folder, capsys):
+def test_names_that_are_no_utf8(checkpoint, folder, tmp_path, capsys):
     (Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.txt"))).write_text("an odd name")
-    paths, _ = search(capsys, checkpoint, folder, "an odd name")
-    assert paths[0] == "\\udcff\\udcfe.txt"
+    pytest.importorskip("matplotlib", reason="matplotlib (the extra `demo`) is not installed")
+    picture = tmp_path / "hits.png"
+    paths, _ = search(capsys, checkpoint, folder, "an odd name", "--picture", picture)
+    assert paths[0] == "\\udcff\\udcfe.txt" and picture.exists()
 
 
 def test_the_index_may_lie_elsewhere(checkpoint, folder, tmp_path, capsys, encoded):

@@ -243,7 +243,8 @@ def search(command: Search) -> None:
         raise ValueError(
             f"output is {command.index}, which encode makes; expected an index to search"
         )
-    index = bring_up_to_date(command, listed(command), command.where)
+    found = listed(command)
+    index = bring_up_to_date(command, found, command.where)
     if index is None or rank() > 0:
         return
     if not command.rescore and not index.several:
@@ -256,7 +257,9 @@ def search(command: Search) -> None:
     for place, (score, item) in enumerate(hits, 1):
         print(f"{place:>3}  {score:6.3f}  {printable(item_name(item))}")
     if command.picture is not None:
-        draw(query, command.folder.resolve(), hits, command.picture)
+        root = command.folder.resolve()
+        shown = [(score, item, as_input(root, item, found.real)) for score, item in hits]
+        draw(query, shown, f"the {len(hits)} nearest of {printable(root.name)}", command.picture)
 
 
 def asked(command: Search) -> Side:
@@ -276,15 +279,14 @@ def asked(command: Search) -> Side:
 
 
 def draw(
-    query: Side, root: Path, hits: Sequence[tuple[float, Mapping[str, Any]]], path: Path
+    query: Side, hits: Sequence[tuple[float, Mapping[str, Any], Any]], title: str, path: Path
 ) -> None:
-    """A contact sheet of what a query found."""
+    """A contact sheet of what a query found: of each its score, its item and the input itself."""
     sides = []
-    for score, item in hits:
-        side = with_frames(as_side(as_input(root, item)))
+    for score, item, value in hits:
+        side = with_frames(as_side(value))
         text = printable(f"{score:.3f} {item_name(item)} {side.text[:CAPTION]}")
         sides.append(_drawn(replace(side, text=text)))
-    title = f"the {len(hits)} nearest of {printable(root.name)}"
     rows = [pictures.SheetRow(_drawn(with_frames(query)), sides, None)]
     pictures.contact_sheet(rows, path, title)
 
