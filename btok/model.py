@@ -31,6 +31,7 @@ from btok.packing import PackedBatch, pack
 from btok.tokens import Init, add_to_embeddings, add_to_tokenizer
 from btok.vision import Vision, join
 from btok_kernels.condensed_attention import condensed_attention
+from btok_kernels.layout import on_device
 
 
 class BTokOutput(NamedTuple):
@@ -353,9 +354,10 @@ class BTokModel(nn.Module):
             if not batch.btok_rows.shape[1]:
                 return hidden.new_empty(0, 1, hidden.shape[1])
             return hidden[batch.btok_rows]
-        bounds = batch.layout.sequences()
         if self.settings.pooling == "last":
-            return hidden[[border - 1 for _, _, _, border, _ in bounds]][:, None]
+            rows = batch.layout.bounds[:, 2:3].long() - 1
+            return hidden[on_device(rows, hidden.device)]
+        bounds = batch.layout.sequences()
         means = [at_least_fp32(hidden[s:border]).mean(0) for s, _, _, border, _ in bounds]
         return torch.stack(means)[:, None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from test_step import PAIRS, model_with
 from btok.data.records import Side
 from btok.data.samples import pair_samples
 from btok.encoder import BTokEncoder
+from btok.evaluation import runner
 from btok.kernels import CondensedLayout, condensed_attention
 from btok.model import BTokModel
 from train.main import main
+from train.pocket import data
 from train.recipes import Recipe
 
 
@@ -175,6 +178,22 @@ def step(
     return found, [float(loss) for loss in losses]
 
 
+def test_an_evaluation():
+    """The scores, and what every query finds, are the CPU's."""
+    tasks = [task for task in data.tasks(40) if task.name in ("I-RET", "VisDoc")]
+
+    def scored(device):
+        model, processor = tiny_module()
+        encoder, found = BTokEncoder(model.to(device), processor), {}
+        encode = partial(encoder.encode, show_progress=False)
+        return runner.evaluate(encode, tasks, retrieved=found), found
+
+    expected = scored("cpu")
+    with PretendCuda():
+        there = scored("cuda")
+    assert there == expected and len(expected[1]["I-RET"]) == 40
+
+
 def test_a_run_stopped_and_resumed(tmp_path, capsys, monkeypatch):
     """`train/main.py` from its command line on: log, weights and moments are the CPU's bytes."""
     # the optimizer that a GPU has, on both
@@ -197,14 +216,20 @@ def test_a_run_stopped_and_resumed(tmp_path, capsys, monkeypatch):
         assert a.read_bytes() == b.read_bytes(), file
 
 
-@pytest.mark.parametrize("reuse", [False, True])
-@pytest.mark.parametrize("family", VISION)
-def test_the_host_waits_in_no_packed_pass(family, reuse, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "reuse", "pooling"),
+    [
+        *((family, reuse, "btok") for family in VISION for reuse in (False, True)),
+        *(("qwen2_vl", False, pooling) for pooling in ("last", "mean")),
+    ],
+)
+def test_the_host_waits_in_no_packed_pass(family, reuse, pooling, monkeypatch):
     """Forwards and backwards, the vision tower's too; not counted is what Triton's kernels do in
     the place of the CPU's, and what a step prints."""
     passes, forward = [], BTokModel.forward
     monkeypatch.setattr(BTokModel, "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
     model, processor = model_with(family=family)
+    model.settings = replace(model.settings, pooling=pooling)
     samples = pair_samples(PAIRS, processor)
     recipe = Recipe(caption_steps=0, gradcache=True, chunk_tokens=120, reuse_vision=reuse)
     with PretendCuda() as device:
