@@ -21,7 +21,14 @@ from btok.vision import by_name, vision_of
 from train.microbatches import Packing
 from train.pocket.source import train_set
 from train.recipes import Recipe
-from train.sampler import TRIES, TrainSet, _Reading, load_steps, shared_memory, step_groups
+from train.sampler import (
+    TRIES,
+    TrainSet,
+    _Reading,
+    load_steps,
+    shared_memory,
+    step_groups,
+)
 
 COUNT, SIZE = 4, 4
 RECIPE = Recipe(
@@ -424,7 +431,8 @@ def test_a_shared_memory_that_is_too_small_is_refused(sources, monkeypatch):
     assert size > (2 * 2 + steps.pieces) * pixels > 0
     usage = shutil.disk_usage("/")._replace(free=8 * size - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match=r"workers is 2: .* shared memory, /dev/shm has 0\.\d+"):
+    has = f"{8 * size / 2**20:,.1f} MiB of shared memory, /dev/shm has {8 * size / 2**20:,.1f};"
+    with pytest.raises(ValueError, match=f"workers is 2: .* about {has}"):
         shared_memory(steps, pack, 0, 2)
 
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -522,6 +523,26 @@ def test_a_folder_that_is_not_shared(tmp_path):
     same_folder(tmp_path)
     with pytest.raises(ValueError, match=r"output is .*/away, which process 0 does not see"):
         same_folder(tmp_path / "away")
+
+
+def test_what_a_run_needs_is_asked_before_it_leaves_anything(tmp_path, capsys, monkeypatch):
+    """Of the machine's shared memory, and whether all see a run that goes on."""
+    words = "--steps 1 --caption-steps 0 --reading-steps 0 --eval-queries 0 --group-size 2"
+    command = [*words.split(), "--groups-per-batch", "8", "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3 << 19))
+        assert main([*command, "--workers", "1"]) == 2
+        assert "/dev/shm has 1.5; give fewer workers" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*command, "--workers", "1", "--checkpoint-every", "1"]) == 0
+
+    def unseen(folder):
+        raise ValueError(f"output is {folder}, which process 1 does not see")
+
+    monkeypatch.setattr("train.parallel.same_folder", unseen)
+    monkeypatch.setattr("train.main.load", lambda *a, **k: pytest.fail("it was loaded"))
+    assert main(command) == 2
+    assert "which process 1 does not see" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):

@@ -45,7 +45,7 @@ from train.pocket.evaluation import draw_sheets, evaluate, format_scores
 from train.pocket.files import write_files
 from train.provenance import note_end, note_start
 from train.recipes import RECIPES, Recipe, load
-from train.sampler import TrainSet, load_steps, shared_memory
+from train.sampler import MIB, TrainSet, load_steps, shared_memory
 from train.step import train_step
 
 # in a run that goes on
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary_writer()  # before any work
         newest = checkpoint.newest_valid(recipe.output) if rank() == 0 else None
         resume = from_first(newest)
+        if resume:  # or a process that does not see it would ask the hub for its checkpoint
+            parallel.same_folder(recipe.output)
         model, processor = load(recipe, resume, empty=recipe.shard and rank() > 0)
         prepare(model, recipe)
         ranks = rank(), world()
@@ -80,10 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             train_set = pocket.train_set(recipe, processor, *ranks)
         else:
             train_set = TrainSet(recipe, processor, sources, *ranks)
-        if rank() == 0 and resume is None:  # not before: a mistake leaves nothing behind
-            recipe.output.mkdir(parents=True, exist_ok=True)
-            write_json(recipe.output / "config.json", settings)
-        parallel.same_folder(recipe.output)
+        optimizers = make_optimizers(model, recipe)
+        torch.manual_seed(recipe.seed * world() + rank())  # of what each rank draws at random
+        saved = checkpoint.load(resume, optimizers) if resume else {}
+        first, before = saved.get("step", 0), recipe.caption_steps
+        start = max(first - before, 0)
+        packing = Packing.of(model, processor, recipe)
+        ahead = shared_memory(train_set, packing, start, recipe.workers)
+        if resume is None:  # not before: a mistake leaves nothing behind
+            if rank() == 0:
+                recipe.output.mkdir(parents=True, exist_ok=True)
+                write_json(recipe.output / "config.json", settings)
+            parallel.same_folder(recipe.output)
         say = partial(print, flush=True) if rank() == 0 else lambda *_: None
         has_scores = recipe.eval_queries > 0 and recipe.data is None
         demonstrate = Demonstration(model, processor, recipe) if has_scores else None
@@ -95,19 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             say("before training:")
             say(format_scores(evaluate(model, processor, recipe, "before.json")[0]))
 
-        optimizers = make_optimizers(model, recipe)
-        torch.manual_seed(recipe.seed * world() + rank())  # of what each rank draws at random
-        saved = checkpoint.load(resume, optimizers) if resume else {}
-        first, before = saved.get("step", 0), recipe.caption_steps
         if rank() == 0:
             note_start(recipe, name, model, first, env.gather())
+        if ahead:
+            say(f"{recipe.workers} workers a process hold {ahead / MIB:,.1f} MiB of shared memory")
         # on the pocket benchmark captioning comes first, which teaches its small model to see
         captions = pocket.captions(recipe, model, processor, first) if first < before else ()
-        packing = Packing.of(model, processor, recipe)
         filler = packing.empty() if recipe.shard else None
-        start = max(first - before, 0)
-        if ahead := shared_memory(train_set, packing, start, recipe.workers):
-            say(f"{recipe.workers} workers a process hold {ahead / 2**30:.2f} GiB of shared memory")
         drawn = load_steps(train_set, start, recipe.workers, packing)
         checkpoints = checkpoint.Checkpoints(recipe.output)
         model.train()

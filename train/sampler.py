@@ -34,6 +34,7 @@ from btok.processing import Processor
 from train.recipes import Recipe
 
 PIECE = 64  # pairs that a worker reads and packs at a time
+MIB = 1 << 20
 TRIES = 16  # pairs that may be tried in the place of one that cannot be read
 
 
@@ -380,8 +381,8 @@ def shared_memory(steps: TrainSet, pack: Callable[[Step], Any], step: int, worke
     folder = Path("/dev/shm")
     if folder.is_dir() and size > (free := shutil.disk_usage(folder).free):
         raise ValueError(
-            f"workers is {workers}: what they hand over takes about {size / 2**30:.2f} GiB of "
-            f"shared memory, {folder} has {free / 2**30:.2f}; give fewer workers, a lower "
+            f"workers is {workers}: what they hand over takes about {size / MIB:,.1f} MiB of "
+            f"shared memory, {folder} has {free / MIB:,.1f}; give fewer workers, a lower "
             "max_pixels, or the machine more (docker run --shm-size)"
         )
     return size
