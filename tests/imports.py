@@ -17,7 +17,7 @@ from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["bench", "train", "btok.tools", "btok", "btok_kernels"]  # from above
-WIDEST = 6  # files in a row
+WIDEST = 4  # files in a row
 
 
 def imports_at_once(tree: ast.AST, importer: str = "") -> Iterator[str]:
@@ -63,6 +63,11 @@ def check(graph: dict[str, set[str]]) -> None:
         raise ValueError(f"up from layer to layer: {', '.join(up)}")
 
 
+def listed(graph: dict[str, set[str]]) -> str:
+    """A line per file: what it imports. The picture keeps it, so that an old one is noticed."""
+    return "\n".join(f"{name}: {' '.join(sorted(graph[name]))}" for name in sorted(graph))
+
+
 def draw(graph: dict[str, set[str]], path: Path) -> None:
     """Write the picture: a band per layer, in it rows of files, each above all that it imports."""
     import matplotlib.pyplot as plt
@@ -98,7 +103,7 @@ def draw(graph: dict[str, set[str]], path: Path) -> None:
             axes.text(-0.1, tops[band] - 0.7, name, weight="bold", va="top", color=f"C{band}")
     axes.set(xlim=(-0.11, 1), ylim=(-0.5, len(rows) - 0.5))
     axes.axis("off")
-    plt.savefig(path, bbox_inches="tight")
+    plt.savefig(path, bbox_inches="tight", metadata={"Description": listed(graph)})
 
 
 if __name__ == "__main__":

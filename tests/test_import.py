@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import btok
-from tests.imports import check, import_graph, imports_at_once
+from tests.imports import check, import_graph, imports_at_once, listed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -177,3 +177,13 @@ def test_the_picture_of_imports_is_drawn(tmp_path):
     said = subprocess.run(command, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert (tmp_path / "imports.png").stat().st_size > 100_000
+    from PIL import Image
+
+    assert Image.open(tmp_path / "imports.png").text["Description"] == listed(import_graph())
+
+
+def test_the_picture_of_imports_is_of_these_files():
+    from PIL import Image
+
+    kept = Image.open(ROOT / "docs/imports.png").text["Description"]
+    assert kept == listed(import_graph()), "run make graph"
