@@ -343,7 +343,9 @@ def one_step(model: Any, processor: Any, recipe: Recipe, pairs: Any, samples: An
     """
     number, captioning, *_ = *at, *(0, False)[len(at) :]
     microbatches = Packing.of(model, processor, recipe, captioning).microbatches(samples)
-    return train_step(model, recipe, pairs, microbatches, number, captioning)
+    if captioning:
+        recipe = replace(recipe, contrastive_from=number + 1)
+    return train_step(model, recipe, pairs, microbatches, number)
 
 
 class Largest(TorchDispatchMode):

@@ -121,9 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for step, (number, data) in enumerate(chain(captions, drawn), first):
                 captioning = step < before
                 phase = recipe.captions if captioning else recipe
-                result = train_step(
-                    model, phase, data.pairs, data.microbatches, number, captioning, filler
-                )
+                result = train_step(model, phase, data.pairs, data.microbatches, number, filler)
                 norm = clipped_norm(model, recipe.clip_norm)
                 with checkpoints.kept():
                     log.count_skipped(data.skipped)

@@ -48,29 +48,29 @@ class Recipe:
     model: str = "pocket"
     """"pocket" for a small Qwen2-VL made here, or a folder or hub id of a checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of products, and of weights that do not train; those that train are float32."""
+    """Dtype of products, and of weights that do not train; those that train are float32."""
     lora_rank: int = 0
-    """Of adapters, which then train alone with the K rows; 0 trains the whole model."""
+    """Rank of LoRA adapters, which then train alone with the K rows; 0 trains the whole model."""
     lora_alpha: float = 32.0
-    """Adapters count alpha / rank times."""
+    """Scale of the adapters: what they add counts alpha / rank times."""
     lora_dropout: float = 0.05
-    """On the adapters' input."""
+    """Dropout on the adapters' input, as a share."""
     dora: bool = True
-    """Adapters also train each output's magnitude."""
+    """Train the magnitude of each output too, with adapters (DoRA)."""
     num_btoks: int = 4
     """K bottleneck tokens; 0 is the baseline without them."""
     pooling: Pooling | None = None
     """Rows whose mean is the embedding; None for "btok", or "last" where K is 0."""
     condense: bool = True
-    """Targets see the source through the bottleneck tokens only."""
+    """Let targets see the source through the bottleneck tokens only."""
     ntp_weight: float = 0.5
     """Weight of the generative loss; 0 trains without it."""
     ntp_steps: int | None = None
-    """Training steps after which that weight is 0; None for never."""
+    """Training steps after which `ntp_weight` is 0; None for never."""
     reconstruction_weight: float = 0.0
     """Weight of restoring hidden tokens of a side's own text, where it generates no other."""
     mask_rate: float = 0.5
-    """Share of the tokens that are hidden then."""
+    """Share of tokens that are hidden for `reconstruction_weight`."""
     contrastive_from: int = 0
     """Training steps before the contrastive loss sets in: a compression warm-up."""
     budgets: tuple[int, ...] = ()
@@ -96,7 +96,7 @@ class Recipe:
     attention: Literal["auto", "triton", "sdpa", "varlen", "xformers", "reference"] = "auto"
     """Implementation of the condensed attention."""
     temperature: float = 0.02
-    """Of InfoNCE."""
+    """Temperature of InfoNCE."""
     negatives: Literal["batch", "group"] = "group"
     """A query's negatives: the whole global batch, or its own group."""
     margin: float | None = None
@@ -106,9 +106,9 @@ class Recipe:
     distillation_weight: float = 0.0
     """Weight of a reranker's scores in the rows of the data; 0 passes over them."""
     distillation: Literal["kl", "margin_mse"] = "kl"
-    """What is compared with them: softmaxes, or differences from the positive."""
+    """What is compared with a reranker's scores: softmaxes, or differences from the positive."""
     teacher_temperature: float = 1.0
-    """What divides the scores, to be on the scale of a softmax."""
+    """What divides a reranker's scores, to be on the scale of a softmax."""
     group_size: int = 16
     """Pairs of one task that are drawn together."""
     groups_per_batch: int = 4
@@ -116,7 +116,7 @@ class Recipe:
     caption_steps: int = 600
     """Steps of plain captioning that teach the small model to see, before bottleneck tokens."""
     reading_steps: int = 60
-    """The first of those, on single digits alone."""
+    """The first captioning steps, on single digits alone."""
     steps: int = 400
     """Training steps with bottleneck tokens."""
     learning_rate: float = 1e-3
@@ -124,31 +124,32 @@ class Recipe:
     muon_rate: float = 3.0
     """Muon's rate over AdamW's, for the layers' matrices; 0 for AdamW on everything."""
     warmup_steps: int = 40
-    """Steps to the peak."""
+    """Steps of warm-up to the peak rate."""
     final_rate: float = 0.05
     """What the rate decays to, as a share of the peak."""
     beta2: float = 0.98
     """AdamW's decay of squared gradients."""
     weight_decay: float = 0.01
-    """On every parameter."""
+    """Weight decay of every parameter."""
     chunk_tokens: int | None = None
     """Tokens of a packed pass; a batch of more takes several. None for one pass."""
     gradcache: bool = False
-    """Keep the activations of one pass at a time; embeds everything once more."""
+    """Keep the activations of one pass at a time (GradCache); embeds everything once more."""
     checkpoint_activations: bool = False
     """Make each layer's activations again in the backward instead of keeping them."""
     freeze_vision: bool = False
-    """The vision tower does not train; with adapters it never does."""
+    """Keep the vision tower from training; with adapters it never does."""
     shard: bool = False
     """Lay a whole model's weights, gradients and moments over all GPUs (FSDP2)."""
     replicas: int = 1
     """Groups of GPUs that hold the whole model each, with `shard`; nodes, say."""
     max_pixels: int | None = None
-    """The most pixels an image is shown with; None for the model's own bound."""
+    """Most pixels that an image is shown with; None for the model's own bound."""
     reuse_vision: bool = True
     """Run a frozen vision tower once per image and step."""
     vision_memory: int = 1 << 30
-    """Bytes of its outputs that stay on the device; the rest waits in the host's memory."""
+    """Bytes of a frozen vision tower's outputs that stay on the device; the rest waits in the
+    host's memory."""
     clip_norm: float = 1.0
     """Bound on the gradient's norm."""
     checkpoint_every: int = 200
@@ -158,7 +159,7 @@ class Recipe:
     eval_queries: int = 400
     """Test queries per task, before and after training; 0 for no evaluation."""
     seed: int = 0
-    """Of the first weights and the order of the data."""
+    """Seed of the first weights and the order of the data."""
 
     def __post_init__(self) -> None:
         for expected, (fits, names) in RANGES.items():
@@ -188,7 +189,7 @@ class Recipe:
         self._check_together()
 
     def _check_together(self) -> None:
-        """What others must be off beside: all of them at once."""
+        """Refuse settings that do not go together with others: all of them at once."""
         pocket, shard, data = "model is pocket", "shard is true", f"data is {self.data}"
         given = {pocket: self.model == "pocket", shard: self.shard, data: self.data is not None}
         said, flags = [], dict[str, None]()
@@ -214,13 +215,15 @@ class Recipe:
 
     @property
     def nested(self) -> dict[str, Any]:
-        """What a model says that it was trained to be cut to, as `BTokConfig` has it."""
+        """The smaller sizes that a model says it was trained for: `budgets`, `dims` and
+        `multi_vector` of `BTokConfig`.
+        """
         multi_vector = self.multi_vector > 0
         return {"budgets": self.budgets, "dims": self.dims, "multi_vector": multi_vector}
 
     @property
     def weights(self) -> torch.dtype:
-        """Of the model as it is loaded: float32 where it trains as a whole."""
+        """The dtype of the model's weights as it is loaded: float32 where it trains as a whole."""
         # an update of 1e-5 is lost in a bfloat16 weight of 1e-2, whose neighbour is 6e-5 away
         return getattr(torch, self.dtype) if self.lora_rank else torch.float32
 
@@ -232,11 +235,12 @@ class Recipe:
 
     @property
     def captions(self) -> Recipe:
-        """The captioning phase as a recipe of its own, that generates each pair's own side."""
+        """The captioning phase as a recipe of its own, which generates each pair's own side."""
         phase = replace(self, steps=self.caption_steps, caption_steps=0)
         plain: dict[str, Any] = {"budgets": (), "dims": (), "reconstruction_weight": 0.0}
-        plain |= {"multi_vector": 0.0, "contrastive_from": 0, "distillation_weight": 0.0}
-        return replace(phase, ntp_side=None, ntp_weight=1.0, ntp_steps=None, **plain)
+        plain |= {"multi_vector": 0.0, "distillation_weight": 0.0, "ntp_side": None}
+        plain |= {"ntp_weight": 1.0, "ntp_steps": None, "contrastive_from": self.caption_steps}
+        return replace(phase, **plain)
 
     @property
     def total_steps(self) -> int:

@@ -61,7 +61,6 @@ def train_step(
     pairs: Sequence[Pair],
     microbatches: Sequence[Microbatch],
     step: int,
-    captioning: bool = False,
     filler: Microbatch | None = None,
 ) -> StepResult:
     """Forward and backward of this rank's pairs; gradients are left in the parameters.
@@ -69,7 +68,6 @@ def train_step(
     Args:
         microbatches: of the pairs' samples, as `train.microbatches.Packing` makes them.
         step: from 0, for the schedule of the objective.
-        captioning: the generative loss alone, of plain causal rows without bottleneck tokens.
         filler: run where another rank has more microbatches and weights lie on all ranks.
     """
     patches, tokens = count_patches(microbatches), sum(len(m.batch.input_ids) for m in microbatches)
@@ -105,7 +103,7 @@ def train_step(
     weigh = partial(objective.weighted, step=step)
     backward = parallel.Backward(model)
     with adapters.norms_once(model.backbone):
-        if captioning or not objective.contrasts(step):
+        if not objective.contrasts(step):
             losses = generate(forward, microbatches, weigh, backward)
         elif recipe.gradcache:
             losses = by_gradcache(model, forward, microbatches, contrast, weigh, backward)
@@ -245,7 +243,7 @@ def count_patches(microbatches: Sequence[Microbatch]) -> int:
 
 
 def _shown(microbatches: Sequence[Microbatch]) -> list[Vision]:
-    """What each side shows, once, in however many rows it stands."""
+    """Yield the images and the video of each side once, in however many rows it stands."""
     batches = [batch for m in microbatches for batch in (m.batch, m.sources) if batch is not None]
     return list({id(vision): vision for batch in batches for vision in batch.vision}.values())
 
