@@ -129,7 +129,8 @@ def load(backbone: Any, name_or_path: str | Path, token_ids: Sequence[int]) -> N
 
 @contextmanager
 def norms_once(backbone: Any) -> Iterator[None]:
-    """Within, the norms |W + alpha / rank B A| of DoRA are those of now, made once for all passes.
+    """A context in which DoRA's norms |W + alpha / rank B A| are computed once, on entry, for all
+    passes.
 
     They are constants of a step, and peft makes them in every forward, by way of an identity matrix
     as large as the layer's input. The weights must not change within.

@@ -47,7 +47,8 @@ def cell_of(sample: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of a checkpoint, once.
+    """A checkpoint's calibration: what fewer bottleneck tokens cost it, and its int8 scales,
+    measured once.
 
     Args:
         model: the checkpoint's digest; empty for a model in memory.
@@ -73,7 +74,9 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        """By which vectors that depend on it are told from those of another."""
+        """The digest of this calibration, by which an index tells vectors that depend on it from
+        those of another.
+        """
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def budget(self, cell: str, bound: float, dims: int) -> int:
@@ -90,11 +93,13 @@ class Calibration:
         return next((k for k, loss in pairs if loss <= bound), self.num_btoks)
 
     def scale(self, dims: int, multi_vector: bool) -> float:
-        """Of int8 vectors of so many components, or of the bottleneck rows."""
+        """The scale of int8 vectors of `dims` components; with `multi_vector`, that of the
+        bottleneck rows.
+        """
         return self.scales["multi_vector" if multi_vector else "vector"][str(dims)]
 
     def check(self, model: str, config: BTokConfig, width: int) -> None:
-        """A ValueError where this is of another checkpoint.
+        """Raise a ValueError where this calibration is of another checkpoint.
 
         Args:
             model: the checkpoint's digest, empty for one in memory.
@@ -121,7 +126,9 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: str | Path) -> Calibration | None:
-        """That of a checkpoint; None where there is none, a ValueError where it is damaged."""
+        """The calibration in a checkpoint's folder; None where there is none, a ValueError where it
+        is damaged.
+        """
         found = read_json(folder, FILE)
         if found == {}:
             return None
@@ -194,7 +201,7 @@ class Measuring:
         self.inputs += len(cells)
 
     def _keep(self, cell: str, loss: NDArray[np.float32]) -> None:
-        """One of a cell's losses, or in the place of one of them (Vitter's algorithm R)."""
+        """Keep a cell's loss: `MOST` of each are held, drawn at random (Vitter's algorithm R)."""
         held = self.losses.setdefault(cell, [])
         count = self.counts[cell] = self.counts.get(cell, 0) + 1
         if count <= MOST:
@@ -203,12 +210,12 @@ class Measuring:
             held[place] = loss
 
     def _count(self, kind: str, dims: int, vectors: Any) -> None:
-        """Components, by their size."""
+        """Add the vectors' components to the histogram of their absolute values."""
         sizes = (vectors.abs() * BINS).long().clamp(max=BINS - 1).flatten().cpu().numpy()
         self.sizes[kind][dims] += np.bincount(sizes, minlength=BINS)
 
     def calibration(self, model: str) -> Calibration:
-        """What was measured, of the checkpoint of this digest."""
+        """The calibration that was measured, for the checkpoint whose digest is `model`."""
         losses = {}
         for cell, held in sorted(self.losses.items()):
             found = np.quantile(held, self.quantile, axis=0, method="higher")  # [dims, budgets]

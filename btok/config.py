@@ -37,7 +37,7 @@ def check_choice(where: str, name: str, value: Any, allowed: Sequence[Any]) -> N
 
 
 def must_be_trained(argument: str, folder: Path) -> None:
-    """A ValueError unless a path is a checkpoint's folder that was saved by us."""
+    """Raise a ValueError unless `folder` is a checkpoint that btok saved."""
     must_be("folder", argument, folder)
     if not (folder / CONFIG_NAME).exists():
         must_be_checkpoint(argument, folder)
@@ -48,7 +48,7 @@ def must_be_trained(argument: str, folder: Path) -> None:
 
 
 def rising(numbers: Sequence[int]) -> bool:
-    """Whether each is above the one before it, and the first above 0."""
+    """Whether the numbers rise strictly, from above 0."""
     return all(a < b for a, b in pairwise((0, *numbers)))
 
 
@@ -122,14 +122,18 @@ class BTokConfig:
         return (*self.dims, width)
 
     def check_width(self, width: int) -> None:
-        """A ValueError for components that embeddings of so many do not have."""
+        """Raise a ValueError where `dims` are not below `width`, the size of the model's
+        embeddings.
+        """
         if self.dims and self.dims[-1] >= width:
             raise ValueError(
                 f"BTokModel: dims is {self.dims}, expected numbers below the model's {width}"
             )
 
     def with_btoks(self, number: int) -> BTokConfig:
-        """The same with its first bottleneck tokens alone, of a number it was trained for."""
+        """These settings with the first `number` bottleneck tokens alone, a number the model was
+        trained for.
+        """
         if number not in self.trained_budgets:
             trained = ", ".join(map(str, self.trained_budgets))
             raise ValueError(f"BTokModel: num_btoks is {number}, it was trained for {trained}")
@@ -140,7 +144,7 @@ class BTokConfig:
     def load(
         cls, name_or_path: str | Path, architecture: str, num_btoks: int | None, **asked: Any
     ) -> BTokConfig | None:
-        """What a checkpoint keeps; None for one that was never saved by us.
+        """The settings that a checkpoint keeps; None for a checkpoint that btok never saved.
 
         Args:
             name_or_path: its folder or hub id.

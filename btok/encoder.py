@@ -37,7 +37,7 @@ AHEAD = 3  # batches prepared before the model asks for them
 
 
 class Vectors(NamedTuple):
-    """What became of some inputs.
+    """The vectors of some inputs, and why others have none.
 
     Args:
         ids: of those that have a vector; vectors: float32 [n, D], unit norm.
@@ -296,14 +296,16 @@ class BTokEncoder:
         return rows, tokens.tolist()
 
     def _vectors(self, output: BTokOutput | None) -> np.ndarray:
-        """Of a batch's output, as the options say; [0, 0] where there is none."""
+        """The vectors of a batch's output, made as the options say; [0, 0] where there is no
+        output.
+        """
         if output is None:
             return np.empty((0, 0), self.options.dtype)
         vectors = self.options.of(output).cpu().numpy()
         return vectors if self.scale is None else quantised(vectors, self.scale)
 
     def _run(self, batch: _Batch) -> BTokOutput | None:
-        """What the model gives for a batch, None for one of nothing; a ValueError where a vector is
+        """The model's output for a batch, None for an empty batch; a ValueError where a vector is
         not finite.
         """
         if batch.packed is None:
@@ -321,17 +323,17 @@ class BTokEncoder:
 
     @property
     def dims(self) -> int:
-        """How many components a vector has: D, or what the options say."""
+        """The number of components of a vector: D, or what the options say."""
         return self.options.dims or self._width
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one input's vector: (d,); (k, d) of multi-vectors; (1 + k, d) of both."""
+        """The shape of one input's vectors: (d,); (k, d) of multi-vectors; (1 + k, d) of both."""
         return self.options.shape(self.model.settings, self._width)
 
     @property
     def scale(self) -> float | None:
-        """What int8 vectors are to be multiplied with; None for those in float32."""
+        """The factor that turns int8 vectors back into floats; None for those in float32."""
         if self.options.dtype != "int8":
             return None
         assert self.calibration is not None  # or `using` would have refused
@@ -339,7 +341,9 @@ class BTokEncoder:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """The checkpoint's, or the last that `calibrate` made; None where there is none."""
+        """The calibration of this model: the checkpoint's, or the last that `calibrate` made; None
+        without one.
+        """
         return None if self.checkpoint is None else Calibration.load(self.checkpoint)
 
     @cached_property
@@ -351,7 +355,9 @@ class BTokEncoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What beside the weights decides about vectors, by which an index knows its own."""
+        """The settings that decide about vectors besides the weights, by which an index knows its
+        own.
+        """
         model, images = self.model, self.processor.image_processor
         return {
             "pooling": model.settings.pooling,
@@ -390,7 +396,7 @@ class BTokEncoder:
         broken: dict[Any, str] = {}
 
         def read(i: Any, value: Any, how: Callable[[Any], Any]) -> Any:
-            """What input i becomes; None for one that cannot be read."""
+            """The result of `how(value)` for input i; None for an input that cannot be read."""
             try:
                 return how(value)
             except Exception as error:  # a decoder of a broken file may raise anything
@@ -456,7 +462,7 @@ class BTokEncoder:
             yield closed(number)
 
     def _num_btoks(self, cell: str) -> int:
-        """How many bottleneck tokens an input of this kind and size is embedded with."""
+        """The number of bottleneck tokens that an input of this kind and size is embedded with."""
         options = self.options
         if options.num_btoks == "auto":
             assert self.calibration is not None  # or `using` would have refused
@@ -465,7 +471,7 @@ class BTokEncoder:
 
 
 def _several(inputs: Any) -> Any:
-    """The inputs; a TypeError for what is one, or no list of them."""
+    """The inputs as they are; a TypeError for a single input, or for what is no list of them."""
     listed = hasattr(inputs, "__iter__") or hasattr(inputs, "__getitem__")
     if not listed or isinstance(inputs, str | bytes | Path | Mapping):
         raise TypeError(f"BTokEncoder: inputs is one {type(inputs).__name__}, not a list")
@@ -473,7 +479,7 @@ def _several(inputs: Any) -> Any:
 
 
 def _ahead(batches: Iterator[_Batch]) -> Generator[_Batch, None, None]:
-    """The same batches, made in a background thread before they are asked for."""
+    """Yield the batches in their order, each made in a background thread before it is asked for."""
     with ThreadPoolExecutor(1, "btok-prepare") as thread:
         waiting = deque(thread.submit(next, batches, None) for _ in range(AHEAD))
         try:
@@ -486,7 +492,9 @@ def _ahead(batches: Iterator[_Batch]) -> Generator[_Batch, None, None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; after it, whatever happened, each module's own mode again."""
+    """A context in which the model is in evaluation mode; after it each module has its own mode
+    again.
+    """
     training = [module for module in model.modules() if module.training]
     if training:  # it sets every module's mode, which takes longer than to look at them
         model.eval()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def needed(what: str, package: str, extra: str) -> Iterator[None]:
-    """Around the import of a package that an extra brings.
+    """A context for the import of a package that an extra brings.
 
     Args:
         what: cannot be had without it ("PDF files"); package: its name; extra: of btok.

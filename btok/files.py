@@ -15,7 +15,7 @@ IN_GGUF = "is in GGUF; `python -m btok export {} FOLDER` makes a plain checkpoin
 
 
 def find(name_or_path: str | Path, name: str) -> Path | None:
-    """Where a checkpoint's file lies on this machine; None where it has none.
+    """The path of a checkpoint's file on this machine; None where the checkpoint has none.
 
     ValueError where there is a file in place of a checkpoint, or nothing; OSError where the hub
     does not have it or does not answer.
@@ -39,7 +39,9 @@ def find(name_or_path: str | Path, name: str) -> Path | None:
 
 @contextmanager
 def asked_for(name_or_path: str | Path) -> Iterator[None]:
-    """Where transformers looks for a checkpoint: an OSError says that it is not on this machine."""
+    """A context in which transformers loads a checkpoint: an OSError says that it is not on this
+    machine.
+    """
     try:
         yield
     except OSError as error:
@@ -52,8 +54,8 @@ def asked_for(name_or_path: str | Path) -> Iterator[None]:
 
 
 def read_json(name_or_path: str | Path, name: str, kind: type = dict) -> Any:
-    """What a checkpoint's JSON file holds, an object, or a list; an empty one where there is no
-    file.
+    """The content of a checkpoint's JSON file, an object or a list; an empty object where there is
+    no file.
 
     ValueError for a file that cannot be read, or holds another kind.
     """
@@ -70,12 +72,12 @@ def read_json(name_or_path: str | Path, name: str, kind: type = dict) -> Any:
 
 
 def what_is(path: Path) -> str:
-    """What there is at a path, to be said after its name."""
+    """The end of a sentence about a path: "is a folder", "is a file" or "does not exist"."""
     return "is a folder" if path.is_dir() else "is a file" if path.exists() else "does not exist"
 
 
 def must_be(kind: str, argument: str, path: Path, expected: str = "") -> None:
-    """A ValueError, which says what there is instead, unless a path is of a kind.
+    """Raise a ValueError, which says what there is instead, unless a path is a file or a folder.
 
     Args:
         kind: "file" or "folder".
@@ -88,7 +90,9 @@ def must_be(kind: str, argument: str, path: Path, expected: str = "") -> None:
 
 
 def must_be_checkpoint(argument: str, folder: Path) -> None:
-    """A ValueError for a folder without a model's `config.json`, as a run's, or another's."""
+    """Raise a ValueError for a folder without a model's `config.json`, such as a run's, or
+    another's.
+    """
     had = read_json(folder, "config.json")
     if had.get("model_type") is None:
         lacks = "whose config.json is of no model" if had else "which has no config.json"
@@ -97,14 +101,16 @@ def must_be_checkpoint(argument: str, folder: Path) -> None:
 
 
 def checkpoint_in(folder: Path) -> str:
-    """What to say after a folder in place of a checkpoint: the newest in it, if it is a run's."""
+    """The end of an error about a folder given in place of a checkpoint: the newest in it, if it is
+    a run's.
+    """
     steps = [path.parent.name.split("-")[1] for path in folder.glob("checkpoint-*/config.json")]
     newest = max(filter(str.isdecimal, steps), key=int, default=None)
     return "" if newest is None else f"; did you mean {folder / f'checkpoint-{newest}'}?"
 
 
 def may_be_folder(argument: str, path: Path) -> None:
-    """A ValueError where a file is in the way of a folder that is to be made, or added to."""
+    """Raise a ValueError where a file is in the way of a folder that is to be made, or added to."""
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not there.is_dir():
         had = "which is a file" if there == path else f"and {there} is a file"
@@ -112,7 +118,7 @@ def may_be_folder(argument: str, path: Path) -> None:
 
 
 def may_be_file(argument: str, path: Path) -> None:
-    """A ValueError where a folder, or a file for its folder, is in the way of a file."""
+    """Raise a ValueError where a folder, or a file for its folder, is in the way of a file."""
     if path.is_dir():
         raise ValueError(f"{argument} is {path}, which is a folder; expected a file")
     may_be_folder(f"{argument} is {path}, whose folder", path.parent)
@@ -126,7 +132,8 @@ def sha256(path: str | Path) -> str:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write a file that is to be at `path`, and on the disk, once the block has ended.
+    """A context that gives a path to write to; the file is at `path`, and on the disk, once the
+    block has ended.
 
     Until then there is what was there before, and after an error or a kill still. An OSError that
     names no file, as of a full disk, names it.
@@ -167,12 +174,14 @@ def rename(path: Path, target: Path) -> None:
 
 
 def by_numbers(name: str) -> list[int | str]:
-    """By which frame_2 comes before frame_10."""
+    """A sort key for names in which frame_2 comes before frame_10."""
     return [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)]
 
 
 def one_line(said: object) -> str:
-    """What an error or another object says, its line breaks and runs of spaces as single spaces."""
+    """The message of an error or another object on one line, its line breaks and runs of spaces as
+    single spaces.
+    """
     return " ".join(str(said).split())
 
 

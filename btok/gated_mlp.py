@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class GatedMLP(nn.Module):
-    """In the place of transformers' own; the linear layers are the ones it had.
+    """A gated MLP in place of transformers' own, with the same linear layers.
 
     Args:
         mlp: with `gate_proj`, `up_proj`, `down_proj` and SiLU between them.

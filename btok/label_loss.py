@@ -67,8 +67,9 @@ def label_losses(head: Any, hidden: Tensor, labels: Tensor, impl: str = "auto") 
 
 
 def implementations(head: Any, hidden: Tensor) -> tuple[Reasons, tuple[str, ...]]:
-    """What could compute `label_losses`, as `launch.choose` takes it: by name why each cannot run,
-    asked by a call, which gives None where it can; and the names that "auto" tries in turn.
+    """The implementations that could compute `label_losses`, as `launch.choose` takes them: by name
+    why each cannot run, asked by a call, which gives None where it can; and the names that "auto"
+    tries in turn.
     """
     reasons: Reasons = {"liger": lambda: _no_liger(head, hidden), "chunked": always}
     return reasons, ("liger", "chunked") if hidden.is_cuda else ("chunked",)

@@ -17,7 +17,8 @@ _lock = threading.RLock()
 
 @contextmanager
 def alone(bars: bool = False) -> Iterator[None]:
-    """Within, no other thread is within, and transformers draws no bars in this one.
+    """A context that one thread at a time is within, and in which transformers draws no bars in
+    that thread.
 
     Bars of other threads and of downloads are as they were, and afterwards all are; a hook that
     other code sets meanwhile (`transformers.utils.logging.set_tqdm_hook`) stays.

@@ -286,7 +286,9 @@ class BTokModel(nn.Module):
         return embeds, rules.onto_layers(levels) if rules and levels else {}
 
     def _features(self, vision: Vision) -> Sequence[Tensor]:
-        """What the vision tower makes of pixels, [tokens, D] of each level, if it has not yet."""
+        """The vision tower's features of pixels, [tokens, D] of each level, made if they are not
+        there yet.
+        """
         if vision.pixels is None:
             return vision.features
         assert self.family.vision is not None  # or `pack` would have refused the pixels
@@ -310,7 +312,7 @@ class BTokModel(nn.Module):
         return made
 
     def _position_ids(self, batch: PackedBatch) -> Tensor:
-        """[3, 1, T], or [1, T] where there is one axis."""
+        """The position ids of a packed batch: [3, 1, T], or [1, T] where there is one axis."""
         if self.settings.vision_positions == "text":
             rows = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
             for start, _, _, _, end in batch.layout.sequences():
@@ -319,19 +321,21 @@ class BTokModel(nn.Module):
         return batch.position_ids[:, None] if self.family.mrope else batch.position_ids[:1]
 
     def ntp_count(self, batch: PackedBatch) -> int:
-        """What `ntp_loss` is a mean over: the weight of a batch's loss beside other batches'."""
+        """The number that `ntp_loss` is a mean over: the weight of a batch's loss beside other
+        batches'.
+        """
         if self.settings.ntp_reduction == "sample_mean":
             return batch.num_targets
         return len(batch.labels) - batch.num_restored_labels
 
     def reconstruction_count(self, batch: PackedBatch) -> int:
-        """What `reconstruction_loss` is a mean over, as `ntp_count`."""
+        """The number that `reconstruction_loss` is a mean over, as for `ntp_count`."""
         if self.settings.ntp_reduction == "sample_mean":
             return batch.num_restored
         return batch.num_restored_labels
 
     def _pooled_rows(self, batch: PackedBatch) -> int:
-        """How many rows per sample the last layer is enough for; 0 for all of them."""
+        """The number of rows per sample that the last layer must compute; 0 for all of them."""
         border, end = batch.layout.bounds[:, 2], batch.layout.bounds[:, 3]
         config = self.backbone.config
         vision = self.family.vision  # whose levels go onto as many layers' outputs
@@ -347,8 +351,8 @@ class BTokModel(nn.Module):
         return {"btok": batch.btok_rows.shape[1], "last": 1, "mean": 0}[self.settings.pooling]
 
     def _pool(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
-        """[N, R, D], whose mean of R rows becomes the embedding; of none for a batch packed without
-        the bottleneck tokens that are pooled.
+        """The pooled rows [N, R, D] of each sample, whose mean becomes its embedding; N = 0 for a
+        batch packed without the bottleneck tokens that are pooled.
         """
         if self.settings.pooling == "btok":
             if not batch.btok_rows.shape[1]:
@@ -364,7 +368,9 @@ class BTokModel(nn.Module):
     def _label_losses(
         self, hidden: Tensor, batch: PackedBatch
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Of what is generated and of what is restored."""
+        """The loss of what targets generate and that of what is restored; None for each that is
+        absent.
+        """
         if not len(batch.labels):
             return None, None
         losses = label_losses(self.backbone.lm_head, hidden[batch.label_rows], batch.labels)

@@ -29,7 +29,7 @@ MODULES = "modules.json"
 
 
 def stock_pooling(settings: BTokConfig) -> str | None:
-    """What sentence-transformers calls the pooling of [x ; B]; None where it has no such."""
+    """sentence-transformers' name for the pooling of [x ; B]; None where it has none."""
     if settings.pooling == "btok":  # of one row: it is the last
         return "lasttoken" if len(settings.btok_token_ids) == 1 else None
     return {"last": "lasttoken", "mean": "mean"}.get(settings.pooling)

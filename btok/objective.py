@@ -100,7 +100,8 @@ class Objective:
         return Losses(total, contrastive, ntp, nothing if restored is None else restored)
 
     def views(self, vectors: Tensor) -> Iterator[tuple[float, Tensor]]:
-        """What is compared, with its share of the loss: embeddings [N, d], or rows [N, k, d].
+        """Yield (share of the loss, what is compared): embeddings [N, d], or bottleneck rows [N, k,
+        d].
 
         Args:
             vectors: [N, K, D] bottleneck rows where the objective `takes_rows`, or embeddings

@@ -58,7 +58,7 @@ class PackedBatch:
         return len(self.layout)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with every tensor on `device`, and one `Vision` of each kind."""
+        """This batch with every tensor on `device`, and one `Vision` of each kind."""
         moved: dict[str, Any] = {"layout": self.layout.to(device)}
         moved["vision"] = tuple(vision.to(device) for vision in join(self.vision))
         for name, value in vars(self).items():
@@ -193,7 +193,9 @@ def _ids(side: Mapping[str, Any]) -> np.ndarray:
 
 
 def group_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in turns of at most `budget` in all; what is larger has a turn of its own."""
+    """Indices of `sizes` in groups of at most `budget` in all, in order; a larger one has a group
+    of its own.
+    """
     turns: list[list[int]] = []
     left = 0
     for index, size in enumerate(sizes):

@@ -110,8 +110,9 @@ class Processor:
 
     @property
     def mask_token_id(self) -> int:
-        """What stands for a hidden token: the tokenizer's mask token, or that of its padding or
-        the end of a text, which stand within none."""
+        """The id of the token that stands for a hidden one: the tokenizer's mask token, or that of
+        its padding or the end of a text, which stand within none.
+        """
         known = ("mask_token_id", "pad_token_id", "eos_token_id")
         found = (getattr(self.tokenizer, name, None) for name in known)
         if (number := next((i for i in found if i is not None), None)) is None:
@@ -203,7 +204,7 @@ def _tokenizer(name_or_path: str | Path) -> Any:
 
 
 def _part(file: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """What a file has under a name; nothing for null."""
+    """The JSON object that a file has under a name; an empty one for null."""
     if not isinstance(value := file.get(name), Mapping | None):
         raise ValueError(f"Processor: {name} is {value!r:.60}, expected a JSON object")
     return value or {}

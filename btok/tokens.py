@@ -60,7 +60,7 @@ def add_to_tokenizer(tokenizer: Any, num_btoks: int) -> list[int]:
 
 
 def btok_names(num_btoks: int) -> list[str]:
-    """`<|btok_0|>` .. `<|btok_{K-1}|>`."""
+    """The names `<|btok_0|>` .. `<|btok_{K-1}|>` of K bottleneck tokens."""
     return [f"{STEM}{index}|>" for index in range(num_btoks)]
 
 

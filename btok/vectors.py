@@ -27,7 +27,7 @@ OPTIONS = ("dims", "multi_vector", "vectors", "bound", "calibration")  # describ
 
 @dataclass(frozen=True)
 class VectorOptions:
-    """How an encoder makes vectors of what its model gives.
+    """The options for making vectors from a model's output.
 
     Args:
         num_btoks: k, one of the numbers of bottleneck tokens that the model was trained for, the
@@ -48,7 +48,7 @@ class VectorOptions:
     bound: float = 0.02
 
     def checked(self, config: BTokConfig, width: int) -> VectorOptions:
-        """The same, None where it says the model's own.
+        """These options, checked for a model; None in place of the model's own value.
 
         Args:
             config: the model's settings.
@@ -96,13 +96,13 @@ class VectorOptions:
 
     @property
     def calibrated(self) -> str | None:
-        """Which of the options needs a calibration; None where none does."""
+        """The option that needs a calibration, as text; None where none does."""
         if self.num_btoks == "auto":
             return "num_btoks='auto'"
         return "dtype='int8'" if self.dtype == "int8" else None
 
     def described(self, calibration: Calibration | None) -> dict[str, Any]:
-        """What decides about vectors and is not as by default."""
+        """The options that decide about vectors and are not the defaults, by name."""
         said = {
             "num_btoks": self.num_btoks,
             "dims": self.dims,
@@ -114,7 +114,9 @@ class VectorOptions:
         return {name: value for name, value in said.items() if value is not None}
 
     def of(self, output: BTokOutput) -> Tensor:
-        """float32 [N, d], or [N, k, d] of the bottleneck rows, or [N, 1 + k, d] of both."""
+        """The vectors of a model's output, float32: [N, d], [N, k, d] of the bottleneck rows, or
+        [N, 1 + k, d] of both.
+        """
         vectors = output.embeddings.float()
         if self.dims is not None:
             vectors = F.normalize(vectors[:, : self.dims], dim=-1)
@@ -125,7 +127,9 @@ class VectorOptions:
         return torch.cat([vectors[:, None], rows], 1) if self.multi_vector == "both" else rows
 
     def shape(self, config: BTokConfig, width: int) -> tuple[int, ...]:
-        """Of one input's vector or vectors; a ValueError where each has its own number of them."""
+        """The shape of one input's vector or vectors; a ValueError where each has its own number of
+        them.
+        """
         dims = self.dims or width
         if not self.multi_vector:
             return (dims,)

@@ -63,13 +63,15 @@ class Vision:
         return self.grid.prod(dim=1).tolist()
 
     def to(self, device: torch.device | str) -> Vision:
-        """The same with pixels and features on `device`; the grid stays on the host, which asks."""
+        """This `Vision` with pixels and features on `device`; the grid stays on the host, which
+        asks.
+        """
         pixels = None if self.pixels is None else on_device(self.pixels, device)
         features = tuple(on_device(level, device) for level in self.features)
         return replace(self, pixels=pixels, features=features)
 
     def as_floats(self) -> Vision:
-        """The same with pixels as the tower takes them: float32 [patches, values * repeat]."""
+        """This `Vision` with pixels as the tower takes them: float32 [patches, values * repeat]."""
         if self.normalization is None or self.pixels is None:
             return self
         mean, std, repeat = self.normalization
@@ -125,7 +127,7 @@ def by_name(side: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def join(parts: Sequence[Vision]) -> tuple[Vision, ...]:
-    """Those of many sides as one of each kind, in their order.
+    """The images and videos of many sides, joined in their order into one `Vision` of each kind.
 
     Raises:
         ValueError: features in some and pixels in others of a kind.
@@ -154,7 +156,7 @@ def join(parts: Sequence[Vision]) -> tuple[Vision, ...]:
 
 
 def _one_device(parts: Sequence[Tensor]) -> Tensor:
-    """One behind the other, on the accelerator if any is there, else on the host."""
+    """Concatenate tensors on the accelerator if any is there, else on the host."""
     # the host's come to the device and not the other way: the model reads them there
     device = next((part.device for part in parts if part.device.type != "cpu"), parts[0].device)
     return torch.cat([on_device(part, device) for part in parts])

@@ -91,7 +91,9 @@ def _object(line: bytes) -> Row:
 def _index(
     path: Path, kind: str, check: Callable[[Row], Kind]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Where rows begin, int64 [n], and what the check found: of the index, or made and kept."""
+    """Where the file's rows begin, int64 [n], and what the check found: from its index, or made and
+    kept there.
+    """
     index = path.with_name(f"{path.name}.{kind.split()[1]}.index")
     stamp, (starts, found) = _stamp(path), _read(index)
     if found.get("kind") == kind and found["stamp"] == stamp and stamp[1]:
@@ -141,7 +143,9 @@ def _read(index: Path) -> tuple[np.ndarray, dict[str, Any]]:
 def _check(
     path: Path, kind: str, check: Callable[[Row], Kind]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """What `_index` gives, of every line up to the first that is wrong; and the file's digest."""
+    """Check every line up to the first wrong one: where rows begin, int64 [n], and what `_index`
+    keeps, with the file's digest.
+    """
     stamp, digest, at = _stamp(path), hashlib.sha256(), 0  # the stamp first: it may change now
     starts, kinds = array("q"), dict[Kind, list[int]]()
     wrong: tuple[int, str] | None = None

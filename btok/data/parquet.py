@@ -109,7 +109,9 @@ class Table:
         return self.data[index].to_pylist()[0]
 
     def kinds(self) -> set[tuple[int, bool]]:
-        """How many hard negatives rows have, and whether scores; none where they are no lists."""
+        """The different (number of hard negatives, whether there are scores) of the rows; empty
+        where they are no lists.
+        """
         found = []
         for name in ("negatives", "scores"):
             lengths = np.zeros(self.count, int)
@@ -161,7 +163,7 @@ def _is_bytes(column: Any) -> bool:
 
 
 def _counts(column: Any) -> np.ndarray:
-    """How long texts, bytes or lists are; 0 for a null."""
+    """The length of each text, bytes value or list in a column; 0 for a null."""
     if column.null_count == len(column):
         return np.zeros(len(column), int)
     plain = _is_text(column) or _is_bytes(column)

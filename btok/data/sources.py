@@ -30,7 +30,7 @@ from btok.inputs.documents import at_page
 
 
 class Schema(NamedTuple):
-    """What rows are.
+    """What the rows of a file are, and how one becomes a `Pair`.
 
     Args:
         name: one word, by which a JSONL file's index knows what its rows were checked for.
@@ -219,8 +219,9 @@ def _library() -> Any:
 
 
 def load_dataset(*arguments: Any, **options: Any) -> Any:
-    """That of the datasets library; where it is missing an ImportError that names the extra, where
-    data cannot be read a ValueError."""
+    """Call `datasets.load_dataset`: an ImportError names the extra where the library is missing, a
+    ValueError tells of data that cannot be read.
+    """
     library = _library()
     try:
         return library.load_dataset(*arguments, **options)
@@ -233,7 +234,9 @@ def load_dataset(*arguments: Any, **options: Any) -> Any:
 
 
 def characters(text: str) -> str:
-    """The text; a ValueError for half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    """The text itself; a ValueError for half of a surrogate pair, which JSON can hold and UTF-8
+    cannot.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

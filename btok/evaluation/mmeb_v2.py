@@ -99,7 +99,7 @@ def expand(
     qrels: Iterable[Mapping[str, Any]] | None = None,
     prompts: Prompts = "origin",
 ) -> list[dict[str, Any]]:
-    """What the benchmark makes of a data set's records: a mapping per query.
+    """The queries of a data set's records, a mapping each, as the benchmark's own code makes them.
 
     Args:
         name: of the data set.
@@ -131,7 +131,7 @@ def expand(
 def _queries(
     spec: DataSet, records: Iterable[Any], media: Media, prompts: Prompts
 ) -> list[dict[str, Any]]:
-    """What `expand` gives, all in the benchmark's own strings."""
+    """The queries that `expand` returns, all in the benchmark's own strings."""
     if prompts not in get_args(Prompts):
         raise ValueError(f"mmeb-v2: prompts is {prompts!r}, expected one of {get_args(Prompts)}")
     if spec.family == "pages" and media.relevant is None:
@@ -155,7 +155,7 @@ def _queries(
 
 
 def _candidates(query: Mapping[str, Any]) -> Iterator[tuple[Any, str, Sequence[Any] | None]]:
-    """Of a query of `expand` each candidate's name, text and media."""
+    """Yield the name, text and media of each candidate of a query from `expand`."""
     names = query["cand_names"]
     return zip(names, query["cand_texts"], query["cand_media"] or [None] * len(names), strict=True)
 
@@ -241,7 +241,9 @@ def _side(text: str, media: Sequence[Any] | None, prompts: Prompts) -> Side:
 
 
 def _parted(text: str, prompts: Prompts) -> tuple[str | None, str]:
-    """What a string starts with the place of, and what it says then."""
+    """The kind of medium whose placeholder a string starts with (None without one), and the rest of
+    the string.
+    """
     kind = next((kind for kind, place in PLACES.items() if text.startswith(place)), None)
     body = text.removeprefix(PLACES[kind]) if kind else text
     if prompts == "canonical":
@@ -303,7 +305,9 @@ def _query(
 
 
 def _tidy(text: str, newlines: int = 1) -> str:
-    """As the benchmark's first version had it: no space before a line break, one at the end."""
+    """The text as the benchmark's first version wrote it: no space before a line break, one break
+    at the end.
+    """
     return text.replace(" \n", "\n") + "\n" * newlines
 
 
@@ -524,5 +528,5 @@ def fetch(name: str, data_dir: str | Path) -> None:
 
 
 def _unfinished(spec: DataSet, data_dir: str | Path) -> Path:
-    """What lies there while a data set's media are unpacked."""
+    """The path of the marker that is there while a data set's media are unpacked."""
     return Path(data_dir, spec.archive, f".{spec.name}.unfinished")

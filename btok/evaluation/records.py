@@ -51,13 +51,13 @@ class Row:
         return self.record[field]
 
     def text(self, field: str) -> str:
-        """A field that is a text."""
+        """The value of a field that must be a text; else a ValueError."""
         if not isinstance(found := self[field], str):
             raise self.wrong(f"{field} is {found!r:.60}, expected a text")
         return found
 
     def texts(self, field: str) -> list[str]:
-        """A field that is a list of texts, and not empty."""
+        """The value of a field that must be a list of texts, and not empty; else a ValueError."""
         found = self[field]
         found = list(found) if isinstance(found, np.ndarray | tuple) else found
         if not isinstance(found, list) or not found or not all(isinstance(x, str) for x in found):
@@ -65,13 +65,13 @@ class Row:
         return found
 
     def key(self, field: str) -> Any:
-        """A field that names something: a number or a text."""
+        """The value of a field that must name something, a number or a text; else a ValueError."""
         if not isinstance(found := self[field], Integral | str):
             raise self.wrong(f"{field} is {found!r:.60}, expected a whole number or a text")
         return found if isinstance(found, str) else int(found)
 
     def wrong(self, why: str, kind: type[Exception] = ValueError) -> Exception:
-        """The error that says what is wrong with it."""
+        """The error that tells what is wrong with this row."""
         return kind(f"{self.name}, row {self.number}: {why}")
 
 
@@ -122,7 +122,7 @@ class Pictures:
 
 
 def relevant(name: str, qrels: Iterable[Mapping[str, Any]]) -> dict[Any, dict[Any, Any]]:
-    """By query id the pages with a score above 0, of a page named twice the higher one: BEIR's
+    """The pages with a score above 0 by query id, of a page named twice the higher one: BEIR's
     qrels, records of `query-id`, `corpus-id` and `score`.
     """
     found: dict[Any, dict[Any, Any]] = {}
@@ -178,7 +178,7 @@ def stored(image: Any) -> Any:
 
 
 def patterns(config: str, split: str) -> list[str]:
-    """Under which names a configuration's files may lie, the likeliest first."""
+    """The file name patterns under which a configuration's files may lie, the likeliest first."""
     if not config:
         return [f"{split}[-.]*", f"data/{split}[-.]*"]
     by_split = [f"{config}/", f"data/{config}/", f"{config}/data/", f"{config}-"]
@@ -190,8 +190,8 @@ def patterns(config: str, split: str) -> list[str]:
 
 
 def pick(names: Iterable[str], config: str, split: str) -> list[str]:
-    """Of a repository's files those with the records of a configuration, in one format; none where
-    it has none.
+    """The files among `names` with the records of a configuration, in one format; empty where there
+    are none.
     """
     for pattern in patterns(config, split):
         for ending in ENDINGS:
@@ -256,7 +256,9 @@ def revision(folder: Path, configs: Sequence[str]) -> str:
 
 @contextmanager
 def _hub() -> Iterator[None]:
-    """What the hub's client raises as an OSError; what is no archive as a ValueError."""
+    """A context that raises what the hub's client raises as an OSError, and a damaged archive as a
+    ValueError.
+    """
     try:
         yield
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:

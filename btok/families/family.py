@@ -160,11 +160,13 @@ class VisionRules(ABC):
         return  # most are ready as they are
 
     def num_levels(self, vision_config: Any) -> int:
-        """How many levels there are besides the first, by the vision configuration."""
+        """The number of levels of vision features but the first, by the vision configuration."""
         return 0
 
     def onto_layers(self, levels: Sequence[Tensor]) -> dict[str, Any]:
-        """The language model's keyword arguments for those: [T, D] each, 0 where no vision is."""
+        """The language model's keyword arguments that put the further levels of vision features
+        onto its first layers: [T, D] each, 0 where no vision is.
+        """
         raise NotImplementedError
 
     def merge_size(self, config: Any) -> int:

@@ -257,7 +257,9 @@ class _TiledVision(VisionRules):
     tower, connector = "vision_model", "connector"
 
     def read(self, side: Mapping[str, Any], config: Any) -> list[Vision]:
-        """Ours, or the stock processor's tiles [1, n, 3, H, W], none of which is padding."""
+        """What a side shows, from btok's processor, or from the stock one's tiles [1, n, 3, H, W],
+        none of which is padding.
+        """
         pixels, grid = KEYS["image"]
         if "vision" in side or side.get(pixels) is None or side.get(grid) is not None:
             return vision_of(side)

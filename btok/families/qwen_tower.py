@@ -24,7 +24,9 @@ class QwenVision(VisionRules):
     """How Qwen's models see; what a later tower takes besides is a method."""
 
     def more(self, tower: Any, grid: Tensor) -> dict[str, Tensor]:
-        """What a tower takes besides of grids [n, 3], on the host."""
+        """The further arguments that a later model's vision tower takes of grids [n, 3], on the
+        host.
+        """
         return {}
 
     def prepare(self, backbone: Any) -> None:

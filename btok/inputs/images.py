@@ -59,7 +59,7 @@ def opened(file: str | bytes | Path) -> Iterator[Any]:
 
 
 def _is_heif(file: str | bytes | Path) -> bool:
-    """By its first bytes: what telephones export as .jpg may be one."""
+    """Whether a file is HEIF by its first bytes: what telephones export as .jpg may be one."""
     start = file[:12] if isinstance(file, bytes) else b""
     if not isinstance(file, bytes):
         with suppress(OSError, ValueError), open(file, "rb") as opened_file:

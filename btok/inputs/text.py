@@ -112,7 +112,7 @@ def decode(data: bytes, whole: bool, name: object, declared: str | None = None) 
 
 
 def _decoded(data: bytes, encoding: str, whole: bool) -> str | None:
-    """The text; None where it is none in this encoding."""
+    """The bytes as text in this encoding; None where they are no text in it."""
     try:
         "a".encode(encoding)  # a LookupError for rot13 and such
         text = codecs.getincrementaldecoder(encoding)().decode(data, final=whole)
@@ -122,7 +122,9 @@ def _decoded(data: bytes, encoding: str, whole: bool) -> str | None:
 
 
 def _is_text(text: str) -> bool:
-    """Control characters and unassigned ones are a binary file's, or of another encoding."""
+    """Whether a text looks like one: many control or unassigned characters mean a binary file, or
+    another encoding.
+    """
     seen = text[:CHARACTERS]
     odd = sum(c not in ALLOWED and unicodedata.category(c) in CONTROL for c in seen)
     return "\0" not in seen and odd <= len(seen) / 100 + 1

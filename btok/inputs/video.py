@@ -83,8 +83,8 @@ def cut(length: float, most: float) -> list[tuple[float, float]]:
 def read_video(
     path: str | Path | Clip, frames: int = FRAMES
 ) -> tuple[list[np.ndarray], list[float]]:
-    """At most so many frames, uint8 [height, width, 3], evenly over a video's time, or a clip's;
-    their seconds.
+    """Read at most `frames` frames, uint8 [height, width, 3], evenly over a video's time, or a
+    clip's, and their seconds.
 
     The time is cut into equal parts, and what is shown in the middle of each is taken, once. A
     frame is turned as the file's display matrix says. Seconds count from the first frame, or the
@@ -142,7 +142,9 @@ def _opened(path: str | Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _has_times(container: Any, stream: Any) -> bool:
-    """AVI has none for frames that are stored in another order than they are shown in."""
+    """Whether a stream's frames have times: AVI has none for frames stored in another order than
+    they are shown in.
+    """
     return container.format.name != "avi" or not stream.codec_context.has_b_frames
 
 
@@ -161,12 +163,12 @@ def _moving(container: Any) -> Any:
 
 
 def _span(container: Any, stream: Any) -> tuple[float, float]:
-    """Where a stream starts and ends, in seconds, as its file says, or else by its packets."""
+    """The start and end of a stream in seconds, as its file says, or else by its packets."""
     return _stored_span(container, stream) or _scanned_span(container, stream)
 
 
 def _stored_span(container: Any, stream: Any) -> tuple[float, float] | None:
-    """Where a file says that a stream starts and ends, in seconds; None where it does not."""
+    """The start and end of a stream in seconds that its file states; None where it does not."""
     tick = float(stream.time_base or 1e-6)
     length = (stream.duration or 0) * tick or (container.duration or 0) / 1_000_000
     start = (stream.start_time or 0) * tick
@@ -174,8 +176,9 @@ def _stored_span(container: Any, stream: Any) -> tuple[float, float] | None:
 
 
 def _scanned_span(container: Any, stream: Any, said: float = 0.0) -> tuple[float, float]:
-    """Where a stream starts and ends by its packets, none of which is decoded, in seconds; at what
-    its file said, if that lies within what is shown last."""
+    """The start and end of a stream in seconds by its packets, none of which is decoded; at what
+    its file said, if that lies within what is shown last.
+    """
     container.seek(0)
     tick = float(stream.time_base or 1e-6)
     gap = int(1 / (stream.average_rate or 25) / tick)  # ticks of a packet that does not say
@@ -195,7 +198,7 @@ def _scanned_span(container: Any, stream: Any, said: float = 0.0) -> tuple[float
 def _at(
     container: Any, stream: Any, start: float, end: float, frames: int
 ) -> dict[float, np.ndarray]:
-    """What is shown in the middle of each of so many parts of a span, by seconds from its start."""
+    """The frames shown in the middle of so many parts of a span, by seconds from its start."""
     import av
 
     found: dict[float, np.ndarray] = {}
@@ -258,7 +261,9 @@ def _counted(path: str | Path, frames: int) -> dict[float, np.ndarray]:
 
 
 def _to_the_end(items: Iterator[Any]) -> Iterator[Any]:
-    """Packets or frames; PyAV may end on an IndexError where a file has streams that begin late."""
+    """Yield packets or frames to the end; PyAV may end on an IndexError where a file has streams
+    that begin late.
+    """
     with suppress(IndexError):
         yield from items
 

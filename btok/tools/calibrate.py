@@ -70,7 +70,7 @@ def calibrate(command: Calibrate) -> None:
 
 
 def evenly(number: int, count: int) -> range:
-    """At most so many of a number of things."""
+    """The indices of at most `count` of `number` things, spread evenly."""
     return range(0, number, max(1, -(-number // count)) if count else 1)
 
 
@@ -86,7 +86,7 @@ def of_folder(command: Calibrate) -> Iterator[Any]:
 
 
 def of_rows(command: Calibrate) -> Iterator[Any]:
-    """Both sides of pairs, or the sides of a file of these."""
+    """Yield both sides of each pair in a command's JSONL file, or each side of a file of sides."""
     must_be("file", "inputs", command.inputs, "a folder or a .jsonl file")
     if command.inputs.suffix != ".jsonl":
         raise ValueError(f"inputs is {command.inputs}, expected a folder or a .jsonl file")
@@ -120,7 +120,7 @@ SIDES = Schema("sides", (), _side)
 
 
 def report(made: Calibration) -> str:
-    """What was measured, a line per kind and size."""
+    """A calibration as plain text, a line per kind and size."""
     share = f"{100 * made.quantile:g} %"
     lines = [f"{made.inputs} inputs; 1 - cos to all {made.num_btoks} tokens, of {share} at most"]
     own = str(made.dims[-1])

@@ -83,7 +83,7 @@ def check_server(command: CheckServer) -> bool:
 
 
 class Compared(NamedTuple):
-    """What a server made of an input.
+    """An input with our vector and the one that a server made of it.
 
     Args:
         name, side: the input's.
@@ -103,30 +103,32 @@ class Compared(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What is embedded: "texts", "pictures" or "frames"."""
+        """The kind of input that was embedded: "texts", "pictures" or "frames"."""
         return "frames" if len(self.side.video) else "pictures" if self.side.images else "texts"
 
     @property
     def cosine(self) -> float:
-        """Of both vectors; NaN where there is none, or one of another length."""
+        """The cosine of our vector and the server's; NaN where it sent none, or one of another
+        length.
+        """
         if self.got.shape != self.ours.shape:
             return float("nan")
         return float(directed(self.got) @ self.ours)
 
     @property
     def more(self) -> int:
-        """Tokens that it counts more than we do; 0 where it does not say."""
+        """The number of tokens that the server counts beyond ours; 0 where it does not say."""
         return 0 if self.counted is None else self.counted - self.tokens
 
 
 def directed(vector: Vector) -> Vector:
-    """A vector at length 1."""
+    """A vector scaled to length 1."""
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
 def sides(encoder: BTokEncoder) -> dict[str, Side]:
-    """What is sent, by name: texts and, where the model has vision, pictures and four frames of a
-    video, a second apart, as bytes of files.
+    """The inputs that are sent, by name: texts and, where the model has vision, pictures and four
+    frames of a video, a second apart, as bytes of files.
     """
     found = {name: Side(text) for name, text in TEXTS.items()}
     if encoder.processor.has_vision:
@@ -263,7 +265,7 @@ def _sent(url: str, body: Mapping[str, Any] | None = None, api_key: str | None =
 
 
 def mistakes(encoder: BTokEncoder, side: Side) -> Iterator[tuple[str, Vector]]:
-    """What usual mistakes make of an input: in words, and its vector of length 1."""
+    """Yield what usual mistakes make of an input: each in words, with its vector of length 1."""
     model = encoder.model
     sample = encoder.processor(with_frames(side))
     btoks = tuple(model.btok_token_ids)
@@ -309,7 +311,7 @@ def mistakes(encoder: BTokEncoder, side: Side) -> Iterator[tuple[str, Vector]]:
 
 
 def causes(encoder: BTokEncoder, found: Sequence[Compared], bound: float = BOUND) -> list[str]:
-    """In words, what probably is wrong with a server; empty where nothing is."""
+    """Sentences that tell what probably is wrong with a server; empty where nothing is."""
     said = []
     sent = [each for each in found if not each.error]
     for each in sent:

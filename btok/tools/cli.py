@@ -211,7 +211,7 @@ def run(command: object) -> int:
 
 
 def describe(command: Describe) -> None:
-    """What an index holds."""
+    """Print what an index holds."""
     from btok.tools.index import Index, is_there
 
     folder, makes = Path(command.index), "`python -m btok encode` makes"
@@ -263,7 +263,7 @@ def search(command: Search) -> None:
 
 
 def asked(command: Search) -> Side:
-    """What a search is for."""
+    """The query of a search command, as a `Side`."""
     query = Side()
     if command.top < 1:
         raise ValueError(f"top is {command.top}, expected at least 1")

@@ -25,7 +25,7 @@ NARROW = 60  # of one that help can be read in
 
 
 def parse(kind: Any, argv: Sequence[str], prog: str, **options: Any) -> Any:
-    """What a command line describes.
+    """The dataclass that a command line describes.
 
     Args:
         kind: a dataclass, or by name those that are commands.
@@ -79,7 +79,7 @@ def wrong(kind: Any, argv: Sequence[str], said: Sequence[str], prog: str) -> str
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """What to say after a mistyped word: what is most like it, if anything."""
+    """The end of an error about a mistyped word: the most similar known word, if there is one."""
     near = difflib.get_close_matches(word, list(known), 2)
     return f"; did you mean {' or '.join(near)}?" if near else ";"
 
@@ -106,7 +106,7 @@ def option_names(kind: type) -> Iterator[str]:
 
 @contextlib.contextmanager
 def of_width(columns: int) -> Iterator[None]:
-    """Within, this is the terminal's width."""
+    """A context in which the terminal's width is `columns`."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(columns)
     try:

@@ -150,7 +150,7 @@ def table(result: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def _queries(name: str, row: Mapping[str, Any]) -> str:
-    """How many, and how many it should be, where that is not the same."""
+    """The number of queries of a data set, and the number expected where it differs, as text."""
     expected = mmeb_v2.data_set(name).queries
     return f"{row['queries']}" + (f" of {expected}" if row["queries"] != expected else "")
 

@@ -65,7 +65,9 @@ def encode_to(
     waiting: dict[str, Mapping[str, Any]] = {}
 
     def lacking() -> Iterator[tuple[str, Any]]:
-        """What has no vector yet; of every world() parts of it this rank's one."""
+        """Yield (id, input) of the items without a vector; of every world() parts of them this
+        rank's one.
+        """
         given, described, count = iter(inputs), map(as_item, items), 0
         came = Came()
         while window := list(islice(described, WINDOW)):
@@ -87,7 +89,7 @@ def encode_to(
             raise ValueError("items is shorter than inputs")
 
     def write(part: dict[str, Row]) -> None:
-        """Rows in the order of their items, in which vectors are not made."""
+        """Write rows in the order of their items, in which vectors are not made."""
         sink.write([part[name] for name in waiting if name in part])
         for name in part:
             del waiting[name]

@@ -63,7 +63,7 @@ class Encode:
 
     @property
     def index(self) -> str:
-        """Where vectors are kept."""
+        """The folder or address where the vectors are kept."""
         return self.output or str(self.folder.resolve() / ".btok")
 
 

@@ -51,7 +51,7 @@ class Env:
 
 
 def describe_machine(command: Env) -> str:
-    """What the command prints: Markdown to paste into an issue, or JSON."""
+    """The text that `python -m btok env` prints: Markdown to paste into an issue, or JSON."""
     found = gather()
     return json.dumps(found, indent=2) if command.as_json else as_markdown(found)
 
@@ -83,7 +83,7 @@ def gather() -> dict[str, Any]:
 
 
 def commit(root: Path) -> dict[str, Any]:
-    """Which commit runs: a checkout's, or the one that pip installed from."""
+    """The commit that runs: a checkout's, or the one that pip installed from."""
     if not (root / ".git").exists():
         try:
             told = metadata.distribution("btok").read_text("direct_url.json")
@@ -101,7 +101,7 @@ def commit(root: Path) -> dict[str, Any]:
 
 
 def _said_by(*command: str) -> str:
-    """What a program prints; RuntimeError with why it gave nothing."""
+    """The output of a program; a RuntimeError tells why it gave none."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=10, check=False
@@ -228,7 +228,9 @@ def extra(wanted: Mapping[str, Sequence[Requirement]], name: str) -> dict[str, A
 
 
 def implementations() -> dict[str, Any]:
-    """By operation what "auto" takes on the first device, and why none of the others."""
+    """The implementation that "auto" takes on the first device, by operation, and why none of the
+    others.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q = torch.zeros(1, 1, HEAD_DIM, dtype=dtype, device=device)
@@ -272,7 +274,7 @@ def shown(said: object) -> str:
 
 
 def as_markdown(found: Mapping[str, Any]) -> str:
-    """What `gather` found, as lists that read as plain text too."""
+    """The findings of `gather` as Markdown lists that read as plain text too."""
     own, machine, torchs = found["btok"], found["cpu"], found["cuda"]
     said = own["commit"] or f"unknown ({own['why']})"
     said += ", with changes" if own.get("changed") else ""

@@ -152,8 +152,8 @@ def chosen(tasks: str) -> list[str]:
 
 
 def needs(names: Sequence[str]) -> str:
-    """What data sets take on disk, in GB: as the hub has them now, or where it does not answer as
-    they are modelled.
+    """The disk space that data sets take, in GB: as the hub has them now, or as they are modelled
+    where it does not answer.
     """
     specs = [mmeb_v2.data_set(name) for name in names]
     exact: dict[str, float] = {}
@@ -298,7 +298,8 @@ def read(name: str, command: Evaluate) -> Loaded:
 
 
 class Progress:
-    """How far the data sets are: a bar on a terminal, a line per set everywhere; rank 0 tells.
+    """The progress through the data sets: a bar on a terminal, a line per set everywhere; rank 0
+    tells.
 
     How many inputs a data set has is guessed until it is read.
     """
@@ -312,19 +313,19 @@ class Progress:
         self.bar = tqdm(total=total, unit="input", disable=None if rank() == 0 else True)
 
     def advance(self, inputs: int) -> None:
-        """Inputs are encoded."""
+        """Count inputs that were encoded."""
         self.done += inputs
         self.bar.update(inputs)
 
     def begin(self, name: str, inputs: int) -> None:
-        """A data set is read; 0 inputs for one whose score was kept."""
+        """Note that a data set was read; 0 inputs for one whose score was kept."""
         self.name, self.inputs, self.begun = name, inputs, time.monotonic()
         del self.waiting[name]
         self.bar.total = self.done + inputs + sum(self.waiting.values())
         self.bar.set_description(name)
 
     def end(self, score: str) -> None:
-        """A data set has a score."""
+        """Note that a data set has a score, and tell it."""
         now = time.monotonic()
         said = f"{self.inputs} inputs in {now - self.begun:.0f} s" if self.inputs else "kept"
         if self.done and self.waiting:
@@ -349,12 +350,12 @@ class Contents:
         return self.known[path]
 
     def key(self, side: Side) -> tuple[str, str]:
-        """Equal for sides that show the same."""
+        """A key of a side, equal for sides that show the same."""
         shown = [self.digest(path) for path in media_of(side)]
         return side.text, f"{len(side.video)} {' '.join(shown)}"
 
     def stamp(self, paths: Sequence[str]) -> str:
-        """What changes when a file is written: names, sizes and times of files."""
+        """The names, sizes and times of files, which change when one is written."""
         stats = (os.stat(path) for path in paths)
         seen = [
             [os.path.relpath(path, self.root), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -406,11 +407,13 @@ class Scores:
             self.kept[name] = had
 
     def file(self, name: str) -> Path:
-        """Where a data set's score is kept."""
+        """The path of the file where a data set's score is kept."""
         return self.folder / "sets" / f"{name}.json"
 
     def are_of(self, loaded: Loaded, contents: Contents) -> bool:
-        """Whether a score is there of just this data, as it is asked; `keep` is of it, if not."""
+        """Whether the kept score is of just this data, as it is asked; if not, the next `keep` is
+        of it.
+        """
         task, rows, revision, files = loaded
         sides = (*task.queries, *task.candidates)
         media = sorted({path for side in sides for path in media_of(side)})
@@ -441,7 +444,7 @@ class Scores:
         return {name: kept["queries"] for name, kept in self.kept.items()}
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """By data set, in the table's order, its row and what that was made of."""
+        """The row of each data set and what it was made of, by name, in the table's order."""
         return {
             name: self.kept[name]["row"] | self.made_of | {"data": self.kept[name]["data"]}
             for name in mmeb_v2.data_sets()
@@ -450,13 +453,15 @@ class Scores:
 
 
 def flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """What a score is made of, settings beside the rest; a KeyError where a part is missing."""
+    """The settings, model and prompts that a score was made of, in one mapping; a KeyError where a
+    part is missing.
+    """
     return made_of["settings"] | {"model": made_of["model"], "prompts": made_of["prompts"]}
 
 
 def kept_in(path: Path) -> dict[str, Any] | None:
-    """What a data set's file holds; None for nothing, for what another version kept, and for what
-    is damaged: it will be made again.
+    """The content of a data set's score file; None for no file, for what another version kept, and
+    for a damaged one: it will be made again.
     """
     try:
         had = json.loads(path.read_text(encoding="utf-8"))

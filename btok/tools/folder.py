@@ -31,7 +31,7 @@ SHOWN = 10  # unreadable files that are named
 
 @dataclass
 class Listing:
-    """What there is in a folder.
+    """The files that a folder holds, and what was passed over.
 
     Args:
         paths: of the files of the kinds that are embedded, relative to the folder, sorted.
@@ -45,11 +45,13 @@ class Listing:
 
     @property
     def real(self) -> dict[str, str]:
-        """By uri the paths that are no UTF-8."""
+        """The paths that are no UTF-8, by their uri."""
         return {as_uri(path): path for path in self.paths if as_uri(path) != path}
 
     def passed_over(self) -> str:
-        """In words, the most frequent first; empty for nothing."""
+        """A phrase that counts what was passed over, the most frequent kind first; empty for
+        nothing.
+        """
         most = sorted(self.others.items(), key=lambda other: (-other[1], other[0]))
         said = ", ".join(f"{count} {what}" for what, count in most)
         return said and f"; passed over: {said}"
@@ -183,7 +185,7 @@ def tell(listed: Listing, output: str | Path, done: Encoded, files: int) -> None
 
 
 def said_of_recall(recall: float) -> str:
-    """What there is to say of a new approximate index."""
+    """A sentence on the recall of a new approximate index."""
     return (
         f"an approximate index was made, its recall@10 is {recall:.3f} of exact search "
         "(stored vectors asked for their neighbours)"
@@ -283,7 +285,7 @@ def _clips(length: float, most: float) -> dict[str, dict[str, Any]]:
 
 
 def stamp(path: Path) -> dict[str, int]:
-    """By which a file that did not change is known unread."""
+    """A file's size and times, by which a file that did not change is known without reading it."""
     stat = path.stat()
     found = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     return found | {"ctime_ns": stat.st_ctime_ns}  # which a copy that keeps the time does not keep

@@ -117,7 +117,7 @@ class Index:
 
     @classmethod
     def open(cls, uri: str | Path, encoder: BTokEncoder | None = None) -> Index:
-        """The index that is there.
+        """Open an index that exists.
 
         Args:
             uri: its folder or address.
@@ -179,37 +179,37 @@ class Index:
         return cls(str(uri), dataset)
 
     def __len__(self) -> int:
-        """How many vectors there are."""
+        """The number of items with a vector."""
         with named(self.uri):
             return self.dataset.count_rows(WHOLE)
 
     def distinct(self, column: str) -> int:
-        """How many different values the items with a vector have."""
+        """The number of different values in a column, over the items with a vector."""
         query = f"SELECT count(DISTINCT {column}) FROM dataset WHERE {WHOLE}"
         with named(self.uri):
             return self.dataset.sql(query).build().to_batch_records()[0][0][0].as_py()
 
     def refresh(self) -> None:
-        """From now on this is the newest state of the table."""
+        """Move this index to the newest state of its table."""
         with named(self.uri):
             self.dataset = lance.dataset(self.uri)
 
     @property
     def columns(self) -> list[str]:
-        """What items say."""
+        """The names of the columns that items fill, without the index's own."""
         own = tables.own_names(self.dataset.schema)
         return [name for name in self.dataset.schema.names if name not in own]
 
     @property
     def bytes_of_item(self) -> int:
-        """How many bytes an item's vectors take, before Lance packs them."""
+        """The number of bytes that an item's vectors take, before Lance packs them."""
         size = np.dtype(self.storage).itemsize
         factor = 4 if self.storage == "int8" else 0  # of each vector
         return size * self.dims + factor + self.several * (min(size, 2) * self.dims + factor)
 
     @cached_property
     def encoder(self) -> BTokEncoder:
-        """What makes vectors of queries."""
+        """The encoder that makes vectors of queries."""
         from btok.tools.command_line import load
 
         if not (checkpoint := self.meta.get("checkpoint")):
@@ -256,7 +256,7 @@ class Index:
     def look_up(
         self, column: str, values: Collection[str], seen: NDArray[np.bool_] | None = None
     ) -> list[dict[str, Any]]:
-        """What rows say whose "id" or "uri" is one of these, and their "error".
+        """The rows whose "id" or "uri" is one of these, with what they say and their "error".
 
         The first call of a column reads all of it, and keeps 24 bytes a row for the others.
 
@@ -275,7 +275,7 @@ class Index:
         return found
 
     def _places(self, column: str) -> Places:
-        """Where each value of a column stands, in the state that is open now."""
+        """The row numbers at which each value of a column stands, in the state that is open now."""
         if self.places.get("version") != self.dataset.version:
             self.places = {"version": self.dataset.version}
         if column not in self.places:
@@ -294,7 +294,7 @@ class Index:
             ).to_table()
 
     def _told(self, columns: Sequence[str], numbers: Sequence[int]) -> list[dict[str, Any]]:
-        """What each of the rows of these numbers says in some columns."""
+        """The values of some columns, for each of the rows of these numbers."""
         if not numbers:
             return []
         table = self._numbered(columns, sorted({*numbers}))
@@ -302,13 +302,13 @@ class Index:
         return [by_number[number] for number in numbers]
 
     def has(self, ids: Collection[str]) -> bool:
-        """Whether one of these ids is there."""
+        """Whether any of these ids is in the index."""
         wanted = pa.array(ids, pa.string())
         batches = self.rows(["id"])
         return any(pc.any(pc.is_in(batch["id"], value_set=wanted)).as_py() for batch in batches)
 
     def unreadable(self) -> dict[str, str]:
-        """Why, by name, there is no vector."""
+        """The reason why an item has no vector, by the item's name."""
         found = self.rows([*self.columns, "error"], "error IS NOT NULL")
         rows = (row for batch in found for row in batch.to_pylist())
         return {item_name(row): row["error"] for row in rows}
@@ -316,8 +316,8 @@ class Index:
     def vectors(
         self, where: str | None = None, several: bool = False
     ) -> Iterator[tuple[NDArray[np.float32], pa.Array]]:
-        """float32 [n, D] a batch at a time, or the several vectors of each item [n, K, D]; and the
-        rows' numbers.
+        """Yield the vectors a batch at a time, float32 [n, D], or the several of each item [n, K,
+        D], and the rows' numbers.
 
         ValueError for a vector that is not of length 1: a file is damaged.
         """
@@ -354,7 +354,9 @@ class Index:
         return [*names[: 2 if self.storage == "int8" else 1]]
 
     def several_of(self, numbers: Sequence[int]) -> tuple[list[int], NDArray[np.float32]]:
-        """The numbers of these rows, as they lie, and their several vectors, float32 [n, K, D]."""
+        """The numbers of the given rows, as they lie on disk, and their several vectors, float32
+        [n, K, D].
+        """
         table = self._numbered(self._stored(True), numbers)
         return table["_rowid"].to_pylist(), self._floats(table)
 
@@ -369,7 +371,7 @@ class Index:
         instruction: str | None = None,
         rescore: bool | None = None,
     ) -> list[list[Hit]]:
-        """Of each query the k nearest items, the best first.
+        """Find the k nearest items of each query, the best first.
 
         Args:
             queries: vectors, float32 [Q, D], unit norm, or what `BTokEncoder.encode` takes; of an
@@ -404,7 +406,9 @@ class Index:
         return [[Hit(score, next(items)) for score, _ in of_query] for of_query in found]
 
     def count(self, where: str | None) -> int:
-        """How many vectors there are among these rows; a ValueError for what is no condition."""
+        """The number of vectors among the rows of a condition; a ValueError for what is no
+        condition.
+        """
         if where is None:
             return len(self)
         depth = 0
@@ -426,8 +430,8 @@ class Index:
     def proposed(
         self, queries: NDArray[np.float32], k: int, where: str | None, probes: int
     ) -> Iterator[tuple[int, int, NDArray[np.float32]]]:
-        """What the approximate index has for queries [Q, D], and rows that are not in it yet: which
-        query a row is for, its number, and its vector, float32 [D].
+        """Yield the candidates that the approximate index has for queries [Q, D], and rows that are
+        not in it yet: which query a row is for, its number, and its vector, float32 [D].
         """
         nearest = {
             "column": "vector",
@@ -590,7 +594,7 @@ class Index:
         self._again(lambda: self.dataset.delete(which))
 
     def delete_twins(self) -> None:
-        """Of rows of one id, as of two runs at the same time, keep the first."""
+        """Delete all but the first of rows with one id, as two runs at the same time leave them."""
         places = self._places("id")
         numbers = places.numbers[places.alike()].tolist()
         came: set[str] = set()

@@ -245,7 +245,7 @@ def merge_weights(folders: Sequence[Path], weights: Sequence[float], path: Path)
 
 
 def _opened(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """By name the tensors of a whole model, not yet read."""
+    """The tensors of a whole model by name, opened and not yet read."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"merge: {folder} holds no weights as model*.safetensors")
@@ -254,14 +254,14 @@ def _opened(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def _bytes(tensor: Any) -> tuple[int, int]:
-    """Bytes of an element, and how many elements."""
+    """The bytes of an element of a tensor, and the number of its elements."""
     shape = tensor.get_shape()
     one = tensor[:0] if shape else tensor[...]
     return one.element_size(), math.prod(shape)
 
 
 def _in_parts(tensors: Sequence[Any]) -> Iterator[list[Tensor]]:
-    """The same rows of each, so many at a time; what has no rows at once."""
+    """Yield the same rows of each tensor, so many at a time; tensors without rows at once."""
     shape = tensors[0].get_shape()
     if not shape:
         yield [tensor[...] for tensor in tensors]

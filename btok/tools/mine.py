@@ -107,7 +107,7 @@ def mine(command: Mine) -> None:
 
 
 def check(command: Mine) -> None:
-    """A ValueError for an option that is out of range."""
+    """Raise a ValueError for an option that is out of range."""
     low, high = command.ranks
     for name, had, right, expected in (
         ("pairs", "empty", len(command.pairs) > 0, "at least one .jsonl file"),
@@ -168,7 +168,7 @@ def jobs_of(command: Mine) -> list[Job]:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, SIGTERM ends the work as Ctrl-C does."""
+    """A context in which SIGTERM ends the work as Ctrl-C does."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -208,7 +208,7 @@ def mine_one(job: Job, encoder: BTokEncoder) -> None:
 
 
 def say(line: str) -> None:
-    """Tell how it goes; rank 0 does."""
+    """Print a line on the progress to stderr, on rank 0 alone."""
     if rank() == 0:
         print(line, file=sys.stderr, flush=True)
 
@@ -344,7 +344,7 @@ def choose(
     above: NDArray[np.int64],
     drawn: NDArray[np.uint64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which of each row's nearest candidates are taken, and how many of them from farther ranks.
+    """Choose which of each row's nearest candidates are taken, and count those from farther ranks.
 
     Args:
         there: bool [N, M], where a row has that many candidates within the margins, in order.

@@ -44,16 +44,16 @@ class Job(NamedTuple):
 
     @property
     def parts(self) -> Path:
-        """A folder for what is made until the output is there."""
+        """The path of the folder for what is made until the output is there."""
         return Path(f"{self.output}.parts")
 
     @property
     def report(self) -> Path:
-        """What tells of the output."""
+        """The path of the JSON file that tells how the output was made."""
         return Path(f"{self.output}.json")
 
     def short(self, count: int, row: int) -> ValueError:
-        """The refusal of so many rows with too few candidates, of which this is the first."""
+        """The error for `count` rows with too few candidates, of which `row` is the first."""
         low, high = self.command.ranks
         return ValueError(
             f"{at_line(self.source, row)}: {count} of {len(self.source)} rows, this first, have "
@@ -63,7 +63,7 @@ class Job(NamedTuple):
 
 
 def manifest(job: Job, encoder: BTokEncoder) -> dict[str, Any]:
-    """What an output depends on: `vectors`, and the `choice` among them."""
+    """The settings that an output depends on: `vectors`, and the `choice` among them."""
 
     def settings(*names: str) -> dict[str, Any]:
         return {name: getattr(job.command, name) for name in names}

@@ -107,7 +107,9 @@ class MTEBEncoder(AbsEncoder):
 
 
 def _as_files(inputs: Any) -> Any:
-    """The same batches, with a data set's images and videos as the files they are stored as."""
+    """The batches of a DataLoader with a data set's images and videos as the files they are stored
+    as.
+    """
     # decoded images of a whole window would fill the memory, and datasets' videos take torchcodec
     dataset: Any = getattr(inputs, "dataset", None)
     features = getattr(dataset, "features", None) or {}

@@ -85,7 +85,8 @@ class Blocks:
 
 
 def as_keys(scores: Tensor, numbers: Tensor) -> Tensor:
-    """int64: of a higher score the higher; of equal ones the earlier candidate's.
+    """Sort keys int64 of candidates: higher for a higher score, and of equal ones for the earlier
+    candidate.
 
     Args:
         scores: float32, -inf for what is no candidate.
@@ -114,7 +115,7 @@ def nearest(
     limits: Tensor | None,
     hide: Callable[[Tensor, int], None],
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-    """Of each query the nearest candidates whose score is not above its limit.
+    """Find for each query the nearest candidates whose score is not above its limit.
 
     Args:
         queries: float32 [N, D], on the device that works.

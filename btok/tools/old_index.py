@@ -26,12 +26,13 @@ BLOCK = 1 << 13  # rows that are rewritten together
 
 
 def is_there(uri: str | Path) -> bool:
-    """Whether such an index lies in this folder; none does at an address."""
+    """Whether an index of the old format lies in this folder; none does at an address."""
     return "://" not in str(uri) and Path(uri, MANIFEST).exists()
 
 
 class OldIndex:
-    """What such an index holds; vectors that an unfinished run had made are not among it.
+    """The content of an index of the old format; vectors that an unfinished run had made are not
+    among it.
 
     Args:
         folder: where it lies; meta: the content of `meta.json`.
@@ -83,7 +84,9 @@ class OldIndex:
             raise ValueError(f"{why}; delete it or give another folder") from error
 
     def rows(self) -> Iterator[Sequence[Row]]:
-        """What a table of it holds; what was a "path" is now a "uri"."""
+        """Yield the rows of a table with this index's content, in blocks; what was a "path" is now
+        a "uri".
+        """
         for first in range(0, len(self.items), BLOCK):
             items = self.items[first : first + BLOCK]
             vectors = self.vectors[first : first + BLOCK]
@@ -91,7 +94,9 @@ class OldIndex:
 
 
 def remove(folder: Path) -> None:
-    """Delete such an index's files; the manifest last, which says that there is something to do."""
+    """Delete the files of an index of the old format; the manifest last, which says that there is
+    something to do.
+    """
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in FORMAT_1:

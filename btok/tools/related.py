@@ -27,7 +27,7 @@ ABSENT = -1  # in the place of a query or a candidate
 
 
 class Related(NamedTuple):
-    """What a data set's rows have to do with each other.
+    """The relations between a data set's rows: which show the same, and which positives are right.
 
     Args:
         query_of, candidate_of: int64 [rows], which different query and positive a row has; ABSENT
@@ -85,7 +85,7 @@ def digest(text: str) -> int:
 
 
 def shown(side: Side) -> str:
-    """The same for sides that show the same, by whatever names."""
+    """A key of a side, the same for sides that show the same, by whatever names."""
     several = not isinstance(side.video, str | Path)
     seen = [*side.images], [*side.video] if several else [side.video], [*side.frame_seconds]
     return json.dumps([side.text, several, *seen], default=_content)
@@ -169,7 +169,8 @@ def joined(places: NDArray[np.int64], names: NDArray[np.int64], count: int) -> N
 
 
 def lists(of: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """By value 0 to count - 1 where it stands: all places in order, and where each value's begin.
+    """The places of each value from 0 to count - 1: all places in order, and where each value's
+    begin.
 
     Value v is at `places[begins[v] : begins[v + 1]]`, ascending.
     """

@@ -59,8 +59,8 @@ def as_item(item: str | Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def item_name(item: Mapping[str, Any]) -> str:
-    """What people call an item: its "uri", with its "page" or times where it has them; else its
-    "id".
+    """The name that people know an item by: its "uri", with its "page" or times where it has them;
+    else its "id".
     """
     name = str(item.get("uri") or item["id"])
     if item.get("page"):
@@ -78,12 +78,12 @@ def _clock(seconds: float) -> str:
 
 
 def without_none(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row says; a null says nothing."""
+    """A row without its nulls, which say nothing."""
     return {name: value for name, value in row.items() if value is not None}
 
 
 def quoted(text: str) -> str:
-    """A text in a condition."""
+    """A text as a quoted literal in an SQL condition."""
     return "'" + text.replace("'", "''") + "'"
 
 
@@ -94,7 +94,7 @@ def refuse_ungrouped() -> None:
 
 
 def described(encoder: BTokEncoder, instruction: str | None) -> dict[str, Any]:
-    """What an encoder's vectors depend on, and where it is."""
+    """The settings that an encoder's vectors depend on, and where its checkpoint is."""
     digest = encoder.digest  # which needs a checkpoint
     return {
         "model": digest,
@@ -104,7 +104,9 @@ def described(encoder: BTokEncoder, instruction: str | None) -> dict[str, Any]:
 
 
 def difference(had: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The first setting in which two are not the same, as "dims 16, this is all"; "" for none."""
+    """The first setting in which two mappings differ, as "dims 16, this is all"; "" where they do
+    not.
+    """
     for name in sorted(had.keys() | asked.keys()):
         if had.get(name) != asked.get(name):
             return f"{name} {_said(name, had.get(name))}, this is {_said(name, asked.get(name))}"
@@ -119,7 +121,7 @@ def _said(name: str, value: Any) -> str:
 
 
 def refuse_other(place: str | Path, had: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """A ValueError where vectors there are of another model or other settings."""
+    """Raise a ValueError where vectors there are of another model or other settings."""
     new = {"model": asked["model"], **asked["settings"]}
     old = {"model": had.get("model"), **had.get("settings", {})}
     # bounds on pixels were once kept for models of text alone, too

@@ -71,7 +71,7 @@ class Curve:
 
 @dataclass
 class Log:
-    """What is in a `log.jsonl`.
+    """The content of a `log.jsonl`.
 
     Args:
         columns: by name and phase, the steps and the values there, which may not be finite.
@@ -101,7 +101,7 @@ def number(value: Any) -> float | None:
 
 
 def finite(value: Any) -> float | None:
-    """As `number`; None for what is not finite as well."""
+    """A JSON number as a finite float; None for anything else."""
     found = number(value)
     return found if found is not None and math.isfinite(found) else None
 
@@ -142,7 +142,7 @@ def read_log(path: Path) -> Log:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """A line's row; None for what is none."""
+    """The row of the log on a line, as a mapping; None for a line that is no row."""
     if len(line) > LONGEST:
         return None
     try:
@@ -233,7 +233,7 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def ticks(low: float, high: float, most: int) -> list[Tick]:
-    """At most so many round numbers, and where they stand, in percent."""
+    """At most `most` ticks at round numbers between two values, with their places in percent."""
     rough = (high - low) / most
     if not (math.isfinite(rough) and rough > 0):
         return []

@@ -84,7 +84,7 @@ class Score:
 
     @property
     def interval(self) -> str:
-        """Of 95 %, of the newest score."""
+        """The 95 % interval of the newest score, as text."""
         if self.low is None or self.high is None:
             return NOTHING
         return f"[{self.low:.1f}, {self.high:.1f}]"
@@ -92,7 +92,7 @@ class Score:
 
 @dataclass
 class Page:
-    """All that the template shows.
+    """The content of a report page, all that its template shows.
 
     Args:
         title, status: the headings; done: whether nothing is left to do.
@@ -130,7 +130,7 @@ class Page:
         return min(max((len(score.name) for score in self.scores), default=0), LONGEST_NAME)
 
     def has(self, name: str) -> bool:
-        """Whether any task has such a number."""
+        """Whether any task's score has a number under `name`."""
         return any(getattr(score, name) is not None for score in self.scores)
 
 
@@ -157,7 +157,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 
 
 def render(page: Page) -> str:
-    """The HTML; whatever a run's files say is shown as text."""
+    """The report page as HTML; whatever a run's files say is shown as text."""
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
@@ -173,7 +173,7 @@ def render(page: Page) -> str:
 
 
 def read_run(run: Path) -> Page:
-    """What there is in a folder.
+    """Read a run's or an evaluation's folder into the report page.
 
     Raises:
         ValueError: nothing of a run is.
@@ -245,7 +245,7 @@ def _of_evaluation(run: Path, metrics: Mapping[str, Any]) -> Page:
 def _status(
     run: Path, config: Mapping[str, Any], log: Log, checkpoints: Sequence[Checkpoint]
 ) -> tuple[str, bool]:
-    """How far a run is, in words, and whether it is done."""
+    """The progress of a run in words, and whether it is done."""
     parts = [finite(config.get(name)) for name in ("caption_steps", "steps")]
     total = None if None in parts else int(sum(part or 0 for part in parts))
     if (run / "nonfinite.json").is_file():
@@ -269,7 +269,7 @@ def _status(
 
 
 def _facts(config: Mapping[str, Any], noted: Mapping[str, Any], log: Log) -> dict[str, str]:
-    """What a training run was, in a few lines."""
+    """The facts of a training run, by name: recipe, model, data and so on."""
     starts = [start for start in _list(noted.get("starts")) if isinstance(start, dict)]
     data = config.get("data")
     facts = {
@@ -300,7 +300,7 @@ def _facts(config: Mapping[str, Any], noted: Mapping[str, Any], log: Log) -> dic
 
 
 def _machine(start: Mapping[str, Any]) -> dict[str, str]:
-    """Of `run.json`'s last start."""
+    """The machine and the software of `run.json`'s last start, by name and in words."""
     own, cpu = _mapping(start.get("btok")), _mapping(start.get("cpu"))
     commit = _text(own.get("commit") or "unknown")[:12]
     commit += ", with changes" if own.get("changed") is True else ""
@@ -358,7 +358,7 @@ def _mean(scores: Sequence[Score]) -> Score:
 
 
 def _checkpoints(run: Path) -> list[Checkpoint]:
-    """Those in a run's folder, by step."""
+    """The checkpoints in a run's folder, by step."""
     found = []
     for folder in run.glob("checkpoint-*"):
         step = folder.name.removeprefix("checkpoint-")
@@ -405,7 +405,7 @@ def _sheets(run: Path, notes: list[str]) -> list[Sheet]:
 
 
 def _next(run: Path, noted: Mapping[str, Any], page: Page) -> dict[str, str]:
-    """What to do with a training run."""
+    """The commands that make sense after a training run, by their purpose."""
     found = {}
     if not page.done and isinstance(noted.get("recipe"), str):
         found["go on"] = _training_command(run, noted)
@@ -447,7 +447,9 @@ def _training_command(run: Path, noted: Mapping[str, Any]) -> str:
 
 
 def _changed(noted: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """By setting its value in the recipe and in the run, where these are not the same."""
+    """The settings that differ between the recipe and the run: [the recipe's value, the run's] by
+    name.
+    """
     changed = _mapping(noted.get("changed")).items()
     pairs = {name: pair for name, pair in changed if isinstance(pair, list) and len(pair) == 2}
     return {name: pair for name, pair in pairs.items() if name != "output"}

@@ -85,7 +85,7 @@ def found(
     exact_only: bool | None,
     count: int,
 ) -> Found:
-    """Of each query the k nearest rows.
+    """Find the k nearest rows of each query.
 
     Args:
         queries, several: as `asked` gives them.
@@ -128,7 +128,7 @@ def probed(
 
 
 def nearest(scored: Scored, queries: int, k: int) -> Found:
-    """Of each query the k rows of the highest scores; of equal ones those that come first.
+    """Keep the k rows of the highest scores for each query; of equal ones those that come first.
 
     Args:
         scored: scores [Q, n] of some rows and their numbers [n], a batch at a time.
@@ -159,7 +159,7 @@ def late(queries: NDArray[np.float32], rows: NDArray[np.float32]) -> NDArray[np.
 
 
 def rescored(index: Index, queries: NDArray[np.float32], hits: Found, k: int) -> Found:
-    """Of each query's candidates the k best by late interaction, with those scores.
+    """Rescore each query's candidates by late interaction, and keep the k best with those scores.
 
     Args:
         index: whose rows they are, and have several vectors.
@@ -186,8 +186,8 @@ def rescored(index: Index, queries: NDArray[np.float32], hits: Found, k: int) ->
 
 
 def recall(expected: Found, found: Found, k: int) -> float:
-    """Of the k nearest but the first, which is the query itself, how many were found, or others
-    that are as near.
+    """The share of the k nearest rows that were found, or others as near, without the query itself,
+    which is the first.
     """
     hits = [
         min(k, max(0, sum(score >= right[-1][0] - NEAR for score, _ in got) - 1))
@@ -197,6 +197,8 @@ def recall(expected: Found, found: Found, k: int) -> float:
 
 
 def _order(hit: tuple[float, int]) -> tuple[float, int]:
-    """By which the highest score comes first, and of equal ones the row that was written first."""
+    """A sort key by which the highest score comes first, and of equal ones the row that was written
+    first.
+    """
     score, number = hit
     return -score, number

@@ -78,7 +78,9 @@ class BTokTransformer(InputModule):
         self.model, self.processor = model, processor
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A worker of a multi-process pool has not registered the attention yet."""
+        """Restore a pickled module; registers the attention, which a worker of a multi-process pool
+        has not yet done.
+        """
         super().__setstate__(state)
         use_condensed_attention(self.model.backbone)
 
@@ -93,7 +95,7 @@ class BTokTransformer(InputModule):
 
     @property
     def max_seq_length(self) -> None:
-        """Nothing is cut, and there is no setter that would only seem to."""
+        """None: inputs are never cut, and there is no setter that would only seem to."""
 
     def get_embedding_dimension(self) -> int:
         return self.model.backbone.config.get_text_config().hidden_size
@@ -135,7 +137,7 @@ class BTokTransformer(InputModule):
     def load(  # type: ignore[override]
         cls, model_name_or_path: str, **options: Any
     ) -> BTokTransformer:
-        """What `SentenceTransformer(..., trust_remote_code=True)` calls."""
+        """Load a checkpoint's module for `SentenceTransformer(..., trust_remote_code=True)`."""
         names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
         folder = cls.load_dir_path(model_name_or_path, **{n: options[n] for n in names})
         settings = options.get("model_kwargs") or {}

@@ -73,17 +73,17 @@ def fitted(
 
 
 class Sink(Protocol):
-    """What takes vectors. Each process has its own; all are made before any is written to."""
+    """A destination of vectors. Each process has its own; all are made before any is written to."""
 
     def lacking(self, items: Sequence[Mapping[str, Any]]) -> list[bool]:
-        """Of each of these items whether it has no vector yet. Every item comes once."""
+        """Whether each of these items has no vector yet. Every item comes once."""
 
     def write(self, rows: Sequence[Row]) -> None:
         """Keep rows of items that were lacking; they are there when this returns."""
 
     def finish(self) -> Encoded:
-        """All processes have written: see to it that there is what came and, where that can be,
-        nothing else. The first process calls it, once.
+        """Finish after all processes have written: see to it that there is what came and, where
+        that can be, nothing else. The first process calls it, once.
 
         ValueError: nothing that came has a vector.
         """
@@ -273,7 +273,7 @@ class NpzSink:
             np.savez(file, vectors=rows, **as_bytes)
 
     def _parts(self) -> Iterator[tuple[NDArray[np.float32], list[dict[str, Any]], dict[str, str]]]:
-        """Of the file and of each part its vectors, their items, and errors by name."""
+        """Yield the vectors, their items, and errors by name, of the file and of each part."""
         for path in [self.path, *sorted(self.folder.glob("*.npz"))]:
             if not path.exists():
                 continue

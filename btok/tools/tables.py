@@ -61,7 +61,9 @@ def schema_of(meta: Mapping[str, Any], dims: int, storage: str) -> pa.Schema:
 
 
 def own_names(schema: pa.Schema) -> set[str]:
-    """What no item says: the columns for vectors, the factors beside those of int8, and `OWN`."""
+    """The column names that no item may use: those for vectors, the factors beside those of int8,
+    and `OWN`.
+    """
     names = {"vector", "scale", *OWN}
     if json.loads((schema.metadata or {}).get(METADATA, b"{}")).get("vectors"):
         names |= {"vectors", "scales"}
@@ -117,7 +119,7 @@ def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
 
 
 def as_batches(parts: Iterable[Sequence[Row]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """`as_table` of some rows after the other; nothing of no rows."""
+    """Yield each part's rows as Arrow batches of `as_table`; none for an empty part."""
     for part in parts:
         if part:
             yield from as_table(part, schema).to_batches()
@@ -126,7 +128,7 @@ def as_batches(parts: Iterable[Sequence[Row]], schema: pa.Schema) -> Iterator[pa
 def compressed(
     vectors: NDArray[np.float32], storage: str
 ) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """[N, D] as they are stored, and the factor of each row, [N]."""
+    """The vectors [N, D] as they are stored, and the factor of each row, [N]."""
     ones = np.ones(len(vectors), np.float32)
     if storage != "int8":
         return vectors.astype(storage, copy=False), ones
@@ -136,7 +138,7 @@ def compressed(
 
 
 def new_columns(items: Sequence[Mapping[str, Any]], schema: pa.Schema) -> list[pa.Field]:
-    """Those that these items need and the schema has not.
+    """The columns that these items need and the schema lacks.
 
     ValueError for a name that is the table's own.
     """
@@ -152,7 +154,9 @@ def new_columns(items: Sequence[Mapping[str, Any]], schema: pa.Schema) -> list[p
 
 
 def column(items: Sequence[Mapping[str, Any]], name: str, kind: Any = None) -> pa.Array:
-    """What all items say by one name; a ValueError where it is of several types, or another."""
+    """The values of all items under one name as a column; a ValueError where they are of several
+    types, or another.
+    """
     values = [item.get(name) for item in items]
     try:
         made = pa.array(values, kind)

@@ -50,8 +50,8 @@ def register() -> None:
 
 
 def _checked(stock: Any) -> Any:
-    """What vLLM asks of ours before it starts processes that load it, after what it has to say of
-    the stock architecture.
+    """vLLM's class of settings for ours, which checks what is to be served before vLLM starts
+    processes that load it, after the stock architecture's checks.
     """
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
@@ -222,7 +222,9 @@ def _check_prompts() -> None:
 
 
 def _wrong(asked: Mapping[str, Any], config: Any, tokenizer: Any) -> str:
-    """Why tokens are not those that our encoder has of any input; empty where they may be."""
+    """The reason why tokens are not those that our encoder makes of any input; empty where they may
+    be.
+    """
     ids, prompt = getattr(config, IDS), asked.get("prompt_token_ids")
     if prompt is None:
         return "an input is embeddings, expected text or tokens"
@@ -253,7 +255,7 @@ def _wrong(asked: Mapping[str, Any], config: Any, tokenizer: Any) -> str:
 
 
 def __getattr__(name: str) -> type:
-    """The classes that are registered, made where vLLM asks for one by its name."""
+    """Make the registered class of this name, when vLLM asks for it."""
     stock = name.removeprefix(ENGINE_PREFIX)
     if stock == name or stock not in {family.architecture for family in FAMILIES.values()}:
         raise AttributeError(name)
@@ -328,8 +330,8 @@ def _pooler(model: Any) -> Any:
 
 
 def _methods(count: int) -> tuple[Any, Any]:
-    """Of the last hidden states the mean of each prompt's `count` last rows, in fp32, and those
-    rows.
+    """vLLM's two pooling methods of the last hidden states: the mean of each prompt's `count` last
+    rows, in fp32, and those rows.
     """
     import torch
     from vllm.model_executor.layers.pooler.seqwise import SequencePoolingMethod

@@ -63,7 +63,7 @@ Name = Annotated[str, Query(alias="id", max_length=4096)]
 
 
 def make_app(shelf: Shelf, about: dict[str, Any], names: Collection[str]) -> FastAPI:
-    """The page and what it asks for.
+    """The web app with the page and its HTTP endpoints.
 
     Args:
         shelf: what is shown.
@@ -212,7 +212,7 @@ def _static(name: str) -> Callable[[], Response]:
 
 
 def _tried(shelf: Shelf, work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call returns, or why not as an answer in one line."""
+    """The result of a call, or the HTTP error with the reason in one line."""
     try:
         shelf.must_be_there()
         try:

@@ -120,12 +120,12 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def names(host: str) -> set[str]:
-    """By which a page for other machines may be called: this one's names, and the one given."""
+    """The host names that the page may be requested by: this machine's own, and the one given."""
     own = socket.gethostname().lower()
     short = own.partition(".")[0]
     return {"localhost", own, short, f"{short}.local", host.lower()}
 
 
 def address(host: str, port: int) -> str:
-    """What to open in a browser."""
+    """The address to open in a browser."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

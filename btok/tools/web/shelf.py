@@ -55,7 +55,7 @@ class Shown(NamedTuple):
 
 
 class Shelf:
-    """What a page shows of an index.
+    """The part of an index that a web page may show.
 
     Args:
         index: of the folder's files.
@@ -84,14 +84,14 @@ class Shelf:
         self.streams = self._streams()
 
     def must_be_there(self) -> None:
-        """A FileNotFoundError where the folder or its index is gone, as with a disk."""
+        """Raise a FileNotFoundError where the folder or its index is gone, as with a disk."""
         if not self.root.is_dir():
             raise FileNotFoundError(f"the folder {printable(self.root.name)} is gone")
         if "://" not in self.index.uri and not (index := Path(self.index.uri)).is_dir():
             raise FileNotFoundError(f"the index {printable(index.name)} is gone")
 
     def counts(self) -> dict[str, int]:
-        """How many items there are of each kind."""
+        """The number of items of each kind."""
         return {kind: self.index.count(self._among(kind)) for kind in ENDINGS}
 
     def _streams(self) -> frozenset[str]:
@@ -120,7 +120,8 @@ class Shelf:
         return among
 
     def search(self, text: str, picture: bytes, kind: str | None, k: int) -> list[dict[str, Any]]:
-        """What is nearest to words, a picture (a file's bytes), or both.
+        """The k items nearest to words, a picture (a file's bytes), or both, as the page is told of
+        them.
 
         Raises:
             ValueError: neither, or no picture that can be read.
@@ -135,7 +136,7 @@ class Shelf:
         return self._told(found)
 
     def near(self, name: str, kind: str | None, k: int) -> list[dict[str, Any]]:
-        """What is nearest to an item, without itself.
+        """The items nearest to an item, without itself.
 
         Raises:
             KeyError: there is none of this id.
@@ -146,7 +147,7 @@ class Shelf:
         return self._told([hit for hit in found if hit.item["id"] != name][:k])
 
     def first(self, kind: str | None, k: int) -> list[dict[str, Any]]:
-        """Some of what is there, in the order in which it was written."""
+        """The first k items of a kind, in the order in which they were written."""
         among = "error IS NULL"
         if condition := self._among(kind):
             among += f" AND ({condition})"
@@ -161,7 +162,7 @@ class Shelf:
         return [{**self.told(hit.item), "score": round(float(hit.score), 4)} for hit in found]
 
     def told(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        """What the page is told of an item: no path but the one within the folder."""
+        """The facts of an item that the page is given: no path but the one within the folder."""
         kind = self._kind(item)
         said = {"id": item["id"], "name": printable(item_name(item)), "kind": kind}
         said |= {key: item[key] for key in ("page", "start", "end") if key in item}
@@ -179,7 +180,7 @@ class Shelf:
         return next((kind for kind, endings in ENDINGS.items() if ending in endings), "text")
 
     def item(self, name: str) -> dict[str, Any]:
-        """What the index says of an item with a vector; a KeyError for another id."""
+        """The index's columns of an item with a vector; a KeyError for another id."""
         with self.looking:
             for row in self.index.look_up("id", [name]):
                 if "error" not in row:
@@ -211,7 +212,7 @@ class Shelf:
         return path
 
     def text(self, item: Mapping[str, Any]) -> str:
-        """What was embedded of a text file; a ValueError for what is none."""
+        """The text that was embedded of a text file; a ValueError for another item."""
         if self._kind(item) != "text":
             raise ValueError(f"{printable(item['uri'])} is no text")
         return with_frames(as_side(self.path(item))).text
