@@ -70,13 +70,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """[1, Hq, D] of 0 for the rows of no sequence; with nothing else it has gradients of 0."""
+    """Zeros [1, Hq, D] for the rows of no sequence; where there is nothing else they have gradients
+    of 0.
+    """
     zero = q.new_zeros(1, *q.shape[1:])
     return zero if others else zero + sum(t[:0].sum() for t in (q, k, v))
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
-    """Of (S, L) segments one behind the other, [S * L, H, D]."""
+    """Causal attention of S segments of L rows each, one behind the other, [S * L, H, D]."""
     gqa = q.shape[1] != k.shape[1]
     q, k, v = (t.view(*shape, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # [S, H, L, D]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
@@ -96,7 +98,7 @@ def _two_calls(
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
-    """Two calls of torch's own."""
+    """Condensed attention by two calls of torch's `varlen_attn`."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -116,7 +118,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: flo
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float) -> Tensor:
-    """Two calls of memory-efficient attention."""
+    """Condensed attention by two calls of xformers' memory-efficient attention."""
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask as Mask
 
@@ -183,7 +185,8 @@ def condensed_attention(
 def implementations(
     q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout | None = None
 ) -> tuple[Reasons, tuple[str, ...]]:
-    """What could compute `condensed_attention` of these tensors, as `launch.choose` takes it.
+    """The implementations that could compute `condensed_attention` of these tensors, as
+    `launch.choose` takes them.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D].
@@ -208,8 +211,9 @@ def implementations(
 def _faster(
     q: Tensor, k: Tensor, v: Tensor, layout: CondensedLayout, scale: float
 ) -> tuple[str, ...]:
-    """Which of "triton" and "hopper" BTOK_AUTOTUNE=1 finds the faster on these tensors; nothing
-    where one of them cannot run."""
+    """The faster of "triton" and "hopper" on these tensors, by a search under BTOK_AUTOTUNE=1;
+    empty where one of them cannot run.
+    """
     if _no_hopper(q, k, v):
         return ()
     from .condensed_attention_triton import faster
@@ -233,7 +237,9 @@ def _no_triton(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 
 def _no_hopper(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """With the head dims that its own kernels take, though the others' take more."""
+    """Why the kernels for Hopper cannot run on these tensors, the head dims that their own kernels
+    take included; None where they can.
+    """
     return no_triton(q.device, q.dtype) or no_hopper(q, k, v) or _no_triton(q, k, v)
 
 

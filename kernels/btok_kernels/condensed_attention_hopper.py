@@ -369,7 +369,7 @@ def _forward_kernel(
 
 
 class Rows(NamedTuple):
-    """Where a tensor [T, H, D] lies, without keeping it."""
+    """The address and layout of a tensor [T, H, D], without keeping it."""
 
     address: int
     dtype: torch.dtype
@@ -382,7 +382,7 @@ class Rows(NamedTuple):
 
 @lru_cache(1024)  # a backward of a layer asks for six
 def _descriptor(rows: Rows, block: int) -> TensorDescriptor:
-    """Of boxes of `block` rows of one head that end where a range of rows does.
+    """The descriptor of boxes of `block` rows of one head that end where a range of rows does.
 
     Two dimensions more, of 2^34 elements less a row and of a row, reach the row at which the range
     ends from one that is 2^30 rows away: addresses wrap around at 2^64. The third dimension has
@@ -418,7 +418,9 @@ def boxes(tensor: Tensor, block: int) -> TensorDescriptor:
 def constants(
     heads: int, key_heads: int, dim: int, columns: int, config: launch.HopperConfig, **others: int
 ) -> Constants:
-    """What is compiled into a kernel, and with how many warps; tiles have 4 or 6 columns."""
+    """The constants that are compiled into a kernel, and its number of warps; tiles have 4 or 6
+    columns.
+    """
     return Constants(
         G=heads // key_heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, BUFFERS=config.stages, APART=columns == 6,

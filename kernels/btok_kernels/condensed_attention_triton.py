@@ -444,7 +444,7 @@ def _dq_kernel(
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    """Of the rows and of the heads of each."""
+    """The strides of the rows and of the heads of each tensor [T, H, D]."""
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
@@ -473,7 +473,7 @@ def _delta_constants(groups: int, dim: int) -> Constants:
 
 
 def _statistics(q: Tensor, k: Tensor) -> tuple[int, int, int]:
-    """[Hkv, T, G]: a figure of each row and head."""
+    """The shape [Hkv, T, G] of a tensor with one figure per row and head."""
     return k.shape[1], q.shape[0], q.shape[1] // k.shape[1]
 
 
@@ -660,8 +660,9 @@ def attention(
 
 
 def faster(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, scale: float) -> tuple[str, ...]:
-    """Which of "triton" and "hopper" a search finds the faster on these tensors, with the backward
-    where autograd will want it; nothing where more than autograd sees the op."""
+    """The faster of "triton" and "hopper" by a search on these tensors, with the backward where
+    autograd will want it; empty where more than autograd sees the op.
+    """
     if not _is_eager(q, k, v, tiles):
         return ()
     backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))

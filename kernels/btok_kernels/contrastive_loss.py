@@ -120,7 +120,7 @@ class Call(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Any, ...]:
-        """What may have a gradient, in the order of LossAndGrad."""
+        """The arguments that may have a gradient, in the order of LossAndGrad."""
         return self.query, self.key, self.negatives, self.temperature
 
     def tau(self, dtype: torch.dtype) -> Tensor:
@@ -132,7 +132,7 @@ class Call(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What all ranks do, as they agreed."""
+    """The plan of a call that all ranks agreed on."""
 
     ranks: Ranks
     with_grad: bool
@@ -224,12 +224,16 @@ def _dense(call: Call, ranks: Ranks, with_grad: bool) -> list[Tensor]:
 
 
 def _log_mean(log_sum: Tensor, log_count: Tensor) -> Tensor:
-    """Of what is summed; 0 where there is nothing, which weighs nothing."""
+    """The log of the mean from the logs of a sum and of a count; 0 where there is nothing, which
+    weighs nothing.
+    """
     return (log_sum - log_count).masked_fill_(log_count == -torch.inf, 0.0)
 
 
 def _columns(batch: _Batch, anchor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Over all ranks' rows: log-sum-exps of columns [M, 1], log means of exp(beta s) [M, 1]."""
+    """The log-sum-exps of columns over all ranks' rows, [M, 1], and the log means of exp(beta s),
+    [M, 1].
+    """
     hardness = batch.call.hardness
     sums = anchor.new_full((len(anchor), 3 if hardness else 1), -torch.inf)
     for rows in batch.tiles:
@@ -249,7 +253,9 @@ def _columns(batch: _Batch, anchor: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _chunked(call: Call, ranks: Ranks, with_grad: bool, impl: str = "chunked") -> list[Tensor]:
-    """Scores and two gradients a tile, scores once more where bidirectional."""
+    """The loss and its gradients by tiles of rows: each makes scores and two gradients, where
+    bidirectional scores once more.
+    """
     batch = _Batch(call, ranks, impl)
     query, candidates = batch.query, batch.candidates.flatten(0, 1)  # [N, D], [M E, D]
     directions = 2 if call.bidirectional else 1
@@ -392,7 +398,7 @@ def contrastive_loss(
     call = Call(query, key, temperature, negatives, *options)
     tensors = [x for x in call.inputs if isinstance(x, Tensor)]
     with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return _ContrastiveLoss.apply(call, _meet(call, with_grad), *call.inputs)
+    return _ContrastiveLoss.apply(call, _agree_across_ranks(call, with_grad), *call.inputs)
 
 
 def contrastive_loss_and_grad(query: Tensor, key: Tensor, **options: Any) -> LossAndGrad:
@@ -407,13 +413,13 @@ def contrastive_loss_and_grad(query: Tensor, key: Tensor, **options: Any) -> Los
     Raises: as `contrastive_loss`.
     """
     call = Call(query, key, **options)
-    loss, gradients = _run(call, _meet(call, with_grad=True))
+    loss, gradients = _run(call, _agree_across_ranks(call, with_grad=True))
     pairs = zip(call.inputs, gradients, strict=True)
     cast: Any = (d if d is None else d.to(x.dtype) for x, d in pairs)
     return LossAndGrad(loss, *cast)
 
 
-def _meet(call: Call, with_grad: bool) -> _Plan:
+def _agree_across_ranks(call: Call, with_grad: bool) -> _Plan:
     """Check the arguments and that all ranks' agree; all make gradients if one needs them."""
 
     def check() -> tuple[int, dict[str, Any]]:
@@ -492,8 +498,8 @@ def _check(call: Call) -> dict[str, Any]:
 
 
 def implementations(call: Call) -> tuple[Reasons, tuple[str, ...]]:
-    """What could compute this call's loss: by name why it cannot run here (asked by a call, which
-    gives None where it can), and the names that "auto" tries in turn.
+    """The implementations that could compute this call's loss: by name why it cannot run here
+    (asked by a call, which gives None where it can), and the names that "auto" tries in turn.
     """
     query = call.query
     reasons: Reasons = {

@@ -345,7 +345,7 @@ def _d_candidates_kernel(
 
 
 class _Problem(NamedTuple):
-    """What the kernels of one call work on, after the gather."""
+    """The tensors and options that the kernels of one call work on, after the gather."""
 
     call: Call
     ranks: Ranks
@@ -367,7 +367,7 @@ class _Problem(NamedTuple):
         return launch.contrastive(kernel, self.query, options, trial)
 
     def arguments(self, rows: slice) -> dict[str, Any]:
-        """What every kernel of the loss takes, for some rows of this rank."""
+        """The arguments that every kernel of the loss takes, for some rows of this rank."""
         ids, margin, unread = self.call.query_ids, self.call.margin, self.positives
         return {
             "POSITIVES": self.positives,
@@ -383,7 +383,7 @@ class _Problem(NamedTuple):
         }
 
     def score_arguments(self, rows: slice) -> dict[str, Any]:
-        """What the kernels that make scores take besides candidates."""
+        """The arguments that the kernels that make scores take besides candidates."""
         return {
             "Q": self.query[rows],
             "stride_q": self.query.stride(0),
@@ -602,7 +602,9 @@ def _panels(
 
 
 def _positives(query: Tensor, key: Tensor) -> Tensor:
-    """[N], fp32, a few thousand rows at a time: they are copied to fp32."""
+    """The scores of rows with their own keys, [N], fp32, a few thousand at a time: they are copied
+    to fp32.
+    """
     pairs = zip(query.split(4096), key.split(4096), strict=True)
     return torch.cat([(q.float() * k.float()).sum(1) for q, k in pairs])
 

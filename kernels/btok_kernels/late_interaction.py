@@ -37,7 +37,8 @@ def _reference(query: Tensor, key: Tensor) -> Tensor:
 
 
 class Similarity(NamedTuple):
-    """How rows are compared with candidates; all without autograd, into memory that is given.
+    """The kernels or torch functions of one implementation; all without autograd, into memory that
+    is given.
 
     Args:
         scores: of (query [c, ...], key [m, ...]), s [c, m] and what `differentiate` is to be given.
@@ -58,7 +59,7 @@ def tile_rows(query: Tensor, columns: int) -> int:
 
 
 def index_dtype(tokens: int) -> torch.dtype:
-    """Of the number of a key token among so many."""
+    """The smallest dtype for the index of a key token among `tokens`."""
     return torch.uint8 if tokens <= 256 else torch.int16 if tokens <= 1 << 15 else torch.int32
 
 
@@ -113,7 +114,7 @@ CHUNKED = Similarity(_scores, pairs, _differentiate)
 
 
 def similarity(impl: str) -> Similarity:
-    """That of an implementation: "triton" or "chunked"."""
+    """The `Similarity` of an implementation: "triton" or "chunked"."""
     if impl != "triton":
         return CHUNKED
     from .late_interaction_triton import TRITON  # at the first call only
@@ -122,7 +123,9 @@ def similarity(impl: str) -> Similarity:
 
 
 def computed(x: Tensor, impl: str) -> Tensor:
-    """As an implementation takes it: the kernels multiply halves, torch in at least fp32."""
+    """The tensor in the dtype that an implementation takes: the kernels multiply halves, torch in
+    at least fp32.
+    """
     if impl == "triton":
         return x if x.stride(-1) == 1 else x.contiguous()
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -159,8 +162,9 @@ class _MaxSim(torch.autograd.Function):
 
 
 def implementations(query: Tensor) -> tuple[Reasons, tuple[str, ...]]:
-    """What could compute `maxsim` of such tokens, as `launch.choose` takes it: by name why each
-    cannot run, asked by a call, which gives None where it can; and the names that "auto" tries.
+    """The implementations that could compute `maxsim` of such tokens, as `launch.choose` takes
+    them: by name why each cannot run, asked by a call, which gives None where it can; and the names
+    that "auto" tries.
     """
     reasons: Reasons = {
         "triton": lambda: no_triton(query.device, query.dtype),

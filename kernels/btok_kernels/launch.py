@@ -32,7 +32,9 @@ INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("trit
 
 
 def first_to_run(reasons: Reasons, order: tuple[str, ...]) -> tuple[str, dict[str, str]]:
-    """What "auto" takes of `order`, as `choose` describes both, and why none of those before it."""
+    """The name that "auto" takes of `order`, as `choose` describes both, and why none of those
+    before it.
+    """
     passed_over = {}
     for name in order:
         reason = reasons[name]()
@@ -74,7 +76,7 @@ def choose(op: str, impl: str, reasons: Reasons, order: tuple[str, ...]) -> str:
 
 
 def always() -> None:
-    """No reason why an implementation cannot run."""
+    """None: there is no reason why an implementation cannot run."""
 
 
 def interpreted() -> bool:
@@ -131,8 +133,9 @@ HOPPER_RESULTS = Path(__file__).with_name("hopper.json")
 
 
 class HopperResults(NamedTuple):
-    """On which device and triton, from how many rows and by head dim from which mean length of
-    sequences on, the kernels of `condensed_attention_hopper` were the faster ones."""
+    """The results of a contest on a device: from how many rows, and by head dim from which mean
+    length of sequences on, the kernels of `condensed_attention_hopper` were the faster ones.
+    """
 
     device: str
     triton: str
@@ -142,7 +145,9 @@ class HopperResults(NamedTuple):
 
 @functools.cache
 def _hopper_results() -> HopperResults | None:
-    """None where there is no file, or a damaged one, which is told."""
+    """The `HopperResults` that the results file holds; None where there is no file, or a damaged
+    one, which is told.
+    """
     if not HOPPER_RESULTS.exists():
         return None
     try:
@@ -242,14 +247,14 @@ def architecture(device: torch.device) -> int:
 
 
 def on(device: torch.device) -> AbstractContextManager:
-    """Launches within go to `device`, as Triton takes the current one."""
+    """A context in which Triton launches go to `device`, as Triton takes the current one."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
 
 
 class Config(NamedTuple):
-    """How a kernel is launched: its tile, warps and pipeline stages."""
+    """The launch of a kernel: its tile, warps and pipeline stages."""
 
     block_m: int
     block_n: int
@@ -304,8 +309,9 @@ _ATTENTION_FP32: dict[str, dict[int, Config]] = {
 
 
 class HopperConfig(NamedTuple):
-    """How a kernel of `condensed_attention_hopper` is launched: its tile, the places for copies
-    that go ahead, whether its consumers multiply in turns, and the registers of their threads."""
+    """The launch of a kernel of `condensed_attention_hopper`: its tile, the places for copies that
+    go ahead, whether its consumers multiply in turns, and the registers of their threads.
+    """
 
     block_m: int
     block_n: int
@@ -346,7 +352,9 @@ def _attention_candidates(dtype: torch.dtype) -> list[Config]:
 
 
 def hopper(kernel: str, q: Tensor, run: Callable[[HopperConfig], object]) -> None:
-    """The same for a kernel of `condensed_attention_hopper`."""
+    """Launch a kernel of `condensed_attention_hopper` over q [T, Hq, D] with its `fastest`
+    configuration.
+    """
 
     def others() -> list[HopperConfig]:
         return hopper_candidates(kernel, q.shape[2])
@@ -398,7 +406,7 @@ def fastest(
     op: str, kind: tuple[Any, ...], rows: Tensor, default: C,
     candidates: Callable[[], Iterable[C]], run: Callable[[C], object],
 ) -> C:  # fmt: skip
-    """With which of its configurations `run` is fastest; the default where nothing is searched.
+    """The configuration with which `run` is fastest; the default where nothing is searched.
 
     Where it is (`autotuned`), the first call for an op, its kind and an architecture, width and
     dtype of rows [N, ..., D] calls `search`, and what that finds is kept in `found`. While a CUDA

@@ -227,7 +227,7 @@ class CondensedLayout:
         return cls(bounds, num_rows, max_sequences=max_sequences)
 
     def to(self, device: torch.device | str) -> CondensedLayout:
-        """The same layout with its index tensors on `device`."""
+        """This layout with its index tensors on `device`."""
         tiles = on_device(self.tiles, device)
         if tiles.device == self.device:
             return self
@@ -364,7 +364,7 @@ def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def _integers(name: str, given: int | Sequence[int] | Tensor) -> Tensor:
-    """int64 on the CPU; a fraction would be cut off in silence."""
+    """The given integers as int64 on the CPU; a fraction would be cut off in silence."""
     found = torch.as_tensor(given).cpu()
     if found.numel() and found.is_floating_point():  # torch takes an empty list for floats
         raise TypeError(f"CondensedLayout: {name} is of {found.dtype}, expected integers")
@@ -382,9 +382,10 @@ def _cut(begin: np.ndarray, end: np.ndarray, *others: np.ndarray) -> np.ndarray:
 
 
 def _padded(length: int) -> int:
-    """Rounded up so that few distinct lengths remain: to a multiple of 8, or at most 1/8 longer;
-    from 512 on as it is, which is worth a call. By its own length alone: the sums do not depend on
-    what else is packed."""
+    """The length rounded up so that few distinct lengths remain: to a multiple of 8, or at most 1/8
+    longer; from 512 on as it is, which is worth a call. By its own length alone: the sums do not
+    depend on what else is packed.
+    """
     if length >= 512:
         return length
     step = max(8, 1 << max(length.bit_length() - 4, 0))

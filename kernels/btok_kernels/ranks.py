@@ -39,7 +39,7 @@ _BYTES_PER_RANK, _LEAST_RANKS = 1 << 20, 8
 
 
 class Ranks(NamedTuple):
-    """How the M rows lie on the ranks: rank 0's first, then rank 1's, and so on."""
+    """The layout of the M rows over the ranks: rank 0's first, then rank 1's, and so on."""
 
     group: dist.ProcessGroup | None
     rows: list[int]
@@ -47,7 +47,7 @@ class Ranks(NamedTuple):
     weight: float  # of a row: the mean over ranks of their weighted sums is the mean over rows
 
     def exchange(self, part: Tensor) -> Tensor:
-        """[ranks, ...], the parts of all ranks, which have equal shapes."""
+        """The parts of all ranks, which have equal shapes, as [ranks, ...]."""
         return part[None] if len(self.rows) == 1 else _all_gather(part, self.group)[0]
 
     def shards(self, *parts: Tensor) -> list[list[Tensor]]:
@@ -95,7 +95,7 @@ class Ranks(NamedTuple):
         return _by_part([_disjoint(x, parts, rows, most) for x, rows, most in found]), arrivals()
 
     def gather(self, part: Tensor) -> Tensor:
-        """[N, ...] on each rank -> [M, ...] on all."""
+        """Gather the rows of all ranks: [N, ...] on each rank -> [M, ...] on all."""
         return join(self.shards(part)[0])
 
     def logsumexp(self, part: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Ranks(NamedTuple):
         return self.exchange(part).logsumexp(0)
 
     def reduce_scatter(self, part: Tensor) -> Tensor:
-        """[M, ...] on each rank -> their sum's own rows, [N, ...]."""
+        """Sum over ranks, and keep this rank's own rows: [M, ...] on each rank -> [N, ...]."""
         if len(self.rows) == 1:
             return part
         shards = list(pad_sequence(part.split(self.rows), batch_first=True))  # as in gather
@@ -118,7 +118,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes the default process group has; 1 without a group."""
+    """The number of processes in the default process group; 1 without a group."""
     return dist.get_world_size() if _grouped() else 1
 
 
@@ -139,7 +139,7 @@ def from_first(value: Any) -> Any:
 
 
 def on_first(work: Callable[[], Any]) -> Any:
-    """What process 0 makes of something, in every process; a ValueError or an OSError that it
+    """The result of a call on process 0, in every process; a ValueError or an OSError that it
     raises they raise as well, so that none waits for it.
     """
     outcome: Any = None
@@ -209,7 +209,7 @@ def agree(
 
 
 def is_group(group: object) -> bool:
-    """Whether it is a process group, or what torch gives a rank that is in none of a new one."""
+    """Whether `group` is a process group, or what torch gives a rank outside a new one."""
     return dist.is_available() and (
         isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER
     )
@@ -222,16 +222,18 @@ def _compare(
     group: dist.ProcessGroup | None,
     world: int,
 ) -> dict[str, Any]:
-    """Raise on all ranks what one refused or in what they differ; else return what is equal."""
-    card = None if refusal is None else str(refusal), agreed
-    cards = [card] * world
+    """Raise on all ranks what one refused or in what they differ; else return the metadata, which
+    is equal.
+    """
+    metadata = None if refusal is None else str(refusal), agreed
+    all_metadata = [metadata] * world
     if world > 1:
-        dist.all_gather_object(cards, card, group=group)
-    for other, (refused, _) in enumerate(cards):
+        dist.all_gather_object(all_metadata, metadata, group=group)
+    for other, (refused, _) in enumerate(all_metadata):
         if refused is not None:
             raise refusal or ValueError(f"{refused} (on rank {other})")
-    first = cards[0][1]
-    for other, (_, theirs) in enumerate(cards):
+    first = all_metadata[0][1]
+    for other, (_, theirs) in enumerate(all_metadata):
         for name, had in theirs.items():
             if had != first[name]:
                 raise ValueError(
@@ -241,13 +243,15 @@ def _compare(
 
 
 def _digest(agreed: dict[str, Any]) -> int:
-    """int64, equal where all names' values are written alike."""
+    """A digest, int64, equal where all names' values are written alike."""
     written = repr(sorted(agreed.items())).encode()
     return int.from_bytes(blake2b(written, digest_size=8).digest(), "big", signed=True)
 
 
 def _host(group: dist.ProcessGroup | None) -> torch.device:
-    """Where a tensor that the host reads is best exchanged: the CPU, or the group's own device."""
+    """The device on which a tensor that the host reads is best exchanged: the CPU, or the group's
+    own device.
+    """
     backends = dist.get_backend_config(group).split(",")
     devices = [backend.partition(":")[0] for backend in backends]
     return torch.device("cpu" if "cpu" in devices else devices[0])
@@ -277,7 +281,7 @@ def _all_gather(
 
 
 def join(shards: list[Tensor]) -> Tensor:
-    """One tensor of them; no copy of a single one."""
+    """The shards as one tensor; a single one is not copied."""
     return shards[0] if len(shards) == 1 else torch.cat(shards)
 
 

@@ -94,7 +94,8 @@ def _unobserved(kernel: Any) -> bool:
 
 
 def _started(kernel: JITFunction, device: int) -> Started | None:
-    """Lies among the keys that Triton keeps, so that who clears the kernel's caches clears it too.
+    """The starts known of a kernel, kept among Triton's own keys, so that who clears the kernel's
+    caches clears them too.
 
     None where Triton compiles for more than a key says, as for the sizes of tensors on ROCm.
     """
@@ -105,7 +106,7 @@ def _started(kernel: JITFunction, device: int) -> Started | None:
 
 
 def _key(constants: Constants, arguments: Sequence[Any]) -> tuple[Any, ...] | None:
-    """What a launch is compiled for; None where that is not known here."""
+    """The key of what a launch is compiled for; None where that is not known here."""
     key: list[Any] = [constants]
     add = key.append
     for x in arguments:
