@@ -129,7 +129,9 @@ class Checkpoints:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Where what is raised within is raised on all ranks: one that is being written is kept."""
+        """A context that, on an error raised on all ranks, first completes a checkpoint that is
+        being written.
+        """
         try:
             yield
         except Exception:
@@ -173,7 +175,9 @@ class Checkpoints:
 
 
 def _copied(named: Iterable[tuple[str, Tensor]], shards: bool) -> dict[str, Tensor]:
-    """What this rank writes, copied to the host: its share, each whole, or on rank 0 all."""
+    """The tensors that this rank writes, copied to the host: its share, each whole, or on rank 0
+    all.
+    """
     copies = {}
     for index, (name, tensor) in enumerate(named):
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -195,7 +199,7 @@ def _index(folder: Path, parts: list[Path]) -> dict[str, str]:
 
 
 def unwritable(path: Path, error: Exception) -> str:
-    """What to tell where a run could not write."""
+    """The message of a run that could not write a file, with what to do."""
     # in the text: safetensors and tokenizers have errors of their own, without `errno`
     number = re.search(r"(?:\[Errno|os error) (\d+)", str(error))
     remedy = REMEDIES.get(int(number[1]) if number else 0, "mend that")
@@ -268,7 +272,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Draw as at the time of `random_state`."""
+    """Set the random state that `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

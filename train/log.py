@@ -166,7 +166,9 @@ class TrainLog:
                     self.board.add_scalar(key, value, row["step"])
 
     def _tell(self, row: Mapping[str, Any], shown: Mapping[str, str], seconds: float) -> None:
-        """How far the run is, on a line; on a terminal with a bar only beside what it shows."""
+        """Print the progress of the run as a line; on a terminal with a bar only where the
+        demonstration is shown beside it.
+        """
         if not (self.demonstrate or self.bar.disable):
             return
         done = row["step"] + 1

@@ -45,7 +45,7 @@ class PackedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Packing:
-    """How a run packs its samples; `packing(step)` does it, where the samples were read.
+    """The packing of a run's samples; `packing(step)` does it, where the samples were read.
 
     Args:
         options: keyword arguments of `btok.packing.pack`.
@@ -67,7 +67,7 @@ class Packing:
     def of(
         cls, model: BTokModel, processor: Processor, recipe: Recipe, captioning: bool = False
     ) -> Packing:
-        """That of a run; while `captioning`, of plain causal rows without bottleneck tokens."""
+        """The packing of a run; while `captioning`, of causal rows without bottleneck tokens."""
         options = {
             "btok_token_ids": () if captioning else model.btok_token_ids,
             "prefix_ids": processor.prefix_ids,
@@ -87,7 +87,7 @@ class Packing:
         return cls(options, recipe.chunk_tokens, twice, captioning, filler, everywhere)
 
     def __call__(self, step: Step) -> PackedStep:
-        """The step, its samples grouped and packed."""
+        """Group and pack the samples of a step."""
         microbatches = self.microbatches(step.samples, step.places, step.budgets)
         return PackedStep(step.pairs, step.rows, microbatches, step.skipped)
 
@@ -112,7 +112,7 @@ class Packing:
         return [self._pack(*map(list, zip(*turn, strict=True))) for turn in some]
 
     def empty(self) -> Microbatch:
-        """What a rank runs that has fewer microbatches than another; no loss depends on it."""
+        """The microbatch of a rank that has fewer than another; no loss depends on it."""
         return self._pack([], [], [])
 
     def _pack(self, places: list[int], samples: list[Sample], budgets: Sequence[int]) -> Microbatch:

@@ -39,7 +39,7 @@ def note_start(
 
 
 def note_end(recipe: Recipe) -> None:
-    """The run is done, with what comes after training."""
+    """Note in `run.json` when the run ended, what comes after training included."""
     write_json(recipe.output / NAME, {**_read(recipe), "ended": _now()})
 
 
@@ -48,7 +48,7 @@ def _now() -> str:
 
 
 def _read(recipe: Recipe) -> dict[str, Any]:
-    """What was noted; nothing of a run of an older version, or where the file is damaged."""
+    """The content of `run.json`; empty for an older version's run, or where it is damaged."""
     try:
         noted = json.loads((recipe.output / NAME).read_text(encoding="utf-8"))
         return noted if isinstance(noted.get("starts"), list) else {}

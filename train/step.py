@@ -243,7 +243,9 @@ def count_patches(microbatches: Sequence[Microbatch]) -> int:
 
 
 def _shown(microbatches: Sequence[Microbatch]) -> list[Vision]:
-    """Yield the images and the video of each side once, in however many rows it stands."""
+    """The images and videos that the microbatches' samples show, each once, in however many rows it
+    stands.
+    """
     batches = [batch for m in microbatches for batch in (m.batch, m.sources) if batch is not None]
     return list({id(vision): vision for batch in batches for vision in batch.vision}.values())
 

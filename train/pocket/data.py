@@ -350,7 +350,7 @@ FAMILIES: dict[str, tuple[Callable[..., Iterator[Record]], Sequence[Any]]] = {  
 
 
 def _records(split: str, task: str, seed: int, index: int, size: int) -> list[Record]:
-    """Families of one kind, cut at a size."""
+    """Draw the records of families of one kind, cut at `size`."""
     rng = Random(f"{seed}/{split}/{task}/{index}")
     draw, kinds = FAMILIES[task]
     kind = rng.choice(kinds)

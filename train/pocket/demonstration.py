@@ -28,7 +28,7 @@ MOST_TOKENS = 32  # of what it writes
 
 
 def opening(model: BTokModel, recipe: Recipe) -> str:
-    """What is made here, and what it will learn, in a few lines."""
+    """The opening lines of a run: what is made here, and what it will learn."""
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     several = "1 process" if world() == 1 else f"{world()} processes"
     where = f"{several} on {'GPUs' if model.backbone.device.type == 'cuda' else 'CPU'}"
@@ -60,14 +60,18 @@ class Demonstration:
         self.asked = 0
 
     def __call__(self, captioning: bool) -> str:
-        """A line: what was asked, what came, and whether that is right."""
+        """Ask one held-out query: a line that tells what was asked, what came, and whether that is
+        right.
+        """
         turn, self.asked = self.asked, self.asked + 1
         if captioning or turn % 2:
             return self.told(held_out("I-QA", SHOWN)[7 * turn % SHOWN], captioning)
         return self.found(held_out("I-RET", SHOWN), 4 * (turn // 2) % SHOWN)
 
     def told(self, record: Record, captioning: bool) -> str:
-        """What it writes of a picture; after captioning, of the bottleneck tokens alone."""
+        """A line on what the model writes of a picture; after captioning, of the bottleneck tokens
+        alone.
+        """
         said = self.write(record, captioning)
         source = "a new picture" if captioning else "the tokens of a new picture"
         line = f'asked of {source} "{record.query.text}" it writes "{printable(said)}"'
@@ -95,7 +99,7 @@ class Demonstration:
         return text
 
     def found(self, records: list[Record], at: int) -> str:
-        """Which of some scenes it finds by a description."""
+        """A line on which of some scenes the model finds by a description."""
         others = [*records[:at], *records[at + 4 :]][::4]
         pool = [*records[at : at + 4], *others][:POOL]
         encoder = BTokEncoder(self.model, self.processor)
@@ -110,7 +114,7 @@ class Demonstration:
 
 
 def closing(recipe: Recipe, files: Path) -> str:
-    """What to do with what was trained."""
+    """The commands to try with the trained model, as lines of text."""
     checkpoint = recipe.output / f"checkpoint-{recipe.total_steps}"
     python, here = Path(sys.executable), Path.cwd()
     program = str(python.relative_to(here)) if python.is_relative_to(here) else str(python)

@@ -14,7 +14,7 @@ from train.pocket.data import texts
 
 
 def build(num_btoks: int, seed: int, **settings: Any) -> tuple[BTokModel, Processor]:
-    """The untrained model with K bottleneck tokens, and its processor.
+    """Make the untrained pocket model with K bottleneck tokens, and its processor.
 
     Args:
         num_btoks: K.

@@ -40,7 +40,7 @@ def table(files: Sequence[Path]) -> str:
 
 
 def _run(file: Path) -> dict[str, Any]:
-    """What a `metrics.json` holds, with all that the table shows of it."""
+    """The content of a `metrics.json`, with all that the table shows of it."""
 
     def held(holder: Any, name: str, kind: type) -> Any:
         if not isinstance(holder, dict) or name not in holder:
