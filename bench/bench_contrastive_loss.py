@@ -49,7 +49,7 @@ Loss = Callable[[Tensor, Tensor, bool], Tensor]  # query, key, whether both dire
 
 
 def both(loss_of: Callable[[Tensor, Tensor], Tensor]) -> Loss:
-    """The loss of a direction, or half the sum of that and of the other direction's."""
+    """A loss that is the given one in a single direction, or the mean of both directions."""
 
     def loss(query: Tensor, key: Tensor, bidirectional: bool) -> Tensor:
         forth = loss_of(query, key)
@@ -148,7 +148,7 @@ def step(loss_of: Loss, query: Tensor, key: Tensor, bidirectional: bool) -> list
 
 @cache
 def truth(shape: tuple[int, ...], bidirectional: bool) -> list[Tensor]:
-    """By plain torch in fp32, on the host."""
+    """The loss and its gradients by plain torch in fp32, on the host."""
     query, key = (x.detach().float().requires_grad_() for x in inputs(*shape))
     loss = chunked_torch if len(shape) == 2 else late_torch
     return [x.cpu() for x in step(loss, query, key, bidirectional)]

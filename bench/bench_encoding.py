@@ -126,7 +126,9 @@ class Contestants:
         return F.normalize(torch.cat(pooled), dim=-1)
 
     def alone(self, samples: Iterable[Mapping[str, Any]]) -> Tensor:
-        """What ours with K should give, [N, D]: transformers' own of each [x ; B] by itself."""
+        """The vectors [N, D] that ours with K should give: transformers' own of each [x ; B] by
+        itself.
+        """
         return torch.cat([self.padded([sample], self.btok_ids) for sample in samples])
 
     def check(self, name: str, vectors: Any, want: Tensor) -> None:
@@ -139,7 +141,7 @@ class Contestants:
 def multiply_adds(
     shape: Shape, lengths: Sequence[int], pooled: int | None = None, causal: bool = True
 ) -> int:
-    """Of the language model's layers, for sequences of so many rows.
+    """The multiply-adds of the language model's layers, for sequences of so many rows.
 
     Args:
         pooled: how many rows of each the last layer is for, keys and values aside; None for all.
@@ -158,7 +160,9 @@ def multiply_adds(
 
 
 def vision_multiply_adds(tower: Tower, hidden_size: int, patches: Iterable[int]) -> int:
-    """Of the vision tower, for pictures of so many patches and a language model so wide."""
+    """The multiply-adds of the vision tower, for pictures of so many patches and a language model
+    so wide.
+    """
     width = tower.embed_dim
     of_patch = 2 * 3 * PATCH**2 * width  # its pixels, which stand for two frames
     of_patch += tower.depth * 12 * width**2  # an MLP is four times as wide
@@ -167,7 +171,7 @@ def vision_multiply_adds(tower: Tower, hidden_size: int, patches: Iterable[int])
 
 
 def predicted(shape: Shape, peer: str, lengths: Sequence[int], num_btoks: int = K) -> float:
-    """The ratio of our multiply-adds to the peer's."""
+    """The ratio of our multiply-adds to a peer's."""
     longer = [n + num_btoks for n in lengths]
     ours = multiply_adds(shape, longer, pooled=num_btoks)
     if peer == "full last layer":

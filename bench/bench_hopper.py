@@ -41,7 +41,7 @@ RIVALS = ("triton", "without turns", "two varlen calls", "flex", "flash-attn")
 
 @cache
 def layout_of(length: int) -> CondensedLayout:
-    """Sequences of one length, ROWS rows in all."""
+    """The layout of sequences of one length, ROWS rows in all."""
     target, count = length // 8, ROWS // length
     return CondensedLayout.from_lengths([length - target - BTOKS] * count, [target] * count, BTOKS)
 
@@ -71,8 +71,9 @@ def bench_hopper(contest: Contest, dim: int, length: int, rival: str, direction:
 
 
 def decided(cases: list[dict[str, Any]]) -> dict[str, int | None]:
-    """By head dim the least length from which on the kernels beat the plain ones, forward and both
-    ways, or None. What was not timed, or failed, is not beaten."""
+    """The least length by head dim from which on the kernels beat the plain ones, forward and both
+    ways, or None. What was not timed, or failed, is not beaten.
+    """
     won = {
         (case["dim"], case["length"], case["direction"])
         for case in cases
@@ -89,7 +90,7 @@ def decided(cases: list[dict[str, Any]]) -> dict[str, int | None]:
 
 
 def main(results: Path, out: Path) -> None:
-    """Write what `auto` reads, of a file of contests."""
+    """Write the decision that "auto" reads, from a file of contests."""
     found = json.loads(results.read_text())
     least = decided(found["cases"])
     about = {key: found[key] for key in ("machine", "versions", "commit") if key in found}

@@ -36,7 +36,7 @@ idle = cache(Idle)  # one: what is compiled keeps its launcher
 
 
 def attention(direction: str) -> Call:
-    """On a small packed batch."""
+    """A call of the condensed attention on a small packed batch, in one direction."""
     layout = CondensedLayout.from_lengths(SOURCE, TARGET, 4)
     q, k, v, d_out = attention_inputs(layout, HEADS, KEY_HEADS, DIM, torch.bfloat16)
 
@@ -48,7 +48,7 @@ def attention(direction: str) -> Call:
 
 
 def kinds_of(launches: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Which kernels on which grids, and of what kinds their arguments are."""
+    """The kernels that were launched, on which grids, and the kinds of their arguments."""
     return [
         (name, grid, [(a.dtype, a.stride()) if isinstance(a, Tensor) else a for a in arguments])
         for name, grid, _, arguments in launches

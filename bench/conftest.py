@@ -45,7 +45,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @pytest.fixture
 def contest(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Iterator[Contest]:
-    """See `bench.harness.Contest`."""
+    """The fixture `contest`, a `bench.harness.Contest` whose result is kept."""
     kept, name = request.config.stash[KEPT], request.node.nodeid
     if not kept.begin(name):
         pytest.skip("kept")
@@ -135,7 +135,7 @@ KEPT = pytest.StashKey[Kept]()
 
 @cache
 def about() -> dict[str, Any]:
-    """What a file's contests are of; those of anything else are not gone on with."""
+    """The facts that a file's contests depend on; a file with others is not gone on with."""
     cuda = {"CUDA": torch.version.cuda} if DEVICE == "cuda" else {}
     query = ("--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     driver = {"driver": said} if cuda and (said := output_of("nvidia-smi", *query)) else {}

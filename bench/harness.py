@@ -46,7 +46,7 @@ def settle_allocator() -> None:
 
 
 class Roof(NamedTuple):
-    """What the machine does at best: operations, and bytes read and written, a second."""
+    """The best that the machine does: operations, and bytes read and written, a second."""
 
     flops: float
     bytes: float
@@ -54,7 +54,7 @@ class Roof(NamedTuple):
 
 @cache
 def roof(dtype: torch.dtype) -> Roof:
-    """Of a square matrix product and of a copy, each the best of ten."""
+    """Measure the roof of a dtype by a square matrix product and a copy, each the best of ten."""
     n, length = (8192, 1 << 30) if DEVICE == "cuda" else (1536, 1 << 27)
     a, b = (torch.randn(n, n, dtype=dtype, device=DEVICE) for _ in range(2))
     source = torch.zeros(length, dtype=torch.int8, device=DEVICE)
@@ -65,14 +65,14 @@ def roof(dtype: torch.dtype) -> Roof:
 
 
 def wall_seconds(call: Call) -> float:
-    """Of a call that ends on the host."""
+    """The wall-clock seconds of a call that ends on the host."""
     begin = time.perf_counter()
     call()
     return time.perf_counter() - begin
 
 
 def seconds(call: Call) -> float:
-    """Between two events around a call, the L2 cache cold; on a CPU of the wall clock.
+    """The seconds between two events around a call, the L2 cache cold; on a CPU of the wall clock.
 
     The host gets ahead of the device first, so that launching is timed only where it takes longer
     than what is launched.
@@ -110,7 +110,7 @@ def peak(call: Call) -> int:
 
 
 def median_interval(sample: Sequence[float]) -> tuple[float, float]:
-    """Where the median of what a sample is drawn from lies, with 95 % confidence.
+    """The 95 % confidence interval for the median of what a sample is drawn from.
 
     Two order statistics, whatever the distribution; of fewer than six values the smallest and the
     largest, which are less sure.

@@ -22,7 +22,7 @@ class Shape(NamedTuple):
 
 
 class Tower(NamedTuple):
-    """A vision tower likewise."""
+    """A vision tower, as transformers' configurations name it; Qwen2-VL's by default."""
 
     embed_dim: int = 1280
     num_heads: int = 16

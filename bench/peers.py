@@ -37,7 +37,7 @@ def filled(rows: int, source: tuple[int, int], target: tuple[int, int]) -> Conde
 
 
 def mixes(divisor: int = 1) -> dict[str, CondensedLayout]:
-    """About 16k packed rows each, or that over `divisor`."""
+    """Layouts of some length mixes by name: about 16k packed rows each, or that over `divisor`."""
 
     def n(length: int) -> int:
         return max(1, length // divisor)
@@ -94,7 +94,7 @@ def ours(layout: CondensedLayout, impl: str) -> Attention:
 
 
 def searched(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same under BTOK_AUTOTUNE=1: its first call searches the fastest launches."""
+    """The attention call under BTOK_AUTOTUNE=1: its first call searches the fastest launches."""
     return mock.patch.dict(os.environ, BTOK_AUTOTUNE="1")(call)
 
 

@@ -45,7 +45,9 @@ def log_axis(axes: Axes, name: str, ticks: Iterable[float], values: Iterable[flo
 
 
 def ratio_axis(axes: Axes, name: str, values: Iterable[float]) -> None:
-    """The same for ratios, with 1 in view."""
+    """Axis "x" or "y" of ratios with all values in view and 1 among them, and ticks as plain
+    numbers.
+    """
     values = [1.0, *values]
     span = max(values) - min(values)
     close = max(values) < 4 * min(values)
@@ -54,7 +56,7 @@ def ratio_axis(axes: Axes, name: str, values: Iterable[float]) -> None:
 
 
 def colours(results: Results) -> dict[str, Any]:
-    """By bench, the same in every picture."""
+    """The colour of each bench, the same in every picture."""
     benches = [bench for (bench,) in groups(results["cases"], "bench")]
     return dict(zip(benches, cycle(COLOURS)))
 

@@ -20,7 +20,7 @@ CODE = ("btok", "kernels", "train")
 
 
 def output_of(*command: str) -> str:
-    """What a program prints; "" where there is none, or where it fails."""
+    """The output of a program; "" where there is none, or where it fails."""
     try:
         said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -29,7 +29,7 @@ def output_of(*command: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Nothing in it names the machine's user or host."""
+    """The machine's device, CPU, cores and so on; nothing in it names its user or host."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text().splitlines() if facts.exists() else []
     cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), None)
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """The versions of those of the packages that are installed."""
     found = {}
     for name in packages:
         try:
@@ -54,7 +54,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 @cache
 def digest_of_code(*more: str) -> str:
-    """Of the sources in the folders of `CODE`, and of more files or folders of them."""
+    """The digest of the sources in the folders of `CODE`, and of more files or folders of them."""
     total = hashlib.sha256()
     places = [ROOT / name for name in (*CODE, *more)]
     files = {

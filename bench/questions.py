@@ -70,7 +70,7 @@ def some_rows(rows: int, columns: int, dtype: torch.dtype) -> int:
 
 
 def recompute(*_: Any) -> int:
-    """In the place of `launch.contrastive_chunk`: no rows of logits."""
+    """Zero rows of logits at once: a stand-in for `launch.contrastive_chunk`."""
     return 0
 
 
@@ -118,7 +118,7 @@ def bench_gated_mlps(contest: Contest, rows: int) -> None:
 
 @cache
 def world() -> int:
-    """How many ranks torchrun has started, in a group from now on."""
+    """Start the process group of torchrun, and return its number of ranks."""
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()

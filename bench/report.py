@@ -44,7 +44,7 @@ def groups(cases: Iterable[Case], *keys: str) -> dict[tuple[str, ...], list[Case
 
 
 def table(*rows: list[str]) -> str:
-    """In Markdown; the first row is the header."""
+    """Rows as a Markdown table; the first row is the header."""
     lines = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     lines.insert(1, ["--"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -59,7 +59,7 @@ HEADER += ["peer, ms", "ours, MiB", "peer, MiB", "share of the roof", "pairs"]
 
 
 def row(case: Case) -> list[str]:
-    """A contest under `HEADER`: times in ms, memory in MiB."""
+    """A contest as a table row under `HEADER`: times in ms, memory in MiB."""
     share, of = max((case[f"share_of_{of}"] or 0, of) for of in ("flops", "bytes"))
     return [
         case["case"],
@@ -87,7 +87,7 @@ def outcome(case: Case) -> int:
 
 
 def verdict(cases: list[Case]) -> str:
-    """What the contests of today's choice and one alternative decide.
+    """A phrase on what the contests of today's choice and one alternative decide.
 
     Where a rule takes one of the two from case to case, a case says in `chosen` which.
     """
@@ -123,7 +123,7 @@ def answers(cases: list[Case]) -> str:
 
 
 def page(results: Results, stem: str, plots: Iterable[str]) -> str:
-    """The Markdown page.
+    """The benchmark report as a Markdown page.
 
     Args:
         results: what a results file holds.
@@ -201,7 +201,7 @@ def write_page(path: Path, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 2 for a file that cannot be used."""
+    """Write the page of a results file; the exit status is 2 for a file that cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--out", type=Path, help="folder; by default that of the results")

@@ -33,19 +33,19 @@ Scores = dict[int, float]  # by seed
 
 
 def nested(folder: Path, name: str) -> dict[int, Mapping[str, Any]]:
-    """The nested runs of a set, by seed."""
+    """The nested runs of a set of pairs, by seed."""
     files = sorted(folder.glob(f"{name}-nested-seed*.json"))
     return {run["seed"]: run for run in map(read, files)}
 
 
 def alone(folder: Path, name: str, k: int) -> Scores:
-    """The mean reciprocal rank of a model trained for k alone, by seed."""
+    """The mean reciprocal rank of models trained for k alone, by seed."""
     files = sorted((folder.parent / "smollm2").glob(f"{name}-{FIXED[k]}-seed*.json"))
     return {run["seed"]: run["scores"][name]["raw"]["mrr"] for run in map(read, files)}
 
 
 def of(runs: Mapping[int, Mapping[str, Any]], view: str, what: str = "mrr") -> Scores:
-    """A view's measure, by seed."""
+    """A measure of one view of some runs, by seed."""
     return {seed: run["views"][view][what] for seed, run in runs.items()}
 
 
@@ -103,7 +103,7 @@ def page(folder: Path) -> str:
 
 
 def picture(folder: Path) -> Figure:
-    """A panel per set: scores over bytes an item, and over tokens."""
+    """The plot of the study: for each set scores over bytes an item, and over tokens."""
     figure = canvas(3.6 * len(SETS))
     panels = figure.subplots(len(SETS), 2, squeeze=False, sharey="row")
     for (left, right), (name, says) in zip(panels, SETS.items(), strict=True):

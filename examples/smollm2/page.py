@@ -44,7 +44,8 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY, TEAL, RED)
 
 
 class Comparison(NamedTuple):
-    """Of one variant with another on a set, in points of the mean reciprocal rank as it comes.
+    """The differences of one variant from another on a set, in points of the mean reciprocal rank
+    as it comes.
 
     Args:
         seeds: its differences by seed.
@@ -69,8 +70,8 @@ class Comparison(NamedTuple):
 
     @property
     def seeds_needed(self) -> int | None:
-        """How many seeds of this spread would put 0 outside their interval, were the mean as it is;
-        None where more than 1,000, or with one seed.
+        """The number of seeds of this spread that would put 0 outside their interval, were the mean
+        as it is; None where more than 1,000, or with one seed.
         """
         mean, spread = np.mean(self.seeds), np.std(self.seeds, ddof=1) if len(self.seeds) > 1 else 0
         for n in range(2, 1001) if spread else ():
@@ -80,7 +81,7 @@ class Comparison(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What the paper says, and the comparisons that would show it here: (variant, beside)."""
+    """A claim of the paper, and the comparisons that would show it here: (variant, beside)."""
 
     says: str
     pairs: tuple[tuple[str, str], ...]
@@ -139,7 +140,7 @@ class Results:
 
     @cached_property
     def ranks(self) -> dict[tuple[str, str, int, str, str], NDArray[np.intp]]:
-        """By (trained on, variant, seed, scored on, raw or centred)."""
+        """Ranks of the right answers by (trained on, variant, seed, scored on, raw or centred)."""
         return {
             (run["trained_on"], run["variant"], run["seed"], name, how): np.fromstring(
                 text, int, sep=" "
@@ -150,14 +151,14 @@ class Results:
         }
 
     def seeds(self, trained_on: str, variant: str) -> list[int]:
-        """Seeds that are done."""
+        """The seeds of a variant's finished runs on a set."""
         which = (trained_on, variant)
         return sorted(r["seed"] for r in self.runs if (r["trained_on"], r["variant"]) == which)
 
     def scores(
         self, trained_on: str, variant: str, scored_on: str, how: str
     ) -> dict[str, list[float]]:
-        """By measure, in percent, one a seed."""
+        """The scores of a variant in percent, by measure, one a seed."""
         found = [
             measures(self.ranks[trained_on, variant, seed, scored_on, how], digits=9)
             for seed in self.seeds(trained_on, variant)
@@ -193,12 +194,14 @@ class Results:
 
 @cache
 def resampled(count: int) -> NDArray[np.int64]:
-    """How often each of so many queries is drawn, the same for all comparisons: [resamples, n]."""
+    """The number of times that each of so many queries is drawn, the same for all comparisons:
+    [resamples, n].
+    """
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
 
 
 def verdict(found: Sequence[Comparison]) -> str:
-    """What the comparisons of a claim, on all sets, allow to say."""
+    """A phrase on what the comparisons of a claim, on all sets, allow to say."""
     sides = {c.side for c in found}
     if sides == {1}:
         return "shown here"
@@ -230,7 +233,7 @@ def write_page(results: Path, also: Sequence[Path] = ()) -> list[Path]:
 
 
 def page(main: Results, others: Sequence[Results]) -> str:
-    """The Markdown page."""
+    """The study's Markdown page."""
     s = main.settings
     trained = {run["trained_on"] for run in main.runs}
     text = [
@@ -276,7 +279,7 @@ def page(main: Results, others: Sequence[Results]) -> str:
 
 
 def facts(main: Results) -> str:
-    """The head of the page."""
+    """The head of the page: commits, devices, runs and seconds."""
     s = main.settings
     commits, devices = (
         sorted({run["settings"][key] for run in [*main.runs, *main.sweep]})
@@ -299,7 +302,7 @@ def facts(main: Results) -> str:
 
 
 def sets_table(data: Mapping[str, Any]) -> str:
-    """What the sets are."""
+    """A table of the sets of pairs: what is asked, how many pairs, and the lexical floor."""
     rows = [["set", "query -> answer", "train / validation / test pairs", "words", "lexical floor"]]
     means = {
         "wordnet": "a gloss -> the words it defines",
@@ -322,7 +325,7 @@ def sets_table(data: Mapping[str, Any]) -> str:
 
 
 def compared(main: Results) -> dict[tuple[str, str, str], Comparison]:
-    """Every comparison there is, by (set, ours, theirs)."""
+    """All comparisons of the runs, by (set, ours, theirs)."""
     found = {(name, *pair): main.compare(name, *pair) for name in TRAINED for pair in PAIRS}
     return {key: c for key, c in found.items() if c is not None}
 
@@ -392,7 +395,7 @@ def differences_table(main: Results) -> str:
 
 
 def both(found: Comparison | None) -> str:
-    """A difference with its two intervals."""
+    """A difference with its two intervals, as text."""
     if found is None:
         return ""
     low, high = found.queries
@@ -437,7 +440,7 @@ def sweep_text(main: Results) -> str:
 
 
 def aside_part(main: Results) -> list[str]:
-    """What is said of runs that are in no table above, if there are any."""
+    """The section on runs that are in no table above, if there are any."""
     runs = [read(path) for path in sorted(main.aside.glob("*.json"))]
     rows = [["run", "rate", "weight", "raw mrr", "lowest and last loss"]]
     for run in runs:
@@ -484,7 +487,7 @@ def sweep_table(main: Results) -> str:
 
 
 def seconds_table(main: Results) -> str:
-    """What a run takes, and where its losses ended."""
+    """A table of the seconds that runs of each variant take, and of their last losses."""
     rows = [
         ["variant", *(f"{n}: {w}" for n in TRAINED for w in ("seconds of training", "last losses"))]
     ]

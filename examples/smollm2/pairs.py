@@ -46,7 +46,7 @@ class TextSet(NamedTuple):
     facts: Mapping[str, Any]
 
     def pairs(self, split: str) -> list[tuple[str, str]]:
-        """Of "train", "validation" or "test": (query, answer)."""
+        """The (query, answer) pairs of the split "train", "validation" or "test"."""
         lines = (self.folder / f"{split}.jsonl").read_text("utf-8").splitlines()
         return [(row["query"], row["positive"]) for row in map(json.loads, lines)]
 
@@ -176,7 +176,7 @@ def _in_order(found: Iterable[Pair]) -> list[Pair]:
 
 
 def _different(pairs: Iterable[Pair]) -> list[Pair]:
-    """Without those of which the query or the answer came before."""
+    """The pairs without those of which the query or the answer came before."""
     seen: set[str] = set()
     kept = []
     for p in pairs:
@@ -193,7 +193,9 @@ def lexical_floor(queries: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def lexical_ranks(queries: Sequence[str], answers: Sequence[str]) -> Any:
-    """Of answer i among all answers for query i, from 1, by the cosine of TF-IDF over words."""
+    """The rank of answer i among all answers for query i, from 1, by the cosine of TF-IDF over
+    words.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     weigh = TfidfVectorizer(sublinear_tf=True).fit([*queries, *answers])

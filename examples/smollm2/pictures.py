@@ -92,7 +92,7 @@ class Pictures:
 
 
 def trained_weights(model: BTokModel) -> dict[str, Tensor]:
-    """What training changes, by name."""
+    """The weights that training changes, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -125,13 +125,13 @@ def stamps(cache: Path) -> Iterator[tuple[bytes, str]]:
 
 
 def _pixels(png: bytes) -> int:
-    """By the head of the file: nothing is decoded."""
+    """The number of pixels of a PNG file, by its head: nothing is decoded."""
     width, height = struct.unpack(">II", png[16:24])
     return width * height
 
 
 def told_by(caption: str) -> str:
-    """What makes two captions the same: their words without articles, numbers and case."""
+    """A key, equal for captions with the same words but for articles, numbers and case."""
     return re.sub(r"\b(a|an|the) ", "", " ".join(re.findall(r"[^\W\d_]+", caption.lower())))
 
 
@@ -201,7 +201,7 @@ def build(cache: Path, sources: Mapping[str, Source] = SOURCES, held_out: int = 
 
 
 def recipe_of(command: Pictures, data: Path, steps: int) -> Recipe:
-    """The paper's, in what two cores allow."""
+    """The paper's recipe, cut to what two cores allow."""
     return replace(
         PAPER,
         data=data,
@@ -246,7 +246,9 @@ def train(model: BTokModel, processor: Processor, recipe: Recipe) -> tuple[list[
 
 
 def seconds_of_a_step(model: BTokModel, processor: Processor, recipe: Recipe) -> float:
-    """Measured on the first batches, whose gradients are thrown away: nothing is trained."""
+    """The seconds of a training step, measured on the first batches, whose gradients are thrown
+    away: nothing is trained.
+    """
     assert recipe.data is not None
     train_set = TrainSet(replace(recipe, steps=TIMED), processor, [open_source(recipe.data)])
     model.train()
@@ -286,7 +288,7 @@ def scores(found: Embedded) -> dict[str, dict[str, float]]:
 
 
 def chance(pool: int) -> dict[str, float]:
-    """What a random order of the pool scores, in percent."""
+    """The scores of a random order of the pool, in percent."""
     reciprocal = float(np.mean(1 / np.arange(1, pool + 1)))
     parts = {"recall@1": 1 / pool, "recall@10": min(1, 10 / pool), "mrr": reciprocal}
     return {name: round(100 * value, 2) for name, value in parts.items()}
@@ -317,7 +319,7 @@ def sheet(found: Embedded, path: Path) -> None:
 
 
 def page_of(result: Mapping[str, Any]) -> str:
-    """The results in Markdown."""
+    """The study's results as a Markdown page."""
     rows = [["", "recall@1", "recall@10", "MRR"]]
     for way, after in result["scores"]["after"].items():
         before = result["scores"]["before"][way]
@@ -441,7 +443,9 @@ def trained(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 2 for a mistake or for what cannot be had, told in one line."""
+    """Run the command; returns the exit status, 2 for a mistake or for what cannot be had, told in
+    one line.
+    """
     try:
         command = command_line.parse(Pictures, sys.argv[1:] if argv is None else argv, PROG)
         if command.batch < 2 or not 0 < command.minutes < float("inf"):

@@ -102,12 +102,12 @@ class Options:
 
     @property
     def folder(self) -> Path:
-        """Of the trained runs."""
+        """The folder of the trained runs."""
         return self.runs or self.cache / "runs" / "smollm2"
 
     @property
     def command(self) -> str:
-        """What to type for the same numbers, but for folders."""
+        """The command line that makes the same numbers, but for folders."""
         words = ["python", PROG, "--run", self.run]
         for name in ("only", "inputs", "lengths", "btoks", "seconds"):
             if (had := getattr(self, name)) != getattr(Options, name):
@@ -129,7 +129,9 @@ class Probed(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 2 for a mistake or for what cannot be had, told in one line."""
+    """Run the command; returns the exit status, 2 for a mistake or for what cannot be had, told in
+    one line.
+    """
     try:
         options = command_line.parse(Options, sys.argv[1:] if argv is None else argv, PROG)
         found = before(options.page) if options.page else {}
@@ -368,7 +370,7 @@ def packed_sources(cache: Path, probed: Probed) -> Sides:
 
 @torch.inference_mode()
 def packing(model: BTokModel, sources: Sides) -> dict[str, Any]:
-    """How far embeddings of the same inputs are apart that should be the same.
+    """The largest differences between embeddings of the same inputs that should be the same.
 
     In fp32 the model as it is; in fp32 and bf16 its export with the adapters merged, loaded from a
     folder by btok and by transformers: there each [x ; B] goes alone through the stock forward, and
@@ -407,12 +409,12 @@ def packing(model: BTokModel, sources: Sides) -> dict[str, Any]:
 
 @torch.inference_mode()
 def embed(model: BTokModel, sources: Sides) -> Tensor:
-    """From token ids to unit vectors [N, D], in one packed row."""
+    """The unit vectors [N, D] of token ids, embedded in one packed row."""
     return model(model.pack(sources).to(model.backbone.device)).embeddings
 
 
 def alone(model: BTokModel, sources: Sides) -> Tensor:
-    """The same, each in a row of its own."""
+    """The unit vectors [N, D] of token ids, each embedded in a row of its own."""
     return torch.cat([embed(model, [source]) for source in sources])
 
 
@@ -457,7 +459,7 @@ def check(model: BTokModel, source: Mapping[str, Any]) -> None:
 
 
 def attention(probed: Probed) -> dict[str, Any]:
-    """What the B rows take in, for the first `DRAWN` inputs of at least eight tokens.
+    """The attention of the B rows, for the first `DRAWN` inputs of at least eight tokens.
 
     Returns:
         `drawn`: of each input the `tokens` of x; `shares` [3, K, L + 1] in percent by third of the

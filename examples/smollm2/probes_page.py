@@ -25,7 +25,7 @@ OF_RUN = ("steps", "group_size", "seed", "learning_rate", "ntp_weight", "ntp_sid
 
 
 def before(folder: Path) -> dict[str, Any]:
-    """The numbers in a folder, if there are any.
+    """The numbers that a folder holds from an earlier call, if there are any.
 
     Raises:
         ValueError: a file that is cut short, or from which no page can be made.
@@ -72,7 +72,7 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def facts(settings: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    """What a probe was made with: command, commit, machine, versions, and the trained run."""
+    """The lines on how a probe was made: command, commit, machine, versions, the trained run."""
     said = facts_of(settings, settings["command"]) + f"\n- load at its begin: {settings['load']}"
     if not run:
         return said

@@ -40,7 +40,7 @@ Rows = NDArray[np.float32]
 
 
 class Variant(NamedTuple):
-    """What differs between runs: what it is, and its options of train/main.py."""
+    """A variant of the runs: what it is, and its options of train/main.py."""
 
     says: str
     options: tuple[str, ...]
@@ -73,7 +73,7 @@ SIDES = {"wordnet": "positive", "debian": "query"}  # the side to generate: alwa
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a results folder share."""
+    """The settings that all runs of a results folder share."""
 
     cache: Path
     """Folder of weights, data and run folders."""
@@ -109,7 +109,9 @@ class Run:
 
 
 def arguments(settings: Settings, run: Run, model: Path, data: Path, output: Path) -> list[str]:
-    """Of train/main.py: the paper's recipe in what the machine allows, with the run's options."""
+    """The arguments of train/main.py for a run: the paper's recipe in what the machine allows, with
+    the run's options.
+    """
     given = {
         "model": model,
         "data": data,
@@ -202,7 +204,7 @@ def perform(settings: Settings, run: Run) -> dict[str, Any]:
 
 
 def trained_seconds(log: Sequence[Mapping[str, Any]]) -> float:
-    """Of all sittings of a run; each begins at 0."""
+    """The seconds of training in all sittings of a run; each begins at 0."""
     seconds = [*(row["seconds"] for row in log), 0.0]
     return sum(one for one, later in pairwise(seconds) if later < one)
 
@@ -229,9 +231,10 @@ def score(encoder: BTokEncoder, found: Sequence[tuple[str, str]]) -> dict[str, N
 def scored_views(
     encoder: BTokEncoder, found: Sequence[tuple[str, str]], texts: Sequence[str]
 ) -> tuple[dict[str, NDArray[np.intp]], dict[str, dict[str, float]]]:
-    """What `score` gives; and by what of the bottleneck rows is compared, as
+    """The ranks and measures that `score` gives; and by what of the bottleneck rows is compared, as
     `examples.studies.views` names it, the bytes of an item and raw measures. All are made of one
-    pass over the pairs; int8 and the budgets of "auto" are calibrated with `texts`."""
+    pass over the pairs; int8 and the budgets of "auto" are calibrated with `texts`.
+    """
     kept = encoder.model.settings
     calibration = encoder.calibrate(texts, show_progress=False)
     options = {"rows": kept.multi_vector, "cross": True}
@@ -255,7 +258,7 @@ def centred(rows: Rows) -> Rows:
 
 
 def ranks(queries: Rows, answers: Rows) -> NDArray[np.intp]:
-    """Of answer i among all answers for query i, from 1; what ties with it is before it."""
+    """The rank of answer i among all answers for query i, from 1; after those that tie with it."""
     scores = queries @ answers.T
     return (scores >= scores.diagonal()[:, None]).sum(1)
 
@@ -272,7 +275,9 @@ def measures(found: NDArray[np.intp], digits: int = 2) -> dict[str, float]:
 def depends_on(
     settings: Settings, model: Path, sets: Mapping[str, pairs.TextSet]
 ) -> dict[str, Any]:
-    """What all runs of a results folder must share, and the commit that stands for their code."""
+    """The facts that all runs of a results folder must share, and the commit that stands for their
+    code.
+    """
     return {
         "steps": settings.steps,
         "batch": settings.batch,

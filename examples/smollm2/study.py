@@ -52,7 +52,7 @@ SWEEP_SEEDS = (1000, 1001)  # whose batches no run of the grid has
 
 @dataclass(frozen=True)
 class Common:
-    """What every command takes."""
+    """The options that every command takes."""
 
     cache: Path = field(default_factory=default_cache)
     """Folder of weights, data and run folders."""
@@ -234,8 +234,8 @@ def grid(command: Grid) -> None:
 
 @contextmanager
 def alone(path: Path) -> Iterator[bool]:
-    """Whether no other process is in this block with the same file; its end, however it comes,
-    leaves it.
+    """A context that tells whether no other process is in it with the same file; its end, however
+    it comes, leaves it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -276,7 +276,9 @@ def show_sets(cache: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 2 for a mistake or for what cannot be had, told in one line."""
+    """Run the command; returns the exit status, 2 for a mistake or for what cannot be had, told in
+    one line.
+    """
     try:
         words = sys.argv[1:] if argv is None else argv
         command = command_line.parse(Command, words, PROG)

@@ -56,7 +56,9 @@ class Lite0(nn.Sequential):
 
     @classmethod
     def from_pickle(cls, path: Path) -> Lite0:
-        """With the weights of the package, whose names differ and whose order is the same."""
+        """A network with the weights of the package, whose names differ and whose order is the
+        same.
+        """
         weights = torch.load(path, map_location="cpu", weights_only=True)
         network = cls()
         own = network.state_dict()
@@ -95,7 +97,7 @@ def _convolution(
 
 
 class Tower(PreTrainedModel):
-    """What stands in the place of a Qwen2-VL's vision tower: a network and a fresh projector.
+    """A network and a fresh projector, which stand in the place of a Qwen2-VL's vision tower.
 
     Args:
         config: a Qwen2-VL's `vision_config`, whose `hidden_size` is the width of its decoder.

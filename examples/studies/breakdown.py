@@ -42,7 +42,7 @@ Found = dict[str, list[float]]  # milliseconds by part: forward, backward
 
 
 def labelled(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, whose operations belong to a part."""
+    """The function `call`, wrapped so that its operations belong to a part."""
     return record_function(LABEL + part)(call)
 
 
@@ -75,7 +75,7 @@ def place(event: Any) -> tuple[str | None, int | None]:
 
 
 def breakdown(events: Any) -> Found:
-    """What a profile's events spent, by part: [forward, backward]."""
+    """The milliseconds that a profile's events spent, by part: [forward, backward]."""
     events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     placed = [(event, *place(event)) for event in events]
     # a forward operation has the number of its derivative's node
@@ -90,7 +90,7 @@ def breakdown(events: Any) -> Found:
 
 
 def measure(call: Callable[[], Any], trace: Path) -> Found:
-    """The mean of a few calls, after a first."""
+    """The milliseconds of a call by part, the mean of a few calls after a first."""
     call = labelled("other", call)
     call()
     with profile() as profiler:

@@ -156,14 +156,14 @@ def score_all(output: Path) -> None:
 
 
 def trained(folder: Path) -> tuple[BTokEncoder, int]:
-    """A run's encoder, and D."""
+    """The encoder of a run's last checkpoint, and its D."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     encoder = BTokEncoder.from_pretrained(last)
     return encoder, encoder.dims
 
 
 def training_sides() -> list[Side]:
-    """Of pairs that no run has met."""
+    """The sides of pairs that no run has met."""
     groups = (
         data.train_group(task, group, 16, CALIBRATION_SEED)
         for task in data.TASKS
@@ -198,7 +198,7 @@ def times(folder: Path) -> dict[str, Any]:
 
 
 def collected(output: Path) -> dict[str, Any]:
-    """What a page is made of."""
+    """The results of a folder of runs that the page is made of."""
     found = []
     for variant, seed, folder in runs(output):
         views = folder / "views.json"

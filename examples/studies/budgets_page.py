@@ -83,7 +83,7 @@ def write_page(folder: Path, content: dict[str, Any]) -> None:
 
 
 def page(results: Results) -> str:
-    """The Markdown page."""
+    """The study's Markdown page."""
     content, width = results.content, results.content["width"]
     settings, scored = content["settings"], content["scored"]
     variants = [["variant", "what it is", "options", "seeds"]]

@@ -172,7 +172,7 @@ def parse(kind: Any, argv: Sequence[str] | None, prog: str) -> Any:
 
 
 def settings_of(options: Options) -> dict[str, Any]:
-    """What all runs of the folder depend on, as it was when the first began.
+    """The settings that all runs of the folder depend on, as they were when the first began.
 
     Raises:
         ValueError: the folder has runs that depend on something else.
@@ -193,7 +193,9 @@ def settings_of(options: Options) -> dict[str, Any]:
 
 
 def arguments(options: Options, study: Study, name: str, seed: int) -> list[str]:
-    """Of train/main.py, for a run or, under the name "warm", for what a seed's runs start from."""
+    """The arguments of train/main.py for a run or, under the name "warm", for what a seed's runs
+    start from.
+    """
     folder = options.output / f"{name}-seed{seed}"
     common = ["--output", str(folder)]
     words = () if name == "warm" else study.variants[name].options
@@ -216,7 +218,7 @@ def arguments(options: Options, study: Study, name: str, seed: int) -> list[str]
 
 
 def commands(options: Options, study: Study, name: str, seed: int) -> list[list[str]]:
-    """What a run amounts to, as command lines; pocket runs are made and scored in this process."""
+    """The command lines that a run amounts to; pocket runs are made and scored in this process."""
     given = arguments(options, study, name, seed)
     train = [*shlex.split(options.launch), str(ROOT / "train/main.py"), *given]
     if options.model == "pocket":
@@ -313,7 +315,9 @@ def collect(options: Options, study: Study, settings: dict[str, Any]) -> dict[st
 
 
 def scores(tasks: Mapping[str, Any]) -> dict[str, float]:
-    """Of a run: the mean over its tasks, over each modality's, each meta-task's, and each alone."""
+    """The scores of a run: the mean over its tasks, over each modality's, each meta-task's, and
+    each alone.
+    """
     groups: dict[str, list[str]] = {"mean": list(tasks)}
     for key in ("modality", "meta_task"):
         for name, row in tasks.items():
@@ -360,7 +364,7 @@ def said(values: Sequence[float], sign: str = "") -> str:
 
 
 def verdict(values: Sequence[float]) -> str:
-    """What differences allow to say."""
+    """A sentence on what differences allow to say."""
     mean, half = interval(values)
     if math.isinf(half):
         return f"{mean:+.1f} with one seed, which says nothing of others"

@@ -60,7 +60,7 @@ class Options:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 for a mistake in the command, told in one line."""
+    """Run the study; returns 0, or 2 for a mistake in the command, told in one line."""
     try:
         options = parse(Options, argv, PROG)
     except ValueError as error:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def case(tokens: int, num_btoks: int, most: float) -> dict[str, Any]:
-    """What K bottleneck tokens cost over the last token, modelled and measured."""
+    """The cost of K bottleneck tokens over the last token, modelled and measured."""
     contestants, samples = prepared(f"1x{tokens}", num_btoks)  # checked
     last, ours = (
         partial(contestants.packed, m, samples) for m in (contestants.last, contestants.btok)

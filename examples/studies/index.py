@@ -63,7 +63,7 @@ Rows = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """The options of the study: what to measure, and where to write it."""
 
     rows: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
     """Sizes of the table."""
@@ -94,7 +94,7 @@ def vectors(rows: int, dims: int, seed: int) -> Iterator[Rows]:
 
 
 def as_rows(first: int, block: Rows) -> list[Row]:
-    """As a folder's files give them."""
+    """A block of vectors as index rows such as a folder's files give."""
     names = range(first, first + len(block))
     return [
         Row({"id": f"{i:064x}.png@2-1", "uri": f"folder/{i:09}.png", "size": i}, row, 300)
@@ -109,7 +109,7 @@ def asked(rows: int, dims: int) -> Rows:
 def searched_whole(
     stored: Rows, queries: Rows, k: int, storage: str = "float32"
 ) -> list[list[tuple[float, int]]]:
-    """As an index was searched before it was a table: all scores at once, all sorted."""
+    """Search as an index did before it was a table: all scores at once, all sorted."""
 
     def scores_of(rows: Rows) -> Rows:
         if storage != "float32":
@@ -249,19 +249,19 @@ def judged(found: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def overlap(right: Sequence[Set[int]], got: Sequence[Sequence[int]]) -> float:
-    """Of the K that are right, how many there are."""
+    """The share of the K right rows that were found, the mean over queries."""
     hits = [len(one & set(other)) / K for one, other in zip(right, got, strict=True)]
     return round(sum(hits) / len(hits), 4)
 
 
 def slope(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """Of the last two, on logarithmic axes."""
+    """The slope through the last two points, on logarithmic axes."""
     (a, b), (x, y) = sizes[-2:], values[-2:]
     return float(np.log(y / x) / np.log(b / a))
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """In Markdown."""
+    """The study's Markdown page."""
     sizes = [int(each) for each in results["sizes"]]
     of = list(results["sizes"].values())
     head = ["step", *(f"{size:,}" for size in sizes), "slope"]

@@ -54,7 +54,7 @@ sys.exit(status)
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """The options of the study: what to measure, and where to write it."""
 
     rows: tuple[int, ...] = (10_000, 100_000)
     """Sizes of the data set."""
@@ -120,7 +120,7 @@ def killed(work: Path, output: Path, ready: Callable[[], bool]) -> None:
 
 
 def half(parts: Path, pattern: str) -> bool:
-    """Whether half of the blocks of a file of parts are there."""
+    """Whether half of the blocks of the files of a pattern are there."""
     marks = b"".join(path.read_bytes() for path in parts.glob(pattern))
     return 2 * sum(marks) >= len(marks) > 0
 
@@ -167,7 +167,7 @@ def measure(rows: int, compared: bool) -> dict[str, Any]:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """In Markdown."""
+    """The study's Markdown page."""
     rows = [["rows", "seconds", "rows a second", "peak MiB", "after two kills: seconds", "MiB"]]
     for size, found in results["sizes"].items():
         one, other = found["whole"], found["gone on with"]

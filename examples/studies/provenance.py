@@ -13,7 +13,8 @@ PACKAGES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pillow")
 
 @cache
 def surroundings(*more: str, packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
-    """Of a study's run; the commit is that of the code it runs.
+    """The code, commit, device and versions of a study's run; the commit is that of the code it
+    runs.
 
     Args:
         more: files of that code besides the folders in `CODE`.
@@ -31,7 +32,7 @@ def surroundings(*more: str, packages: tuple[str, ...] = PACKAGES) -> dict[str, 
 
 
 def facts(settings: Mapping[str, Any], of_commit: str = "") -> str:
-    """What `surroundings` says, as a page has it."""
+    """The result of `surroundings` as lines of a page."""
     of = f"- commit: {settings['commit']}{of_commit}\n- device: {settings['device']}\n"
     return of + versions_line(settings["versions"])
 

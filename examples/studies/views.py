@@ -35,7 +35,7 @@ class Embedded(NamedTuple):
 
 
 class View(NamedTuple):
-    """What is compared: the bytes of an item, and its vectors [N, d] or [N, k, d] of `Embedded`."""
+    """What an item is compared by: its bytes, and its vectors [N, d] or [N, k, d] of `Embedded`."""
 
     bytes: float
     vectors: Callable[[Embedded], Rows]
@@ -43,7 +43,7 @@ class View(NamedTuple):
 
 
 def embed(encoder: BTokEncoder, sides: Sequence[Side]) -> Embedded:
-    """All K rows of each side."""
+    """Embed sides with all K rows each."""
     made: list[Rows] = []
     cells: list[str] = []
     model = encoder.model.eval()
@@ -62,12 +62,12 @@ def unit(x: Rows) -> Rows:
 
 
 def dense(rows: Rows, k: int, d: int) -> Rows:
-    """[N, d], the embedding by the first k rows and d components."""
+    """The embeddings [N, d] by the first k rows and d components."""
     return unit(rows[:, :k, :d].mean(1))
 
 
 def rounded(x: Rows, scale: float | None) -> Rows:
-    """What int8 vectors of a scale stand for; None leaves them."""
+    """The floats that int8 vectors of a scale stand for; the vectors themselves without a scale."""
     return x if scale is None else quantised(x, scale) * np.float32(scale)
 
 
@@ -136,8 +136,9 @@ def _looked_up(vectors: Rows, place: Mapping[int, int], sides: Sequence[Side]) -
 def score(
     encoder: BTokEncoder, tasks: Sequence[RetrievalTask], views: Mapping[str, View]
 ) -> dict[str, dict[str, Any]]:
-    """By view its bytes an item and the score of each task, in percent; for "auto" also how many
-    bottleneck tokens an input has, in the mean."""
+    """The bytes an item and the score of each task in percent, by view; for "auto" also how many
+    bottleneck tokens an input has, in the mean.
+    """
     sides = [side for task in tasks for side in (*task.queries, *task.candidates)]
     embedded = embed(encoder, sides)
     place = {id(side): i for i, side in enumerate(sides)}
