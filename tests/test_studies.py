@@ -19,13 +19,16 @@ import torch
 pytest.importorskip("sklearn.datasets", reason="needs the demo extra")
 
 from bench import harness
+from bench.models import byte_tokenizer
 from btok.model import BTokModel
+from btok.processing import Processor
 from examples.smollm2 import budgets as smollm2_budgets
 from examples.studies import (
     ablations,
     budgets_page,
     common,
     efficiency,
+    loading,
     negatives,
     pooling,
     transfer,
@@ -314,6 +317,22 @@ def test_what_an_index_costs(tmp_path):
     }
     with pytest.raises(RuntimeError, match="the exact search found"):
         index.judged(found, 10)
+
+
+def test_what_reading_costs(capsys):
+    loading.main(["--workers", "0", "1", "--steps", "5"])
+    said = capsys.readouterr().out.splitlines()
+    assert re.search(
+        r"patches: .* ms, 602,112 bytes; transformers .* ms .*, 4,816,896 bytes$", said[0]
+    )
+    assert [line.partition(":")[0] for line in said[1:]] == ["0 workers", "1 workers"]
+    assert all(re.search(r": [1-9]\d* pairs a second$", line) for line in said[1:])
+    with pytest.raises(SystemExit):
+        loading.main(["--workers", "4", "--steps", "9"])
+    assert "steps is 9, expected at least 10 for these workers" in capsys.readouterr().err
+    processor = Processor(byte_tokenizer(), image_mean=[0.5, 0.5, 0.5])
+    with pytest.raises(RuntimeError, match="other patches of this picture: nothing is timed"):
+        loading.patches(processor)
 
 
 def test_a_duel_takes_turns_and_times_the_other_over_today(monkeypatch):
