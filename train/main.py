@@ -186,7 +186,7 @@ def finish(recipe: Recipe, retrieved: dict[str, list[Retrieved]] | None) -> None
 
 
 def recipe_name(argv: Sequence[str]) -> str:
-    """Of the recipe that a command line begins with."""
+    """The name of the recipe that a command line begins with; "pocket" where it has none."""
     return argv[0] if argv and not argv[0].startswith("-") else "pocket"
 
 
@@ -207,7 +207,7 @@ def parse(argv: list[str]) -> Recipe:
 
 
 def check(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
-    """What `config.json` of a run says, so that no run goes on as another one.
+    """The content of a run's `config.json`, which keeps a run from going on as another one.
 
     Raises:
         ValueError: a run folder that belongs to a run with other settings or data; groups that do

@@ -219,7 +219,7 @@ class TrainSet(Dataset[Step]):
         return found
 
     def _budgets(self, step: int, mine: Sequence[tuple[int, int]], kinds: int) -> list[int]:
-        """How many bottleneck tokens each sample's target sees, drawn anew in each step."""
+        """The number of bottleneck tokens that each sample's target sees, drawn in each step."""
         if not (budgets := self.recipe.budgets):
             return []
         count, size = self.recipe.groups_per_batch, self.recipe.group_size
@@ -242,13 +242,13 @@ class _Reading:
 
     @property
     def skipped(self) -> list[Skipped]:
-        """What was tried so far and cannot be read."""
+        """The rows that were tried so far and cannot be read."""
         names = [source.name for source in self.steps.sources]
         tried = self.reasons.items()
         return [Skipped(which, names[which], row, why) for (which, row), why in tried if why]
 
     def read(self, number: int, place: int) -> tuple[Pair, int, list[Sample]]:
-        """What is in a place of a group: a pair, its row, its samples.
+        """The pair in a place of a group, its row, its samples.
 
         Raises:
             ValueError: nothing that may be there can be read.
@@ -294,10 +294,12 @@ class _Reading:
         return dict(zip(empty, left, strict=False))
 
     def _others(self, number: int) -> list[int]:
-        """What may fill a place of a group of whose `tries` none can be read: rows of its data set
-        that the group has not, first those that no group of the step has. All of them where
-        `tries` were all there are of those, and else about as many as a step has: a large set in
-        which so many fail in a row has another fault."""
+        """The rows that may fill a place of a group of whose `tries` none can be read.
+
+        They are of its data set, and none of the group's; first those that no group of the step
+        has: all of them where `tries` were all there are of those, and else about as many as a step
+        has, for a large set in which so many fail in a row has another fault.
+        """
         _, rows, order = self.groups[number]
         spare = self._spare(number)
         elsewhere = order[~spare & ~np.isin(order, rows)]
