@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from btok import adapters
 from btok.config import CONFIG_NAME, BTokConfig, check_choice
 from btok.families import family_of, named_family
-from btok.files import IN_GGUF, find, must_be_checkpoint, read_json, sha256
+from btok.files import IN_GGUF, asked_for, find, must_be_checkpoint, read_json, sha256
 from btok.gated_mlp import use_gated_mlps
 from btok.label_loss import at_least_fp32, label_losses
 from btok.last_layer import pooled_rows_only
@@ -134,7 +134,7 @@ class BTokModel(nn.Module):
                 no weights in safetensors files, adapters that do not fit their base model.
             ImportError: adapters without peft, which is the extra `btok[peft]`.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedConfig
 
         base = adapters.base_of(name_or_path)
         weights = name_or_path if base is None else base
@@ -148,11 +148,9 @@ class BTokModel(nn.Module):
             raise ValueError(f"BTokModel: the checkpoint {weights} {IN_GGUF.format(found[0])}")
         if (folder := Path(weights)).is_dir():
             must_be_checkpoint("BTokModel: checkpoint", folder)
-        elif not config:
-            raise OSError(
-                f"the checkpoint {weights} does not exist here, and the hub does not give it: it "
-                "has no config.json of that name, or HF_HUB_OFFLINE is set"
-            )
+        elif not config:  # which tells why: not on the hub, no connection, offline
+            with asked_for(weights):
+                config, _ = PreTrainedConfig.get_config_dict(weights)
         kind = str(config.get("model_type"))  # no auto class: a checkpoint's own code stays out
         family = named_family(kind, f"BTokModel: the architecture of {weights}")
         saved = BTokConfig.load(name_or_path, kind, num_btoks, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -145,13 +146,20 @@ def test_bad_lengths_are_refused(arguments, message):
         {"target_lens": torch.tensor([1.5, 1])},
         {"num_btoks": 1.5},
         {"budgets": [0.5, 1]},
+        {"source_lens": [float("nan"), 1]},
+        {"source_lens": [1j, 1]},
+        {"target_lens": None},
     ],
 )
-def test_fractions_of_rows_are_refused(given):
-    (name,) = given
+def test_what_is_no_number_of_rows_is_refused(given):
+    """A float is one where it is whole, as the sum of a mask."""
+    ((name, value),) = given.items()
     arguments = {"source_lens": [2, 1], "target_lens": [1, 1], "num_btoks": 1}
-    with pytest.raises(TypeError, match=f"{name} is of torch.float32, expected integers"):
+    with pytest.raises(TypeError, match=re.escape(f"{name} is {value!r}, expected integers")):
         CondensedLayout.from_lengths(**arguments | given)
+    whole = {"source_lens": torch.tensor([2.0, 1.0]), "target_lens": [1.0, 1.0], "num_btoks": 1.0}
+    expected = CondensedLayout.from_lengths(**arguments)
+    assert torch.equal(CondensedLayout.from_lengths(**whole).bounds, expected.bounds)
 
 
 @pytest.mark.parametrize(

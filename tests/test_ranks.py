@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import tempfile
 from pathlib import Path
 
@@ -91,6 +92,22 @@ def test_large_shards_come_one_by_one():
 def test_hosts_meet_without_the_device_where_they_can(backends, device, monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
     assert module._host(None) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(ImportError("a"), ImportError), (KeyError("a"), RuntimeError)]
+)
+def test_whatever_the_first_process_raises_all_raise(error, kind, monkeypatch):
+    """As an object that can be sent."""
+
+    def fails():
+        raise error
+
+    sent = []
+    monkeypatch.setattr(module, "from_first", lambda found: sent.append(found) or found)
+    with pytest.raises(kind, match="a") as raised:
+        module.on_first(fails)
+    assert raised.value in sent and str(pickle.loads(pickle.dumps(sent[0]))) == str(raised.value)
 
 
 def test_alone_there_is_nothing_to_agree_on():

@@ -486,6 +486,10 @@ def test_parquet_with_paths_and_bytes(tmp_path, monkeypatch):
     for number, (bad, message) in enumerate(
         [
             ([*rows[:3], {**GOOD, "positive": side, "negatives": ["n", "m"]}], r"\[1, 2\] negat"),
+            (
+                [{**GOOD, "positive": side, "negatives": ["n"] * count} for count in (1, 2, 3)],
+                r"\[1, 2, 3\] negat",  # of all there are
+            ),
             ([{"query": "q", "pos": "p"}], "it has no positive, its columns are query, pos"),
             ([{"query": 3, "positive": "p"}], "query is 3, expected a text"),
         ]

@@ -176,8 +176,10 @@ class Recipe:
             )
         if self.budgets and rising(every := (*self.budgets, self.num_btoks)):
             object.__setattr__(self, "budgets", every)
-        # refused here already, before a model is there that has them
-        BTokConfig(range(self.num_btoks), self.pooling_rows, **self.nested)
+        try:  # before a model is there that has them
+            BTokConfig(range(self.num_btoks), self.pooling_rows, **self.nested)
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("BTokModel: ")) from None
         last = self.contrastive_from - 1
         if last >= 0 and not (self.objective.weight(last) or self.reconstruction_weight):
             raise ValueError(

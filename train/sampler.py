@@ -14,7 +14,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from io import BytesIO
 from itertools import chain, islice, product
 from pathlib import Path
@@ -238,7 +238,7 @@ class _Reading:
         self.steps, self.step, self.groups = steps, step, steps.groups(step)
         # by data set and row, why one that was tried fails; "" where it does not
         self.reasons: dict[tuple[int, int], str] = {}
-        self.stand_ins = cache(self._stand_ins)
+        self.stand_ins: dict[int, dict[int, int]] = {}  # by group, as `_stand_ins` gives them
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -256,7 +256,9 @@ class _Reading:
         for row in self.tries(number, place):
             if found := self._attempt(number, place, row):
                 return found
-        row = self.stand_ins(number).get(place, -1)
+        if number not in self.stand_ins:
+            self.stand_ins[number] = self._stand_ins(number)
+        row = self.stand_ins[number].get(place, -1)
         if row >= 0 and (found := self._attempt(number, place, row)):
             return found
         which, rows, _ = self.groups[number]

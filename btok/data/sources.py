@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -201,9 +201,10 @@ def _refuse_unequal(kinds: Mapping[Kind, str], negatives: int | None) -> None:
     """A ValueError that names where numbers of hard negatives differ from those before or are too
     small, or where rows begin to have scores, or to have none."""
     counts, scored = set[int](), set[bool]()
-    for (count, has_scores), where in kinds.items():
-        counts.add(count)
-        scored.add(has_scores)
+    for where, met in groupby(kinds, kinds.__getitem__):
+        for count, has_scores in met:
+            counts.add(count)
+            scored.add(has_scores)
         if len(counts) > 1 if negatives is None else min(counts) < negatives:
             expected = "one number" if negatives is None else f"at least {negatives}"
             raise ValueError(f"{where}: rows have {sorted(counts)} negatives, expected {expected}")

@@ -365,10 +365,14 @@ def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 def _integers(name: str, given: int | Sequence[int] | Tensor) -> Tensor:
     """The given integers as int64 on the CPU; a fraction would be cut off in silence."""
-    found = torch.as_tensor(given).cpu()
-    if found.numel() and found.is_floating_point():  # torch takes an empty list for floats
-        raise TypeError(f"CondensedLayout: {name} is of {found.dtype}, expected integers")
-    return found.to(torch.int64)
+    try:
+        found = torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"CondensedLayout: {name} is {given!r:.60}, expected integers") from error
+    whole = found.real.to(torch.int64)
+    if not bool((whole == found).all()):
+        raise TypeError(f"CondensedLayout: {name} is {given!r:.60}, expected integers")
+    return whole
 
 
 def _cut(begin: np.ndarray, end: np.ndarray, *others: np.ndarray) -> np.ndarray:

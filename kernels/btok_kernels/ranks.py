@@ -139,15 +139,19 @@ def from_first(value: Any) -> Any:
 
 
 def on_first(work: Callable[[], Any]) -> Any:
-    """The result of a call on process 0, in every process; a ValueError or an OSError that it
-    raises they raise as well, so that none waits for it.
+    """The result of a call on process 0, in every process; what it raises they raise as well, so
+    that none waits for it: a ValueError, OSError or ImportError, and for others a RuntimeError.
     """
     outcome: Any = None
     if rank() == 0:
         try:
             outcome = work()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             outcome = error
+        except Exception as error:  # of which one may be that another process cannot read
+            outcome = RuntimeError(f"{type(error).__name__}: {error}").with_traceback(
+                error.__traceback__
+            )
     outcome = from_first(outcome)
     if isinstance(outcome, Exception):
         raise outcome
