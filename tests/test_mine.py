@@ -489,6 +489,11 @@ def test_an_output_of_something_else(checkpoint, tmp_path, capsys):
     made = path.read_bytes()
     assert main(["mine", checkpoint, *map(str, command)]) == 0
     assert "is there already" in capsys.readouterr().err
+    left = Path(f"{path}.parts/query.f32")  # without what says whose it is
+    left.parent.mkdir()
+    left.write_text("left")
+    assert main(["mine", checkpoint, *map(str, command)]) == 0
+    assert "is there already" in capsys.readouterr().err and left.read_text() == "left"
     for more, message in (
         (["--count", 3], "count 4, this is 3"),
         (["--scores"], "scores False, this is True"),

@@ -75,19 +75,20 @@ sys.exit(main(sys.argv[1:]))
 
 
 ALONE = {"HF_HUB_OFFLINE": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}  # of children
+ALONE |= {"RAY_worker_niceness": "0"}  # or they wait for all other tests
 
 
-def encode(*arguments):
+def encode(*arguments, cwd=None):
     """`python -m btok encode` with Ray, in a process of its own."""
     command = [sys.executable, "-c", ENCODE, "encode", *map(str, arguments), "--engine", "ray"]
     return subprocess.run(
-        command, env=environment(**ALONE), capture_output=True, text=True, timeout=900
+        command, env=environment(**ALONE), capture_output=True, text=True, timeout=900, cwd=cwd
     )
 
 
 def test_ray_makes_the_rows_of_one_process(checkpoint, tmp_path, capsys):
     folder, output = write(tmp_path / "folder", 40), tmp_path / "index"
-    said = encode(checkpoint, folder, "--output", output, "--workers", "2")
+    said = encode(checkpoint, folder, "--output", "index", "--workers", "2", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert "43 files, 43 of them new or changed, 0 gone, 2 unreadable" in said.stderr
     assert "  broken.jpg: image" in said.stderr and "  empty.txt: it is empty" in said.stderr

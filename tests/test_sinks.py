@@ -178,9 +178,11 @@ def test_what_no_npz_can_say_is_refused_before_anything_is_encoded(encoder, tmp_
 
 def test_files_of_others_beside_the_parts_stay(encoder, tmp_path):
     (tmp_path / "out.npz.parts").mkdir()
-    (tmp_path / "out.npz.parts/mine.txt").write_text("kept")
+    names = {"mine.txt", "notes.npz", "notes.npz.txt"}
+    for name in names:
+        (tmp_path / "out.npz.parts" / name).write_text("kept")
     encoder.encode_to(tmp_path / "out.npz", TEXTS, IDS)
-    assert [path.name for path in (tmp_path / "out.npz.parts").iterdir()] == ["mine.txt"]
+    assert {path.name for path in (tmp_path / "out.npz.parts").iterdir()} == names
 
 
 def test_a_file_in_the_place_of_the_parts_is_told_before_anything_is_encoded(encoder, tmp_path):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from btok import adapters
 from btok.config import CONFIG_NAME, must_be_trained
-from btok.files import read_json, rename, sha256, write_json
+from btok.files import may_be_folder, read_json, rename, sha256, write_json
 from btok.model import model_digest
 from btok.tools.evaluate import DECIDING
 from btok.tools.export import RUN, must_be_new
@@ -89,12 +89,18 @@ def merge(checkpoints: Sequence[str | Path], weights: Sequence[float], output: s
             raise ValueError(
                 f"merge: output is {out}, which is in the checkpoint {folder}; name a new folder"
             )
+    draft = out.with_name(f"{out.name}.draft")
+    may_be_folder("merge: output's draft", draft)
+    killed = (draft / MERGED).exists()  # the call that began it
+    if draft.exists() and any(draft.iterdir()) and not killed:
+        raise ValueError(
+            f"merge: output's draft {draft} holds files of others; delete it, or name another "
+            "output"
+        )
     adapted = check(folders)
     digests = [model_digest(folder) for folder in folders]
-    draft = out.with_name(f"{out.name}.draft")
-    if (draft / MERGED).exists():  # of a call that was killed
+    if killed:
         shutil.rmtree(draft)
-    must_be_new("merge: output's draft", draft)
     of = [
         {"checkpoint": str(folder), "model": digest, "weight": weight}
         for folder, digest, weight in zip(folders, digests, weights, strict=True)

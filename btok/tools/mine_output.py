@@ -83,10 +83,9 @@ def begin(job: Job, made_of: Mapping[str, Any]) -> bool:
         ValueError: there is one of other settings, or something else.
     """
     output, kept, ready = job.output, job.parts / MADE_OF, job.parts / REPORT
-    if not kept.exists() and any(not path.match(f"{MADE_OF}*") for path in job.parts.glob("*")):
-        raise _foreign(job.parts)
+    ours = kept.exists()
     # killed after the output was in its place and before its report was
-    if output.is_file() and ready.exists() and _made(ready)["digest"] == sha256(output):
+    if ours and output.is_file() and ready.exists() and _made(ready)["digest"] == sha256(output):
         rename(ready, job.report)
     if output.exists():
         if not job.report.exists():
@@ -95,12 +94,15 @@ def begin(job: Job, made_of: Mapping[str, Any]) -> bool:
         refuse_others(output, had["made_of"], made_of, "give another --output, or delete it")
         if had["digest"] != sha256(output):
             raise ValueError(f"{output} was changed since it was made; name another --output")
-        forget(job.parts)
+        if ours:
+            forget(job.parts)
         return True
+    if not ours and any(not path.match(f"{MADE_OF}*") for path in job.parts.glob("*")):
+        raise _foreign(job.parts)
     if job.report.exists():  # of an output that was deleted
         _made(job.report)
     vectors = {"vectors": made_of["vectors"]}
-    if kept.exists():
+    if ours:
         had = _json(kept)
         if not _is_manifest(had):
             raise _foreign(kept)

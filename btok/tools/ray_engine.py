@@ -94,7 +94,8 @@ def update(
         raise ValueError(f"staging is None, expected a folder that all machines see, for {output}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}, expected at least 1")
-    staging = Path(f"{output}.parts") if staging is None else staging  # `list_files` passes it over
+    # by default where `list_files` passes it over; in full, as Ray takes no other for a folder here
+    staging = Path(f"{output}.parts" if staging is None else staging).resolve()
     encoder = fitted(load(checkpoint), output, options)
     if encoder.options.multi_vector:
         raise ValueError("multi_vector is True, expected False with Ray, which keeps one vector")

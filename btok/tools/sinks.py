@@ -28,6 +28,7 @@ from btok.vectors import VectorOptions, options_of
 from btok_kernels.ranks import from_first, gather, rank
 
 NPZ, PARQUET = ".npz", ".parquet"
+PART = "[0-9a-f]" * 24 + NPZ  # what the parts of an .npz are called, as glob has it
 
 
 def is_index(output: str | Path) -> bool:
@@ -253,9 +254,9 @@ class NpzSink:
         names = {item_name(item) for item in kept}
         unreadable = {name: why for name, why in unreadable.items() if name not in names}
         self._save(self.path, vectors[there], kept, {})
-        for path in self.folder.glob("*.npz*"):
-            path.unlink()
         with suppress(OSError):  # none was made, or there are files of others in it
+            for path in self.folder.glob(f"{PART}*"):  # drafts of calls that were killed, too
+                path.unlink(missing_ok=True)
             self.folder.rmdir()
         added = sum(item["id"] not in self.known for item in kept)
         return Encoded(len(kept), added, removed, unreadable)
@@ -274,7 +275,7 @@ class NpzSink:
 
     def _parts(self) -> Iterator[tuple[NDArray[np.float32], list[dict[str, Any]], dict[str, str]]]:
         """Yield the vectors, their items, and errors by name, of the file and of each part."""
-        for path in [self.path, *sorted(self.folder.glob("*.npz"))]:
+        for path in [self.path, *sorted(self.folder.glob(PART))]:
             if not path.exists():
                 continue
             try:
