@@ -126,9 +126,7 @@ class Contestants:
         return F.normalize(torch.cat(pooled), dim=-1)
 
     def alone(self, samples: Iterable[Mapping[str, Any]]) -> Tensor:
-        """The vectors [N, D] that ours with K should give: transformers' own of each [x ; B] by
-        itself.
-        """
+        """The vectors [N, D] that K tokens should give: transformers' of each [x ; B] by itself."""
         return torch.cat([self.padded([sample], self.btok_ids) for sample in samples])
 
     def check(self, name: str, vectors: Any, want: Tensor) -> None:
@@ -160,9 +158,7 @@ def multiply_adds(
 
 
 def vision_multiply_adds(tower: Tower, hidden_size: int, patches: Iterable[int]) -> int:
-    """The multiply-adds of the vision tower, for pictures of so many patches and a language model
-    so wide.
-    """
+    """The multiply-adds of the vision tower, for these patches and a language model so wide."""
     width = tower.embed_dim
     of_patch = 2 * 3 * PATCH**2 * width  # its pixels, which stand for two frames
     of_patch += tower.depth * 12 * width**2  # an MLP is four times as wide

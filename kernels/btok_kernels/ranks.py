@@ -140,7 +140,7 @@ def from_first(value: Any) -> Any:
 
 def on_first(work: Callable[[], Any]) -> Any:
     """The result of a call on process 0, in every process; what it raises they raise as well, so
-    that none waits for it: a ValueError, OSError or ImportError, and for others a RuntimeError.
+    that none waits for it: a ValueError, OSError or ImportError, and a RuntimeError for others.
     """
     outcome: Any = None
     if rank() == 0:
@@ -148,10 +148,9 @@ def on_first(work: Callable[[], Any]) -> Any:
             outcome = work()
         except (ValueError, OSError, ImportError) as error:
             outcome = error
-        except Exception as error:  # of which one may be that another process cannot read
-            outcome = RuntimeError(f"{type(error).__name__}: {error}").with_traceback(
-                error.__traceback__
-            )
+        except Exception as error:  # maybe of a kind that another process cannot read
+            from_first(RuntimeError(f"{type(error).__name__}: {error}"))
+            raise
     outcome = from_first(outcome)
     if isinstance(outcome, Exception):
         raise outcome
