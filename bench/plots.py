@@ -45,9 +45,7 @@ def log_axis(axes: Axes, name: str, ticks: Iterable[float], values: Iterable[flo
 
 
 def ratio_axis(axes: Axes, name: str, values: Iterable[float]) -> None:
-    """Axis "x" or "y" of ratios with all values in view and 1 among them, and ticks as plain
-    numbers.
-    """
+    """Axis "x" or "y" of ratios, all values and 1 in view, and ticks as plain numbers."""
     values = [1.0, *values]
     span = max(values) - min(values)
     close = max(values) < 4 * min(values)

@@ -164,8 +164,12 @@ def page(results: Results, stem: str, plots: Iterable[str]) -> str:
             f"The median's interval is below 1 in {faster} of {len(cases)}, above 1 in {slower}.",
             table(HEADER, *map(row, cases)),
         ]
-    if errors := results.get("errors"):
-        parts += ["## Not timed", "\n".join(f"- {case['id']}: {case['error']}" for case in errors)]
+    same: dict[tuple[str, str], list[str]] = {}
+    for case in results.get("errors", ()):
+        same.setdefault((case["id"].partition("[")[0], case["error"]), []).append(case["id"])
+    if same:
+        lines = (f"- {ids[0]}, {len(ids)} in all: {why}" for (_, why), ids in same.items())
+        parts += ["## Not timed", "\n".join(lines)]
     if found := results.get("found"):
         lines = (f"- {kernel}: {launch}" for kernel, launch in found.items())
         parts += ["## What the search for launches found", "\n".join(lines)]
