@@ -35,7 +35,7 @@ EDGE = 448  # pixels
 
 
 def patches(processor: Processor) -> str:
-    """How a picture becomes patches here and in transformers: time, and bytes that travel on.
+    """Compare how a picture becomes patches here and in transformers: time, and bytes of patches.
 
     Raises:
         RuntimeError: the patches are not the same.
@@ -61,7 +61,7 @@ def patches(processor: Processor) -> str:
 
 
 def write_pairs(folder: Path, count: int) -> Path:
-    """So many pairs of a text and a JPEG; where they are."""
+    """Write `count` pairs of a text and a JPEG; the path of their JSONL file."""
     shades = np.add.outer(np.arange(EDGE), np.arange(EDGE))[..., None] * (1, 2, 3)
     rows = []
     for i in range(count):
@@ -73,8 +73,9 @@ def write_pairs(folder: Path, count: int) -> Path:
 
 
 def pairs_a_second(train_set: TrainSet, workers: int) -> float:
-    """How fast so many processes read a run's steps, once those made ahead at the start are gone;
-    with 0 workers it is this process that reads."""
+    """The pairs a second that worker processes read of a run's steps, once those made ahead at the
+    start are gone; with 0 workers this process reads.
+    """
     steps = load_steps(train_set, 0, workers)
     for _ in range(2 * workers + 1):
         next(steps)
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_set = TrainSet(recipe, processor, [open_source(path)])
         for workers in arguments.workers:
             rate = pairs_a_second(train_set, workers)
-            print(f"{workers} workers: {rate:,.0f} pairs a second", flush=True)
+            print(f"{workers} workers: {rate:.0f} pairs a second", flush=True)
 
 
 if __name__ == "__main__":
