@@ -111,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{recipe.workers} workers a process hold {ahead / MIB:,.1f} MiB of shared memory")
         # on the pocket benchmark captioning comes first, which teaches its small model to see
         captions = pocket.captions(recipe, model, processor, first) if first < before else ()
+        to_caption = recipe.captions if first < before else recipe  # made, and checked, once
         filler = packing.empty() if recipe.shard else None
         drawn = load_steps(train_set, start, recipe.workers, packing)
         checkpoints = checkpoint.Checkpoints(recipe.output)
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with TrainLog(recipe, first, saved.get("unreadable", ()), demonstrate) as log:
             for step, (number, data) in enumerate(chain(captions, drawn), first):
                 captioning = step < before
-                phase = recipe.captions if captioning else recipe
+                phase = to_caption if captioning else recipe
                 result = train_step(model, phase, data.pairs, data.microbatches, number, filler)
                 norm = clipped_norm(model, recipe.clip_norm)
                 with checkpoints.kept():

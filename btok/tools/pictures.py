@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from btok.data.records import Side
+from btok.extras import needed
 
 Path = str | os.PathLike[str]
 ENDINGS = (".png", ".pdf", ".svg", ".jpg")
@@ -174,11 +175,9 @@ def bars(
 
 def _figure(width: float, height: float) -> Any:
     """A figure of so many pixels, unknown to pyplot."""
-    try:
+    with needed("pictures", "matplotlib", "demo"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "btok[demo]"') from error
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)
     return figure
